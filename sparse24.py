@@ -513,7 +513,7 @@ class Sparse24Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | Recipe) -> "Sparse24Linear":
-        """A sparse layer with the very Parameters of `linear`, so that an optimizer goes on; draws no random numbers."""
+        """A sparse layer with the very Parameters of `linear`, so an optimizer goes on; draws no random numbers."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, recipe, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.index = transposable_index(linear.weight)
@@ -548,7 +548,7 @@ class Sparse24Linear(nn.Linear):
         return f"{super().extra_repr()}, recipe={self.recipe.name}, sparse={self.sparse}"
 
 
-def sparse_layers(model: nn.Module) -> list[Sparse24Linear]:
+def sparse_linears(model: nn.Module) -> list[Sparse24Linear]:
     """The Sparse24Linear layers of `model`, in module order: the order that `seed_draws` numbers them in."""
     return [module for module in model.modules() if isinstance(module, Sparse24Linear)]
 
@@ -563,7 +563,7 @@ def _disable_encoder_fast_path(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer) and sparse_layers(module):
+        elif isinstance(module, nn.TransformerEncoderLayer) and sparse_linears(module):
             module.activation_relu_or_gelu = 0
 
 
@@ -622,7 +622,7 @@ def refresh_masks(model: nn.Module) -> float:
     Returns the flip rate against the masks replaced, over all these layers, weighed by their weights; 0.0 with none.
     """
     before, after = [], []
-    for layer in sparse_layers(model):
+    for layer in sparse_linears(model):
         if layer.sparse:
             before.append(layer.index.clone())
             after.append(layer.index.copy_(transposable_index(layer.weight)))
@@ -643,7 +643,7 @@ def seed_words(count: int, *key: int) -> np.ndarray:
 @torch.no_grad()
 def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> None:
     """Fill every layer's `.seed` from (seed, iteration, global micro-batch, layer number): call it per micro-step."""
-    layers = sparse_layers(model)
+    layers = sparse_linears(model)
     words = seed_words(len(layers), seed, iter_num, micro_batch).view(np.int64)
     for layer, word in zip(layers, words.tolist(), strict=True):
         layer.seed.fill_(word)
@@ -658,7 +658,7 @@ def decay_ratio(model: nn.Module, decay: float) -> float | None:
 
     Call it between clipping and the optimizer's step. None where no layer is sparse or has a gradient.
     """
-    layers = [m for m in sparse_layers(model) if m.sparse and m.weight.grad is not None]
+    layers = [m for m in sparse_linears(model) if m.sparse and m.weight.grad is not None]
     if not layers:
         return None
     decayed = sum(torch.where(m.mask, 0, m.weight.detach()).float().square().sum() for m in layers)
@@ -691,7 +691,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _apply_masked_decay(self) -> None:
         lr_of = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        for layer in sparse_layers(self._model):
+        for layer in sparse_linears(self._model):
             weight = layer.weight
             if not layer.sparse or weight.grad is None or id(weight) not in lr_of:
                 continue

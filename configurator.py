@@ -1,0 +1,205 @@
+"""Settings of a script, from config files and the command line, as nanoGPT has them but checked.
+
+A script's settings are its public globals that hold an int, float, bool, str or None. A user changes them with
+
+    python train.py config/gpt2_124m.py --batch_size=8 --learning_rate=6e-4
+
+Words are taken in order and a later one wins. nanoGPT executes config files inside the script's own globals, so a
+misspelt name is swallowed and a wrong type surfaces hours later. Here a file runs in a fresh dict, and every name and
+type is checked before the script does anything: `globals().update(configure_or_exit(globals(), sys.argv[1:]))`.
+"""
+
+import ast
+import difflib
+import operator
+import os
+import re
+import sys
+import tokenize
+import traceback
+import typing
+
+NoneType = type(None)
+NEEDS = {bool: "True or False", int: "an int", float: "a float", str: "a string", NoneType: "None"}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+
+
+class ConfigError(ValueError):
+    """A setting, file or word that the user must correct; the message names it and says how."""
+
+
+def configure(defaults, argv, annotations=None):
+    """Return {name: value} of only the settings given in `argv`, checked and converted (an int passes for a float).
+
+    `defaults`: a script's globals(). `argv`: config file paths and --name=value words, or --help, which prints every
+    setting and raises SystemExit(0). `annotations`: {name: type}, by default those in `defaults`; a setting such as
+    `compile: bool | None = None` needs one. Raises ConfigError for the user's mistakes, TypeError for the script's.
+    """
+    kinds = _kinds(defaults, annotations)
+    if "-h" in argv or "--help" in argv:
+        _print_help(defaults, kinds)
+        raise SystemExit(0)
+    overrides = {}
+    for word in argv:
+        if word.startswith("-"):
+            name, value = _read_word(word, defaults, kinds)
+            overrides[name] = value
+        else:
+            overrides.update(_read_file(word, defaults, kinds))
+    return overrides
+
+
+def configure_or_exit(defaults, argv, annotations=None):
+    """`configure`, but a ConfigError becomes one line on stderr, `train.py: error: ...`, and exit status 2."""
+    try:
+        return configure(defaults, argv, annotations)
+    except ConfigError as error:
+        print(f"{_script_name(defaults)}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def setting_names(defaults, annotations=None):
+    """The names of a script's settings, in the order of its source."""
+    return list(_kinds(defaults, annotations))
+
+
+def _script_name(defaults):
+    return os.path.basename(defaults.get("__file__") or "script")
+
+
+def _kinds(defaults, annotations):
+    """{name: tuple of accepted types} for every setting; the annotation decides, else the default's type."""
+    if annotations is None:
+        lazy = defaults.get("__annotate__")  # Python 3.14 keeps a function instead (PEP 649); 1 asks for plain values
+        annotations = defaults.get("__annotations__") or (lazy(1) if lazy else {})
+    by_name = {kind.__name__: kind for kind in NEEDS} | {"None": NoneType}
+    kinds = {}
+    for name, default in defaults.items():
+        if name.startswith("_") or type(default) not in NEEDS:
+            continue
+        said = annotations.get(name, type(default))
+        parts = said.split("|") if isinstance(said, str) else typing.get_args(said) or (said,)
+        kinds[name] = tuple(by_name.get(part.strip()) if isinstance(part, str) else part for part in parts)
+        if kinds[name] == (NoneType,) or not set(kinds[name]) <= set(NEEDS):
+            raise TypeError(
+                f"setting {name!r}: type {said!r} is not usable, need one of int, float, bool, str, with or without "
+                f"None; annotate it in {_script_name(defaults)}, for example `{name}: int | None = None`"
+            )
+    return kinds
+
+
+def _check_name(name, kinds, where):
+    if name not in kinds:
+        near = difflib.get_close_matches(name.replace("-", "_"), kinds, n=1)
+        helper = f"name a helper _{name}" if where.startswith("in ") else "--help lists the settings"
+        raise ConfigError(f"unknown setting {name!r} {where}; " + (f"did you mean {near[0]!r}?" if near else helper))
+
+
+def _fit(name, value, defaults, kinds, where):
+    """`value` as one of the setting's types: itself, or the float of an int; else ConfigError with a remedy."""
+    plain = next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)  # np.float64
+    if type(plain) in kinds[name]:
+        return plain
+    if type(plain) is int and float in kinds[name] and abs(plain) < 2**1023:
+        return float(plain)
+    need = " or ".join(NEEDS[kind] for kind in kinds[name])
+    whole = int in kinds[name] and type(plain) is float and plain.is_integer()
+    remedy = f"write {plain:.0f}" if whole else f"its default is {defaults[name]!r}"
+    raise ConfigError(f"setting {name!r} {where}: got {value!r}, need {need}; {remedy}")
+
+
+def _read_word(word, defaults, kinds):
+    """(name, value) of one --name=value."""
+    where = "on the command line"
+    name, _, text = word.lstrip("-").partition("=")
+    _check_name(name, kinds, where)
+    if word != f"--{name}={text}":
+        example = "True" if bool in kinds[name] else text or defaults[name]
+        raise ConfigError(f"{word!r} {where} is not of the form --name=value; write --{name}={example}")
+    return name, _fit(name, _parse(text, kinds[name]), defaults, kinds, where)
+
+
+def _parse(text, kinds):
+    """The value that `text` spells for a setting of these types; the text itself where it spells none."""
+    for kind, words in ((NoneType, {"None": None}), (bool, {"True": True, "False": False})):
+        if kind in kinds and text in words:
+            return words[text]
+    if int in kinds or float in kinds:
+        try:
+            return _arithmetic(ast.parse(text.strip(), mode="eval").body)
+        except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+            pass  # no number; a str setting takes the text, any other is refused by _fit
+    quoted = str in kinds and len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def _arithmetic(node):
+    """Value of numbers under + - * / // and signs; any other syntax raises ValueError, and nothing is executed."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_arithmetic(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_arithmetic(node.left), _arithmetic(node.right))
+    raise ValueError("not arithmetic on numbers")
+
+
+def _read_file(path, defaults, kinds):
+    """{name: value} of the settings a config file assigns; it runs in a dict of its own and sees nothing of ours."""
+    namespace = {"__name__": "config", "__file__": path}
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as error:
+        hint = f"write --{path}" if "=" in path else "give a path such as config/name.py, or --name=value"
+        raise ConfigError(f"cannot read config file {path!r} ({error.strerror}); {hint}") from None
+    try:
+        exec(compile(source, path, "exec", dont_inherit=True), namespace)
+    except Exception as error:
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = frames[-1] if frames else getattr(error, "lineno", None)
+        hint = "; a config file does not see the script's settings" if isinstance(error, NameError) else ""
+        reason = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        raise ConfigError(f"{path}, line {line}: {reason}{hint}") from error
+    overrides = {}
+    for name, value in namespace.items():
+        if name in kinds or (not name.startswith("_") and type(value) in NEEDS):
+            _check_name(name, kinds, f"in {path}")
+            overrides[name] = _fit(name, value, defaults, kinds, f"in {path}")
+    return overrides
+
+
+def _print_help(defaults, kinds):
+    """Every setting as --name=default, with its type and its comment, under the headings of the script's source."""
+    notes = _read_comments(defaults.get("__file__"), kinds)
+    print(f"usage: python {_script_name(defaults)} [config/file.py ...] [--name=value ...]     a later word wins")
+    words = {name: f"--{name}={defaults[name]}" for name in kinds}
+    types = {name: "|".join(kind.__name__.replace("NoneType", "None") for kind in kinds[name]) for name in kinds}
+    word_width, type_width = (max(map(len, column.values()), default=0) for column in (words, types))
+    shown = ""
+    for name in kinds:
+        heading, comment = notes.get(name, (shown, ""))
+        if heading != shown:
+            print(f"\n{heading}")
+        shown = heading
+        print(f"  {words[name]:<{min(word_width, 44)}}  {types[name]:<{type_width}}  {comment}".rstrip())
+
+
+def _read_comments(path, kinds):
+    """{name: (heading, comment)}: the comment behind a setting's assignment, and the `# ---- heading ----` above it."""
+    if not path or not os.path.exists(path):
+        return {}
+    notes, heading, name = {}, "", None
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            first = token.start[1] == 0
+            if token.type == tokenize.COMMENT and first:
+                title = re.fullmatch(r"#\s*-{2,}\s*(.*?[^-\s])\s*-*", token.string)
+                heading = title[1] if title else heading
+            elif token.type == tokenize.COMMENT and name:
+                notes[name] = (notes[name][0], f"{notes[name][1]} {token.string.lstrip('# ')}".strip())
+            elif token.type == tokenize.NAME and first:
+                name = token.string if token.string in kinds and token.string not in notes else None
+                notes.update({name: (heading, "")} if name else {})
+    return notes

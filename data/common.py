@@ -1,0 +1,293 @@
+"""What every data/*/prepare.py shares: fetching, reading, tokenizing, and writing without leaving half a file behind.
+
+A data set is a folder of three files, read by train.py and sample.py:
+  train.bin, val.bin   token ids, little-endian uint16, no header
+  meta.json            tokenizer ("char" or "gpt2"), vocab_size, chars (char only; index = token id), train_tokens,
+                       val_tokens, sha256 (of the text; of train.bin + val.bin where it came from a hub), source, extras
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import lzma
+import os
+import random
+import shutil
+import threading
+import urllib.request
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPException
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+SEPARATOR = "<|endoftext|>"  # between the documents of an --input file, alone on its line
+BLOCK = 1 << 20  # characters (bytes, where a file is hashed) handled at once, about 250k tokens
+SPLIT_SEED = 2357  # nanoGPT's
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+def open_binary(path):
+    """Open a plain or an .xz file for reading its (unpacked) bytes."""
+    return lzma.open(path, "rb") if Path(path).suffix == ".xz" else open(path, "rb")
+
+
+def read_lines(path):
+    """Yield the lines of a UTF-8 text, plain or .xz, with their line ends as they are on disk."""
+    with open_binary(path) as file:
+        try:
+            yield from (line.decode("utf-8") for line in file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"read_lines: {path} is not UTF-8 text ({error}); convert it, e.g. with iconv") from error
+
+
+def sha256_of(*paths):
+    """sha256 of the unpacked bytes of the files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open_binary(path) as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(url, sha256, path, timeout=30):
+    """Download `url` to `path` unless it is there already. Returns `path`; raises if the content has another sha256."""
+    if path.is_file() and sha256_of(path) == sha256:
+        return path
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as reply, atomic(path) as file:
+            shutil.copyfileobj(reply, file)
+            file.flush()
+            if (found := sha256_of(file.name)) != sha256:
+                raise ValueError(f"fetch: {url} has sha256 {found}, need {sha256}; give the text by --file")
+    except (OSError, HTTPException) as error:
+        raise RuntimeError(f"fetch: no {url} ({error}); without network, give the text by --file") from error
+    return path
+
+
+def tiny_shakespeare(out_dir, file=None):
+    """The text of `file`, or tiny shakespeare downloaded to `out_dir`, in a 90/10 split: (train, val, meta entries)."""
+    path = file or fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256, out_dir / "input.txt")
+    text = "".join(read_lines(path))
+    cut = int(len(text) * 0.9)
+    return text[:cut], text[cut:], {"sha256": sha256_of(path), "source": file.name if file else SHAKESPEARE_URL}
+
+
+# ---- tokenizing ------------------------------------------------------------------------------------------------------
+def encode_chars(text, chars):
+    """Ids (uint16) of the characters of `text`: their positions in `chars`, a sorted string."""
+    codes, known = (np.frombuffer(string.encode("utf-32-le"), dtype="<u4") for string in (text, chars))
+    ids = np.minimum(np.searchsorted(known, codes), len(known) - 1)
+    if (strange := known[ids] != codes).any():
+        bad = chr(codes[strange][0])
+        raise ValueError(f"encode_chars: {bad!r}, need one of the {len(chars)} chars; add it to them or drop it")
+    return ids.astype("<u2")
+
+
+@functools.cache
+def gpt2_encoding(timeout=60):
+    """tiktoken's GPT-2 BPE. It downloads its vocabulary with no time limit of its own, so a thread waits for it."""
+    import tiktoken
+
+    found = {}
+
+    def load():
+        try:
+            found["encoding"] = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # of requests, of sockets, of a hash check; raised below
+            found["error"] = error
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if "encoding" not in found:
+        reason = found.get("error", f"no answer in {timeout} s")
+        raise RuntimeError(
+            f"gpt2_encoding: no GPT-2 vocabulary ({reason}); without network, set TIKTOKEN_CACHE_DIR to a folder "
+            "that tiktoken has filled on a machine with one"
+        ) from found.get("error")
+    return found["encoding"]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+@contextmanager
+def atomic(path):
+    """Open a temporary file beside `path` that becomes `path`, flushed to disk, only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_tokens(file, token_chunks):
+    count = 0
+    for chunk in map(np.asarray, token_chunks):
+        for token in (chunk.min(), chunk.max()) if chunk.size else ():
+            if not 0 <= token < 1 << 16:
+                raise ValueError(f"write_bin: token {token}, need 0 <= token < 65536; use a smaller vocabulary")
+        file.write(chunk.astype("<u2").tobytes())
+        count += chunk.size
+    return count
+
+
+def write_bin(path, token_chunks):
+    """Write a .bin file from an iterable of token chunks (arrays, lists), whole or not at all. Returns the count."""
+    with atomic(Path(path)) as file:
+        return _write_tokens(file, token_chunks)
+
+
+def write_meta(folder, **meta):
+    """Write `folder`/meta.json, whole or not at all."""
+    with atomic(Path(folder) / "meta.json") as file:
+        file.write(json.dumps(meta, indent=1).encode() + b"\n")
+
+
+def write_dataset(out_dir, train, val, **meta):
+    """Write a data set from two iterables of token chunks. What was in `out_dir` stays until both splits are whole."""
+    counts = {}
+    with atomic(out_dir / "val.bin") as val_file, atomic(out_dir / "train.bin") as train_file:
+        for name, file, chunks in (("train", train_file, train), ("val", val_file, val)):
+            counts[f"{name}_tokens"] = count = _write_tokens(file, chunks)
+            if not count:
+                raise ValueError(f"write_dataset: 0 {name} tokens, need at least 1; give more text")
+            print(f"{name}: {count:,} tokens")
+    if "sha256" not in meta:
+        meta["sha256"] = sha256_of(out_dir / "train.bin", out_dir / "val.bin")
+    write_meta(out_dir, **meta, **counts)
+    print(f"wrote train.bin, val.bin and meta.json in {out_dir}")
+
+
+def parser(script, doc):
+    """An argparse parser that prints `doc`, with --out_dir, by default the folder of `script`."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="where the files go")
+    return made
+
+
+# ---- documents: openwebtext, fineweb_edu -----------------------------------------------------------------------------
+# A piece is (document number, text, whether the text ends the document).
+def documents(paths):
+    """Yield the pieces of the documents in text files: one each, or several of about BLOCK where a document is long.
+
+    A cut lies between a visible character and white space; no GPT-2 token spans that, so the tokens are those of the
+    whole document. Only the separator lines are dropped: a document keeps its last line end.
+    """
+    number = 0
+    for path in paths:
+        held, size, begun = [], 0, False
+        for line in chain(read_lines(path), (SEPARATOR,)):
+            if line.rstrip("\r\n") == SEPARATOR:
+                if begun:
+                    yield number, "".join(held), True
+                    number += 1
+                held, size, begun = [], 0, False
+                continue
+            body = line.rstrip(" \t\r\n")
+            held.append(line)
+            size, begun = size + len(line), True
+            if size > BLOCK and body and not body[-1].isspace():
+                yield number, "".join(held[:-1]) + body, False
+                held, size = [line[len(body) :]], 0
+
+
+def progress(pieces, name, total=None):
+    """Pass pieces through under a progress bar, on a terminal."""
+    from tqdm import tqdm
+
+    yield from tqdm(pieces, name, total, unit=" pieces", disable=None)
+
+
+def batches(pieces):
+    """Group pieces into lists of about BLOCK characters."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size > BLOCK:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def encode(batch):
+    """The GPT-2 tokens (uint16) of a list of pieces, with end-of-text after each document."""
+    encoding, ids = gpt2_encoding(), []
+    for _, text, ends in batch:
+        ids += encoding.encode_ordinary(text) + [encoding.eot_token] * ends
+    return np.array(ids, dtype="<u2")
+
+
+def encode_all(pieces, num_proc):
+    """Yield the tokens of pieces, in order, from `num_proc` processes (spawned: works everywhere), few at a time."""
+    with ProcessPoolExecutor(num_proc, get_context("spawn")) as pool:
+        pending = deque()
+        for batch in batches(pieces):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * num_proc:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def file_splits(args):
+    """Train pieces, val pieces and meta entries of the --input files."""
+    inputs = args.input + ([args.val] if args.val else [])
+    if args.val:
+        train, val = documents(args.input), documents([args.val])
+    else:
+        count = sum(ends for _, _, ends in documents(inputs))
+        if count < 2:
+            raise ValueError(f"--input: {count} document, need 2 to split; add {SEPARATOR} lines or give --val FILE")
+        held_out = set(random.Random(SPLIT_SEED).sample(range(count), max(1, round(count * args.val_fraction))))
+        train = (piece for piece in documents(inputs) if piece[0] not in held_out)
+        val = (piece for piece in documents(inputs) if piece[0] in held_out)
+    meta = {"sha256": sha256_of(*inputs), "source": ", ".join(path.name for path in inputs)}
+    return progress(train, "train"), progress(val, "val"), meta
+
+
+def hub_splits(args, hub):
+    """Train pieces, val pieces and meta entries of a Hugging Face data set, split as nanoGPT splits it."""
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(*hub, split="train", num_proc=args.num_proc)
+    except Exception as error:  # not installed, no network, moved: many types from several libraries
+        raise RuntimeError(f"{hub[0]}: {error}; without `datasets` or network, give text by --input FILE") from error
+    splits = rows.train_test_split(test_size=args.val_fraction, seed=SPLIT_SEED, shuffle=True)
+
+    def pieces(rows, name):
+        texts = (text for part in rows.iter(1000) for text in part["text"])
+        return progress(((number, text, True) for number, text in enumerate(texts)), name, len(rows))
+
+    meta = {"source": "huggingface " + " ".join(hub), "documents": len(rows)}
+    return pieces(splits["train"], "train"), pieces(splits["test"], "val"), meta
+
+
+def prepare_documents(script, doc, hub, argv=None):
+    """The whole script of a document data set; `hub` is its name (and configuration) for datasets.load_dataset."""
+    made = parser(script, doc)
+    made.add_argument("--input", type=Path, nargs="+", help=f"text, plain or .xz, {SEPARATOR} between documents")
+    made.add_argument("--val", type=Path, help="with --input: validation text, in place of a random split")
+    made.add_argument("--val_fraction", type=float, default=0.0005, help="share of the documents for validation")
+    made.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
+    args = made.parse_args(argv)
+    if args.val and not args.input:
+        made.error("--val needs --input")
+    encoding = gpt2_encoding()  # fail here, before hours of download
+    train, val, meta = file_splits(args) if args.input else hub_splits(args, hub)
+    streams = (encode_all(pieces, args.num_proc) for pieces in (train, val))
+    write_dataset(args.out_dir, *streams, tokenizer="gpt2", vocab_size=encoding.n_vocab, **meta)

@@ -1,0 +1,27 @@
+"""shakespeare: tiny shakespeare in GPT-2 tokens, for finetuning.
+
+Text     1.1 MB. The first 90 % is train (301,966 tokens), the rest val (36,059).
+Cost     downloads of 1.1 MB (kept as input.txt; or --file TEXT for any text on disk) and of tiktoken's vocabulary
+         (1.5 MB; without network, TIKTOKEN_CACHE_DIR names a folder that has it), and a second.
+Source   Andrej Karpathy's char-rnn. Shakespeare's plays are in the public domain.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import gpt2_encoding, parser, tiny_shakespeare, write_dataset
+
+
+def main(argv=None):
+    made = parser(__file__, __doc__)
+    made.add_argument("--file", type=Path, help="text on disk (UTF-8, plain or .xz) instead of the download")
+    args = made.parse_args(argv)
+    train, val, meta = tiny_shakespeare(args.out_dir, args.file)
+    encoding = gpt2_encoding()
+    splits = ([encoding.encode_ordinary(split)] for split in (train, val))
+    write_dataset(args.out_dir, *splits, tokenizer="gpt2", vocab_size=encoding.n_vocab, **meta)
+
+
+if __name__ == "__main__":
+    main()

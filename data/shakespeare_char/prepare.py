@@ -1,0 +1,26 @@
+"""shakespeare_char: tiny shakespeare as characters.
+
+Text     1.1 MB, 65 characters. The first 90 % is train (1,003,854 tokens), the rest val (111,540).
+Cost     a download of 1.1 MB, kept as input.txt, and a second; or --file TEXT for any text on disk, and no network.
+Source   Andrej Karpathy's char-rnn. Shakespeare's plays are in the public domain.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import encode_chars, parser, tiny_shakespeare, write_dataset
+
+
+def main(argv=None):
+    made = parser(__file__, __doc__)
+    made.add_argument("--file", type=Path, help="text on disk (UTF-8, plain or .xz) instead of the download")
+    args = made.parse_args(argv)
+    train, val, meta = tiny_shakespeare(args.out_dir, args.file)
+    chars = "".join(sorted(set(train + val)))
+    splits = ([encode_chars(split, chars)] for split in (train, val))
+    write_dataset(args.out_dir, *splits, tokenizer="char", vocab_size=len(chars), chars=chars, **meta)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Reading what data/*/prepare.py wrote: token files, checked before they are used, and their tokenizers."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sparse24 import seed_words
+
+DATA_FOLDER = Path(__file__).resolve().parent / "data"
+
+
+class Tokens:
+    """One split of a dataset: a memory-mapped file of uint16 tokens, checked before it is used.
+
+    Raises FileNotFoundError or ValueError, naming the prepare command, when the file is missing, is shorter than one
+    block of block_size + 1 tokens, or holds a token of vocab_size or more.
+    """
+
+    def __init__(self, folder: Path, split: str, block_size: int, vocab_size: int):
+        self.path, self.block_size, self.vocab_size = folder / f"{split}.bin", block_size, vocab_size
+        self.remedy = f"prepare it with: python {os.path.relpath(folder / 'prepare.py')}"
+        if not (folder / "prepare.py").exists():
+            known = ", ".join(sorted(path.parent.name for path in DATA_FOLDER.glob("*/prepare.py")))
+            self.remedy = f"set dataset to one of {known}, or to a folder with train.bin and val.bin"
+        if not self.path.is_file():
+            raise FileNotFoundError(f"dataset: {self.path} does not exist; {self.remedy}")
+        self.data = np.memmap(self.path, dtype="<u2", mode="r") if self.path.stat().st_size > 1 else np.zeros(0, "<u2")
+        if len(self.data) <= block_size:
+            raise ValueError(
+                f"dataset: {self.path} holds {len(self.data)} tokens, need more than block_size={block_size}; "
+                f"set a smaller block_size, or {self.remedy} from more text"
+            )
+        chunk = 2**20
+        starts = range(
+            0, len(self.data), max(chunk, len(self.data) // 128)
+        )  # all of it up to 134M tokens, else samples
+        self._check(max(int(self.data[start : start + chunk].max()) for start in starts))
+
+    def _check(self, largest: int) -> None:
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"dataset: {self.path} holds token {largest}, need tokens below vocab_size={self.vocab_size} "
+                f"(of its meta.json or of the checkpoint); {self.remedy} again"
+            )
+
+    def windows(self, starts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets int64 (B, T), the targets one token on, for windows that begin at `starts`."""
+        rows = np.stack([self.data[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
+        self._check(int(rows.max()))
+        block = torch.from_numpy(rows)
+        if device.type == "cuda":
+            block = block.pin_memory().to(device, non_blocking=True)
+        else:
+            block = block.to(device)
+        return block[:, :-1], block[:, 1:]
+
+    def random_windows(self, count: int, device: torch.device, *key: int):
+        """`count` windows whose places are a function of `key` alone."""
+        return self.windows(seed_words(count, *key) % np.uint64(len(self.data) - self.block_size), device)
+
+
+def load_meta(folder: Path) -> dict:
+    """meta.json of a dataset; without one, GPT-2's tokenizer is assumed, as nanoGPT does."""
+    path = folder / "meta.json"
+    return json.loads(path.read_text()) if path.exists() else {"tokenizer": "gpt2", "vocab_size": 50257}
+
+
+def load_tokenizer(meta: dict):
+    """(encode: str -> list of ints, decode: list of ints -> str) of a dataset's meta.json.
+
+    Characters that a char-level vocabulary lacks raise ValueError. GPT-2's padding ids decode to nothing.
+    """
+    if meta["tokenizer"] == "char":
+        ids = {char: i for i, char in enumerate(meta["chars"])}
+
+        def encode(text: str) -> list[int]:
+            unknown = sorted(set(text) - ids.keys())
+            if unknown:
+                raise ValueError(f"the dataset's vocabulary has no {''.join(unknown)!r}; use only {meta['chars']!r}")
+            return [ids[char] for char in text]
+
+        return encode, lambda tokens: "".join(meta["chars"][t] for t in tokens)
+    import tiktoken
+
+    gpt2 = tiktoken.get_encoding("gpt2")
+    return (
+        lambda text: gpt2.encode(text, allowed_special={"<|endoftext|>"}),
+        lambda tokens: gpt2.decode([t for t in tokens if t < gpt2.n_vocab]),
+    )

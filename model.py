@@ -1,0 +1,360 @@
+"""GPT-2, dense or with 2:4-sparse linears: the architecture, its sizes, and which layers are sparse.
+
+    x = wte(idx) + wpe(0..T-1)                    (B, T, C)
+    for each block:  x += attn(ln_1(x));  x += mlp(ln_2(x))
+    logits = lm_head(ln_f(x))                     (B, T, V), lm_head.weight is wte.weight
+
+Parameter names and shapes are nanoGPT's, so its checkpoints load here. The model is built dense and initialised
+dense; only then are the chosen linears swapped for sparse ones that keep the very same Parameters. Hence a dense
+and a sparse run of one seed start from the same weights, and nothing below `GPT.__init__` knows about sparsity.
+
+Letters: B sequences, T tokens each, C = n_embd, V = vocab_size, d_ff = hidden width of the feed-forward layer.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from sparse24 import RECIPES, MaskedDecayAdamW, sparsify
+
+# n_layer, n_head, n_embd of the four published GPT-2 sizes, and what Hugging Face calls them
+PRESETS = {
+    "124M":  {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "350M":  {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "774M":  {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "1558M": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}  # fmt: skip
+HF_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+
+# Which linears of a block become sparse. lm_head and the embeddings never do.
+SPARSE_LAYERS = {
+    "ffn": ("mlp.c_fc", "mlp.c_proj"),
+    "ffn+attn": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+}
+
+
+def _glu(h, act):
+    """act(gate) * value; the gate is the first half of h's features and the value the second: row blocks of c_fc."""
+    gate, value = h.chunk(2, dim=-1)  # (B, T, d_ff) each
+    return act(gate) * value
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,  # exact, by erf; not the tanh approximation
+    "relu2": lambda h: F.relu(h).square(),
+    "geglu": lambda h: _glu(h, F.gelu),
+    "swiglu": lambda h: _glu(h, F.silu),
+}
+GATED = ("geglu", "swiglu")
+
+
+@dataclass
+class GPTConfig:
+    """Architecture of one GPT. Raises ValueError where a field is out of range or the fields do not fit together."""
+
+    block_size: int = 1024  # longest sequence, in tokens
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linears and LayerNorms
+    activation: str = "gelu"  # a key of ACTIVATIONS
+    ffn_ratio: float = 4.0  # d_ff / n_embd before the gated correction; 2.0 is the paper's "Half" baseline
+    sparse: str = "none"  # "none" or a key of sparse24.RECIPES
+    sparse_layers: str = "ffn"  # a key of SPARSE_LAYERS
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden width. Gated activations have three matrices instead of two, so they get 2/3 of it, rounded to a
+        multiple of 64 (of 4 below 1024): the parameter count matches the ungated model's."""
+        width = self.ffn_ratio * self.n_embd
+        if self.activation not in GATED:
+            return round(width)
+        multiple = 64 if width * 2 / 3 >= 1024 else 4
+        return max(1, math.floor(width * 2 / 3 / multiple + 0.5)) * multiple
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GPTConfig: {name}={getattr(self, name)}, need at least 1; set a positive {name}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"GPTConfig: dropout={self.dropout}, need 0 <= dropout < 1; use 0.0 to pre-train")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPTConfig: n_embd={self.n_embd}, need a multiple of n_head={self.n_head}; change either")
+        _one_of("GPTConfig: activation", self.activation, ACTIVATIONS)
+        _one_of("GPTConfig: sparse", self.sparse, ["none", *RECIPES])
+        _one_of("GPTConfig: sparse_layers", self.sparse_layers, SPARSE_LAYERS)
+        width = self.ffn_ratio * self.n_embd
+        if not (0.5 < width < math.inf and abs(width - round(width)) < 1e-6 * width):
+            sizes = f"ffn_ratio={self.ffn_ratio} times n_embd={self.n_embd} is {width:g}"
+            raise ValueError(f"GPTConfig: {sizes}, need a positive integer; change ffn_ratio")
+        if self.sparse == "none":
+            return
+        for name, size, knob in (("n_embd", self.n_embd, "n_embd"), ("d_ff", self.d_ff, f"ffn_ratio={self.ffn_ratio}")):
+            if size % 4:
+                need = f"need a multiple of 4 for sparse={self.sparse!r}; change {knob} or use sparse='none'"
+                raise ValueError(f"GPTConfig: {name}={size}, {need}")
+
+
+def _one_of(what, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{what}={value!r} is unknown, need one of {', '.join(allowed)}; correct it")
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each token to itself and the tokens before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C / n_head) each
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # (B, n_head, T, C / n_head)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer, the one the paper makes sparse: c_proj(activation(c_fc(x)))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation = config.activation
+        fan_out = 2 * config.d_ff if config.activation in GATED else config.d_ff
+        self.c_fc = nn.Linear(config.n_embd, fan_out, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_ff, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        h = self.c_fc(x)  # (B, T, d_ff), gated (B, T, 2 d_ff)
+        a = ACTIVATIONS[self.activation](h)  # (B, T, d_ff)
+        return self.dropout(self.c_proj(a))  # (B, T, C)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 for `config`. With `config.sparse` set, the layers of `sparse_names()` are swapped in place for sparse ones
+    of `recipe`, by default RECIPES[config.sparse]. Raises ValueError for a recipe that nothing would use."""
+
+    def __init__(self, config, recipe=None):
+        super().__init__()
+        self.config = config
+        modules = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+        }
+        self.transformer = nn.ModuleDict(modules)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self._init_weights()
+        self._make_sparse(recipe)
+
+    @torch.no_grad()
+    def _init_weights(self):
+        """Matrices from N(0, 0.02^2), those writing to the residual stream shrunk by sqrt(2 n_layer); biases zero."""
+        for name, p in self.named_parameters():  # yields the tied matrix once
+            if name.endswith("c_proj.weight"):
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                p.normal_(0.0, 0.02)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def _make_sparse(self, recipe):
+        if self.config.sparse != "none":  # draws no random number
+            sparsify(self, recipe or RECIPES[self.config.sparse], self.sparse_names())
+        elif recipe is not None:
+            raise ValueError("GPT: a recipe was given but config.sparse='none'; set config.sparse or drop the recipe")
+
+    def sparse_names(self, sparse_layers=None) -> list[str]:
+        """Names of the linears that are sparse, or would be were `config.sparse` set, in module order. `sparse_layers`
+        (a key of SPARSE_LAYERS) asks for another choice than the config's."""
+        sparse_layers = sparse_layers or self.config.sparse_layers
+        _one_of("sparse_names: sparse_layers", sparse_layers, SPARSE_LAYERS)
+        linears = SPARSE_LAYERS[sparse_layers]
+        return [f"transformer.h.{i}.{linear}" for i in range(self.config.n_layer) for linear in linears]
+
+    def forward(self, idx, targets=None):
+        """Logits and mean cross-entropy.
+
+        idx: int64 (B, T), T <= block_size. targets: int64 (B, T), -1 where a position does not count.
+        Returns (logits (B, T, V), loss in nats, 0-d) with targets, else (logits of the last position (B, 1, V), None).
+        Raises ValueError when T > block_size.
+        """
+        T, block_size = idx.shape[1], self.config.block_size
+        if block_size < T:
+            raise ValueError(f"GPT: T={T} tokens, need at most block_size={block_size}; crop the input")
+        positions = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None  # only these are needed to sample
+        logits = self.lm_head(x)  # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def crop_block_size(self, block_size):
+        """Drop the positions from `block_size` on. Makes a new wpe.weight: call it before making the optimizer."""
+        if not 1 <= block_size <= self.config.block_size:
+            need = f"need 1 to {self.config.block_size}; a model cannot grow"
+            raise ValueError(f"crop_block_size: block_size={block_size}, {need}")
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.detach()[:block_size].clone())
+        self.transformer.wpe.num_embeddings = block_size
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Append `max_new_tokens` sampled tokens to idx, int64 (B, T); returns int64 (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest. Draws come from `generator` (on idx's
+        device), so training's random numbers stay untouched; None uses torch's global one. Changes no state: call
+        `eval()` first if dropout > 0. Raises ValueError for a negative temperature or top_k < 1.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            need = "need temperature >= 0 and top_k >= 1 or None; use temperature=0 for greedy"
+            raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, {need}")
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                probs = F.softmax(logits / temperature, dim=-1)
+                token = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+            idx = torch.cat([idx, token], dim=1)
+        return idx
+
+    @classmethod
+    def from_pretrained(cls, name, override_args=None, recipe=None):
+        """OpenAI's weights (a key of HF_NAMES) through Hugging Face transformers.
+
+        override_args: dict of dropout, sparse, sparse_layers alone; the rest belongs to the weights. Masks are made
+        after loading, so they match them. OpenAI trained with the tanh form of GELU, which differs from our erf form by
+        less than 5e-4 everywhere. Raises ValueError for a name or argument, ImportError without transformers.
+        """
+        _one_of("from_pretrained: name", name, HF_NAMES)
+        override_args = override_args or {}
+        if extra := sorted(set(override_args) - {"dropout", "sparse", "sparse_layers"}):
+            need = "need only dropout, sparse, sparse_layers; remove the others, the weights fix them"
+            raise ValueError(f"from_pretrained: override_args has {', '.join(extra)}, {need}")
+        config = GPTConfig(vocab_size=50257, **PRESETS[HF_NAMES[name]], **override_args)
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError as error:
+            reason = "is loaded by the package transformers, which is missing; pip install transformers"
+            raise ImportError(f"from_pretrained: {name} {reason}") from error
+        model = cls(dataclasses.replace(config, sparse="none"))
+        copy_hf_weights(model, GPT2LMHeadModel.from_pretrained(name).state_dict())
+        model.config = config
+        model._make_sparse(recipe)
+        return model
+
+    def get_num_params(self, non_embedding=True) -> int:
+        """Number of parameters, without the position embeddings by default; wte counts, as it is also lm_head."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def flops_per_token(self) -> int:
+        """Forward and backward matmul FLOPs per token at full context, counted as dense whatever is sparse.
+
+        PaLM's convention (arXiv 2204.02311, appendix B): 6 per matmul weight (2 forward, 4 backward; lm_head once,
+        embedding look-ups none) plus 12 n_layer C T for Q K^T and A V, not halved for causality.
+        """
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    def estimate_mfu(self, tokens_per_s, peak_flops) -> float | None:
+        """Model FLOPs utilisation of one device, a fraction of its dense peak (FLOP/s); None where that is unknown."""
+        return None if peak_flops is None else self.flops_per_token() * tokens_per_s / peak_flops
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, masked_decay=0.0, decay_on="grad"):
+        """AdamW with `weight_decay` on matrices and embeddings, none on biases and LayerNorms, and on sparse layers the
+        paper's masked decay as well. Plain AdamW for a dense model."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        options = {"lr": learning_rate, "betas": betas, "fused": device_type in ("cuda", "cpu") or None}
+        return MaskedDecayAdamW(groups, self, masked_decay=masked_decay, decay_on=decay_on, **options)
+
+
+@torch.no_grad()
+def copy_hf_weights(model, hf_state):
+    """Copy a Hugging Face GPT-2 state dict into `model`, in place.
+
+    hf_state: name -> tensor, with the four linears of each block stored (in, out), transposed to ours, and with buffers
+    attn.bias and attn.masked_bias, ignored. lm_head.weight may be missing, being wte.weight.
+    Raises ValueError naming the keys that lack or are too many, or the first wrong shape; nothing is copied then.
+    """
+    hf_state = {k: v for k, v in hf_state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    hf_state.setdefault("lm_head.weight", hf_state.get("transformer.wte.weight"))
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    if wrong := sorted(ours.keys() ^ hf_state.keys()):
+        raise ValueError(f"copy_hf_weights: {wrong} on one side only, need equal names; build the model with bias=True")
+    linears = tuple(f"{name}.weight" for name in SPARSE_LAYERS["ffn+attn"])
+    source = {k: v.t() if k.endswith(linears) else v for k, v in hf_state.items()}
+    for k, p in ours.items():
+        if source[k].shape != p.shape:
+            got, need = tuple(source[k].shape), tuple(p.shape)
+            raise ValueError(f"copy_hf_weights: {k} has shape {got}, need {need}; use the weights' own preset")
+    for k, p in ours.items():
+        p.copy_(source[k])
+
+
+# Dense 16-bit tensor-core peak, TFLOPS, fp32 accumulation, from NVIDIA's data sheets (half the figure "with sparsity").
+# A GPU missing here has no MFU; add a line rather than borrow a neighbour's.
+PEAK_TFLOPS = {
+    "B200": 2250, "GB200": 2500, "B300": 2250, "GB300": 2500,
+    "H100": 989.5, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989.5, "H200 NVL": 835, "GH200": 989.5,
+    "A100": 312, "A30": 165, "A40": 149.7, "A10": 125, "A10G": 70, "L4": 121, "L40S": 362,
+    "RTX A6000": 154.8, "RTX 6000 Ada": 364, "RTX 3090": 71, "RTX 4090": 165.2, "RTX 5090": 209.5,
+    "V100 SXM2": 125, "V100 PCIE": 112, "T4": 65,
+}  # fmt: skip
+OTHER_CHIP = {"MIG", "LAPTOP", "TI", "D"}  # "RTX 4090 D", "RTX 3090 Ti", a slice of an H200: not the one in the table
+
+
+def peak_flops(device) -> float | None:
+    """Dense 16-bit peak of `device` in FLOP/s; None on a CPU and on a GPU that PEAK_TFLOPS lacks. The same number for
+    dense and sparse runs, so their MFUs compare."""
+    if torch.device(device).type != "cuda":
+        return None
+    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device).upper()))  # whole words: A10 is not in RTX A1000
+    matches = [key for key in PEAK_TFLOPS if words >= set(key.upper().split())]
+    if not matches or words & OTHER_CHIP:
+        return None
+    return PEAK_TFLOPS[max(matches, key=len)] * 1e12

@@ -1,0 +1,207 @@
+"""Draw runs from their metrics: loss.png and flip_rate.png.
+
+    python plot.py out-dense out-fst [--out=plots]
+
+Each run folder holds metrics.jsonl (one object per measured iteration) and config.json, both written by train.py. A
+run that is still going can be drawn: its half-written last line is left out. The flip rate (Definition 4.1: the
+fraction of mask entries that change in one step) is drawn for several runs on one axis, because the papers choose the
+masked decay by comparing a sparse run's curve with the dense run's.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+
+# Okabe and Ito's palette, less its yellow, which is too faint for a line: distinct for the colour-blind.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SKIP = 0.1  # of a run's first iterations do not set the top of the loss axis, else the start hides the end
+
+
+def read_metrics(folder):
+    """The rows of `folder`/metrics.jsonl as dicts, in file order; null becomes None.
+
+    Only the last line may be broken (a running job is writing it) and is then left out. Raises FileNotFoundError
+    where there is no folder or no file yet, ValueError with file:line for a broken line elsewhere.
+    """
+    path = os.path.join(folder, "metrics.jsonl")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no such run folder: {folder!r}; give the out_dir of a run")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no {path} yet; train.py writes it at its first measured iteration")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().rstrip().split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if "iter" not in row or "phase" not in row:
+                raise ValueError("no 'iter' or no 'phase'")
+            rows.append(row)
+        except (ValueError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: {error}; delete that line") from None
+    return rows
+
+
+def read_config(folder):
+    """The run's settings from `folder`/config.json; {} where there is none. Raises ValueError if it is broken."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; delete it to plot without the recipe's name") from None
+
+
+def dense_switch(rows):
+    """The first iteration of the dense phase that follows a sparse one, or None if the run has no such switch."""
+    pairs = itertools.pairwise(rows)
+    return next((b["iter"] for a, b in pairs if (a["phase"], b["phase"]) == ("sparse", "dense")), None)
+
+
+def curve(rows, key):
+    """(iterations, values) of the rows where `key` was measured and is finite."""
+    points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    return [iteration for iteration, _ in points], [value for _, value in points]
+
+
+def smooth(values, half):
+    """Mean of each value with up to `half` neighbours on each side."""
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [math.fsum(window) / len(window) for window in windows]
+
+
+def label_of(folder, config, unique):
+    """Folder name and recipe, for example "out-fst (fst, decay 6e-05)"; the whole path where names collide."""
+    name = os.path.basename(os.path.abspath(folder)) if unique else folder
+    recipe = "dense" if config.get("sparse") == "none" else config.get("sparse")
+    decay = config.get("masked_decay") if recipe != "dense" else None
+    words = ([recipe] if recipe else []) + ([f"decay {decay:g}"] if decay else [])
+    return f"{name} ({', '.join(words)})" if words else name
+
+
+def load_runs(folders):
+    """[{label, style, rows, switch}] in the order given; raises ValueError for a run without a finished line."""
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    runs = []
+    for i, (folder, name) in enumerate(zip(folders, names, strict=True)):
+        rows = read_metrics(folder)
+        if not rows:
+            raise ValueError(f"{os.path.join(folder, 'metrics.jsonl')} has no finished line yet; try again later")
+        label = label_of(folder, read_config(folder), names.count(name) == 1)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", ":")[i // len(COLOURS) % 2]}
+        runs.append({"label": label, "style": style, "rows": rows, "switch": dense_switch(rows)})
+    return runs
+
+
+def new_figure(title, ylabel):
+    from matplotlib.figure import Figure  # without pyplot: always Agg, no display and no global state
+
+    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(which="major", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+    return figure, axes
+
+
+def mark_switches(axes, runs):
+    """A dashed line at each run's dense switch, in its colour; one grey line where several runs switch together."""
+    at = {}
+    for run in runs:
+        if run["switch"] is not None:
+            at.setdefault(run["switch"], []).append(run["style"]["color"])
+    for iteration, colours in at.items():
+        colour = colours[0] if len(colours) == 1 else "0.35"
+        axes.axvline(iteration, color=colour, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
+        axes.annotate(
+            f"dense from {iteration:,}",
+            xy=(iteration, 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=colour,
+        )
+
+
+def finish(figure, path):
+    """Legend below the axes, where it covers neither a curve nor a mark, and the file."""
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    ncols = 2 if max(map(len, labels), default=0) < 50 else 1
+    figure.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=ncols)
+    figure.savefig(path)
+
+
+def plot_loss(runs, path):
+    """Train loss thin, validation loss with markers; the legend ends with each run's last validation loss."""
+    figure, axes = new_figure("loss: thin = train, marked = validation", "cross-entropy (nats per token)")
+    settled = []
+    for run in runs:
+        train, val = curve(run["rows"], "train_loss"), curve(run["rows"], "val_loss")
+        axes.plot(*train, **run["style"], linewidth=0.7, alpha=0.45)
+        label = run["label"] + (f", val {val[1][-1]:.4f}" if val[1] else "")
+        axes.plot(*val, **run["style"], linewidth=1.6, marker="o", markersize=3.5, label=label)
+        first = run["rows"][-1]["iter"] * SKIP
+        settled += [y for xs, ys in (train, val) for x, y in zip(xs, ys, strict=True) if x >= first]
+    if settled and max(settled) > min(settled):
+        room = 0.04 * (max(settled) - min(settled))
+        axes.set_ylim(min(settled) - room, max(settled) + room)
+    mark_switches(axes, runs)
+    finish(figure, path)
+
+
+def plot_flip_rate(runs, path):
+    """Flip rates on a log axis, raw points faint under a running mean; returns False, drawing nothing, if none."""
+    figure, axes = new_figure("flip rate", "fraction of mask entries changed per step")
+    drawn = []
+    for run in runs:
+        rows = [row for row in run["rows"] if 0 < (row.get("flip_rate") or 0) < math.inf]  # for a log axis
+        label, half = run["label"], len(rows) // 60
+        for _, part in itertools.groupby(rows, lambda row: row["phase"]):  # the mean must not blur the switch
+            xs, ys = curve(part, "flip_rate")
+            axes.plot(xs, ys, ".", color=run["style"]["color"], markersize=3.5, alpha=0.3, markeredgewidth=0)
+            axes.plot(xs, smooth(ys, half), **run["style"], linewidth=1.6, label=label)
+            label = None
+        drawn += [run] if rows else []
+    if drawn:
+        axes.set_yscale("log")
+        mark_switches(axes, drawn)
+        finish(figure, path)
+    return bool(drawn)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", metavar="out-dir", help="run folder with metrics.jsonl and config.json")
+    parser.add_argument("--out", help="folder for the PNGs (default: the first run's folder)")
+    args = parser.parse_args(argv)
+    out = args.out or args.folders[0]
+    loss, flips = os.path.join(out, "loss.png"), os.path.join(out, "flip_rate.png")
+    try:
+        runs = load_runs(args.folders)
+        os.makedirs(out, exist_ok=True)
+        plot_loss(runs, loss)
+        print(f"wrote {loss}")
+        has_flips = plot_flip_rate(runs, flips)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}; pip install matplotlib")
+    print(f"wrote {flips}" if has_flips else f"no flip rate above zero in any run; {flips} not written")
+
+
+if __name__ == "__main__":
+    main()

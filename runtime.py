@@ -1,0 +1,170 @@
+"""What surrounds a run: the ranks it is spread over, the signals that stop it, and the numbers it writes."""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sparse24 import sparse_linears
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of the run. `control` is a group whose reductions never wait for a GPU."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    control: object = None
+
+    @property
+    def master(self) -> bool:
+        return self.rank == 0
+
+    def maximum(self, value: int) -> int:
+        """The largest `value` over all ranks."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, in float64."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def decide(self, value):
+        """Rank 0's `value`, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def check_equal(self, model: torch.nn.Module) -> None:
+        """Raises RuntimeError unless every rank holds the same weights and masks (a sum of their bits)."""
+        if self.world_size == 1:
+            return
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        tensors = [p.detach() for p in model.parameters()] + [layer.index for layer in sparse_linears(model)]
+        mine = sum(t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors).reshape(1).cpu()
+        sums = [torch.zeros_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(sums, mine, group=self.control)
+        wrong = [rank for rank, other in enumerate(sums) if int(other) != int(sums[0])]
+        if wrong:
+            raise RuntimeError(
+                f"weights or masks of ranks {wrong} differ from rank 0's; resume from the last checkpoint"
+            )
+
+
+def start_ranks(device_name: str, backend_name: str) -> Ranks:
+    """Join torchrun's process group, or be a world of one."""
+    if int(os.environ.get("RANK", -1)) < 0:
+        return Ranks()
+    on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    name = ("nccl" if on_gpu else "gloo") if backend_name == "auto" else backend_name
+    dist.init_process_group(name)
+    control = dist.group.WORLD if name == "gloo" else dist.new_group(backend="gloo")
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), control)
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks for a stop at the end of the step; a second one is obeyed at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Metrics:
+    """metrics.jsonl (one object a line, null = not measured at that iteration), the console and wandb."""
+
+    KEYS = (
+        *("iter", "phase", "train_loss", "val_loss", "lr", "grad_norm", "flip_rate", "decay_ratio"),
+        *("tokens_per_s", "mfu", "elapsed_s"),
+    )
+    FORMATS = {  # noqa: RUF012
+        "train_loss": "loss {:.4f}",
+        "val_loss": "val {:.4f}",
+        "lr": "lr {:.2e}",
+        "grad_norm": "|g| {:.2f}",
+        "flip_rate": "flip {:.5f}",
+        "tokens_per_s": "{:,.0f} tok/s",
+        "mfu": "mfu {:.1%}",
+    }
+
+    def __init__(self, folder: Path, first_iter: int, settings: dict):
+        self.max_iters = settings["max_iters"]
+        path = folder / "metrics.jsonl"
+        kept = []
+        if first_iter and path.exists():  # steps after the checkpoint will be done, and logged, again
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
+                    if json.loads(line)["iter"] < first_iter:
+                        kept.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  open as long as the run
+        self.wandb = None
+        if settings["wandb_log"]:
+            import wandb
+
+            where = {"project": settings["wandb_project"], "name": settings["wandb_run_name"], "dir": str(folder)}
+            self.wandb = wandb.init(**where, mode=settings["wandb_mode"], config=settings)
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps({key: row.get(key) for key in self.KEYS}) + "\n")
+        if self.wandb:
+            step = {key: value for key, value in row.items() if value is not None and key != "iter"}
+            self.wandb.log(step, step=row["iter"])
+
+    def show(self, row: dict) -> None:
+        """One readable line; row["s_per_iter"] gives the time left."""
+        texts = [f"iter {row['iter']:>6}/{self.max_iters}", f"{row['phase']:<6}"]
+        texts += [form.format(row[key]) for key, form in self.FORMATS.items() if row.get(key) is not None]
+        if "s_per_iter" in row:
+            eta = int((self.max_iters - row["iter"]) * row["s_per_iter"])
+            texts.append(f"eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}")
+        print("  ".join(texts), flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def environment(device: torch.device, world_size: int) -> dict:
+    """What a number of this run depends on beside its settings."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "commit": commit,
+        "torch": torch.__version__,
+        "device_name": name,
+        "world_size": world_size,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,289 @@
+"""configurator: what is accepted, what is refused and in which words, precedence, isolation, help."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configurator import ConfigError, configure, configure_or_exit
+
+
+def settings():
+    """A script's globals(): six settings and things that are none."""
+    return {
+        "__name__": "__main__",
+        "__annotations__": {"compile": bool | None, "wandb_project": "str | None"},
+        "_private": 1,
+        "math": math,
+        "helper": lambda: None,
+        "betas": (0.9, 0.95),
+        "max_iters": 100,
+        "learning_rate": 6e-4,
+        "overwrite": False,
+        "out_dir": "out",
+        "compile": None,
+        "wandb_project": None,
+    }
+
+
+def write(folder, text, name="x.py"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def give(*argv):
+    return configure(settings(), list(argv))
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--max_iters=200", 200),
+        ("--max_iters=-1", -1),
+        ("--max_iters=8*5", 40),
+        ("--max_iters=(2+3)*4-10//3", 17),
+        ("--max_iters=1_000", 1000),
+        ("--learning_rate=2e-4", 2e-4),
+        ("--learning_rate=1", 1.0),
+        ("--learning_rate=1/6", 1 / 6),
+        ("--learning_rate=-.5", -0.5),
+        ("--overwrite=True", True),
+        ("--overwrite=False", False),
+        ("--compile=None", None),
+        ("--compile=True", True),
+        ("--out_dir=out-7", "out-7"),
+        ("--out_dir=123", "123"),
+        ("--out_dir=None", "None"),
+        ("--out_dir='a b'", "a b"),
+        ('--out_dir="7"', "7"),
+        ("--out_dir='", "'"),
+        ("--out_dir=a=b", "a=b"),
+        ("--out_dir=", ""),
+        ("--wandb_project=None", None),
+        ("--wandb_project='None'", "None"),
+    ],
+)
+def test_word_gives_the_value_in_the_type_of_the_setting(word, expected):
+    (value,) = give(word).values()
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--max_iters=1e3", r"'max_iters' on the command line: got 1000.0, need an int; write 1000$"),
+        ("--max_iters=8/2", r"got 4.0, need an int; write 4$"),
+        ("--max_iters=1/6", r"got 0.16666666666666666, need an int; its default is 100"),
+        ("--max_iters=True", r"got 'True', need an int"),
+        ("--max_iters=", r"got '', need an int"),
+        ("--max_iters=1j", r"got '1j', need an int"),
+        ("--learning_rate=fast", r"got 'fast', need a float; its default is 0.0006"),
+        ("--learning_rate=1/0", r"got '1/0', need a float"),
+        ("--learning_rate=None", r"got 'None', need a float"),
+        ("--learning_rate=__import__('os').getpid()", r"need a float"),
+        ("--overwrite=1", r"got '1', need True or False"),
+        ("--overwrite=true", r"got 'true', need True or False"),
+        ("--compile=maybe", r"got 'maybe', need True or False or None"),
+        ("--overwrite", r"'--overwrite' .* not of the form --name=value; write --overwrite=True"),
+        ("--max_iters", r"write --max_iters=100"),
+        ("-max_iters=5", r"not of the form --name=value; write --max_iters=5"),
+        ("max_iters=5", r"cannot read config file 'max_iters=5'.*; write --max_iters=5"),
+        ("--learing_rate=1", r"unknown setting 'learing_rate' on the command line; did you mean 'learning_rate'\?"),
+        ("--max-iters=1", r"unknown setting 'max-iters' .*; did you mean 'max_iters'\?"),
+        ("--zzz=1", r"unknown setting 'zzz' on the command line; --help lists the settings"),
+        ("--_private=2", r"unknown setting '_private'"),
+        ("--math=2", r"unknown setting 'math'"),
+        ("--betas=2", r"unknown setting 'betas'"),
+        ("config/nowhere.py", r"cannot read config file 'config/nowhere.py' \(No such file.*config/name.py"),
+    ],
+)
+def test_wrong_word_is_refused_with_a_remedy(word, message):
+    with pytest.raises(ConfigError, match=message):
+        give(word)
+
+
+def test_only_what_was_given_comes_back():
+    assert give() == {}
+    assert give("--out_dir=out") == {"out_dir": "out"}, "given explicitly, though equal to the default"
+
+
+def test_file_gives_its_public_scalars_and_helpers_are_ignored(tmp_path):
+    text = (
+        "import math\n"
+        "from functools import reduce\n"
+        "_tokens = 2**10\n"
+        "def double(x): return 2 * x\n"
+        "max_iters = double(_tokens)\n"
+        "learning_rate = 1\n"
+        "compile = None\n"
+        "table = [1, 2]\n"
+    )
+    got = give(write(tmp_path, text))
+    assert got == {"max_iters": 2048, "learning_rate": 1.0, "compile": None}
+    assert type(got["learning_rate"]) is float
+
+
+def test_file_may_compute_with_numpy(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    got = give(write(tmp_path, "import numpy as np\nlearning_rate = np.sqrt(2.0) * 1e-4\n"))
+    assert type(got["learning_rate"]) is float
+    assert got["learning_rate"] == float(numpy.sqrt(2.0) * 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_iters = 100.0", r"setting 'max_iters' in .*x\.py: got 100.0, need an int; write 100$"),
+        ("max_iters = True", r"'max_iters' in .*x\.py: got True, need an int"),
+        ("max_iters = [100]", r"'max_iters' in .*x\.py: got \[100\], need an int"),
+        ("learning_rate = '1e-3'", r"got '1e-3', need a float"),
+        ("learning_rate = 10**400", r"need a float"),
+        ("overwrite = 1", r"got 1, need True or False"),
+        ("out_dir = None", r"got None, need a string; its default is 'out'"),
+        ("learing_rate = 1e-3", r"unknown setting 'learing_rate' in .*x\.py; did you mean 'learning_rate'\?"),
+        ("for i in range(3): pass", r"unknown setting 'i' in .*x\.py; name a helper _i"),
+        ("max_iters = 1\nlearning_rate = (\n", r"x\.py, line 2: SyntaxError: '\(' was never closed"),
+        ("\nmax_iters = 1 / 0\n", r"x\.py, line 2: ZeroDivisionError: division by zero"),
+        ("_a = 1\nout_dir = str(max_iters)", r"x\.py, line 2: NameError: .*'max_iters'.*does not see the script's set"),
+        ("import no_such_module_here", r"x\.py, line 1: ModuleNotFoundError: No module named 'no_such_module_here'"),
+    ],
+)
+def test_wrong_file_is_refused_with_its_name_and_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        give(write(tmp_path, text))
+
+
+def test_later_word_wins(tmp_path):
+    a = write(tmp_path, "max_iters = 1\nout_dir = 'a'\n", "a.py")
+    b = write(tmp_path, "max_iters = 2\n", "b.py")
+    assert give(a, b) == {"max_iters": 2, "out_dir": "a"}
+    assert give(b, a) == {"max_iters": 1, "out_dir": "a"}
+    assert give(a, "--max_iters=3", b)["max_iters"] == 2
+    assert give(a, b, "--max_iters=3", "--max_iters=4")["max_iters"] == 4
+    assert give(a, a) == give(a), "a file given twice is the file given once"
+
+
+def test_file_runs_alone_and_changes_nothing(tmp_path):
+    text = "_seen = sorted(set(globals()) - {'__builtins__'})\nout_dir = ' '.join(_seen)\n"
+    path, defaults = write(tmp_path, text), settings()
+    before = dict(defaults)
+    first, second = configure(defaults, [path]), configure(defaults, [path])
+    assert first == second == {"out_dir": "__file__ __name__"}
+    assert defaults == before
+    with pytest.raises(ConfigError, match="NameError"):
+        give(write(tmp_path, "max_iters = 7\n", "a.py"), write(tmp_path, "out_dir = str(max_iters)\n", "b.py"))
+
+
+def test_annotation_decides_the_type():
+    assert configure({"dropout": 0}, ["--dropout=0.1"], annotations={"dropout": float}) == {"dropout": 0.1}
+    assert configure({"n": None}, ["--n=5"], annotations={"n": "int | None"}) == {"n": 5}
+    assert configure({"n": None}, ["--n=None"], annotations={"n": int | None}) == {"n": None}
+    mixed = {"mode": "auto", "__annotations__": {"mode": str | int | bool}}
+    assert configure(mixed, ["--mode=3"]) == {"mode": 3}
+    assert configure(mixed, ["--mode=True"]) == {"mode": True}
+    assert configure(mixed, ["--mode=fast"]) == {"mode": "fast"}
+
+
+def test_lazy_annotations_of_python_3_14():
+    defaults = {"n": None, "__annotate__": lambda form: {"n": int | None} if form == 1 else None}
+    assert configure(defaults, ["--n=5"]) == {"n": 5}
+
+
+@pytest.mark.parametrize("annotations", [{}, {"n": list}, {"n": "list[int]"}, {"n": "Optional[int]"}])
+def test_setting_without_usable_type_is_the_authors_error(annotations):
+    with pytest.raises(TypeError, match=r"setting 'n': .* annotate it in script, .*`n: int \| None = None`"):
+        configure({"n": None, "__annotations__": annotations}, [])
+
+
+@given(st.integers(-(10**30), 10**30))
+def test_every_int_survives(value):
+    assert configure({"n": 1}, [f"--n={value}"]) == {"n": value}
+    assert configure({"x": 1.0}, [f"--x={value}"]) == {"x": float(value)}
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_finite_float_survives(value):
+    got = configure({"x": 1.0}, [f"--x={value!r}"])["x"]
+    assert got == value
+    assert math.copysign(1, got) == math.copysign(1, value)
+
+
+@given(st.text())
+def test_every_string_survives_in_quotes(value):
+    assert configure({"s": ""}, [f"--s='{value}'"]) == {"s": value}
+    if value[:1] not in ("'", '"'):
+        assert configure({"s": ""}, [f"--s={value}"]) == {"s": value}
+
+
+SCRIPT = '''"""A script."""
+
+import sys
+
+from configurator import configure_or_exit
+
+_hidden = 1
+# ---- data ----
+dataset = "owt"  # folder under data/
+batch_size: int = 12  # sequences per micro-step,
+#                       a comment line of its own belongs to nobody
+# -- optimiser
+learning_rate = 6e-4
+compile: bool | None = None  # None: where it helps
+text = "# not a comment"
+# ---- end of settings ----
+globals().update(configure_or_exit(globals(), sys.argv[1:]))
+print(batch_size, compile)
+
+
+def train():
+    batch_size = 1  # not a setting
+'''
+
+HELP = """\
+usage: python script.py [config/file.py ...] [--name=value ...]     a later word wins
+
+data
+  --dataset=owt           str        folder under data/
+  --batch_size=12         int        sequences per micro-step,
+
+optimiser
+  --learning_rate=0.0006  float
+  --compile=None          bool|None  None: where it helps
+  --text=# not a comment  str
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Run SCRIPT in a process of its own: (exit status, stdout, stderr)."""
+    monkeypatch.setenv("PYTHONPATH", str(sys.modules["configurator"].__file__.rpartition("configurator.py")[0]))
+    path = write(tmp_path, SCRIPT, "script.py")
+
+    def run(*argv):
+        done = subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["nowhere.py", "--batch_size=x", "--help"]])
+def test_help_prints_every_setting_with_heading_and_comment(script, argv):
+    assert script(*argv) == (0, HELP, "")
+
+
+def test_script_takes_overrides_and_reports_an_error_in_one_line(script):
+    assert script("--batch_size=3", "--compile=False") == (0, "3 False\n", "")
+    message = "script.py: error: unknown setting 'batchsize' on the command line; did you mean 'batch_size'?\n"
+    assert script("--batchsize=3") == (2, "", message)
+
+
+def test_help_without_a_source_still_lists_the_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure_or_exit(settings(), ["--help"])
+    assert stop.value.code == 0
+    assert "--learning_rate=0.0006  float" in capsys.readouterr().out

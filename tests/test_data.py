@@ -1,0 +1,268 @@
+"""The data scripts: deterministic, lossless, never half a file. What needs GPT-2's vocabulary reads $NANO24_DATA."""
+
+import hashlib
+import importlib.util
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+import common
+
+DATA = Path(common.__file__).parent
+EOT = 50256
+
+
+def prepare(name, *args, cwd=None):
+    """Run data/NAME/prepare.py as a user does; return what it printed."""
+    command = [sys.executable, DATA / name / "prepare.py", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+def load(folder):
+    """(meta, train ids, val ids) of a data set, after the checks that hold for every one."""
+    meta = json.loads((folder / "meta.json").read_text())
+    train, val = (np.fromfile(folder / f"{split}.bin", dtype="<u2") for split in ("train", "val"))
+    assert (len(train), len(val)) == (meta["train_tokens"], meta["val_tokens"])
+    assert max(train.max(), val.max()) < meta["vocab_size"]
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]  # no temporaries
+    return meta, train, val
+
+
+def decode_chars(meta, ids):
+    return "".join(meta["chars"][i] for i in ids)
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    """$NANO24_DATA as a path, with tiktoken told to find GPT-2's vocabulary there."""
+    if "NANO24_DATA" not in os.environ:
+        pytest.skip("NANO24_DATA is not set: a folder with tiktoken/ (a filled cache) and tinyshakespeare.txt")
+    folder = Path(os.environ["NANO24_DATA"])
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "tiktoken"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pystdlib():
+    """data/pystdlib_char/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location("pystdlib_prepare", DATA / "pystdlib_char" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- characters ------------------------------------------------------------------------------------------------------
+def test_pystdlib_is_deterministic_and_decodes_to_the_files(tmp_path, pystdlib):
+    prepare("pystdlib_char", "--out_dir", tmp_path / "a", "--max_bytes", 400_000)
+    prepare("pystdlib_char", "--out_dir", tmp_path / "b", "--max_bytes", 400_000, cwd=tmp_path)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    meta, train, val = load(tmp_path / "a")
+    assert 300_000 < len(train) + len(val) <= 400_000
+    root = Path(pystdlib.sysconfig.get_path("stdlib"))
+    texts = [pystdlib.clean(path.read_bytes()) for path in pystdlib.source_files(root)][: meta["files"]]
+    assert decode_chars(meta, val) == "".join(texts[9::10])
+    assert decode_chars(meta, train) == "".join(text for i, text in enumerate(texts) if i % 10 != 9)
+    assert meta["sha256"] == hashlib.sha256("".join(texts).encode()).hexdigest()
+
+
+def test_pystdlib_leaves_out_tests_and_installed_files(tmp_path, pystdlib):
+    keep = ["a.py", "doctest.py", "unittest/case.py", "json/tool.py"]
+    drop = ["test/test_a.py", "idlelib/idle_test/x.py", "lib2to3/tests/x.py", "site-packages/torch/x.py", "x.txt"]
+    drop += ["encodings/cp037.py", "_sysconfigdata__linux_.py", "config-3.11-x86_64-linux-gnu/python-config.py"]
+    for name in keep + drop:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    assert [path.relative_to(tmp_path).as_posix() for path in pystdlib.source_files(tmp_path)] == sorted(keep)
+    root = Path(pystdlib.sysconfig.get_path("stdlib"))
+    real = [path.relative_to(root).as_posix() for path in pystdlib.source_files(root)]
+    assert len(real) > 300
+    assert not [name for name in real if {"test", "tests", "idle_test", "site-packages"} & set(name.split("/"))]
+
+
+def test_pystdlib_vocabulary_is_fixed(pystdlib):
+    assert len(pystdlib.CHARS) == 97
+    assert list(pystdlib.CHARS) == sorted(pystdlib.CHARS)
+    assert pystdlib.clean("caf\u00e9\r\n\tx\f = 1".encode()) == "caf\n\tx = 1\n"
+
+
+def test_pystdlib_refuses_too_small_a_budget(tmp_path):
+    with pytest.raises(RuntimeError, match=r"ValueError: pystdlib_char: \d+ \.py files .* need 10; raise --max_bytes"):
+        prepare("pystdlib_char", "--out_dir", tmp_path, "--max_bytes", 10)
+
+
+def test_shakespeare_char_round_trip(tmp_path):
+    text = "To be, or not to be:\nthat is the question, \u00e9t\u00e9 \U0001f3ad\n" * 20
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8", newline="")
+    printed = prepare("shakespeare_char", "--file", tmp_path / "in.txt", "--out_dir", tmp_path / "out")
+    meta, train, val = load(tmp_path / "out")
+    assert decode_chars(meta, train) + decode_chars(meta, val) == text
+    assert len(train) == int(0.9 * len(text))
+    assert meta["tokenizer"] == "char"
+    assert meta["vocab_size"] == len(meta["chars"]) == len(set(text))
+    assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert f"train: {len(train):,} tokens" in printed
+    assert str(tmp_path / "out") in printed
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.text(max_size=40))
+def test_encode_chars_inverts(text):
+    chars = "".join(sorted({*text, "a"}))
+    assert "".join(chars[i] for i in common.encode_chars(text, chars)) == text
+
+
+@pytest.mark.parametrize("bad", ["!", "b", "z"])  # before, between and after the known ones
+def test_encode_chars_names_an_unknown_char(bad):
+    with pytest.raises(ValueError, match=f"encode_chars: '{bad}', need one of the 2 chars"):
+        common.encode_chars("a" + bad, "ac")
+
+
+# ---- GPT-2 tokens ----------------------------------------------------------------------------------------------------
+def test_shakespeare_is_nanogpts(tmp_path, gpt2):
+    prepare("shakespeare", "--file", gpt2 / "tinyshakespeare.txt", "--out_dir", tmp_path)
+    meta, train, val = load(tmp_path)
+    assert (len(train), len(val)) == (301_966, 36_059)  # nanoGPT's readme
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 50257)
+    text = (gpt2 / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    assert common.gpt2_encoding().decode([*train, *val]) == text
+
+
+def documents_of(ids):
+    """Token ids cut after each end-of-text, decoded."""
+    ends = np.flatnonzero(ids == EOT) + 1
+    assert ends[-1] == len(ids)
+    return [common.gpt2_encoding().decode(part[:-1]) for part in np.split(ids, ends[:-1])]
+
+
+def test_documents_from_files(tmp_path, gpt2):
+    texts = [f"Document {i}.\r\n\r\n  two  spaces \u2014 caf\u00e9\n" for i in range(30)]
+    texts[3] = "no separator inside: <|endoftext|> is text here\n"
+    joined = ("<|endoftext|>\n").join(texts)
+    (tmp_path / "a.txt").write_bytes(joined.encode())
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(b"last one, with no line end"))
+    inputs = (tmp_path / "a.txt", tmp_path / "b.txt.xz")
+    prepare("fineweb_edu", "--input", *inputs, "--val_fraction", 0.1, "--num_proc", 2, "--out_dir", tmp_path / "out")
+    meta, train, val = load(tmp_path / "out")
+    train, val = documents_of(train), documents_of(val)
+    assert len(val) == 3
+    assert sorted(train + val) == sorted([*texts, "last one, with no line end"])
+    assert [text for text in [*texts, "last one, with no line end"] if text in train] == train  # order kept
+    assert meta["sha256"] == hashlib.sha256(joined.encode() + b"last one, with no line end").hexdigest()
+
+
+def test_documents_with_a_val_file(tmp_path, gpt2):
+    (tmp_path / "train.txt").write_text("one\n<|endoftext|>\n<|endoftext|>\ntwo\n<|endoftext|>\n")
+    (tmp_path / "val.txt.xz").write_bytes(lzma.compress(b"three\n"))
+    args = ("--input", tmp_path / "train.txt", "--val", tmp_path / "val.txt.xz", "--num_proc", 1)
+    prepare("openwebtext", *args, "--out_dir", tmp_path / "out")
+    _, train, val = load(tmp_path / "out")
+    assert documents_of(train) == ["one\n", "two\n"]  # an empty document is none
+    assert documents_of(val) == ["three\n"]
+
+
+def test_a_hub_data_set_is_split_as_nanogpt_does(tmp_path, gpt2, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [f"page {i}" for i in range(40)]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, num_proc: rows)
+    common.prepare_documents(__file__, "", ("hub/name",), f"--out_dir {tmp_path} --num_proc 1".split())
+    meta, train, val = load(tmp_path)
+    split = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    assert documents_of(train) == list(split["train"]["text"])
+    assert documents_of(val) == list(split["test"]["text"])
+    assert (meta["source"], meta["documents"]) == ("huggingface hub/name", 40)
+    assert meta["sha256"] == common.sha256_of(tmp_path / "train.bin", tmp_path / "val.bin")
+
+
+def test_long_documents_are_cut_without_changing_a_token(tmp_path, gpt2, monkeypatch):
+    monkeypatch.setattr(common, "BLOCK", 50)
+    text = (gpt2 / "tinyshakespeare.txt").read_text(encoding="utf-8")[:20_000]
+    text = (
+        text.replace(",\n", ",\r\n")
+        .replace(".\n\n", ".  \n\n\n\t ")
+        .replace("the ", "the\u00a0\n")
+        .replace("I ", "I\u3000\n")
+    )
+    (tmp_path / "in.txt").write_bytes(text.encode())
+    pieces = list(common.documents([tmp_path / "in.txt"]))
+    assert len(pieces) > 100
+    assert "".join(piece[1] for piece in pieces) == text
+    assert [piece[2] for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert common.encode(pieces).tolist() == [*common.gpt2_encoding().encode_ordinary(text), EOT]
+
+
+def test_one_document_cannot_be_split(tmp_path, gpt2):
+    (tmp_path / "in.txt").write_text("only one\n")
+    with pytest.raises(ValueError, match=r"--input: 1 document, need 2 to split; .* --val FILE"):
+        common.prepare_documents(__file__, "", ("hub/name",), ["--input", str(tmp_path / "in.txt")])
+
+
+def test_a_missing_vocabulary_names_the_way_out(monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+
+    def refuse(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    common.gpt2_encoding.cache_clear()
+    with pytest.raises(RuntimeError, match=r"no GPT-2 vocabulary \(no route\).* TIKTOKEN_CACHE_DIR"):
+        common.gpt2_encoding()
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "in.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"in\.txt is not UTF-8 text .* iconv"):
+        list(common.documents([tmp_path / "in.txt"]))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+def test_write_bin_streams_little_endian_uint16(tmp_path):
+    assert common.write_bin(tmp_path / "x.bin", iter([[1, 65535], [], np.array([258])])) == 3
+    assert (tmp_path / "x.bin").read_bytes() == bytes([1, 0, 255, 255, 2, 1])
+
+
+@pytest.mark.parametrize("token", [65536, -1])
+def test_a_token_out_of_uint16_is_refused(tmp_path, token):
+    with pytest.raises(ValueError, match=f"write_bin: token {token}, need 0 <= token < 65536"):
+        common.write_bin(tmp_path / "x.bin", [[1], [2, token]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_leaves_the_previous_data_set(tmp_path):
+    good = {"tokenizer": "char", "vocab_size": 3, "chars": "abc"}
+    common.write_dataset(tmp_path, [[0, 1]], [[2]], **good)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["meta.json", "train.bin", "val.bin"]
+    for train, val in (([[0], [70000]], [[1]]), ([[1, 1]], [[70000]]), ([[1, 1]], [])):
+        with pytest.raises(ValueError, match="need"):
+            common.write_dataset(tmp_path, train, val, **good)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_fetch_verifies_and_caches(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "deep" / "target"
+    source.write_bytes(b"right")
+    sha256 = hashlib.sha256(b"right").hexdigest()
+    assert common.fetch(source.as_uri(), sha256, target).read_bytes() == b"right"
+    source.write_bytes(b"wrong")
+    assert common.fetch(source.as_uri(), sha256, target).read_bytes() == b"right"  # there already: no download
+    target.write_bytes(b"stale")
+    with pytest.raises(ValueError, match=f"has sha256 .*, need {sha256}; give the text by --file"):
+        common.fetch(source.as_uri(), sha256, target)
+    assert target.read_bytes() == b"stale"
+    assert list(target.parent.iterdir()) == [target]
+    source.unlink()
+    with pytest.raises(RuntimeError, match="without network, give the text by --file"):
+        common.fetch(source.as_uri(), sha256, target)

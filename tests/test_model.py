@@ -1,0 +1,615 @@
+"""GPT-2 against an independent reference, published sizes, counted FLOPs; and what sparsity may not change."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import ACTIVATIONS, GATED, GPT, HF_NAMES, PRESETS, GPTConfig, copy_hf_weights, peak_flops
+from sparse24 import RECIPES, MaskedDecayAdamW, Recipe, Sparse24Linear, refresh_masks, seed_draws, transposable_index
+
+TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+def tiny(seed=0, recipe=None, **options):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**(TINY | options)), recipe)
+
+
+def tokens(B=3, T=12, seed=1, vocab_size=61):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def perturb(net, seed=2):
+    """Give biases and LayerNorms values, so that a forgotten or misplaced one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    refresh_masks(net)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference: formulas written out, one head and one token's row at a time where that is clearer
+
+
+def reference_activation(name, z):
+    def phi(t):
+        return t * 0.5 * (1 + torch.erf(t / math.sqrt(2)))
+
+    if name == "gelu":
+        return phi(z)
+    if name == "relu2":
+        return torch.where(z > 0, z * z, torch.zeros_like(z))
+    d_ff = z.shape[-1] // 2
+    gate, value = z[..., :d_ff], z[..., d_ff:]
+    return phi(gate) * value if name == "geglu" else gate / (1 + torch.exp(-gate)) * value
+
+
+def reference_logits(state, config, idx):
+    """GPT-2's forward from a state dict of float64 tensors; sparse layers are masked by hand if state holds masks."""
+
+    def linear(x, name):
+        w = state[name + ".weight"]
+        if name + ".mask" in state:
+            w = w * state[name + ".mask"]
+        return x @ w.T + state.get(name + ".bias", 0)
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        x = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
+        return x * state[name + ".weight"] + state.get(name + ".bias", 0)
+
+    T, C, size = idx.shape[1], config.n_embd, config.n_embd // config.n_head
+    future = torch.tensor([[j > i for j in range(T)] for i in range(T)])
+    x = state["transformer.wte.weight"][idx] + state["transformer.wpe.weight"][:T]
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}"
+        qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
+        heads = []
+        for h in range(config.n_head):
+            q, k, v = (qkv[..., part * C + h * size : part * C + (h + 1) * size] for part in range(3))
+            scores = (q @ k.mT / math.sqrt(size)).masked_fill(future, -math.inf)
+            heads.append(scores.softmax(-1) @ v)
+        x = x + linear(torch.cat(heads, -1), f"{block}.attn.c_proj")
+        hidden = reference_activation(config.activation, linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
+        x = x + linear(hidden, f"{block}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ state["transformer.wte.weight"].T
+
+
+def reference_state(net):
+    state = {name: p.detach() for name, p in net.named_parameters()}
+    for name, m in net.named_modules():
+        if isinstance(m, Sparse24Linear):
+            state[name + ".mask"] = m.mask
+    return state
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("sparse", ["none", "fst"])
+def test_logits_and_loss_equal_the_reference(activation, bias, sparse):
+    net = perturb(tiny(activation=activation, bias=bias, sparse=sparse, sparse_layers="ffn+attn").double())
+    idx, targets = tokens(), tokens(seed=5)
+    targets[0, :4] = -1
+    want = reference_logits(reference_state(net), net.config, idx)
+    logits, loss = net(idx, targets)
+    torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-9)
+    by_hand = -want.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0][targets >= 0].mean()
+    torch.testing.assert_close(loss, by_hand, rtol=1e-9, atol=1e-9)
+    last, no_loss = net(idx)
+    assert no_loss is None
+    torch.testing.assert_close(last, want[:, -1:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activation_is_its_formula(activation):
+    z = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    torch.testing.assert_close(ACTIVATIONS[activation](z), reference_activation(activation, z))
+
+
+def test_gate_is_the_first_half_of_the_rows_of_c_fc():
+    net = tiny(activation="swiglu")
+    mlp, d_ff = net.transformer.h[0].mlp, net.config.d_ff
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mlp.c_fc.weight[:d_ff] = 0  # silu(0) = 0 closes every gate
+        assert mlp(x).abs().max() == 0
+        mlp.c_fc.bias[:d_ff] = 30.0  # silu(30) = 30
+        want = mlp.c_proj(30 * F.linear(x, mlp.c_fc.weight[d_ff:]))
+    torch.testing.assert_close(mlp(x), want)
+
+
+@pytest.mark.parametrize("sparse", ["none", "fst"])
+def test_future_token_changes_no_earlier_logit(sparse):
+    net = perturb(tiny(sparse=sparse)).eval()
+    idx = tokens()
+    changed = idx.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 61
+    before, after = net(idx, idx)[0], net(changed, idx)[0]
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert (before[:, 7:] != after[:, 7:]).any(-1).all()
+
+
+def test_dropout_acts_in_training_only():
+    net, idx = tiny(dropout=0.5), tokens()
+    assert not torch.equal(net(idx)[0], net(idx)[0])
+    net.eval()
+    assert torch.equal(net(idx)[0], net(idx)[0])
+    assert torch.equal(net(idx)[0], tiny().eval()(idx)[0])  # and changes no parameter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters: names, counts, initial values
+
+
+def test_head_and_token_embedding_are_one_parameter():
+    net = tiny(sparse="fst", sparse_layers="ffn+attn")
+    assert net.lm_head.weight is net.transformer.wte.weight
+    assert type(net.lm_head) is torch.nn.Linear
+    assert sum(p is net.lm_head.weight for p in net.parameters()) == 1
+
+
+def test_parameter_names_are_nanogpts():
+    block = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    modules = [f"transformer.h.{i}.{m}" for i in range(2) for m in block] + ["transformer.ln_f"]
+    want = {f"{m}.{p}" for m in modules for p in ("weight", "bias")}
+    want |= {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
+    assert set(tiny().state_dict()) == want
+    assert set(tiny(bias=False).state_dict()) == {name for name in want if not name.endswith("bias")}
+
+
+@pytest.mark.parametrize("n_layer", [1, 4])
+def test_initial_weights(n_layer):
+    net = tiny(n_layer=n_layer, n_embd=128, vocab_size=512)
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif "ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+            spread = std / math.sqrt(2 * p.numel())  # standard error of a standard deviation
+            assert abs(p.std().item() - std) < 5 * spread, name
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [("124M", 124_439_808), ("350M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_presets_have_the_published_parameter_counts(preset, count):
+    with torch.device("meta"):
+        net = GPT(GPTConfig(vocab_size=50257, **PRESETS[preset]))
+    assert net.get_num_params(non_embedding=False) == count
+    assert net.get_num_params() == count - 1024 * PRESETS[preset]["n_embd"]
+
+
+def test_every_hugging_face_name_is_a_preset():
+    assert sorted(HF_NAMES.values()) == sorted(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "ffn_ratio", "d_ff"),
+    [
+        (768, 4.0, 2048),
+        (1024, 4.0, 2752),  # 2730.7
+        (1280, 4.0, 3392),  # 3413.3
+        (1600, 4.0, 4288),  # 4266.7
+        (768, 2.0, 1024),
+        (384, 4.0, 1024),
+        (380, 4.0, 1012),  # 1013.3, below 1024
+        (32, 4.0, 84),  # 85.3
+        (4, 0.25, 4),  # 0.67, never zero
+    ],
+)
+def test_gated_width(n_embd, ffn_ratio, d_ff):
+    for activation in GATED:
+        assert GPTConfig(n_head=1, n_embd=n_embd, ffn_ratio=ffn_ratio, activation=activation).d_ff == d_ff
+
+
+@pytest.mark.parametrize("activation", GATED)
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_gated_model_has_the_parameters_of_the_ungated_one(preset, activation):
+    with torch.device("meta"):
+        plain, gated = (
+            GPT(GPTConfig(bias=False, activation=a, **PRESETS[preset])).get_num_params() for a in ("gelu", activation)
+        )
+    assert abs(gated / plain - 1) < 0.01
+
+
+def test_ungated_width():
+    assert GPTConfig().d_ff == 3072
+    assert GPTConfig(ffn_ratio=2).d_ff == 1536
+    assert GPTConfig(ffn_ratio=8 / 3).d_ff == 2048  # not exact in binary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changing and sampling a model
+
+
+def test_crop_block_size_keeps_the_function_on_short_inputs():
+    net, idx = perturb(tiny()).eval(), tokens(T=8)
+    config, before = net.config, net(idx, idx)
+    net.crop_block_size(8)
+    assert net.transformer.wpe.weight.shape == (8, 32)
+    assert net.config.block_size == 8
+    assert config.block_size == 16  # the caller's config is not ours to change
+    assert torch.equal(net(idx, idx)[0], before[0])
+    tiny(block_size=8).load_state_dict(net.state_dict())
+    with pytest.raises(ValueError, match="T=9 tokens, need at most block_size=8"):
+        net(tokens(T=9))
+    with pytest.raises(ValueError, match="crop_block_size: block_size=9, need 1 to 8"):
+        net.crop_block_size(9)
+
+
+@pytest.mark.parametrize("sparse", ["none", "fst"])
+def test_generate_is_greedy_reproducible_and_leaves_no_trace(sparse):
+    net, idx = perturb(tiny(sparse=sparse)).eval(), tokens(B=2, T=5)
+    state, before = torch.get_rng_state(), {k: v for k, v in net.state_dict().items() if torch.is_tensor(v)}
+    before = {k: v.clone() for k, v in before.items()}
+
+    greedy = net.generate(idx, 14, temperature=0)  # 19 tokens: past block_size
+    assert greedy.shape == (2, 19)
+    assert torch.equal(greedy[:, :5], idx)
+    for t in range(5, 19):
+        assert torch.equal(greedy[:, t], net(greedy[:, max(0, t - 16) : t])[0][:, -1].argmax(-1))
+    assert torch.equal(greedy, net.generate(idx, 14, temperature=0.7, top_k=1, generator=torch.Generator()))
+
+    first, again, other = (net.generate(idx, 14, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(net.generate(idx, 0), idx)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    after = net.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert not net.training
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_generate_samples_from_the_softmax_of_the_top_k():
+    net = perturb(tiny()).eval()
+    idx = tokens(B=1, T=5).expand(4000, 5)
+    logits = net(idx[:1])[0][0, -1] / 0.8
+    top = logits.topk(5)
+    want = torch.zeros(61).scatter(0, top.indices, top.values.softmax(0)).detach()
+    drawn = net.generate(idx, 1, temperature=0.8, top_k=5, generator=torch.Generator().manual_seed(0))[:, -1]
+    got = drawn.bincount(minlength=61) / 4000
+    assert ((got - want).abs() <= 4.5 * (want * (1 - want) / 4000).sqrt()).all()
+    free = net.generate(idx, 1, top_k=10**6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(free, net.generate(idx, 1, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}])
+def test_generate_refuses(options):
+    with pytest.raises(ValueError, match=r"generate: .* use temperature=0 for greedy"):
+        tiny().generate(tokens(), 1, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OpenAI's weights
+
+
+def hf_state_of(net):
+    """What transformers would hold for the same function: Conv1D (in, out) weights, and its mask buffers."""
+    conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    names = {k for k, _ in net.named_parameters(remove_duplicate=False)}
+    state = {k: v.clone() for k, v in net.state_dict().items() if k in names}
+    state = {k: v.t().contiguous() if k.endswith(conv1d) else v for k, v in state.items()}
+    for i in range(net.config.n_layer):
+        state[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16)
+        state[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    return state
+
+
+def test_hf_weights_round_trip():
+    source, net, idx = perturb(tiny(seed=1)), tiny(seed=2), tokens()
+    assert not torch.equal(net(idx)[0], source(idx)[0])
+    copy_hf_weights(net, hf_state_of(source))
+    assert torch.equal(net(idx)[0], source(idx)[0])
+    assert net.lm_head.weight is net.transformer.wte.weight
+    without_head = {k: v for k, v in hf_state_of(source).items() if k != "lm_head.weight"}
+    net = tiny(seed=3)
+    copy_hf_weights(net, without_head)
+    assert torch.equal(net(idx)[0], source(idx)[0])
+
+
+def test_hf_weights_that_do_not_fit_copy_nothing():
+    net, state = tiny(seed=2), hf_state_of(tiny(seed=1))
+    before = [p.clone() for p in net.parameters()]
+    short = {k: v for k, v in state.items() if k != "transformer.h.1.ln_2.bias"}
+    with pytest.raises(ValueError, match=r"copy_hf_weights: \['transformer.h.1.ln_2.bias'\] on one side only"):
+        copy_hf_weights(net, short)
+    with pytest.raises(ValueError, match=r"copy_hf_weights: \['transformer.extra'\] on one side only"):
+        copy_hf_weights(net, state | {"transformer.extra": torch.ones(1)})
+    transposed = state["transformer.h.0.mlp.c_fc.weight"].t()
+    with pytest.raises(ValueError, match=r"h.0.mlp.c_fc.weight has shape \(32, 128\), need \(128, 32\)"):
+        copy_hf_weights(net, state | {"transformer.h.0.mlp.c_fc.weight": transposed})
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+class FakeGPT2LMHeadModel:
+    """Stands in for transformers: a tiny model under the name of a big one."""
+
+    source = None
+
+    @classmethod
+    def from_pretrained(cls, name):
+        return cls
+
+    @classmethod
+    def state_dict(cls):
+        return hf_state_of(cls.source)
+
+
+def test_from_pretrained_makes_the_masks_after_loading(monkeypatch):
+    source = perturb(tiny(seed=1, vocab_size=50257, block_size=1024))
+    monkeypatch.setattr(FakeGPT2LMHeadModel, "source", source)
+    monkeypatch.setitem(sys.modules, "transformers", sys.modules[__name__])
+    monkeypatch.setattr(sys.modules[__name__], "GPT2LMHeadModel", FakeGPT2LMHeadModel, raising=False)
+    monkeypatch.setitem(PRESETS, "124M", {"n_layer": 2, "n_head": 2, "n_embd": 32})
+    dense = GPT.from_pretrained("gpt2", {"dropout": 0.1})
+    assert dense.config == dataclasses.replace(source.config, dropout=0.1)
+    assert dense.transformer.h[0].mlp.dropout.p == 0.1
+    idx = tokens()
+    assert torch.equal(dense.eval()(idx)[0], source(idx)[0])
+
+    recipe = dataclasses.replace(RECIPES["fst"], name="mine")
+    net = GPT.from_pretrained("gpt2", {"sparse": "fst", "sparse_layers": "ffn+attn"}, recipe)
+    assert net.config == dataclasses.replace(source.config, sparse="fst", sparse_layers="ffn+attn")
+    for name in net.sparse_names():
+        layer = net.get_submodule(name)
+        assert torch.equal(layer.index, transposable_index(source.get_submodule(name).weight))
+        assert layer.recipe is recipe
+
+
+def test_from_pretrained_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # makes the import fail, installed or not
+    with pytest.raises(ImportError, match=r"from_pretrained: gpt2 .*pip install transformers"):
+        GPT.from_pretrained("gpt2")
+
+
+def test_from_pretrained_refuses():
+    with pytest.raises(ValueError, match="from_pretrained: name='gpt3' is unknown, need one of gpt2, gpt2-medium"):
+        GPT.from_pretrained("gpt3")
+    with pytest.raises(ValueError, match="override_args has n_layer, need only dropout, sparse, sparse_layers"):
+        GPT.from_pretrained("gpt2", {"n_layer": 3, "dropout": 0.1})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs, peaks, optimizer
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_flops_per_token_are_the_counted_ones(activation):
+    net, idx = tiny(activation=activation), tokens(T=16)
+    attention = 12 * 2 * 32 * 16  # n_layer, C, T, per token
+
+    def counted(backend):
+        with sdpa_kernel(backend), FlopCounterMode(display=False) as counter:
+            net(idx, idx)[1].backward()
+        return counter.get_total_flops() / idx.numel()
+
+    assert counted(SDPBackend.FLASH_ATTENTION) == net.flops_per_token() - attention  # whose FLOPs torch skips on CPU
+    assert counted(SDPBackend.MATH) == net.flops_per_token()  # plain matmuls, not halved for causality either
+
+
+def test_flops_are_the_same_dense_and_sparse_and_known_for_124m():
+    assert tiny(sparse="fst").flops_per_token() == tiny().flops_per_token()
+    with torch.device("meta"):
+        net = GPT(GPTConfig(vocab_size=50257, **PRESETS["124M"]))
+    matmul = 12 * 12 * 768**2 + 50257 * 768  # per block 12 C^2; and the head
+    assert net.flops_per_token() == 6 * matmul + 12 * 12 * 768 * 1024
+    assert net.estimate_mfu(1e6, 2e15) == pytest.approx(net.flops_per_token() * 1e6 / 2e15)
+    assert net.estimate_mfu(1e6, None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989.5),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("Quadro RTX 6000", None),
+        ("NVIDIA H20", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_peak_flops(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops("cuda:0") == (None if tflops is None else tflops * 1e12)
+    assert peak_flops(torch.device("cuda")) == (None if tflops is None else tflops * 1e12)
+    assert peak_flops("cpu") is None
+
+
+@pytest.mark.parametrize("sparse", ["none", "fst"])
+def test_optimizer_groups(sparse):
+    net = tiny(sparse=sparse)
+    net.transformer.wpe.weight.requires_grad_(False)
+    optimizer = net.configure_optimizers(0.1, 3e-4, (0.9, 0.95), "cpu", masked_decay=2e-4, decay_on="weight")
+    assert isinstance(optimizer, MaskedDecayAdamW)
+    assert (optimizer.masked_decay, optimizer.decay_on) == (2e-4, "weight")
+    decayed, rest = optimizer.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert all(g["lr"] == 3e-4 and g["betas"] == (0.9, 0.95) and g["fused"] for g in optimizer.param_groups)
+    names = {id(p): name for name, p in net.named_parameters()}
+    decayed, rest = ({names[id(p)] for p in group["params"]} for group in (decayed, rest))
+    assert all(name.endswith("bias") or ".ln_" in name for name in rest)
+    assert not any(name.endswith("bias") or ".ln_" in name for name in decayed)
+    assert decayed | rest == set(names.values()) - {"transformer.wpe.weight"}
+    assert not net.configure_optimizers(0.1, 3e-4, (0.9, 0.95), "mps").param_groups[0]["fused"]
+
+
+def test_dense_model_trains_as_with_plain_adamw():
+    nets = [tiny(), tiny()]
+    options = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    optimizers = [
+        nets[0].configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", masked_decay=6e-5),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in nets[1].parameters() if p.dim() == 2]},
+                {"params": [p for p in nets[1].parameters() if p.dim() == 1], "weight_decay": 0.0},
+            ],
+            **options,
+        ),
+    ]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        for step in range(3):
+            optimizer.zero_grad()
+            net(tokens(seed=step), tokens(seed=step + 1))[1].backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sparsity
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("layers", ["ffn", "ffn+attn"])
+def test_sparse_model_starts_from_the_dense_models_weights(activation, layers):
+    dense, rng = tiny(activation=activation), torch.get_rng_state()
+    sparse = tiny(activation=activation, sparse="fst", sparse_layers=layers)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [n for n, _ in sparse.named_parameters()] == [n for n, _ in dense.named_parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(sparse.parameters(), dense.parameters(), strict=True))
+    names = [n for n, m in sparse.named_modules() if isinstance(m, Sparse24Linear)]
+    assert names == sparse.sparse_names() == dense.sparse_names(layers)
+    for name in names:
+        assert torch.equal(sparse.get_submodule(name).index, transposable_index(dense.get_submodule(name).weight))
+
+
+def test_sparse_names():
+    ffn = ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
+    net = tiny(n_layer=1)
+    assert net.sparse_names() == ffn
+    assert net.sparse_names("ffn+attn") == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", *ffn]
+    with pytest.raises(ValueError, match="sparse_names: sparse_layers='all' is unknown, need one of ffn, ffn\\+attn"):
+        net.sparse_names("all")
+
+
+def test_recipe_overrides_the_named_one_and_is_never_ignored():
+    recipe = Recipe("mine", mvue=False, masked_decay=1e-3)
+    assert tiny(sparse="fst").transformer.h[0].mlp.c_fc.recipe is RECIPES["fst"]
+    assert tiny(sparse="fst", recipe=recipe).transformer.h[1].mlp.c_proj.recipe is recipe
+    with pytest.raises(ValueError, match=r"GPT: a recipe was given but config.sparse='none'"):
+        tiny(recipe=recipe)
+
+
+@pytest.mark.parametrize("phase", [True, False])
+def test_sparse_state_dict_loads_strictly(phase):
+    source, net, idx = perturb(tiny(seed=1, sparse="fst")), tiny(seed=2, sparse="fst"), tokens()
+    for name in source.sparse_names():
+        source.get_submodule(name).sparse = phase
+    net.load_state_dict(source.state_dict(), strict=True)
+    assert all(net.get_submodule(name).sparse is phase for name in net.sparse_names())
+    assert torch.equal(net(idx)[0], source(idx)[0])
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("sparse", ["none", "fst", "ste"])
+def test_a_training_step_reaches_every_parameter(sparse, activation):
+    net = tiny(sparse=sparse, sparse_layers="ffn+attn", activation=activation)
+    optimizer = net.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", masked_decay=6e-5)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    seed_draws(net, 1, 0, 0)
+    loss = net(tokens(), tokens(seed=5))[1]
+    assert loss.item() == pytest.approx(math.log(61), abs=0.1)  # an untrained model knows nothing
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
+    optimizer.step()
+    assert all(p.isfinite().all() and not torch.equal(p, before[name]) for name, p in net.named_parameters())
+    with torch.no_grad():
+        assert net(tokens(), tokens(seed=5))[1] < loss
+
+
+def test_sparse_training_lowers_the_loss():
+    net, idx = tiny(sparse="fst", activation="geglu"), tokens()
+    optimizer = net.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu", masked_decay=6e-5)
+    losses = []
+    for step in range(30):
+        seed_draws(net, 1, step, 0)
+        optimizer.zero_grad()
+        loss = net(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        refresh_masks(net)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings that cannot be
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_embd": 30, "n_head": 4}, "GPTConfig: n_embd=30, need a multiple of n_head=4; change either"),
+        ({"n_layer": 0}, "GPTConfig: n_layer=0, need at least 1"),
+        ({"block_size": -1}, "GPTConfig: block_size=-1, need at least 1"),
+        ({"vocab_size": 0}, "GPTConfig: vocab_size=0, need at least 1"),
+        ({"n_head": 0}, "GPTConfig: n_head=0, need at least 1"),
+        ({"n_embd": 0}, "GPTConfig: n_embd=0, need at least 1"),
+        ({"dropout": 1.0}, "GPTConfig: dropout=1.0, need 0 <= dropout < 1"),
+        ({"activation": "tanh"}, "activation='tanh' is unknown, need one of gelu, relu2, geglu, swiglu"),
+        ({"sparse": "2:4"}, "GPTConfig: sparse='2:4' is unknown, need one of none, fst, ste"),
+        ({"sparse_layers": "attn"}, r"sparse_layers='attn' is unknown, need one of ffn, ffn\+attn"),
+        ({"ffn_ratio": 1.01}, "ffn_ratio=1.01 times n_embd=768 is 775.68, need a positive integer; change ffn_ratio"),
+        ({"ffn_ratio": 0.0}, "ffn_ratio=0.0 times n_embd=768 is 0, need a positive integer"),
+        ({"ffn_ratio": -4.0}, "ffn_ratio=-4.0 times n_embd=768"),
+        ({"ffn_ratio": math.inf}, "ffn_ratio=inf times n_embd=768"),
+        ({"ffn_ratio": math.nan}, "ffn_ratio=nan times n_embd=768"),
+        (
+            {"n_embd": 30, "n_head": 2, "sparse": "fst"},
+            "n_embd=30, need a multiple of 4 for sparse='fst'; change n_embd or use sparse='none'",
+        ),
+        (
+            {"n_embd": 12, "n_head": 2, "ffn_ratio": 1.5, "sparse": "fst"},
+            "d_ff=18, need a multiple of 4 for sparse='fst'; change ffn_ratio=1.5 or use sparse='none'",
+        ),
+    ],
+)
+def test_config_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**options)
+
+
+def test_config_takes_odd_sizes_when_dense():
+    net = tiny(n_embd=6, ffn_ratio=1.5, n_head=3)
+    assert net.config.d_ff == 9
+    assert net(tokens(), tokens())[1].isfinite()
+
+
+def test_import_needs_no_gpu_triton_or_transformers():
+    code = "import sys; sys.modules.update(triton=None, transformers=None); import model; print(model.GPTConfig().d_ff)"
+    root, env = Path(__file__).parent.parent, os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root)
+    assert (run.returncode, run.stdout) == (0, "3072\n"), run.stderr

@@ -1,0 +1,159 @@
+"""plot: reading a run that may still be going, finding the dense switch, and the two PNGs."""
+
+import json
+import math
+import re
+import struct
+
+import pytest
+
+import plot
+
+KEYS = [
+    "iter",
+    "phase",
+    "train_loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "flip_rate",
+    "decay_ratio",
+    "tokens_per_s",
+    "mfu",
+    "elapsed_s",
+]
+pytest.importorskip("matplotlib", reason="plot.py draws with matplotlib")
+
+
+def row(i, phase="sparse", **values):
+    return dict.fromkeys(KEYS) | {"iter": i, "phase": phase, "train_loss": 3 + math.exp(-i / 50)} | values
+
+
+def write_run(folder, rows, tail="", **config):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def sparse_run(folder, **config):
+    """200 iterations, dense from 160, flip rate each 10 and validation loss each 50."""
+    rows = [row(i, "sparse" if i < 160 else "dense", flip_rate=0.01 * math.exp(-i / 80)) for i in range(0, 200, 10)]
+    for r in rows[::5]:
+        r["val_loss"] = r["train_loss"] + 0.1
+    return write_run(folder, rows, **{"sparse": "fst", "masked_decay": 6e-5} | config)
+
+
+def dense_run(folder, **values):
+    return write_run(folder, [row(i, "dense", **values) for i in range(0, 200, 10)], sparse="none", masked_decay=6e-5)
+
+
+def png_size(path):
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_two_runs_give_two_pngs_in_the_first_folder(tmp_path, capsys):
+    a, b = sparse_run(tmp_path / "a"), dense_run(tmp_path / "b", flip_rate=0.02)
+    plot.main([a, b])
+    assert png_size(tmp_path / "a" / "loss.png") == (1040, 585)
+    assert png_size(tmp_path / "a" / "flip_rate.png") == (1040, 585)
+    assert not (tmp_path / "b" / "loss.png").exists()
+    assert capsys.readouterr().out.count("wrote ") == 2
+
+
+def test_out_names_another_folder(tmp_path):
+    plot.main([sparse_run(tmp_path / "a"), "--out", str(tmp_path / "new" / "plots")])
+    assert sorted(p.name for p in (tmp_path / "new" / "plots").iterdir()) == ["flip_rate.png", "loss.png"]
+
+
+def test_read_metrics_returns_every_row(tmp_path):
+    rows = [row(i, val_loss=4.0 if i else None) for i in range(3)]
+    assert plot.read_metrics(write_run(tmp_path / "a", rows)) == rows
+
+
+@pytest.mark.parametrize("tail", ['{"iter": 9, "pha', "{", '{"iter": 9}', "\n", '{"iter": 9, "x": "\udcc3'])
+def test_half_written_last_line_is_left_out(tmp_path, tail):
+    folder = write_run(tmp_path / "a", [row(0), row(1)])
+    with open(tmp_path / "a" / "metrics.jsonl", "ab") as file:
+        file.write(tail.encode("utf-8", "surrogateescape"))
+    assert [r["iter"] for r in plot.read_metrics(folder)] == [0, 1]
+    plot.main([folder])
+
+
+@pytest.mark.parametrize("broken", ['{"iter": 9, "pha', "", "3", '{"iter": 9}'])
+def test_broken_line_elsewhere_is_refused_with_its_number(tmp_path, broken):
+    folder = write_run(tmp_path / "a", [row(0)], tail=f"{broken}\n{json.dumps(row(2))}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: .*; delete that line"):
+        plot.read_metrics(folder)
+
+
+def test_dense_switch_is_the_first_dense_row_after_a_sparse_one(tmp_path):
+    assert plot.dense_switch(plot.read_metrics(sparse_run(tmp_path / "a"))) == 160
+    assert plot.dense_switch([row(0, "dense"), row(1, "dense")]) is None
+    assert plot.dense_switch([row(0), row(1)]) is None
+    assert plot.dense_switch([row(0, "dense"), row(1), row(2, "dense")]) == 2, "dense pre-training is no switch"
+    assert plot.dense_switch([]) is None
+
+
+def test_switch_is_drawn_and_labelled_once_per_iteration(tmp_path):
+    a, b, c = sparse_run(tmp_path / "a"), sparse_run(tmp_path / "b"), dense_run(tmp_path / "c")
+    axes = plot.new_figure("t", "y")[1]
+    plot.mark_switches(axes, plot.load_runs([a, b, c]))
+    assert [text.get_text() for text in axes.texts] == ["dense from 160"]
+    assert [line.get_xdata()[0] for line in axes.lines] == [160]
+
+
+def test_label_is_the_folder_and_the_recipe(tmp_path):
+    a, b = sparse_run(tmp_path / "x" / "run"), dense_run(tmp_path / "y" / "run")
+    c = sparse_run(tmp_path / "ste", sparse="ste", masked_decay=0.0)
+    (tmp_path / "ste2").mkdir()
+    (tmp_path / "ste2" / "metrics.jsonl").write_text(json.dumps(row(0)) + "\n")
+    labels = [run["label"] for run in plot.load_runs([a, b, c + "/", str(tmp_path / "ste2")])]
+    assert labels == [f"{a} (fst, decay 6e-05)", f"{b} (dense)", "ste (ste)", "ste2"]
+
+
+def test_runs_differ_in_colour_and_then_in_line(tmp_path):
+    runs = plot.load_runs([dense_run(tmp_path / str(i)) for i in range(2 * len(plot.COLOURS))])
+    assert len({tuple(run["style"].values()) for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("flip", [None, 0.0, math.nan])
+def test_without_a_flip_rate_only_the_loss_is_drawn(tmp_path, capsys, flip):
+    plot.main([dense_run(tmp_path / "a", flip_rate=flip)])
+    assert "no flip rate above zero in any run" in capsys.readouterr().out
+    assert (tmp_path / "a" / "loss.png").exists()
+    assert not (tmp_path / "a" / "flip_rate.png").exists()
+
+
+def test_first_row_alone_and_a_diverged_run_can_be_drawn(tmp_path):
+    rows = [row(i, train_loss=math.nan, val_loss=math.inf, flip_rate=math.nan) for i in range(5)]
+    plot.main([write_run(tmp_path / "nan", rows), write_run(tmp_path / "one", [row(0, flip_rate=0.5)])])
+    assert (tmp_path / "nan" / "flip_rate.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", r"no such run folder: .*nowhere'; give the out_dir of a run"),
+        ("empty", r"no .*metrics\.jsonl yet; train\.py writes it"),
+        ("starting", r"metrics\.jsonl has no finished line yet; try again later"),
+        ("config", r"config\.json: .*; delete it to plot without"),
+    ],
+)
+def test_error_is_one_line_and_status_2(tmp_path, capsys, name, message):
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "starting", [], tail='{"it')
+    write_run(tmp_path / "config", [row(0)])
+    (tmp_path / "config" / "config.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path / name)])
+    assert stop.value.code == 2
+    assert re.search(r"error: .*" + message, capsys.readouterr().err)
+
+
+def test_smooth_keeps_a_constant_and_averages_neighbours():
+    assert plot.smooth([2.0] * 5, 2) == [2.0] * 5
+    assert plot.smooth([0.0, 3.0, 6.0, 3.0], 1) == [1.5, 3.0, 4.0, 4.5]
+    assert plot.smooth([1.0, 5.0], 0) == [1.0, 5.0]

@@ -1,0 +1,472 @@
+"""Pre-train GPT-2 with 2:4 sparse feed-forward layers, or dense, on any machine.
+
+    python train.py config/demo.py                                          a laptop
+    python train.py config/train_gpt2_sparse.py --batch_size=8              one GPU
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_sparse.py
+
+One optimizer step is: accumulate micro-batches -> all-reduce -> unscale -> clip -> masked decay (Eq. 10) -> AdamW
+-> refresh the masks every `mask_interval` steps. It is sparse while iter_num < dense_start, dense from there on.
+
+Nothing depends on history. Data, dropout and MVUE draws are functions of (seed, iteration, global micro-batch), where
+the global micro-batch is micro_step * world_size + rank, so that any number of ranks trains on the same numbers, and
+a run that was killed goes on from its last checkpoint to the same weights. Evaluation draws from its own numbers.
+"""
+
+import contextlib
+import inspect
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import sparse24
+from configurator import configure_or_exit, setting_names
+from loader import DATA_FOLDER, Tokens, load_meta
+from model import GPT, GPTConfig, peak_flops
+from runtime import Metrics, Ranks, StopSignal, environment, start_ranks
+from sparse24 import Recipe, decay_ratio, flip_rate, refresh_masks, seed_draws, seed_words, sparse_linears
+
+# ---- the run ----
+out_dir = "out"  # everything the run writes: ckpt.pt, metrics.jsonl, config.json
+init_from = "auto"  # auto (resume when out_dir holds a run, else scratch), scratch, resume, gpt2, gpt2-medium, ...
+overwrite = False  # allow init_from=scratch to delete the run that is in out_dir
+eval_only = False  # evaluate once and stop
+seed = 1337  # of the initial weights, data order, dropout and MVUE; at least 0
+# ---- logging, evaluation, checkpoints (none of these changes a weight) ----
+log_interval = 10  # steps between lines on the console
+eval_interval = 1000  # steps between evaluations; 0 = only at the end
+eval_iters = 200  # batches per evaluation, the same ones every time; 0 = the whole validation split, end to end
+flip_interval = 100  # steps between measurements of the flip rate (Definition 4.1); 0 = never
+checkpoint_interval = 1000  # steps between saves of ckpt.pt; also saved at the dense switch, on a stop and at the end
+always_save_checkpoint = (
+    True  # also save at every evaluation; False: an evaluation that is the best so far writes ckpt_best.pt
+)
+wandb_log = False  # log the same numbers to Weights & Biases
+wandb_project = "nano24"
+wandb_run_name = "gpt2"
+wandb_mode = "online"  # online, or offline (no network needed)
+# ---- data ----
+dataset = "openwebtext"  # folder under data/ (or a path) with train.bin, val.bin and meta.json
+gradient_accumulation_steps = 40  # micro-batches per step over all ranks together
+batch_size = 12  # sequences per micro-batch
+block_size = 1024  # tokens per sequence
+# ---- model ----
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pre-training, 0.1 or more for fine-tuning
+bias = False  # biases in linears and layer norms
+activation = "gelu"  # gelu, relu2, geglu, swiglu (gated ones get a d_ff of 2/3, so that parameters match)
+ffn_ratio = 4.0  # d_ff / n_embd; 2 is the paper's Half baseline
+# ---- 2:4 sparsity (the defaults are fst's; another recipe brings its own unless you set them) ----
+sparse = "none"  # none, fst, ste (sr_ste, s_ste, step, bi_mask are to come)
+sparse_layers = "ffn"  # ffn, ffn+attn (the attention projections too)
+mask_interval = 40  # steps between mask refreshes
+masked_decay = 6e-5  # the decay factor lambda of Eq. 10; 0 = none
+mvue = True  # 2:4 weight gradients through MVUE; False = dense ones
+dense_finetune = 1 / 6  # share of max_iters that is dense, at the end
+dense_start = -1  # first dense iteration; -1 = round(max_iters * (1 - dense_finetune))
+# ---- optimizer ----
+learning_rate = 6e-4  # peak
+max_iters = 600000  # optimizer steps, exactly
+weight_decay = 1e-1  # AdamW's decoupled decay, on matrices only
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest global gradient norm; 0 = no clipping
+decay_lr = True  # linear warm-up, then cosine; False = learning_rate throughout
+warmup_iters = 2000
+lr_decay_iters = 600000  # iteration at which min_lr is reached
+min_lr = 6e-5
+# ---- machine ----
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"  # auto (bfloat16 where the GPU has it, else float16; float32 on CPU), float32, bfloat16, float16
+compile: bool | None = None  # torch.compile the model; None = on CUDA only
+deterministic = False  # bit-reproducible GPU kernels, slower; CPU runs are reproducible anyway
+backend = "auto"  # torch.distributed's: auto (nccl on GPUs, gloo on CPUs), nccl, gloo
+# ---- end of settings ----
+
+_DATA, _DROPOUT, _EVAL = 1, 2, 3  # tags that keep the streams of seed_words apart; MVUE's has none
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@torch.no_grad()
+def evaluate(model, split: Tokens, ranks: Ranks, device: torch.device, autocast) -> float:
+    """Mean loss over `eval_iters` batches that are the same at every call, or over the whole split in order."""
+    last = len(split.data) - split.block_size
+    count = eval_iters or -(-len(range(0, last, split.block_size)) // batch_size)
+    loss_sum, sequences = 0.0, 0
+    model.eval()
+    for k in range(ranks.rank, count, ranks.world_size):
+        if eval_iters:
+            x, y = split.random_windows(batch_size, device, seed, k, 0, _EVAL)
+        else:
+            starts = range(k * batch_size * split.block_size, last, split.block_size)[:batch_size]
+            x, y = split.windows(starts, device)
+        with autocast():
+            _, loss = model(x, y)
+        loss_sum += loss.item() * len(x)
+        sequences += len(x)
+    model.train()
+    loss_sum, sequences = ranks.total([loss_sum, sequences])
+    return loss_sum / sequences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the iteration
+
+
+def get_lr(iter_num: int) -> float:
+    """Linear warm-up over warmup_iters, cosine down to min_lr at lr_decay_iters, min_lr after that."""
+    if not decay_lr:
+        return learning_rate
+    if iter_num < warmup_iters:
+        return learning_rate * (iter_num + 1) / (warmup_iters + 1)
+    if iter_num >= lr_decay_iters:
+        return min_lr
+    progress = (iter_num - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+def planned_dense_start() -> int:
+    """First iteration of the dense phase (section 4.4); 0 for a dense run."""
+    if sparse == "none":
+        return 0
+    return dense_start if dense_start >= 0 else round(max_iters * (1 - dense_finetune))
+
+
+def set_phase(model: torch.nn.Module, is_sparse: bool) -> None:
+    """Put every sparse layer into its phase. One that comes back from dense gets the mask of its weights."""
+    stale = [layer for layer in sparse_linears(model) if is_sparse and not layer.sparse]
+    for layer in sparse_linears(model):
+        layer.sparse = is_sparse
+    for layer in stale:
+        refresh_masks(layer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparation: everything that can be wrong is found here, before anything is written
+
+
+def resolve_settings(overrides: dict) -> Recipe | None:
+    """Check the settings and fill in what the recipe and "auto" stand for. Returns the recipe, None for a dense run."""
+    for name, least in (
+        *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
+        *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
+        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0)),
+    ):
+        if globals()[name] < least:
+            raise ValueError(f"{name}={globals()[name]}, need at least {least}")
+    if seed >= 2**32:
+        raise ValueError(f"seed={seed}, need a seed below 2**32")
+    if dtype not in ("auto", *_DTYPES):
+        raise ValueError(f"dtype={dtype!r}, need one of auto, {', '.join(_DTYPES)}")
+    if sparse == "none":
+        return None
+    recipe = sparse24.get_recipe(sparse)
+    recipe.check_trainable()
+    given = {field.name: overrides[field.name] for field in fields(Recipe) if field.name in overrides}
+    recipe = replace(recipe, **given)
+    for name in ("mask_interval", "masked_decay", "mvue", "dense_finetune"):
+        globals()[name] = getattr(recipe, name)
+    return recipe
+
+
+def pick_device(ranks: Ranks) -> torch.device:
+    """The device of this rank; sets `device`, `dtype` and `compile` to what "auto" and None stand for."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = torch.device(f"cuda:{ranks.local_rank}" if name == "cuda" and ranks.world_size > 1 else name)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
+    best = "float32"
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        best = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    globals().update(
+        device=chosen.type,
+        dtype=best if dtype == "auto" else dtype,
+        compile=chosen.type == "cuda" if compile is None else compile,
+    )
+    return chosen
+
+
+def find_start(folder: Path) -> Path | None:
+    """The checkpoint to resume from, or None to begin anew. Raises ValueError where init_from and out_dir disagree."""
+    if init_from not in ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        raise ValueError(
+            f"init_from={init_from!r}, need auto, scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+        )
+    existing = checkpoint.find(folder)
+    if init_from == "resume" and not existing:
+        raise ValueError(f"init_from=resume, but {folder} holds no {checkpoint.NAME}; use init_from=scratch or auto")
+    if init_from in ("auto", "resume"):
+        return existing
+    if not overwrite and (existing or (folder / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"init_from={init_from}, but {folder} holds a run already; use --init_from=resume to go on with it, "
+            "another out_dir, or --overwrite=True to delete it"
+        )
+    return None
+
+
+def check_resume(state: dict, path: Path) -> None:
+    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's."""
+    saved = state["config"]
+    shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "sparse_layers")
+    differing = [f"{name}={globals()[name]} (there {saved[name]})" for name in shape if globals()[name] != saved[name]]
+    if differing:
+        raise ValueError(
+            f"resume: {path} holds another model than these settings: {', '.join(differing)}; "
+            "use its settings, or another out_dir"
+        )
+    if dense_start < 0 and planned_dense_start() != state["dense_start"]:
+        raise ValueError(
+            f"resume: {path} switches to dense at iteration {state['dense_start']} of {saved['max_iters']}, these "
+            f"settings at {planned_dense_start()} of {max_iters}; say which with --dense_start=..."
+        )
+
+
+def build_model(state: dict | None, recipe: Recipe | None, vocab_size: int) -> GPT:
+    """The model from the checkpoint's state, from OpenAI's weights, or anew from the seed."""
+    torch.manual_seed(seed)
+    if state is not None:
+        model = GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}), recipe)
+        model.load_state_dict(state["model"])
+        return model
+    if init_from.startswith("gpt2"):
+        model = GPT.from_pretrained(
+            init_from, {"dropout": dropout, "sparse": sparse, "sparse_layers": sparse_layers}, recipe
+        )
+        if block_size < model.config.block_size:
+            model.crop_block_size(block_size)
+        return model
+    padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64  # tensor cores like multiples of 64
+    settings = {field.name: globals()[field.name] for field in fields(GPTConfig) if field.name in globals()}
+    return GPT(GPTConfig(**{**settings, "vocab_size": padded}), recipe)
+
+
+def build_optimizer(model: GPT, recipe: Recipe | None, state: dict | None):
+    """AdamW with masked decay, with its state from the checkpoint and the hyperparameters of this start."""
+    decay = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on} if recipe else {}
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device, **decay)
+    if state is not None:
+        current = [{key: group[key] for key in ("weight_decay", "betas")} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(optimizer.param_groups, current, strict=True):
+            group.update(values)
+    return optimizer
+
+
+def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: Ranks) -> None:
+    """A few lines on what is about to run."""
+    layers = sparse_linears(model)
+    tokens = gradient_accumulation_steps * batch_size * block_size
+    where = (
+        f"resuming {path} at iteration {iter_num}" if path else f"starting from {init_from.replace('auto', 'scratch')}"
+    )
+    print(f"{out_dir}: {where}; {ranks.world_size} x {device}, {dtype}, compile={compile}, torch {torch.__version__}")
+    print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {max_iters:,} steps")
+    if layers:
+        share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
+        print(
+            f"sparse: {sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {mask_interval} "
+            f"steps, decay {masked_decay:g}, mvue={mvue}; dense from iteration {switch}"
+        )
+
+
+def main() -> None:
+    overrides = configure_or_exit(globals(), sys.argv[1:])
+    globals().update(overrides)
+    folder = Path(out_dir)
+    try:
+        recipe = resolve_settings(overrides)
+        ranks = start_ranks(device, backend)
+        if gradient_accumulation_steps % ranks.world_size:
+            raise ValueError(
+                f"gradient_accumulation_steps={gradient_accumulation_steps}, need a multiple of the number of ranks, "
+                f"{ranks.world_size}"
+            )
+        dev = pick_device(ranks)
+        data_folder = DATA_FOLDER / dataset
+        meta = load_meta(data_folder)
+        train_data, val_data = (Tokens(data_folder, name, block_size, meta["vocab_size"]) for name in ("train", "val"))
+        path = find_start(folder)
+        if ranks.decide(path) != path:
+            raise ValueError(f"out_dir={out_dir} is not the same folder on every rank; put it on a shared file system")
+        state = checkpoint.load(path, sparse24.PATTERNS_HASH) if path else None
+        if state is not None:
+            check_resume(state, path)
+        torch.set_float32_matmul_precision("high")
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        model = build_model(state, recipe, meta["vocab_size"]).to(dev)
+        if meta["vocab_size"] > model.config.vocab_size:
+            raise ValueError(
+                f"dataset={dataset} has {meta['vocab_size']} tokens, the model {model.config.vocab_size}; "
+                "use the dataset it was made for"
+            )
+        optimizer = build_optimizer(model, recipe, state)
+    except (ValueError, OSError, ImportError, NotImplementedError, checkpoint.CheckpointError) as error:
+        sys.exit(f"train.py: error: {error}")
+
+    scaler = torch.amp.GradScaler(dev.type, enabled=dtype == "float16")
+    iter_num, best_val_loss, elapsed = 0, math.inf, 0.0
+    switch = planned_dense_start()
+    if state is not None:
+        scaler.load_state_dict(state["scaler"])
+        iter_num, best_val_loss, elapsed = state["iter_num"], state["best_val_loss"], state.get("elapsed_s", 0.0)
+        switch = dense_start if dense_start >= 0 else state["dense_start"]
+    del state
+    model_args = asdict(model.config)
+    settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
+    net = torch.compile(model) if compile else model
+    ddp = None
+    if ranks.world_size > 1:  # masks come from identical weights on every rank, so buffers need no broadcast
+        keyword = "forward_sync_buffers"  # the name since torch 2.13
+        if keyword not in inspect.signature(DistributedDataParallel).parameters:
+            keyword = "broadcast_buffers"
+        ddp = DistributedDataParallel(net, device_ids=[dev] if dev.type == "cuda" else None, **{keyword: False})
+    probes = [model.get_submodule(name) for name in model.sparse_names(sparse_layers)]  # dense runs are measured alike
+    local_steps = gradient_accumulation_steps // ranks.world_size
+    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    peak = peak_flops(dev)
+
+    def autocast():
+        return torch.autocast(dev.type, _DTYPES[dtype], enabled=dtype != "float32")
+
+    def save(name: str = checkpoint.NAME) -> None:
+        ranks.check_equal(model)
+        if ranks.master:
+            checkpoint.save(
+                folder,
+                {
+                    "model": checkpoint.unwrapped(model.state_dict()),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "iter_num": iter_num,
+                    "best_val_loss": best_val_loss,
+                    "model_args": model_args,
+                    "config": settings,
+                    "dense_start": switch,
+                    "patterns_hash": sparse24.PATTERNS_HASH,
+                    "elapsed_s": elapsed,
+                },
+                name,
+            )
+
+    metrics = None
+    if ranks.master and not eval_only:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path is None:
+            for stale in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "metrics.jsonl"):
+                (folder / stale).unlink(missing_ok=True)
+        text = json.dumps({**settings, "environment": environment(dev, ranks.world_size)}, indent=1)
+        (folder / "config.json").write_text(text + "\n")
+        metrics = Metrics(folder, iter_num, settings)
+    if ranks.master:
+        announce(model, path, iter_num, switch, ranks)
+    if iter_num >= max_iters and not eval_only:
+        print(f"nothing to do: {iter_num} of max_iters={max_iters} iterations are done")
+        return
+    stop = StopSignal()
+    first_iter, unlogged_steps, unlogged_s, tick = iter_num, 0, 0.0, time.perf_counter()
+    model.train()
+
+    while True:
+        is_sparse = min(iter_num, max_iters - 1) < switch  # after the last step, the model stays in that step's phase
+        set_phase(model, is_sparse)
+        row = {"iter": iter_num, "phase": "sparse" if is_sparse else "dense", "elapsed_s": round(elapsed, 3)}
+        stopping = bool(ranks.maximum(stop.received is not None))
+        ended = iter_num >= max_iters or stopping or eval_only
+
+        # ---- evaluate and save ----
+        if not stopping and (iter_num >= max_iters or eval_only or (eval_interval and iter_num % eval_interval == 0)):
+            row["val_loss"] = evaluate(net, val_data, ranks, dev, autocast)
+        improved = row.get("val_loss", math.inf) < best_val_loss
+        best_val_loss = min(best_val_loss, row.get("val_loss", math.inf))
+        if improved and not always_save_checkpoint and iter_num and not eval_only:
+            save("ckpt_best.pt")
+        due = (
+            iter_num % checkpoint_interval == 0 or iter_num == switch or ("val_loss" in row and always_save_checkpoint)
+        )
+        if not eval_only and (ended or (due and iter_num > first_iter)):
+            save()
+        if ended:
+            if metrics and not stopping:
+                metrics.write(row)
+            if ranks.master and "val_loss" in row:
+                print(f"iter {iter_num:>6}/{max_iters}  {row['phase']:<6}  val {row['val_loss']:.4f}", flush=True)
+            break
+        tick = time.perf_counter()
+
+        # ---- one optimizer step ----
+        row["lr"] = get_lr(iter_num)
+        for group in optimizer.param_groups:
+            group["lr"] = row["lr"]
+        loss_sum = torch.zeros((), device=dev)
+        for micro_step in range(local_steps):
+            micro_batch = micro_step * ranks.world_size + ranks.rank
+            x, y = train_data.random_windows(batch_size, dev, seed, iter_num, micro_batch, _DATA)
+            seed_draws(model, seed, iter_num, micro_batch)
+            torch.manual_seed(int(seed_words(1, seed, iter_num, micro_batch, _DROPOUT)[0]))
+            last = micro_step == local_steps - 1
+            with ddp.no_sync() if ddp and not last else contextlib.nullcontext():
+                with autocast():
+                    _, loss = (ddp or net)(x, y)
+                scaler.scale(loss / local_steps).backward()
+            loss_sum += loss.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        logging = iter_num % log_interval == 0 or "val_loss" in row
+        measuring = bool(flip_interval) and iter_num % flip_interval == 0
+        if (logging or measuring) and is_sparse and masked_decay:
+            row["decay_ratio"] = decay_ratio(model, masked_decay)
+        before = sparse24.weight_indices(probes) if measuring else []
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if measuring:
+            row["flip_rate"] = flip_rate(before, sparse24.weight_indices(probes))
+        if is_sparse and (iter_num + 1) % mask_interval == 0:
+            refresh_masks(model)
+
+        # ---- log ----
+        unlogged_steps += 1
+        if logging or measuring:
+            row["train_loss"] = ranks.total([loss_sum.item() / local_steps])[0] / ranks.world_size
+            row["grad_norm"] = grad_norm.item()
+        now = time.perf_counter()
+        elapsed, unlogged_s = elapsed + now - tick, unlogged_s + now - tick
+        if logging or measuring:
+            row["s_per_iter"] = unlogged_s / unlogged_steps
+            row["tokens_per_s"] = round(tokens_per_step / row["s_per_iter"], 1)
+            row["mfu"] = model.estimate_mfu(row["tokens_per_s"], peak and peak * ranks.world_size)
+            unlogged_steps, unlogged_s = 0, 0.0
+            if metrics:
+                metrics.write(row)
+                if logging:
+                    metrics.show(row)
+        iter_num += 1
+
+    if metrics:
+        metrics.close()
+        how = "run the same command again" + ("" if init_from in ("auto", "resume") else " with --init_from=resume")
+        if stopping:
+            print(f"stopped after iteration {iter_num}, saved in {folder / checkpoint.NAME}; to go on, {how}")
+        else:
+            print(f"done: {iter_num} iterations, best validation loss {best_val_loss:.4f}, saved in {folder}")
+    if ranks.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+# make demo   environment, data, a sparse training run on this machine, a text sample, two plots (about 5 minutes)
+# make test   lint and all tests (about 8 minutes on 2 cores); what is skipped, and why, is listed at the end
+# make gpu    the tests that need a CUDA GPU
+# make lint   ruff alone
+# make faults kill and stop training at many points, write results/faults.json (about 20 minutes)
+# Everything is installed into .venv. `make PYTHON=python3.12 ...` picks another Python for it.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test gpu lint faults
+
+demo: .venv/installed
+	@test -f data/pystdlib_char/train.bin || $(PY) data/pystdlib_char/prepare.py
+	$(PY) train.py config/demo.py
+	$(PY) sample.py --out_dir=out-demo --start="def " --num_samples=1 --max_new_tokens=400
+	$(PY) plot.py out-demo
+
+test: lint
+	$(PY) -m pytest -q
+
+gpu:
+	$(PYTHON) -m pytest -m gpu
+
+lint: .venv/installed-dev
+	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --quiet --check .
+
+faults: .venv/installed-dev
+	$(PY) tests/faults.py --kills 20 --out results/faults.json
+
+.venv/installed: requirements.txt
+	@echo "installing requirements.txt into .venv (some minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nano24 needs Python 3.10 or newer; try make PYTHON=...")'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+# torch's CUDA build pins a triton of its own; only where there is none, the one of requirements-dev.txt is installed.
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	@echo "installing requirements-dev.txt into .venv"
+	@if $(PY) -c 'import triton' 2>/dev/null; then grep -v '^triton' requirements-dev.txt; else cat requirements-dev.txt; fi \
+		> .venv/requirements-dev.txt
+	@$(PIP) -r .venv/requirements-dev.txt
+	@touch $@

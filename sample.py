@@ -1,0 +1,83 @@
+"""Sample text from a checkpoint, in the phase it was saved in: 2:4 sparse weights, or dense ones after the switch.
+
+python sample.py --out_dir=out-demo --start="def " --num_samples=2
+python sample.py --out_dir=out-demo --start=FILE:prompt.txt
+python sample.py --init_from=gpt2-xl --start="The answer is"            OpenAI's weights, through transformers
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import sparse24
+from configurator import configure_or_exit
+from loader import DATA_FOLDER, load_meta, load_tokenizer
+from model import GPT, GPTConfig
+
+# ---- settings ----
+out_dir = "out"  # the run's folder
+ckpt = "ckpt.pt"  # which of its checkpoints: ckpt.pt, ckpt_best.pt, ckpt_prev.pt
+init_from = "resume"  # resume (the checkpoint), or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+start = "\n"  # the prompt; FILE:prompt.txt reads it from a file
+num_samples = 3
+max_new_tokens = 500  # tokens per sample
+temperature = 0.8  # 1 = the model's own probabilities; 0 = always the likeliest token
+top_k: int | None = 200  # sample among the k likeliest tokens; None = among all
+seed = 1337
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"  # auto (bfloat16 on GPUs that have it, else float32), float32, bfloat16, float16
+# ---- end of settings ----
+
+
+def load_model() -> tuple[GPT, dict]:
+    """The model in eval mode on the CPU, and the meta.json of its dataset."""
+    if init_from != "resume":
+        return GPT.from_pretrained(init_from), {"tokenizer": "gpt2", "vocab_size": 50257}
+    state = checkpoint.load(Path(out_dir) / ckpt, sparse24.PATTERNS_HASH)
+    model = GPT(GPTConfig(**state["model_args"]))
+    model.load_state_dict(state["model"])
+    meta = load_meta(DATA_FOLDER / state["config"]["dataset"])
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise ValueError(
+            f"dataset {state['config']['dataset']} now has {meta['vocab_size']} tokens, the checkpoint "
+            f"{model.config.vocab_size}; prepare the data that it was trained on"
+        )
+    layers = sparse24.sparse_linears(model)
+    phase = (
+        f"{sum(layer.sparse for layer in layers)} of {len(layers)} linears 2:4 sparse" if layers else "a dense model"
+    )
+    print(f"{out_dir}/{ckpt}: iteration {state['iter_num']}, {phase}")
+    return model, meta
+
+
+def main() -> None:
+    globals().update(configure_or_exit(globals(), sys.argv[1:]))
+    try:
+        prompt = Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
+        model, meta = load_model()
+        encode, decode = load_tokenizer(meta)
+        tokens = encode(prompt)
+        if not tokens:
+            raise ValueError("start is empty, need at least one character; the default is a newline")
+    except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
+        sys.exit(f"sample.py: error: {error}")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    on_gpu = name.startswith("cuda")
+    kind = ("bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32") if dtype == "auto" else dtype
+    model = model.to(name).eval()
+    generator = torch.Generator(name).manual_seed(seed)
+    autocast = (
+        torch.autocast(name.split(":")[0], getattr(torch, kind)) if kind != "float32" else contextlib.nullcontext()
+    )
+    idx = torch.tensor([tokens], device=name)
+    for _ in range(num_samples):
+        with autocast:
+            out = model.generate(idx, max_new_tokens, temperature=temperature, top_k=top_k, generator=generator)
+        print(decode(out[0].tolist()))
+        print("---------------")
+
+
+if __name__ == "__main__":
+    main()

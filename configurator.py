@@ -172,7 +172,7 @@ def _read_file(path, defaults, kinds):
 
 def _print_help(defaults, kinds):
     """Every setting as --name=default, with its type and its comment, under the headings of the script's source."""
-    notes = _read_comments(defaults.get("__file__"), kinds)
+    notes = read_comments(defaults.get("__file__"), kinds)
     print(f"usage: python {_script_name(defaults)} [config/file.py ...] [--name=value ...]     a later word wins")
     words = {name: f"--{name}={defaults[name]}" for name in kinds}
     types = {name: "|".join(kind.__name__.replace("NoneType", "None") for kind in kinds[name]) for name in kinds}
@@ -186,7 +186,7 @@ def _print_help(defaults, kinds):
         print(f"  {words[name]:<{min(word_width, 44)}}  {types[name]:<{type_width}}  {comment}".rstrip())
 
 
-def _read_comments(path, kinds):
+def read_comments(path, kinds):
     """{name: (heading, comment)}: the comment behind a setting's assignment, and the `# ---- heading ----` above it."""
     if not path or not os.path.exists(path):
         return {}

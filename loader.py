@@ -33,10 +33,8 @@ class Tokens:
                 f"dataset: {self.path} holds {len(self.data)} tokens, need more than block_size={block_size}; "
                 f"set a smaller block_size, or {self.remedy} from more text"
             )
-        chunk = 2**20
-        starts = range(
-            0, len(self.data), max(chunk, len(self.data) // 128)
-        )  # all of it up to 134M tokens, else samples
+        chunk = 2**20  # the whole file is read up to 134M tokens, samples of a larger one; `windows` checks the rest
+        starts = range(0, len(self.data), max(chunk, len(self.data) // 128))
         self._check(max(int(self.data[start : start + chunk].max()) for start in starts))
 
     def _check(self, largest: int) -> None:
@@ -63,9 +61,22 @@ class Tokens:
 
 
 def load_meta(folder: Path) -> dict:
-    """meta.json of a dataset; without one, GPT-2's tokenizer is assumed, as nanoGPT does."""
+    """meta.json of a dataset; without one, GPT-2's tokenizer is assumed, as nanoGPT does.
+
+    Raises ValueError when it is not that of the .bin files beside it, as after a preparation that was cut short.
+    """
     path = folder / "meta.json"
-    return json.loads(path.read_text()) if path.exists() else {"tokenizer": "gpt2", "vocab_size": 50257}
+    if not path.exists():
+        return {"tokenizer": "gpt2", "vocab_size": 50257}
+    meta = json.loads(path.read_text())
+    for split in ("train", "val"):
+        tokens, file = meta.get(f"{split}_tokens"), folder / f"{split}.bin"
+        if tokens is not None and file.exists() and file.stat().st_size != 2 * tokens:
+            raise ValueError(
+                f"dataset: {path} counts {tokens} tokens in {file.name}, which holds {file.stat().st_size // 2}; "
+                "prepare the dataset again"
+            )
+    return meta
 
 
 def load_tokenizer(meta: dict):

@@ -45,10 +45,8 @@ def load_model() -> tuple[GPT, dict]:
             f"{model.config.vocab_size}; prepare the data that it was trained on"
         )
     layers = sparse24.sparse_linears(model)
-    phase = (
-        f"{sum(layer.sparse for layer in layers)} of {len(layers)} linears 2:4 sparse" if layers else "a dense model"
-    )
-    print(f"{out_dir}/{ckpt}: iteration {state['iter_num']}, {phase}")
+    sparse = sum(layer.sparse for layer in layers)
+    print(f"{out_dir}/{ckpt}: iteration {state['iter_num']}, {sparse} of {len(layers)} sparse linears in the 2:4 phase")
     return model, meta
 
 
@@ -68,9 +66,7 @@ def main() -> None:
     kind = ("bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32") if dtype == "auto" else dtype
     model = model.to(name).eval()
     generator = torch.Generator(name).manual_seed(seed)
-    autocast = (
-        torch.autocast(name.split(":")[0], getattr(torch, kind)) if kind != "float32" else contextlib.nullcontext()
-    )
+    autocast = torch.autocast(torch.device(name).type, getattr(torch, kind), enabled=kind != "float32")
     idx = torch.tensor([tokens], device=name)
     for _ in range(num_samples):
         with autocast:

@@ -46,9 +46,7 @@ eval_interval = 1000  # steps between evaluations; 0 = only at the end
 eval_iters = 200  # batches per evaluation, the same ones every time; 0 = the whole validation split, end to end
 flip_interval = 100  # steps between measurements of the flip rate (Definition 4.1); 0 = never
 checkpoint_interval = 1000  # steps between saves of ckpt.pt; also saved at the dense switch, on a stop and at the end
-always_save_checkpoint = (
-    True  # also save at every evaluation; False: an evaluation that is the best so far writes ckpt_best.pt
-)
+always_save_checkpoint = True  # also save at every evaluation; False: save only the best so far, as ckpt_best.pt
 wandb_log = False  # log the same numbers to Weights & Biases
 wandb_project = "nano24"
 wandb_run_name = "gpt2"

@@ -16,7 +16,7 @@ batch_size = 12
 gradient_accumulation_steps = 1
 
 sparse = "fst"
-masked_decay = 2e-3
+masked_decay = 1e-3
 mask_interval = 40
 
 learning_rate = 1e-3

@@ -1,0 +1,128 @@
+"""sample.py: decodes with the run's own vocabulary and honours the phase of the checkpoint."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import loader
+import sparse24
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+CHARS = "\nabcdefghij"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with a checkpoint of an untrained sparse model and its dataset; returns (folder, save)."""
+    data = tmp_path / "data"
+    data.mkdir()
+    meta = {"tokenizer": "char", "vocab_size": len(CHARS), "chars": CHARS}
+    (data / "meta.json").write_text(json.dumps(meta))
+    torch.manual_seed(0)
+    args = {"block_size": 16, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 16, "sparse": "fst"}
+    model = GPT(GPTConfig(**args))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(20)  # so that pruned and dense weights give other likeliest tokens
+
+    def save(**changes):
+        state = dict.fromkeys(checkpoint.KEYS)
+        state |= {"model": model.state_dict(), "iter_num": 7, "model_args": args, "config": {"dataset": str(data)}}
+        checkpoint.save(tmp_path, state | {"patterns_hash": sparse24.PATTERNS_HASH} | changes)
+
+    save()
+    return tmp_path, save, model
+
+
+def sample(folder, *words):
+    command = [sys.executable, "sample.py", f"--out_dir={folder}", "--max_new_tokens=20", "--device=cpu", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def greedy(model, prompt):
+    idx = torch.tensor([[CHARS.index(c) for c in prompt]])
+    return "".join(CHARS[t] for t in model.eval().generate(idx, 20, temperature=0)[0])
+
+
+def test_samples_follow_the_phase_of_the_checkpoint(run):
+    folder, save, model = run
+    texts = {}
+    for phase in (True, False):
+        for layer in sparse24.sparse_linears(model):
+            layer.sparse = phase
+        save(model=model.state_dict())
+        done = sample(folder, "--start=abc", "--num_samples=1", "--temperature=0")
+        assert done.returncode == 0, done.stderr
+        first, text = done.stdout.split("\n", 1)
+        assert f"iteration 7, {2 * phase} of 2 sparse linears in the 2:4 phase" in first
+        texts[phase] = text.removesuffix("\n---------------\n")
+        assert texts[phase] == greedy(model, "abc")
+    assert texts[True] != texts[False]
+
+
+def test_prompt_from_a_file_and_equal_seeds(run):
+    folder, _, _ = run
+    (folder / "prompt.txt").write_text("jig")
+    words = (f"--start=FILE:{folder / 'prompt.txt'}", "--num_samples=2", "--seed=5")
+    first, second = sample(folder, *words), sample(folder, *words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert first.stdout.count("jig") >= 2
+    assert sample(folder, *words[:-1], "--seed=6").stdout != first.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--start=XYZ"], "the dataset's vocabulary has no 'XYZ'"),
+        (["--start="], "start is empty"),
+        (["--start=FILE:nowhere.txt"], "nowhere.txt"),
+        (["--ckpt=ckpt_best.pt"], "ckpt_best.pt does not exist"),
+        (["--top_k=many"], "top_k"),
+    ],
+)
+def test_wrong_input_gives_one_clear_line(run, words, message):
+    done = sample(run[0], *words)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dataset_with_more_tokens_than_the_model_is_refused(run):
+    folder, _, _ = run
+    meta = {"tokenizer": "char", "vocab_size": 64, "chars": CHARS}
+    (folder / "data" / "meta.json").write_text(json.dumps(meta))
+    assert "now has 64 tokens, the checkpoint 11" in sample(folder).stderr
+
+
+def test_char_tokenizer_round_trip():
+    encode, decode = loader.load_tokenizer({"tokenizer": "char", "chars": CHARS})
+    assert decode(encode("a\nbad\n")) == "a\nbad\n"
+    assert encode("\nab") == [0, 1, 2]
+
+
+def test_windows_are_shifted_by_one_and_a_function_of_the_key(tmp_path):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
+    tokens = loader.Tokens(tmp_path, "train", 8, 100)
+    x, y = tokens.random_windows(6, torch.device("cpu"), 1, 2, 3)
+    assert x.shape == y.shape == (6, 8)
+    assert torch.equal(x + 1, y)
+    assert torch.equal(x, tokens.random_windows(6, torch.device("cpu"), 1, 2, 3)[0])
+    assert not torch.equal(x, tokens.random_windows(6, torch.device("cpu"), 1, 2, 4)[0])
+    starts = torch.cat([tokens.random_windows(64, torch.device("cpu"), 9, k)[0][:, 0] for k in range(40)])
+    assert starts.min() == 0
+    assert starts.max() == 91  # the last window ends with the last token as target
+
+
+def test_meta_that_belongs_to_other_files_is_refused(tmp_path):
+    np.zeros(10, dtype="<u2").tofile(tmp_path / "train.bin")
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 5, "train_tokens": 11}))
+    with pytest.raises(ValueError, match=r"counts 11 tokens in train.bin, which holds 10; prepare the dataset again"):
+        loader.load_meta(tmp_path)

@@ -1,0 +1,100 @@
+"""The repo's shape: imports point down, importing needs neither GPU nor Triton, configs and README tell the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from configurator import configure, read_comments, setting_names
+from model import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+# Who may import whom, from the top down: a module may import any of those in the sets below it.
+LAYERS = [
+    {"train", "sample", "study"},
+    {"runtime", "loader", "model", "plot"},
+    {"sparse24", "checkpoint", "configurator"},
+]
+CONFIGS = sorted((ROOT / "config").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
+def test_imports_point_down():
+    ours = set().union(*LAYERS)
+    assert {path.stem for path in ROOT.glob("*.py")} == ours, "a new file needs its place in LAYERS"
+    for depth, layer in enumerate(LAYERS):
+        below = set().union(*LAYERS[depth + 1 :])
+        for name in layer:
+            assert imported(ROOT / f"{name}.py") & ours <= below, name
+
+
+def test_model_imports_without_triton_and_optional_packages():
+    hidden = ["triton", "matplotlib", "wandb", "datasets", "tiktoken", "transformers"]
+    code = f"import sys\nfor n in {hidden}: sys.modules[n] = None\nimport model, train, sample, checkpoint, plot"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_names_only_settings_and_says_what_it_reproduces_and_costs(path):
+    defaults = {name: vars(train)[name] for name in setting_names(vars(train))} | {
+        "__annotations__": train.__annotations__
+    }
+    overrides = configure(defaults, [str(path)])
+    assert {"out_dir", "dataset", "max_iters", "learning_rate"} <= overrides.keys()
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert re.search("[Rr]eproduces|baseline", text)
+    assert "cost" in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "decay"),
+    [
+        ("train_gpt2_sparse", "124M", 6e-5),
+        ("train_gpt2_medium_sparse", "350M", 2e-4),
+        ("train_gpt2_large_sparse", "774M", 2e-4),
+        ("train_gpt2_xl_sparse", "1558M", 6e-5),
+    ],
+)
+def test_gpt2_configs_are_the_papers(name, size, decay):
+    """Table 1's decay factors, and the schedule of the paper's runs."""
+    config = configure(vars(train), [str(ROOT / "config" / f"{name}.py")])
+    assert {key: config[key] for key in PRESETS[size]} == PRESETS[size]
+    assert config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"] == 524288
+    assert (config["learning_rate"], config["min_lr"], config["warmup_iters"]) == (1.5e-4, 1e-5, 3000)
+    assert (config["masked_decay"], config["mask_interval"], config["sparse"]) == (decay, 40, "fst")
+    assert round(config["max_iters"] * (1 - config["dense_finetune"])) == 250000
+
+
+def settings_table() -> str:
+    """README's table of settings, as train.py's source has them."""
+    names = setting_names(vars(train))
+    notes, rows, shown = read_comments(train.__file__, names), [], ""
+    source = (ROOT / "train.py").read_text()
+    for name in names:
+        heading, comment = notes[name]
+        if heading != shown:
+            rows.append(f"| **{heading}** | | |")
+        shown = heading
+        default = re.search(rf"^{name}\b[^=\n]*= ([^#\n]+)", source, re.MULTILINE)[1].strip()
+        rows.append(f"| `{name}` | `{default}` | {comment} |".replace("|  |", "| |"))
+    return "\n".join(rows)
+
+
+def test_readme_lists_every_setting_as_train_has_it():
+    assert settings_table() in (ROOT / "README.md").read_text(), f"README's table should read:\n{settings_table()}"
+
+
+def test_readme_figures_are_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target

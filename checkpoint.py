@@ -32,11 +32,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, is damaged, is no checkpoint of nano24, or does not fit."""
 
 
-def unwrapped(state_dict: dict) -> dict:
-    """A state_dict without the prefixes that torch.compile and DDP add to its keys."""
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state_dict.items()}
-
-
 def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:

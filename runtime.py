@@ -52,6 +52,12 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def leave(self) -> None:
+        """Wait for the other ranks and leave the process group."""
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
     def check_equal(self, model: torch.nn.Module) -> None:
         """Raises RuntimeError unless every rank holds the same weights and masks (a sum of their bits)."""
         if self.world_size == 1:

@@ -198,7 +198,7 @@ def flip_rate(before, after) -> float:
         else:
             flips.append(_table("hamming", old.device)[old.long(), new.long()].sum())
             entries += 16 * old.numel()
-    return sum(int(f) for f in flips) / entries if entries else 0.0
+    return int(torch.stack(flips).sum()) / entries if entries else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

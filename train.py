@@ -23,7 +23,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -266,9 +265,7 @@ def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: R
     """A few lines on what is about to run."""
     layers = sparse_linears(model)
     tokens = gradient_accumulation_steps * batch_size * block_size
-    where = (
-        f"resuming {path} at iteration {iter_num}" if path else f"starting from {init_from.replace('auto', 'scratch')}"
-    )
+    where = f"resuming {path} at iteration {iter_num}" if path else f"init {init_from.replace('auto', 'scratch')}"
     print(f"{out_dir}: {where}; {ranks.world_size} x {device}, {dtype}, compile={compile}, torch {torch.__version__}")
     print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {max_iters:,} steps")
     if layers:
@@ -277,6 +274,13 @@ def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: R
             f"sparse: {sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {mask_interval} "
             f"steps, decay {masked_decay:g}, mvue={mvue}; dense from iteration {switch}"
         )
+
+
+def announce_changes(before: dict, now: dict) -> None:
+    """Which settings differ from the ones the checkpoint was saved with."""
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        print(f"changed since the checkpoint: {', '.join(changed)}")
 
 
 def main() -> None:
@@ -315,6 +319,11 @@ def main() -> None:
     except (ValueError, OSError, ImportError, NotImplementedError, checkpoint.CheckpointError) as error:
         sys.exit(f"train.py: error: {error}")
 
+    if state is not None and state["iter_num"] >= max_iters and not eval_only:
+        if ranks.master:
+            print(f"{path}: all of max_iters={max_iters} iterations are done; raise max_iters or delete {folder}")
+        ranks.leave()
+        return
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == "float16")
     iter_num, best_val_loss, elapsed = 0, math.inf, 0.0
     switch = planned_dense_start()
@@ -322,7 +331,6 @@ def main() -> None:
         scaler.load_state_dict(state["scaler"])
         iter_num, best_val_loss, elapsed = state["iter_num"], state["best_val_loss"], state.get("elapsed_s", 0.0)
         switch = dense_start if dense_start >= 0 else state["dense_start"]
-    del state
     model_args = asdict(model.config)
     settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
     net = torch.compile(model) if compile else model
@@ -346,7 +354,7 @@ def main() -> None:
             checkpoint.save(
                 folder,
                 {
-                    "model": checkpoint.unwrapped(model.state_dict()),
+                    "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
                     "iter_num": iter_num,
@@ -371,15 +379,15 @@ def main() -> None:
         metrics = Metrics(folder, iter_num, settings)
     if ranks.master:
         announce(model, path, iter_num, switch, ranks)
-    if iter_num >= max_iters and not eval_only:
-        print(f"nothing to do: {iter_num} of max_iters={max_iters} iterations are done")
-        return
+        if state is not None:
+            announce_changes(state["config"], settings)
+    del state
     stop = StopSignal()
     first_iter, unlogged_steps, unlogged_s, tick = iter_num, 0, 0.0, time.perf_counter()
     model.train()
 
     while True:
-        is_sparse = min(iter_num, max_iters - 1) < switch  # after the last step, the model stays in that step's phase
+        is_sparse = max(0, min(iter_num, max_iters - 1)) < switch  # after the last step its phase stays
         set_phase(model, is_sparse)
         row = {"iter": iter_num, "phase": "sparse" if is_sparse else "dense", "elapsed_s": round(elapsed, 3)}
         stopping = bool(ranks.maximum(stop.received is not None))
@@ -423,7 +431,7 @@ def main() -> None:
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        logging = iter_num % log_interval == 0 or "val_loss" in row
+        logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row
         measuring = bool(flip_interval) and iter_num % flip_interval == 0
         if (logging or measuring) and is_sparse and masked_decay:
             row["decay_ratio"] = decay_ratio(model, masked_decay)
@@ -461,9 +469,7 @@ def main() -> None:
             print(f"stopped after iteration {iter_num}, saved in {folder / checkpoint.NAME}; to go on, {how}")
         else:
             print(f"done: {iter_num} iterations, best validation loss {best_val_loss:.4f}, saved in {folder}")
-    if ranks.world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":

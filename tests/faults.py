@@ -1,0 +1,264 @@
+"""Stop and kill training at many points: every resumed run must end in the same bits as one that was never touched.
+
+    python tests/faults.py --kills 20 --out results/faults.json
+
+stop       SIGTERM at five points, on one process and on two: nothing done is lost
+torchrun   SIGTERM to torchrun itself, and kill -9 of one of its two ranks
+kill       kill -9 from outside at random moments of the training loop, whatever instruction it happens to be in
+save       kill -9 at each named point inside a save
+Each case is: the run with the fault, then the plain command again; then weights, masks, optimizer and every metric
+that no clock gave are compared bit for bit with the reference's. The exit status is 1 if anything differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from harness import (
+    DENSE_START,
+    SAVE_POINTS,
+    SETTINGS,
+    finish,
+    launch,
+    make_dataset,
+    read_rows,
+    read_state,
+    row_differences,
+    start,
+    state_differences,
+)
+
+import checkpoint
+from runtime import environment
+
+# name -> (fault, iteration that is saved): the step in which the signal arrives is finished first
+STOP_POINTS = {
+    "during accumulation": ({"kind": "signal", "iter_num": 12, "micro_batch": 2}, 13),
+    "between mask refreshes": ({"kind": "signal", "iter_num": 7, "micro_batch": 0}, 8),
+    "at a mask refresh": ({"kind": "signal_at_refresh", "count": 2}, 10),
+    "at the dense switch": ({"kind": "signal", "iter_num": DENSE_START - 1, "micro_batch": 3}, DENSE_START),
+    "after the dense switch": ({"kind": "signal", "iter_num": DENSE_START + 2, "micro_batch": 1}, DENSE_START + 3),
+}
+INTERVAL = SETTINGS["checkpoint_interval"]
+
+
+class Bench:
+    """A scratch folder with the dataset, the settings of every run in it, and the undisturbed run per rank count."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.settings = {**SETTINGS, "dataset": make_dataset(self.folder / "data")}
+        self._references = {}
+        self._count = 0
+
+    def new_folder(self) -> Path:
+        self._count += 1
+        return self.folder / f"run{self._count}"
+
+    def reference(self, ranks: int):
+        """(final checkpoint, metrics) of a run that nothing disturbed."""
+        if ranks not in self._references:
+            out = self.new_folder()
+            done = launch(out, self.settings, ranks=ranks)
+            if done.returncode:
+                raise RuntimeError(f"the undisturbed run failed: {done.stderr}")
+            self._references[ranks] = read_state(out), read_rows(out)
+        return self._references[ranks]
+
+    def resume_and_compare(self, out: Path, ranks: int) -> dict:
+        """Run the plain command on what a fault left behind; what was saved, what was lost, what differs at the end."""
+        found = checkpoint.find(out)
+        saved = read_state(out, found.name)["iter_num"] if found else 0
+        steps_done = _rows_written(out)
+        leftovers = (out / (checkpoint.NAME + ".tmp")).exists()
+        done = launch(out, self.settings, ranks=ranks)
+        problems = [] if done.returncode == 0 else [f"resuming exited with {done.returncode}: {done.stderr}"]
+        said = re.search(r"resuming .* at iteration (\d+)", done.stdout)
+        resumed = int(said[1]) if said else 0
+        if resumed != saved:
+            problems.append(f"resumed at iteration {resumed}, but iteration {saved} was saved")
+        if not problems:
+            state, rows = self.reference(ranks)
+            problems += [f"differs: {path}" for path in state_differences(read_state(out), state)]
+            problems += [f"metrics differ: {path}" for path in row_differences(read_rows(out), rows)]
+        return {
+            "resumed_at": resumed,
+            "steps_lost": max(0, steps_done - resumed),
+            "in_a_save": leftovers,
+            "problems": [text.replace(str(self.folder), "") for text in problems],
+        }
+
+
+def _rows_written(out: Path) -> int:
+    """Whole lines in metrics.jsonl, one a step."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _case(kind: str, at: str, ranks: int, outcome: dict, *checks) -> dict:
+    """A row of the report. checks: (whether it holds, what to say when it does not)."""
+    outcome["problems"] += [text for holds, text in checks if not holds]
+    return {"kind": kind, "at": at, "ranks": ranks, **outcome}
+
+
+def stop_case(bench: Bench, at: str, ranks: int) -> dict:
+    """SIGTERM at a key of STOP_POINTS. The step is finished and saved, the exit is clean, the way on is printed."""
+    fault, saved = STOP_POINTS[at]
+    out = bench.new_folder()
+    done = launch(out, bench.settings, {**fault, "signal": "SIGTERM"}, ranks)
+    outcome = bench.resume_and_compare(out, ranks)
+    return _case(
+        *("stop", at, ranks, outcome),
+        (done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"),
+        ("run the same command again" in done.stdout, "how to go on was not printed"),
+        (outcome["resumed_at"] == saved, f"resumed at {outcome['resumed_at']}, need {saved}"),
+        (outcome["steps_lost"] == 0, f"{outcome['steps_lost']} steps lost"),
+    )
+
+
+def _start_and_wait(bench: Bench, out: Path, rows: int, delay: float, ranks: int):
+    """Start a run and return its process `delay` seconds after it wrote `rows` lines of metrics."""
+    process = start(out, bench.settings, ranks=ranks)
+    deadline = time.monotonic() + 120
+    while _rows_written(out) < rows and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    time.sleep(delay)
+    return process
+
+
+def stop_torchrun_case(bench: Bench) -> dict:
+    """SIGTERM to torchrun, as a scheduler sends it: it passes it on, and the ranks stop as if it had been theirs."""
+    out = bench.new_folder()
+    process = _start_and_wait(bench, out, 3, 0, ranks=2)
+    process.terminate()
+    finish(process)
+    outcome = bench.resume_and_compare(out, ranks=2)
+    return _case(
+        *("torchrun", "SIGTERM to torchrun", 2, outcome),
+        (outcome["steps_lost"] == 0, "it did not save before it ended"),
+    )
+
+
+def kill_rank_case(bench: Bench) -> dict:
+    """kill -9 of one rank of two: torchrun ends the other one, and the run goes on from the last save."""
+    out = bench.new_folder()
+    done = launch(out, bench.settings, {"kind": "signal", "signal": "SIGKILL", "iter_num": 14, "micro_batch": 1}, 2)
+    outcome = bench.resume_and_compare(out, ranks=2)
+    return _case(
+        *("torchrun", "kill -9 of rank 1", 2, outcome),
+        (done.returncode != 0, "torchrun hid the death of a rank"),
+        (outcome["resumed_at"] == 12, f"resumed at {outcome['resumed_at']}, need 12"),
+    )
+
+
+def kill_case(bench: Bench, rng: random.Random) -> dict:
+    """kill -9 from outside at a random moment between the first line of metrics and the end."""
+    for _ in range(10):
+        rows, delay = rng.randrange(1, SETTINGS["max_iters"]), rng.uniform(0, 0.04)
+        out = bench.new_folder()
+        process = _start_and_wait(bench, out, rows, delay, ranks=1)
+        process.kill()
+        if finish(process).returncode == -signal.SIGKILL:  # else it was done before the kill arrived: draw again
+            break
+    else:
+        raise RuntimeError("kill_case: ten runs ended before they were killed; is this machine overloaded?")
+    outcome = bench.resume_and_compare(out, ranks=1)
+    lost = outcome["steps_lost"]
+    return _case(
+        *("kill", f"step {rows} + {1000 * delay:.0f} ms", 1, outcome),
+        (lost <= INTERVAL, f"{lost} steps lost, with a save every {INTERVAL}"),
+    )
+
+
+def save_case(bench: Bench, at: str) -> dict:
+    """kill -9 at a key of SAVE_POINTS, in the third save, that of iteration 12; before it 8 was saved."""
+    need = 12 if SAVE_POINTS[at][0] else 8
+    out = bench.new_folder()
+    done = launch(out, bench.settings, {"kind": "kill_in_save", "point": at, "count": 3})
+    outcome = bench.resume_and_compare(out, ranks=1)
+    return _case(
+        *("save", at, 1, outcome),
+        (done.returncode == -signal.SIGKILL, f"the fault did not strike: exit status {done.returncode} {done.stderr}"),
+        (outcome["resumed_at"] == need, f"resumed at {outcome['resumed_at']}, need {need}"),
+    )
+
+
+def summary(cases: list[dict]) -> dict:
+    """Per kind: how many cases, how many with a problem, steps lost."""
+    kinds = {}
+    for kind in dict.fromkeys(case["kind"] for case in cases):
+        chosen = [case for case in cases if case["kind"] == kind]
+        lost = [case["steps_lost"] for case in chosen]
+        kinds[kind] = {
+            "cases": len(chosen),
+            "failed": sum(bool(case["problems"]) for case in chosen),
+            "steps_lost_max": max(lost),
+            "steps_lost_median": statistics.median(lost),
+            "in_a_save": sum(case["in_a_save"] for case in chosen),
+        }
+    return kinds
+
+
+def show(case: dict) -> None:
+    verdict = "same bits" if not case["problems"] else "FAILED: " + "; ".join(case["problems"][:3])
+    where = f"{case['kind']:<9}{case['ranks']} rank{'s' * (case['ranks'] > 1):<2} {case['at']:<50}"
+    print(f"{where} resumed at {case['resumed_at']:>2}, lost {case['steps_lost']}  {verdict}", flush=True)
+
+
+def all_cases(bench: Bench, kills: int, seed: int):
+    rng = random.Random(seed)
+    for ranks in (1, 2):
+        for at in STOP_POINTS:
+            yield stop_case(bench, at, ranks)
+    yield stop_torchrun_case(bench)
+    yield kill_rank_case(bench)
+    for _ in range(kills):
+        yield kill_case(bench, rng)
+    for at in SAVE_POINTS:
+        yield save_case(bench, at)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="kill -9 at this many random moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--out", type=Path, help="write the report there as JSON")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # as in the runs
+    began, cases = time.time(), []
+    with tempfile.TemporaryDirectory(prefix="nano24_faults_") as folder:
+        bench = Bench(folder)
+        for case in all_cases(bench, options.kills, options.seed):
+            cases.append(case)
+            show(case)
+            for path in bench.folder.glob("run*"):
+                shutil.rmtree(path)
+    failed = sum(bool(case["problems"]) for case in cases)
+    report = {
+        "command": f"python tests/faults.py --kills {options.kills} --seed {options.seed}",
+        "environment": {**environment(torch.device("cpu"), 1), "platform": sys.platform, "cpus": os.cpu_count()},
+        "settings": SETTINGS,
+        "seconds": round(time.time() - began),
+        "failed": failed,
+        "summary": summary(cases),
+        "cases": cases,
+    }
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{len(cases)} cases, {failed} failed, {report['seconds']} s" + (f", {options.out}" if options.out else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""What the tests of train.py share: a tiny dataset, ways to run train.py, faults injected into it, comparing runs.
+
+    launch(out, settings)               python train.py, as a user runs it; ranks=2 goes through torchrun
+    launch(out, settings, fault)        the same, but through this file: `install` patches train.py, then runs its main
+    run_here(out, settings)             train.main() in this process, fast; what it changes in the process is put back
+
+A fault is a dict, in JSON on this file's command line. Nothing here sleeps to hit a moment: a fault strikes at a
+named iteration and micro-batch, or at a named line of a save.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this file and faults.py are also run as scripts
+
+import numpy as np
+import torch
+
+import checkpoint
+import train
+from sparse24 import MaskedDecayAdamW
+
+# A run of 32 steps of 4 micro-batches: refreshes after steps 4, 9, 14, 19, 24, saves at 4, 8, ..., dense from step 27.
+SETTINGS = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "gradient_accumulation_steps": 4,
+    "max_iters": 32, "lr_decay_iters": 32, "warmup_iters": 3, "learning_rate": 3e-3, "min_lr": 3e-4, "dropout": 0.1,
+    "sparse": "fst", "mask_interval": 5, "masked_decay": 1e-2, "mvue": True,
+    "log_interval": 1, "flip_interval": 6, "eval_interval": 8, "eval_iters": 2, "checkpoint_interval": 4,
+    "device": "cpu",
+}  # fmt: skip
+DENSE_START = round(32 * 5 / 6)
+TIMED = {"tokens_per_s", "mfu", "elapsed_s"}  # metrics that no two runs share
+
+
+def make_dataset(folder: Path, sentences: int = 250) -> Path:
+    """A character dataset of `sentences` short sentences in random order, nine tenths of it to train on."""
+    rng = random.Random(0)
+    text = "".join(
+        rng.choice(("the cat sat on the mat. ", "a dog ran far! ", "we saw six (6) birds, ")) for _ in range(sentences)
+    )
+    chars = "".join(sorted(set(text)))
+    ids = np.array([chars.index(char) for char in text], dtype="<u2")
+    folder.mkdir(parents=True, exist_ok=True)
+    ids[: len(ids) * 9 // 10].tofile(folder / "train.bin")
+    ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
+    meta = {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running train.py
+
+
+def to_words(out_dir, settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in {**settings, "out_dir": out_dir}.items()]
+
+
+def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, **options) -> subprocess.Popen:
+    """Start train.py on `ranks` processes, each with one thread; its output goes to pipes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    script = ["train.py"] if fault is None else ["tests/harness.py", json.dumps(fault)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, *script, *to_words(out_dir, settings)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Wait for a started run; past `timeout` seconds it is killed with all its ranks, and TimeoutExpired raised."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def launch(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1) -> subprocess.CompletedProcess:
+    return finish(start(out_dir, settings, fault, ranks))
+
+
+@contextlib.contextmanager
+def pristine_train():
+    """Put back what train.main() changes in its process: its own globals, signal handlers, torch's global state."""
+    before = dict(vars(train))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    precision, argv = torch.get_float32_matmul_precision(), sys.argv
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield train
+    finally:
+        vars(train).clear()
+        vars(train).update(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_float32_matmul_precision(precision)
+        sys.argv = argv
+
+
+def run_here(out_dir, settings: dict, fault: dict | None = None, words: list[str] = ()) -> None:
+    """train.main() in this process. What a user would see as exit status and last line is raised as SystemExit."""
+    with pristine_train(), contextlib.ExitStack() as undo:
+        if fault is not None:
+            install(fault, undo)
+        sys.argv = ["train.py", *to_words(out_dir, settings), *words]
+        train.main()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults. Each `_fault(undo, **arguments)` patches train.py's modules; `undo`, an ExitStack, takes the patches back.
+
+
+def _replace(undo: contextlib.ExitStack, module, name: str, make):
+    """module.name = make(the old one), until `undo` is closed."""
+    old = getattr(module, name)
+    undo.callback(setattr, module, name, old)
+    setattr(module, name, make(old))
+
+
+def _strike(name: str) -> None:
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+def _signal(undo, signal: str, iter_num: int, micro_batch: int) -> None:
+    """Send the signal to the rank that is about to do this micro-batch (numbered over all ranks)."""
+
+    def make(seed_draws):
+        def patched(model, seed, i, m):
+            if (i, m) == (iter_num, micro_batch):
+                _strike(signal)
+            seed_draws(model, seed, i, m)
+
+        return patched
+
+    _replace(undo, train, "seed_draws", make)
+
+
+def _signal_at_refresh(undo, signal: str, count: int) -> None:
+    """Send the signal to the last rank as it begins its `count`-th refresh of the masks."""
+    calls = 0
+    is_last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+    def make(refresh_masks):
+        def patched(model):
+            nonlocal calls
+            calls += 1
+            if calls == count and is_last:
+                _strike(signal)
+            return refresh_masks(model)
+
+        return patched
+
+    _replace(undo, train, "refresh_masks", make)
+
+
+# Where a save of ckpt.pt can die: name -> (whether the new checkpoint is then the one to resume from, hard links)
+SAVE_POINTS = {
+    "half of the bytes written": (False, True),
+    "written, before fsync": (False, True),
+    "synced, before the old one is linked": (False, True),
+    "old one linked, before that becomes ckpt_prev.pt": (False, True),
+    "ckpt_prev.pt replaced": (False, True),
+    "before the new one becomes ckpt.pt": (False, True),
+    "the new one is ckpt.pt": (True, True),
+    "no hard links: between the two renames": (False, False),
+    "no hard links: the new one is ckpt.pt": (True, False),
+}
+
+
+def _kill_in_save(undo, point: str, count: int) -> None:
+    """kill -9 at `point`, a key of SAVE_POINTS, of the `count`-th save of ckpt.pt."""
+    links = SAVE_POINTS[point][1]
+
+    def torch_save(save):
+        def patched(state, file):
+            buffer = io.BytesIO()
+            save(state, buffer)
+            file.write(buffer.getvalue()[: buffer.tell() // 2])
+            file.flush()
+            _strike("SIGKILL")
+
+        return patched
+
+    def fsync(sync):
+        return lambda descriptor: _strike("SIGKILL")
+
+    def link(make_link):
+        def patched(source, target):
+            if not links:
+                raise OSError("no hard links here")
+            if point == "synced, before the old one is linked":
+                _strike("SIGKILL")
+            make_link(source, target)
+            if point == "old one linked, before that becomes ckpt_prev.pt":
+                _strike("SIGKILL")
+
+        return patched
+
+    def replace(rename):
+        def patched(source, target):
+            is_new = Path(target).name == checkpoint.NAME
+            if is_new and point in ("before the new one becomes ckpt.pt", "no hard links: between the two renames"):
+                _strike("SIGKILL")
+            rename(source, target)
+            if (is_new and SAVE_POINTS[point][0]) or (not is_new and point == "ckpt_prev.pt replaced"):
+                _strike("SIGKILL")
+
+        return patched
+
+    calls = 0
+
+    def make(save):
+        def patched(folder, state, name=checkpoint.NAME):
+            nonlocal calls
+            calls += name == checkpoint.NAME
+            if calls == count:
+                if point == "half of the bytes written":
+                    _replace(undo, torch, "save", torch_save)
+                elif point == "written, before fsync":
+                    _replace(undo, os, "fsync", fsync)
+                _replace(undo, os, "link", link)
+                _replace(undo, os, "replace", replace)
+            return save(folder, state, name)
+
+        return patched
+
+    _replace(undo, checkpoint, "save", make)
+
+
+def _dump(undo, folder: str) -> None:
+    """Save, per rank: the gradients of the first optimizer step as it gets them, and the model at each save."""
+    rank = os.environ.get("RANK", 0)
+
+    def make_step(step):
+        def patched(self, closure=None):
+            path = Path(folder) / f"grads_{rank}.pt"
+            if not path.exists():
+                torch.save([p.grad.clone() for group in self.param_groups for p in group["params"]], path)
+            return step(self, closure)
+
+        return patched
+
+    def make_check(check_equal):
+        def patched(self, model):
+            torch.save(model.state_dict(), Path(folder) / f"model_{rank}.pt")
+            check_equal(self, model)
+
+        return patched
+
+    _replace(undo, MaskedDecayAdamW, "step", make_step)
+    _replace(undo, train.Ranks, "check_equal", make_check)
+
+
+def _alter(undo, iter_num: int, what: str) -> None:
+    """Change one bit of one weight, or of one mask, of the last rank before its first micro-batch of a step."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def make(seed_draws):
+        @torch.no_grad()
+        def patched(model, seed, i, m):
+            if (i, m) == (iter_num, rank) and rank == world_size - 1:
+                layer = model.transformer.h[1].mlp.c_proj
+                (layer.weight.view(torch.int32) if what == "weight" else layer.index)[0, 0] ^= 1
+            seed_draws(model, seed, i, m)
+
+        return patched
+
+    _replace(undo, train, "seed_draws", make)
+
+
+def install(fault: dict, undo: contextlib.ExitStack) -> None:
+    """fault: {"kind": one of the functions above without its underscore, ...that function's arguments}."""
+    kinds = {f.__name__[1:]: f for f in (_signal, _signal_at_refresh, _kill_in_save, _dump, _alter)}
+    kinds[fault["kind"]](undo, **{name: value for name, value in fault.items() if name != "kind"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs
+
+
+def read_state(out_dir, name: str = checkpoint.NAME) -> dict:
+    """A checkpoint, verified as train.py verifies it."""
+    return checkpoint.load(Path(out_dir) / name, train.sparse24.PATTERNS_HASH)
+
+
+def read_rows(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def leaves(value, path: str = "") -> dict:
+    """{path: leaf} of nested dicts, lists and tuples, tensors as (dtype, shape, bytes): equal means bit for bit."""
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in leaves(value[key], f"{path}/{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for i, item in enumerate(value) for k, v in leaves(item, f"{path}/{i}").items()}
+    if torch.is_tensor(value):
+        bits = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return {path: (value.dtype, tuple(value.shape), bits)}
+    return {path: repr(value)}
+
+
+def differences(one, other) -> list[str]:
+    """Paths at which two nested values differ by a bit, or that only one of them has."""
+    one, other = leaves(one), leaves(other)
+    return sorted(path for path in one.keys() | other.keys() if one.get(path) != other.get(path))
+
+
+def state_differences(one: dict, other: dict) -> list[str]:
+    """`differences` of two checkpoints in all but the settings and the clock."""
+    clocks = ("config", "elapsed_s")
+    return differences(*({key: state[key] for key in state if key not in clocks} for state in (one, other)))
+
+
+def row_differences(one: list[dict], other: list[dict]) -> list[str]:
+    """`differences` of two metrics files in all but what a clock gave."""
+    return differences(*([{k: v for k, v in row.items() if k not in TIMED} for row in rows] for rows in (one, other)))
+
+
+def contents(folder: Path) -> dict | None:
+    """{file name: bytes} of a folder, None when there is none: to see that it was left untouched."""
+    if not folder.exists():
+        return None
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+if __name__ == "__main__":
+    with contextlib.ExitStack() as never_undone:
+        install(json.loads(sys.argv[1]), never_undone)
+        del sys.argv[1]
+        train.main()

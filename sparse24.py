@@ -281,12 +281,13 @@ def mvue24_ref(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Te
     t = u * h
     t = torch.where(t < h, t, 0)  # the product of a subnormal h rounds up to h: t = h would keep a zero
     s = h - t
-    # First kept: the first i with C_i > t. Second: the last i whose suffix sum of b is at least s. The "or"s hold
-    # exactly but for rounding; they keep the two distinct and off zeros.
+    # First kept: the first i with C_i > t. Second: the last i whose suffix sum of b is at least s. What stands beside
+    # these comparisons holds by itself but for rounding: the two are distinct, no zero displaces a non-zero element,
+    # and an inner element above h, whose pi is 1, is always one of them.
     past0 = a0 <= t
     past1 = a0 + a1 <= t
-    from3 = (a3 >= s) | past1 | (past0 & (a2 == 0))
-    from2 = (a2 + a3 >= s) | past0
+    from3 = ((a3 >= s) & (a2 <= h) & (past0 | (a1 <= h))) | past1 | (past0 & (a2 == 0))
+    from2 = ((a2 + a3 >= s) & (a1 <= h)) | past0
     low = torch.where(past1, 2, past0.to(torch.int8))
     high = torch.where(from3, 3, 1 + from2.to(torch.int8))
     position = torch.arange(4, device=x.device, dtype=torch.int8)
@@ -309,10 +310,12 @@ def mvue24_sequential(x: torch.Tensor, seed) -> torch.Tensor:
     )
     groups = x.unflatten(-1, (-1, 4))
     a = _magnitude(groups)
-    others = torch.stack([a[..., [j for j in range(4) if j != i]].sum(-1) for i in range(4)], dim=-1)  # S - a_i
     total = a.sum(-1, keepdim=True)
-    ratio = torch.where(others > 0, a / others, 0)  # a_j / (S - a_j)
-    inclusion = a / total * (1 + ratio.sum(-1, keepdim=True) - ratio)
+    inclusion = a / total
+    for j in range(4):  # j first, then i
+        others = [i for i in range(4) if i != j]
+        rest = a[..., others].sum(-1, keepdim=True)  # S - a_j, without cancellation
+        inclusion[..., others] += torch.where(rest > 0, a[..., j : j + 1] / total * (a[..., others] / rest), 0)
 
     def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         sums = weights.cumsum(-1)

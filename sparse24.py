@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The 90 transposable patterns. Their order is a disk format (checkpoints store indices) and is arithmetic, so that the
@@ -469,6 +470,7 @@ class _MaskedLinear(torch.autograd.Function):
         return F.linear(x, w_24, bias)
 
     @staticmethod
+    @once_differentiable  # a second derivative would silently lack the weight's share
     def backward(ctx, dz):
         x, w_24, seed = ctx.saved_tensors
         dx = dw = db = None
@@ -496,6 +498,7 @@ class Sparse24Linear(nn.Linear):
     `.index`   uint8 (out/4, in/4), the transposable mask, set by `refresh_masks`; `.mask` is its bool (out, in) form.
     `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
     `.seed`    int64 0-d tensor that MVUE reads, set by `seed_draws`; not saved, since it is a function of the step.
+    A fresh or reset layer's mask matches its weights. Weights set by hand or loaded without an index want `refresh_masks`.
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as nn.Linear's do.
     Raises ValueError when in or out is not divisible by 4, NotImplementedError for a recipe not built yet.
     """
@@ -513,6 +516,12 @@ class Sparse24Linear(nn.Linear):
         self.sparse = True
         self.register_buffer("index", transposable_index(self.weight))
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "index" in self._buffers:  # not yet there when nn.Linear's __init__ comes by
+            self.index.copy_(transposable_index(self.weight))
+            self.seed.zero_()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | Recipe) -> "Sparse24Linear":
@@ -532,10 +541,10 @@ class Sparse24Linear(nn.Linear):
         if not self.sparse:
             return super().forward(x)
         weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        device_type = x.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)  # for all but float64, as autocast itself does
+            x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
         w_24 = torch.where(self.mask, weight.detach(), 0)
         if not torch.is_grad_enabled():
             return F.linear(x, w_24, bias)
@@ -564,7 +573,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _disable_encoder_fast_path(model: nn.Module) -> None:
     """nn.TransformerEncoder(Layer) in eval under no_grad read linear1.weight itself and would silently go dense."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
+        if isinstance(module, nn.TransformerEncoder) and sparse_linears(module):
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer) and sparse_linears(module):
             module.activation_relu_or_gelu = 0
@@ -581,7 +590,8 @@ def sparsify(
     matches, when a name is no nn.Linear of the model, or when a shape is not divisible by 4.
     """
     recipe = get_recipe(recipe)
-    linears = {name: m for name, m in model.named_modules() if name and type(m) in (nn.Linear, Sparse24Linear)}
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) in (nn.Linear, Sparse24Linear)}
+    linears.pop("", None)  # the model itself cannot be swapped in place
     chosen = [n for n, m in linears.items() if (layers(n, m) if callable(layers) else n in layers)]
     unknown = [] if callable(layers) else [name for name in layers if name not in linears]
     if unknown or not chosen:
@@ -589,13 +599,13 @@ def sparsify(
             f"sparsify: {'no nn.Linear named ' + ', '.join(unknown) if unknown else 'no nn.Linear matches'}; "
             f"the model has {', '.join(linears) or 'none'}"
         )
-    swapped = {
-        name: Sparse24Linear.from_linear(linears[name], recipe) for name in chosen if type(linears[name]) is nn.Linear
-    }
-    for name, layer in swapped.items():
-        _replace(model, name, layer)
+    dense = dict.fromkeys(linears[name] for name in chosen if type(linears[name]) is nn.Linear)
+    layer_of = {linear: Sparse24Linear.from_linear(linear, recipe) for linear in dense}
+    swapped = [name for name, m in linears.items() if m in layer_of]  # under all of its names, where it has several
+    for name in swapped:
+        _replace(model, name, layer_of[linears[name]])
     _disable_encoder_fast_path(model)
-    return list(swapped)
+    return swapped
 
 
 @torch.no_grad()
@@ -607,15 +617,17 @@ def densify(model: nn.Module, prune: bool = False) -> list[str]:
     """
     if isinstance(model, Sparse24Linear):
         raise ValueError("densify: the model itself is a Sparse24Linear, need a model that contains it; wrap it")
-    names = [name for name, module in model.named_modules() if isinstance(module, Sparse24Linear)]
-    for name in names:
-        layer = model.get_submodule(name)
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)}
+    linear_of = {}
+    for layer in dict.fromkeys(layers.values()):
         if prune and layer.sparse:
             layer.weight.masked_fill_(~layer.mask, 0)
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
-        _replace(model, name, linear.train(layer.training))
-    return names
+        linear_of[layer] = linear.train(layer.training)
+    for name, layer in layers.items():
+        _replace(model, name, linear_of[layer])
+    return list(layers)
 
 
 @torch.no_grad()
@@ -694,7 +706,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _apply_masked_decay(self) -> None:
         lr_of = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        for layer in sparse_linears(self._model):
+        layers = {id(layer.weight): layer for layer in sparse_linears(self._model)}  # a shared weight decays once
+        for layer in layers.values():
             weight = layer.weight
             if not layer.sparse or weight.grad is None or id(weight) not in lr_of:
                 continue
@@ -710,5 +723,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
                 loss = closure()
         if self.masked_decay:
             self._apply_masked_decay()
-        super().step()
+        # torch wraps the step of every optimizer class once it is used, to run the hooks. Ours is wrapped already.
+        step = torch.optim.AdamW.step
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
         return loss

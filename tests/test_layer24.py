@@ -170,7 +170,24 @@ def test_recipes_that_are_not_built_raise_when_a_layer_is_made(name):
 # The layer: its mathematics
 
 
-LEADING = [(), (1,), (2,), (3,), (4,), (5,), (9,), (2, 6), (3, 7), (2, 3, 5), (0,), (2, 0), (0, 4)]
+LEADING = [
+    (),
+    (1,),
+    (2,),
+    (3,),
+    (4,),
+    (5,),
+    (9,),
+    (2, 6),
+    (3, 7),
+    (2, 3, 5),
+    (32,),
+    (2, 64),
+    (5, 13),
+    (0,),
+    (2, 0),
+    (0, 4),
+]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -290,6 +307,21 @@ def test_expanded_output_gradients():
     (3 * layer(x).sum()).backward()
     assert torch.allclose(layer.weight.grad, 3 * x.sum(0).expand(12, 8))
     assert torch.allclose(layer.bias.grad, torch.full((12,), 18.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("recipe", ["fst", "ste"])
+def test_strided_inputs_and_output_gradients(recipe):
+    """A view of any strides gives what its contiguous copy gives: nothing is read in memory order by mistake."""
+    layer = make_layer(recipe)
+    for x, dz in (
+        (normal(5, 3, 8).transpose(0, 1), normal(12, 5, 3, seed=1).permute(2, 1, 0)),
+        (normal(6, 5, 16)[::2, :, 1::2], normal(6, 5, 24, seed=1)[1::2, :, ::2]),
+        (normal(1, 1, 8).expand(4, 3, 8), normal(1, 3, 1).expand(4, 3, 12)),
+    ):
+        z, dx, gradients = backward(layer, x, dz)
+        z_plain, dx_plain, gradients_plain = backward(layer, x.contiguous(), dz.contiguous())
+        for a, b in zip([z, dx, *gradients], [z_plain, dx_plain, *gradients_plain], strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_masked_weights_do_not_leak():
@@ -1163,8 +1195,7 @@ def test_optimizer_takes_torchs_arguments():
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"masked_decay": -1.0}, {"masked_decay": math.nan}, {"masked_decay": 0.1, "decay_on": "moments"}],
+    "arguments", [{"masked_decay": -1.0}, {"masked_decay": math.nan}, {"masked_decay": 0.1, "decay_on": "moments"}]
 )
 def test_optimizer_refuses_arguments(arguments):
     model = make_mlp("fst")
@@ -1235,3 +1266,11 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit():
     resumed.load_state_dict(saved[1])
     assert train(other, resumed, 30, start=30) == losses[30:]
     assert_equal_parameters(model, other)
+
+
+def test_reset_parameters_refreshes_the_mask_also_after_the_meta_device():
+    layer = sparse24.Sparse24Linear(8, 16, device="meta").to_empty(device="cpu")
+    for _ in range(2):
+        layer.reset_parameters()
+        assert torch.equal(layer.index, sparse24.transposable_index(layer.weight))
+    assert layer.seed == 0

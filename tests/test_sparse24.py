@@ -578,9 +578,7 @@ def optimum(x):
     h = torch.where(dominated, rest, total / 2).unsqueeze(-1)
     inclusion = torch.where(a >= h, 1.0, a / h) * (a > 0)
     variance = torch.where(
-        dominated,
-        rest.square() - s[..., :3].square().sum(-1),
-        total.square() / 2 - a.square().sum(-1),
+        dominated, rest.square() - s[..., :3].square().sum(-1), total.square() / 2 - a.square().sum(-1)
     )
     return inclusion, torch.maximum(a, h), variance.clamp(min=0)
 
@@ -682,6 +680,7 @@ hard_groups = st.one_of(
 @given(hard_groups, st.lists(st.integers(0, 2**23 - 1), min_size=4, max_size=4))
 @example((0.0, 0.0, TINY, TINY), [0, 1, 2, 3])
 @example((TINY, 0.0, TINY, 3e38), [0, 1, 2, 3])
+@example((1.0, 100.0, 0.0, 1.5 * STEP), [2**23 - 2, 2**23 - 1, 0, 1])  # h = 1 + a3 is rounded up
 def test_mvue_keeps_exactly_two_non_zeros(group, ks):
     x = torch.tensor([group], dtype=torch.float32)
     u = torch.cat([critical_uniforms(x[0].tolist()), torch.tensor(ks).float() * STEP])

@@ -498,7 +498,7 @@ class Sparse24Linear(nn.Linear):
     `.index`   uint8 (out/4, in/4), the transposable mask, set by `refresh_masks`; `.mask` is its bool (out, in) form.
     `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
     `.seed`    int64 0-d tensor that MVUE reads, set by `seed_draws`; not saved, since it is a function of the step.
-    A fresh or reset layer's mask matches its weights. Weights set by hand or loaded without an index want `refresh_masks`.
+    A fresh or reset layer's mask matches its weights; call `refresh_masks` after setting or loading weights alone.
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as nn.Linear's do.
     Raises ValueError when in or out is not divisible by 4, NotImplementedError for a recipe not built yet.
     """

@@ -184,8 +184,7 @@ def test_initial_weights(n_layer):
 
 
 @pytest.mark.parametrize(
-    ("preset", "count"),
-    [("124M", 124_439_808), ("350M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+    ("preset", "count"), [("124M", 124_439_808), ("350M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)]
 )
 def test_presets_have_the_published_parameter_counts(preset, count):
     with torch.device("meta"):

@@ -52,19 +52,21 @@ def _all_patterns() -> torch.Tensor:
 
 PATTERNS = _all_patterns()  # bool (90, 4, 4), True = kept
 PATTERNS_HASH = hashlib.sha256(PATTERNS.numpy().tobytes()).hexdigest()[:16]
-_FLAT = PATTERNS.flatten(1)  # (90, 16)
-_HAMMING = (_FLAT[:, None] != _FLAT[None]).sum(-1)  # int64 (90, 90): entries in which two patterns differ
-_table_cache: dict[tuple[str, torch.device], torch.Tensor] = {}
+_CPU = torch.device("cpu")
+_TABLES = {  # per device, copied there once
+    "flat": {_CPU: PATTERNS.flatten(1)},  # bool (90, 16)
+    "hamming": {_CPU: (PATTERNS.flatten(1)[:, None] != PATTERNS.flatten(1)[None]).sum(-1)},  # entries that differ
+}
 
 
 def _table(name: str, device: torch.device) -> torch.Tensor:
-    """`_FLAT` or `_HAMMING` on `device`, copied there once."""
-    source = {"flat": _FLAT, "hamming": _HAMMING}[name]
-    if device.type in ("cpu", "meta"):
-        return source.to(device)
-    if (name, device) not in _table_cache:
-        _table_cache[name, device] = source.to(device)
-    return _table_cache[name, device]
+    tables = _TABLES[name]
+    if device in tables:
+        return tables[device]
+    table = tables[_CPU].to(device)
+    if not torch.compiler.is_compiling():  # what is traced must not outlive its graph
+        tables[device] = table
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -531,6 +533,11 @@ class Sparse24Linear(nn.Linear):
         layer.index = transposable_index(linear.weight)
         layer.seed = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
         return layer.train(linear.training)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        _table("flat", self.index.device)  # copied now, so that no forward waits for it
+        return self
 
     @property
     def mask(self) -> torch.Tensor:

@@ -68,7 +68,12 @@ def load_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": 50257}
-    meta = json.loads(path.read_text())
+    try:
+        meta = json.loads(path.read_text())
+        if not (isinstance(meta["vocab_size"], int) and isinstance(meta["tokenizer"], str)):
+            raise TypeError("vocab_size must be an int and tokenizer a string")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"dataset: {path} is damaged ({error!r}); prepare the dataset again") from error
     for split in ("train", "val"):
         tokens, file = meta.get(f"{split}_tokens"), folder / f"{split}.bin"
         if tokens is not None and file.exists() and file.stat().st_size != 2 * tokens:

@@ -80,16 +80,22 @@ def start_ranks(device_name: str, backend_name: str) -> Ranks:
         return Ranks()
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ["LOCAL_RANK"])
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"device={device_name!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
     if on_gpu:
         torch.cuda.set_device(local_rank)
     name = ("nccl" if on_gpu else "gloo") if backend_name == "auto" else backend_name
-    dist.init_process_group(name)
+    try:
+        dist.init_process_group(name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"backend={name!r} cannot be used: {error}; use --backend=auto") from error
     control = dist.group.WORLD if name == "gloo" else dist.new_group(backend="gloo")
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), control)
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks for a stop at the end of the step; a second one is obeyed at once."""
+    """SIGTERM or SIGINT asks for a stop at the end of the step. A second SIGINT is obeyed at once; a second
+    SIGTERM is not, since a scheduler that signals all processes reaches a rank twice: itself, and through torchrun."""
 
     def __init__(self):
         self.received = None
@@ -98,7 +104,8 @@ class StopSignal:
 
     def _receive(self, number, frame):
         self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Metrics:

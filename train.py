@@ -13,6 +13,7 @@ a run that was killed goes on from its last checkpoint to the same weights. Eval
 """
 
 import contextlib
+import importlib.util
 import inspect
 import json
 import math
@@ -157,10 +158,12 @@ def resolve_settings(overrides: dict) -> Recipe | None:
     for name, least in (
         *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
         *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
-        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0)),
+        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0)),
     ):
         if globals()[name] < least:
             raise ValueError(f"{name}={globals()[name]}, need at least {least}")
+    if wandb_log and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
     if seed >= 2**32:
         raise ValueError(f"seed={seed}, need a seed below 2**32")
     if dtype not in ("auto", *_DTYPES):
@@ -179,9 +182,14 @@ def resolve_settings(overrides: dict) -> Recipe | None:
 def pick_device(ranks: Ranks) -> torch.device:
     """The device of this rank; sets `device`, `dtype` and `compile` to what "auto" and None stand for."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    chosen = torch.device(f"cuda:{ranks.local_rank}" if name == "cuda" and ranks.world_size > 1 else name)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
+    try:
+        chosen = torch.device(f"cuda:{ranks.local_rank}" if name == "cuda" and ranks.world_size > 1 else name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={device!r} cannot be used: {reason}; use --device=cpu") from error
     best = "float32"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -200,6 +208,8 @@ def find_start(folder: Path) -> Path | None:
         raise ValueError(
             f"init_from={init_from!r}, need auto, scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
         )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out_dir={out_dir} is a file; use another out_dir")
     existing = checkpoint.find(folder)
     if init_from == "resume" and not existing:
         raise ValueError(f"init_from=resume, but {folder} holds no {checkpoint.NAME}; use init_from=scratch or auto")
@@ -340,7 +350,8 @@ def main() -> None:
         if keyword not in inspect.signature(DistributedDataParallel).parameters:
             keyword = "broadcast_buffers"
         ddp = DistributedDataParallel(net, device_ids=[dev] if dev.type == "cuda" else None, **{keyword: False})
-    probes = [model.get_submodule(name) for name in model.sparse_names(sparse_layers)]  # dense runs are measured alike
+    probes = [model.get_submodule(name) for name in model.sparse_names(sparse_layers)]  # dense runs are measured alike,
+    probes = [m for m in probes if not (m.in_features % 4 or m.out_features % 4)]  # where a mask would fit
     local_steps = gradient_accumulation_steps // ranks.world_size
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     peak = peak_flops(dev)
@@ -350,23 +361,24 @@ def main() -> None:
 
     def save(name: str = checkpoint.NAME) -> None:
         ranks.check_equal(model)
-        if ranks.master:
-            checkpoint.save(
-                folder,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "iter_num": iter_num,
-                    "best_val_loss": best_val_loss,
-                    "model_args": model_args,
-                    "config": settings,
-                    "dense_start": switch,
-                    "patterns_hash": sparse24.PATTERNS_HASH,
-                    "elapsed_s": elapsed,
-                },
-                name,
-            )
+        if not ranks.master:
+            return
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "iter_num": iter_num,
+            "best_val_loss": best_val_loss,
+            "model_args": model_args,
+            "config": settings,
+            "dense_start": switch,
+            "patterns_hash": sparse24.PATTERNS_HASH,
+            "elapsed_s": elapsed,
+        }
+        try:
+            checkpoint.save(folder, state, name)
+        except checkpoint.CheckpointError as error:
+            sys.exit(f"train.py: error: {error}")
 
     metrics = None
     if ranks.master and not eval_only:
@@ -390,7 +402,7 @@ def main() -> None:
         is_sparse = max(0, min(iter_num, max_iters - 1)) < switch  # after the last step its phase stays
         set_phase(model, is_sparse)
         row = {"iter": iter_num, "phase": "sparse" if is_sparse else "dense", "elapsed_s": round(elapsed, 3)}
-        stopping = bool(ranks.maximum(stop.received is not None))
+        stopping = bool(ranks.maximum(stop.received is not None)) and iter_num < max_iters
         ended = iter_num >= max_iters or stopping or eval_only
 
         # ---- evaluate and save ----
@@ -432,7 +444,7 @@ def main() -> None:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row
-        measuring = bool(flip_interval) and iter_num % flip_interval == 0
+        measuring = bool(flip_interval and probes) and iter_num % flip_interval == 0
         if (logging or measuring) and is_sparse and masked_decay:
             row["decay_ratio"] = decay_ratio(model, masked_decay)
         before = sparse24.weight_indices(probes) if measuring else []

@@ -53,10 +53,11 @@ INTERVAL = SETTINGS["checkpoint_interval"]
 
 
 class Bench:
-    """A scratch folder with the dataset, the settings of every run in it, and the undisturbed run per rank count."""
+    """A scratch folder with the dataset, the settings of every run in it, and the undisturbed run per rank count.
+    `run` does the runs with a fault, `resume` those without; harness.run_here is a faster one for a single rank."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, run=launch, resume=launch):
+        self.folder, self.run, self.resume = Path(folder), run, resume
         self.settings = {**SETTINGS, "dataset": make_dataset(self.folder / "data")}
         self._references = {}
         self._count = 0
@@ -69,7 +70,7 @@ class Bench:
         """(final checkpoint, metrics) of a run that nothing disturbed."""
         if ranks not in self._references:
             out = self.new_folder()
-            done = launch(out, self.settings, ranks=ranks)
+            done = self.resume(out, self.settings, ranks=ranks)
             if done.returncode:
                 raise RuntimeError(f"the undisturbed run failed: {done.stderr}")
             self._references[ranks] = read_state(out), read_rows(out)
@@ -81,7 +82,7 @@ class Bench:
         saved = read_state(out, found.name)["iter_num"] if found else 0
         steps_done = _rows_written(out)
         leftovers = (out / (checkpoint.NAME + ".tmp")).exists()
-        done = launch(out, self.settings, ranks=ranks)
+        done = self.resume(out, self.settings, ranks=ranks)
         problems = [] if done.returncode == 0 else [f"resuming exited with {done.returncode}: {done.stderr}"]
         said = re.search(r"resuming .* at iteration (\d+)", done.stdout)
         resumed = int(said[1]) if said else 0
@@ -115,7 +116,7 @@ def stop_case(bench: Bench, at: str, ranks: int) -> dict:
     """SIGTERM at a key of STOP_POINTS. The step is finished and saved, the exit is clean, the way on is printed."""
     fault, saved = STOP_POINTS[at]
     out = bench.new_folder()
-    done = launch(out, bench.settings, {**fault, "signal": "SIGTERM"}, ranks)
+    done = bench.run(out, bench.settings, {**fault, "signal": "SIGTERM"}, ranks)
     outcome = bench.resume_and_compare(out, ranks)
     return _case(
         *("stop", at, ranks, outcome),
@@ -152,7 +153,7 @@ def stop_torchrun_case(bench: Bench) -> dict:
 def kill_rank_case(bench: Bench) -> dict:
     """kill -9 of one rank of two: torchrun ends the other one, and the run goes on from the last save."""
     out = bench.new_folder()
-    done = launch(out, bench.settings, {"kind": "signal", "signal": "SIGKILL", "iter_num": 14, "micro_batch": 1}, 2)
+    done = bench.run(out, bench.settings, {"kind": "signal", "signal": "SIGKILL", "iter_num": 14, "micro_batch": 1}, 2)
     outcome = bench.resume_and_compare(out, ranks=2)
     return _case(
         *("torchrun", "kill -9 of rank 1", 2, outcome),
@@ -184,7 +185,7 @@ def save_case(bench: Bench, at: str) -> dict:
     """kill -9 at a key of SAVE_POINTS, in the third save, that of iteration 12; before it 8 was saved."""
     need = 12 if SAVE_POINTS[at][0] else 8
     out = bench.new_folder()
-    done = launch(out, bench.settings, {"kind": "kill_in_save", "point": at, "count": 3})
+    done = bench.run(out, bench.settings, {"kind": "kill_in_save", "point": at, "count": 3})
     outcome = bench.resume_and_compare(out, ranks=1)
     return _case(
         *("save", at, 1, outcome),

@@ -1,0 +1,98 @@
+"""One case of each kind of tests/faults.py, by its own functions; `make faults` runs them all."""
+
+import json
+import random
+
+import faults
+import pytest
+from harness import launch, make_dataset, read_state, run_here, state_differences
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return faults.Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def bench_here(tmp_path_factory):
+    return faults.Bench(tmp_path_factory.mktemp("here"), run=run_here, resume=run_here)
+
+
+@pytest.fixture(scope="module")
+def bench_kills(tmp_path_factory):
+    return faults.Bench(tmp_path_factory.mktemp("kills"), run=launch, resume=run_here)
+
+
+@pytest.mark.parametrize("at", faults.STOP_POINTS)
+def test_a_stop_at_any_phase_loses_nothing(bench_here, at):
+    assert faults.stop_case(bench_here, at, ranks=1)["problems"] == []
+
+
+def test_a_stop_of_a_real_process_loses_nothing(bench_kills):
+    assert faults.stop_case(bench_kills, "at a mask refresh", ranks=1)["problems"] == []
+
+
+def test_a_stop_of_one_of_two_ranks_loses_nothing(bench):
+    assert faults.stop_case(bench, "at the dense switch", ranks=2)["problems"] == []
+
+
+def test_a_kill_at_a_random_moment_goes_on_from_the_last_save(bench_kills):
+    assert faults.kill_case(bench_kills, random.Random(1))["problems"] == []
+
+
+@pytest.mark.parametrize("at", ["half of the bytes written", "no hard links: between the two renames"])
+def test_a_kill_inside_a_save_goes_on_from_a_whole_checkpoint(bench_kills, at):
+    assert faults.save_case(bench_kills, at)["problems"] == []
+
+
+def test_run_here_trains_to_the_same_bits_as_a_real_process(bench, bench_here):
+    """What the fast tests of this folder rely on."""
+    assert state_differences(bench.reference(1)[0], bench_here.reference(1)[0]) == []
+
+
+def test_the_comparison_covers_weights_moments_and_masks_and_sees_one_bit(bench_here):
+    state, _ = bench_here.reference(1)
+    for part, name in (("model", "transformer.h.0.mlp.c_fc.weight"), ("model", "transformer.h.1.mlp.c_proj.index")):
+        changed = {**state, part: {**state[part], name: state[part][name].clone()}}
+        changed[part][name].view(-1).view(faults.torch.uint8)[0] ^= 1
+        assert state_differences(state, changed) == [f"/{part}/{name}"]
+    changed = {**state, "optimizer": {**state["optimizer"], "state": {**state["optimizer"]["state"]}}}
+    del changed["optimizer"]["state"][3]
+    gone = [f"/optimizer/state/3/{name}" for name in ("exp_avg", "exp_avg_sq", "step")]
+    assert state_differences(state, changed) == gone
+
+
+def test_two_seeds_end_in_different_weights(tmp_path):
+    """Else every comparison above would pass on anything."""
+    data = {"dataset": make_dataset(tmp_path / "data"), "max_iters": 2}
+    for seed in (1, 2):
+        run_here(tmp_path / str(seed), {**faults.SETTINGS, **data, "seed": seed})
+    assert state_differences(read_state(tmp_path / "1"), read_state(tmp_path / "2"))
+
+
+def outcome(**changes):
+    return {"kind": "kill", "at": "x", "ranks": 1, "resumed_at": 8, "steps_lost": 3, "in_a_save": False} | changes
+
+
+def test_report_counts_steps_and_fails_on_a_mismatch(monkeypatch, tmp_path, capsys):
+    cases = [outcome(problems=[]), outcome(problems=["differs: /model/x"], steps_lost=1)]
+    monkeypatch.setattr(faults, "all_cases", lambda bench, kills, seed: iter(cases[: kills + 1]))
+    report = tmp_path / "new" / "faults.json"
+    assert faults.main(["--kills", "0", "--out", str(report)]) == 0
+    assert "same bits" in capsys.readouterr().out
+    assert faults.main(["--kills", "1", "--out", str(report)]) == 1
+    assert "FAILED: differs: /model/x" in capsys.readouterr().out
+    saved = json.loads(report.read_text())
+    expected = {"cases": 2, "failed": 1, "steps_lost_max": 3, "steps_lost_median": 2, "in_a_save": 0}
+    assert saved["summary"]["kill"] == expected
+    assert {"commit", "torch", "platform"} <= saved["environment"].keys()
+    assert str(tmp_path) not in report.read_text()
+
+
+def test_launch_reports_how_a_real_process_ends(tmp_path):
+    done = launch(tmp_path / "out", {**faults.SETTINGS, "dataset": tmp_path / "nowhere"})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("train.py: error: dataset: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

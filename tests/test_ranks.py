@@ -1,0 +1,146 @@
+"""Two ranks train as one process does: the same micro-batches, the same draws, the same weights on both ranks."""
+
+import re
+
+import pytest
+import torch
+from harness import (
+    SETTINGS,
+    differences,
+    launch,
+    make_dataset,
+    pristine_train,
+    read_rows,
+    read_state,
+    run_here,
+)
+
+import train
+from model import GPT, GPTConfig
+from runtime import Ranks
+
+STEPS = 6
+EXACT = {"max_iters": STEPS, "mask_interval": STEPS + 1, "mvue": False, "eval_interval": 3, "eval_iters": 3}
+MVUE = {"max_iters": 1, "mvue": True, "eval_iters": 0}  # all 18 windows of the split: five batches, the last one short
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{(name of the settings, ranks): folder} of four runs, each of which dumped gradients and models there."""
+    folder = tmp_path_factory.mktemp("ranks")
+    data = make_dataset(folder / "data")
+    made = {}
+    for name, changes in (("exact", EXACT), ("mvue", MVUE)):
+        for ranks, run in ((1, run_here), (2, launch)):
+            out = made[name, ranks] = folder / f"{name}{ranks}"
+            out.mkdir()
+            done = run(out, {**SETTINGS, **changes, "dataset": data}, {"kind": "dump", "folder": str(out)}, ranks=ranks)
+            assert done.returncode == 0, done.stderr
+            (out / "stdout.txt").write_text(done.stdout)
+    return made
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_two_ranks_end_in_the_weights_and_masks_of_one(runs):
+    one, two = (read_state(runs["exact", ranks]) for ranks in (1, 2))
+    assert one["iter_num"] == two["iter_num"] == STEPS
+    start = load(runs["exact", 1] / "grads_0.pt")
+    assert max(g.norm() for g in start) > 0.1  # there was something to learn
+    for name, tensor in one["model"].items():
+        if torch.is_tensor(tensor) and tensor.is_floating_point():
+            torch.testing.assert_close(two["model"][name], tensor, rtol=0, atol=1e-5)
+        else:
+            assert differences(tensor, two["model"][name]) == []
+
+
+def test_two_ranks_log_the_numbers_of_one(runs):
+    for name in ("exact", "mvue"):
+        one, two = (read_rows(runs[name, ranks]) for ranks in (1, 2))
+        assert [row["iter"] for row in one] == [row["iter"] for row in two]
+        for a, b in zip(one, two, strict=True):
+            for key in ("train_loss", "val_loss", "lr", "grad_norm", "decay_ratio"):
+                assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-5)), (name, a["iter"], key)
+
+
+@pytest.mark.parametrize("name", ["exact", "mvue"])
+def test_first_gradient_of_two_ranks_is_that_of_one(runs, name):
+    one = load(runs[name, 1] / "grads_0.pt")
+    for rank in (0, 1):
+        two = load(runs[name, 2] / f"grads_{rank}.pt")
+        for a, b in zip(one, two, strict=True):
+            assert (a - b).norm() <= 1e-6 * a.norm()
+
+
+def test_mvue_changes_the_gradient_that_is_compared(runs):
+    exact, mvue = (load(runs[name, 1] / "grads_0.pt") for name in ("exact", "mvue"))
+    assert max((a - b).norm() / a.norm() for a, b in zip(exact, mvue, strict=True)) > 0.01
+
+
+@pytest.mark.parametrize("name", ["exact", "mvue"])
+def test_both_ranks_hold_the_same_bits(runs, name):
+    states = [load(runs[name, 2] / f"model_{rank}.pt") for rank in (0, 1)]
+    assert any(key.endswith(".index") for key in states[0])
+    assert differences(*states) == []
+    assert differences(states[0], read_state(runs[name, 2])["model"]) == []
+
+
+def test_only_rank_0_writes_and_prints(runs):
+    printed = (runs["exact", 2] / "stdout.txt").read_text()
+    assert [int(n) for n in re.findall(rf"^iter +(\d+)/{STEPS}", printed, re.M)] == [*range(STEPS + 1)]
+    assert printed.count(f"done: {STEPS} iterations") == printed.count("parameters; ") == 1
+    assert [row["iter"] for row in read_rows(runs["exact", 2])] == [*range(STEPS + 1)]
+
+
+def test_a_rank_that_went_astray_ends_the_run_before_the_next_save(tmp_path):
+    """One weight of rank 1: no checkpoint with it is written."""
+    settings = {**SETTINGS, "max_iters": 8, "dataset": make_dataset(tmp_path / "data")}
+    done = launch(tmp_path / "out", settings, {"kind": "alter", "iter_num": 5}, ranks=2)
+    assert done.returncode != 0
+    assert re.search(r"weights or masks of ranks \[1\] differ from rank 0's; resume from", done.stderr)
+    assert read_state(tmp_path / "out")["iter_num"] == 4
+
+
+def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch):
+    """On one process, with the other rank's sum handed over in place of the gathering."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, bias=True, sparse="fst"))
+    ranks, sums = Ranks(0, 0, 2), []
+
+    def gather(into, mine, group):
+        sums.append(mine.clone())
+        for tensor, value in zip(into, (sums[0], mine), strict=True):
+            tensor.copy_(value)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    ranks.check_equal(model)
+    ranks.check_equal(model)
+    held = [p.detach() for p in model.parameters()] + [b for b in model.buffers() if b.dtype == torch.uint8]
+    assert len(held) == 16 + 2
+    for tensor in held:
+        bits = tensor.view(-1).view(torch.uint8)
+        for place in (0, -1):
+            bits[place] ^= 1
+            with pytest.raises(RuntimeError, match=r"weights or masks of ranks \[1\] differ"):
+                ranks.check_equal(model)
+            bits[place] ^= 1
+    ranks.check_equal(model)
+
+
+def test_accumulation_that_does_not_divide_over_the_ranks_is_refused(tmp_path, monkeypatch):
+    settings = {**SETTINGS, "gradient_accumulation_steps": 3, "dataset": make_dataset(tmp_path / "data")}
+    with pristine_train():
+        monkeypatch.setattr(train, "start_ranks", lambda device, backend: Ranks(1, 1, 2))
+        done = run_here(tmp_path / "out", settings)
+    assert done.returncode == 1
+    assert re.search(r"gradient_accumulation_steps=3, need a multiple of the number of ranks, 2", done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_world_of_one_agrees_with_itself():
+    ranks = Ranks()
+    assert ranks.master
+    assert (ranks.maximum(3), ranks.total([1.5, 2.0]), ranks.decide("x")) == (3, [1.5, 2.0], "x")
+    ranks.check_equal(torch.nn.Linear(2, 2))
+    ranks.leave()

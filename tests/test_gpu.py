@@ -1,13 +1,10 @@
 """What only a CUDA GPU can show: `python -m pytest -m gpu`. The twins give the same numbers there as on the CPU."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
+from harness import SETTINGS, make_dataset, read_state, run_here, state_differences
 
 import sparse24
-import train
 from model import GPT, GPTConfig
 
 pytestmark = [
@@ -73,31 +70,10 @@ def test_compiled_model_trains_in_bf16_and_sees_new_seeds():
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_deterministic_run_resumes_bit_for_bit(tmp_path, monkeypatch, compile):
-    text = np.random.default_rng(0).integers(0, 64, 10_000).astype("<u2")
-    for split in ("train", "val"):
-        text.tofile(tmp_path / f"{split}.bin")
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "char", "vocab_size": 64, "chars": ""}))
-    words = [f"--dataset={tmp_path}", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=64", "--batch_size=4"]
-    words += ["--gradient_accumulation_steps=2", "--max_iters=24", "--sparse=fst", "--mask_interval=5", "--dropout=0.1"]
-    words += [
-        "--deterministic=True",
-        f"--compile={compile}",
-        "--eval_iters=2",
-        "--checkpoint_interval=7",
-        "--warmup_iters=4",
-    ]
-
-    def run(folder, *more):
-        defaults = {k: v for k, v in vars(train).items() if not k.startswith("__")}
-        monkeypatch.setattr("sys.argv", ["train.py", *words, f"--out_dir={tmp_path / folder}", *more])
-        train.main()
-        vars(train).update(defaults)
-        return torch.load(tmp_path / folder / "ckpt.pt", weights_only=True, map_location="cpu")
-
-    whole = run("whole")
-    run("parts", "--max_iters=11", "--dense_start=20")
-    parts = run("parts", "--dense_start=20")
-    for name, tensor in whole["model"].items():
-        if torch.is_tensor(tensor):
-            assert torch.equal(tensor, parts["model"][name]), name
+def test_deterministic_run_resumes_bit_for_bit(tmp_path, compile):
+    settings = {**SETTINGS, "dataset": make_dataset(tmp_path / "data"), "device": "cuda", "deterministic": True}
+    settings |= {"compile": compile, "dense_start": 20}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, changes in ((whole, {}), (parts, {"max_iters": 13}), (parts, {})):
+        assert run_here(out, settings | changes).returncode == 0
+    assert state_differences(read_state(whole), read_state(parts)) == []

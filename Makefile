@@ -11,9 +11,10 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test gpu lint faults
 
+# One thread: the demo's tensors are tiny, and on a busy machine OpenMP's threads spend their time waiting for each other.
 demo: .venv/installed
 	@test -f data/pystdlib_char/train.bin || $(PY) data/pystdlib_char/prepare.py
-	$(PY) train.py config/demo.py
+	OMP_NUM_THREADS=1 $(PY) train.py config/demo.py
 	$(PY) sample.py --out_dir=out-demo --start="def " --num_samples=1 --max_new_tokens=400
 	$(PY) plot.py out-demo
 

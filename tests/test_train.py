@@ -437,18 +437,25 @@ def test_saves_come_at_the_interval_the_switch_and_the_end(run, tmp_path, monkey
     assert saved == [5, 7, 9, 10, 14]
 
 
-def test_the_best_so_far_is_kept_on_request(run, data, tmp_path):
+def test_the_best_so_far_is_kept_on_request_and_over_a_stop(run, tmp_path):
     """With a learning rate that rises until it ruins the model, the best is not the last."""
-    changes = {"learning_rate": 1e-2, "min_lr": 3.0, "lr_decay_iters": 40, "warmup_iters": 0}
-    run(tmp_path, max_iters=20, always_save_checkpoint=False, checkpoint_interval=1000, eval_interval=2, **changes)
-    val = {row["iter"]: row["val_loss"] for row in read_rows(tmp_path) if row["val_loss"] and row["iter"]}
+    changes = {"learning_rate": 1e-2, "min_lr": 3.0, "lr_decay_iters": 40, "warmup_iters": 0, "max_iters": 20}
+    changes |= {"always_save_checkpoint": False, "checkpoint_interval": 1000, "eval_interval": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, **changes)
+    val = {row["iter"]: row["val_loss"] for row in read_rows(whole) if row["val_loss"] and row["iter"]}
     best = min(val, key=val.get)
-    assert best < 20
-    state = read_state(tmp_path, "ckpt_best.pt")
+    assert best < 18
+    state = read_state(whole, "ckpt_best.pt")
     assert (state["iter_num"], state["best_val_loss"]) == (best, val[best])
-    assert read_state(tmp_path)["iter_num"] == 20
-    assert read_state(tmp_path)["best_val_loss"] == val[best]
-    assert read_state(tmp_path, "ckpt_prev.pt")["iter_num"] == 17  # the switch, not an evaluation
+    assert read_state(whole)["iter_num"] == 20
+    assert read_state(whole)["best_val_loss"] == val[best]
+    assert read_state(whole, "ckpt_prev.pt")["iter_num"] == 17  # the switch, not an evaluation
+
+    run(parts, {"kind": "signal", "signal": "SIGTERM", "iter_num": 18, "micro_batch": 0}, **changes)
+    run(parts, **changes)
+    for name in (checkpoint.NAME, "ckpt_best.pt"):
+        assert state_differences(read_state(parts, name), read_state(whole, name)) == []
 
 
 def test_eval_only_prints_the_loss_and_writes_nothing(run, reference, tmp_path):

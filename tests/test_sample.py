@@ -123,6 +123,6 @@ def test_windows_are_shifted_by_one_and_a_function_of_the_key(tmp_path):
 
 def test_meta_that_belongs_to_other_files_is_refused(tmp_path):
     np.zeros(10, dtype="<u2").tofile(tmp_path / "train.bin")
-    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 5, "train_tokens": 11}))
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "char", "vocab_size": 5, "train_tokens": 11}))
     with pytest.raises(ValueError, match=r"counts 11 tokens in train.bin, which holds 10; prepare the dataset again"):
         loader.load_meta(tmp_path)

@@ -12,8 +12,8 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 64
-batch_size = 12
-gradient_accumulation_steps = 1
+batch_size = 6
+gradient_accumulation_steps = 2  # so that two ranks can share a step
 
 sparse = "fst"
 masked_decay = 1e-3

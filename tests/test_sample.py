@@ -1,5 +1,7 @@
 """sample.py: decodes with the run's own vocabulary and honours the phase of the checkpoint."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import torch
 
 import checkpoint
 import loader
+import sample
 import sparse24
 from model import GPT, GPTConfig
 
@@ -41,9 +44,22 @@ def run(tmp_path):
     return tmp_path, save, model
 
 
-def sample(folder, *words):
-    command = [sys.executable, "sample.py", f"--out_dir={folder}", "--max_new_tokens=20", "--device=cpu", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run_sample(folder, *words):
+    """sample.main() in this process: (exit status, stdout, stderr), as a user would see them."""
+    before, argv = dict(vars(sample)), sys.argv
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    sys.argv = ["sample.py", f"--out_dir={folder}", "--max_new_tokens=20", "--device=cpu", *words]
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            sample.main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        stderr.write("" if isinstance(end.code, int) else end.code)
+    finally:
+        vars(sample).clear()
+        vars(sample).update(before)
+        sys.argv = argv
+    return status, stdout.getvalue(), stderr.getvalue()
 
 
 def greedy(model, prompt):
@@ -58,9 +74,9 @@ def test_samples_follow_the_phase_of_the_checkpoint(run):
         for layer in sparse24.sparse_linears(model):
             layer.sparse = phase
         save(model=model.state_dict())
-        done = sample(folder, "--start=abc", "--num_samples=1", "--temperature=0")
-        assert done.returncode == 0, done.stderr
-        first, text = done.stdout.split("\n", 1)
+        status, stdout, stderr = run_sample(folder, "--start=abc", "--num_samples=1", "--temperature=0")
+        assert status == 0, stderr
+        first, text = stdout.split("\n", 1)
         assert f"iteration 7, {2 * phase} of 2 sparse linears in the 2:4 phase" in first
         texts[phase] = text.removesuffix("\n---------------\n")
         assert texts[phase] == greedy(model, "abc")
@@ -71,11 +87,18 @@ def test_prompt_from_a_file_and_equal_seeds(run):
     folder, _, _ = run
     (folder / "prompt.txt").write_text("jig")
     words = (f"--start=FILE:{folder / 'prompt.txt'}", "--num_samples=2", "--seed=5")
-    first, second = sample(folder, *words), sample(folder, *words)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == second.stdout
-    assert first.stdout.count("jig") >= 2
-    assert sample(folder, *words[:-1], "--seed=6").stdout != first.stdout
+    status, first, stderr = run_sample(folder, *words)
+    assert status == 0, stderr
+    assert run_sample(folder, *words)[1] == first
+    assert first.count("jig") >= 2
+    assert run_sample(folder, *words[:-1], "--seed=6")[1] != first
+
+
+def test_the_script_runs_as_a_user_runs_it(run):
+    command = [sys.executable, "sample.py", f"--out_dir={run[0]}", "--max_new_tokens=5", "--num_samples=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "iteration 7" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -89,17 +112,17 @@ def test_prompt_from_a_file_and_equal_seeds(run):
     ],
 )
 def test_wrong_input_gives_one_clear_line(run, words, message):
-    done = sample(run[0], *words)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    status, stdout, stderr = run_sample(run[0], *words)
+    assert status != 0
+    assert message in stderr
+    assert "---" not in stdout
 
 
 def test_dataset_with_more_tokens_than_the_model_is_refused(run):
     folder, _, _ = run
     meta = {"tokenizer": "char", "vocab_size": 64, "chars": CHARS}
     (folder / "data" / "meta.json").write_text(json.dumps(meta))
-    assert "now has 64 tokens, the checkpoint 11" in sample(folder).stderr
+    assert "now has 64 tokens, the checkpoint 11" in run_sample(folder)[2]
 
 
 def test_char_tokenizer_round_trip():

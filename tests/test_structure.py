@@ -98,3 +98,10 @@ def test_readme_figures_are_there():
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         if "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["convergence", "flip_rate"])
+def test_readme_tables_are_those_of_the_results(name):
+    table = (ROOT / "results" / f"{name}.md").read_text().split("\n\n")[2]
+    assert table.startswith("|")
+    assert table in (ROOT / "README.md").read_text()

@@ -722,6 +722,7 @@ def test_a_gpu_that_is_not_there_is_refused(refused, tmp_path, device):
     assert re.search("sees no CUDA GPU; use --device=cpu", refused(tmp_path / "out", device=device))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
 @pytest.mark.parametrize("changes", [{"device": "cuda"}, {"backend": "nccl"}, {"backend": "pigeon"}], ids=str)
 def test_ranks_that_cannot_meet_are_refused(refused, tmp_path, monkeypatch, changes):
     if changes != {"backend": "pigeon"} and torch.cuda.is_available():
@@ -840,6 +841,7 @@ def check_compiled(run, folder, **changes):
     assert read_state(folder / "compiled")["model"].keys() == read_state(folder / "eager")["model"].keys()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_graphs_are_captured_in_both_phases(run, tmp_path, monkeypatch):
     """torch.compile's front half, without generated code."""
     compile_model = torch.compile
@@ -847,6 +849,7 @@ def test_graphs_are_captured_in_both_phases(run, tmp_path, monkeypatch):
     check_compiled(run, tmp_path, max_iters=4, dense_start=1)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++, which is not installed")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link against a torch whose path has a space")
 def test_torch_compile_trains_through_both_phases(run, tmp_path):

@@ -2,7 +2,7 @@
 # make test   lint and all tests (about 8 minutes on 2 cores); what is skipped, and why, is listed at the end
 # make gpu    the tests that need a CUDA GPU
 # make lint   ruff alone
-# make faults kill and stop training at many points, write results/faults.json (about 20 minutes)
+# make faults kill and stop training at many points, write results/faults.json (about 10 minutes)
 # Everything is installed into .venv. `make PYTHON=python3.12 ...` picks another Python for it.
 
 PYTHON ?= python3

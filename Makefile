@@ -1,8 +1,8 @@
-# make demo   environment, data, a sparse training run on this machine, a text sample, two plots (about 5 minutes)
-# make test   lint and all tests (about 8 minutes on 2 cores); what is skipped, and why, is listed at the end
+# make demo   environment, data, a sparse training run on this machine, a text sample, two plots
+# make test   lint and all tests; what is skipped, and why, is listed at the end
 # make gpu    the tests that need a CUDA GPU
 # make lint   ruff alone
-# make faults kill and stop training at many points, write results/faults.json (about 10 minutes)
+# make faults kill and stop training at many points, write results/faults.json (12 minutes for the one that is there)
 # Everything is installed into .venv. `make PYTHON=python3.12 ...` picks another Python for it.
 
 PYTHON ?= python3

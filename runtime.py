@@ -1,6 +1,5 @@
 """What surrounds a run: the ranks it is spread over, the signals that stop it, and the numbers it writes."""
 
-import contextlib
 import json
 import os
 import platform
@@ -131,9 +130,11 @@ class Metrics:
         kept = []
         if first_iter and path.exists():  # steps after the checkpoint will be done, and logged, again
             for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
+                try:
                     if json.loads(line)["iter"] < first_iter:
                         kept.append(line + "\n")
+                except json.JSONDecodeError:  # a kill cut it short
+                    print(f"{path}: dropped an unfinished line, {line[:40]!r}")
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)

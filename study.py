@@ -1,7 +1,7 @@
 """Compare methods: run a grid of settings and seeds through train.py, and write tables under results/.
 
-    python study.py convergence --dataset=shakespeare_char         losses of dense, half, ste, fst: about 20 CPU minutes
-    python study.py flip_rate --dataset=shakespeare_char           flip rates over the decay factor: about 5 CPU minutes
+    python study.py convergence --dataset=shakespeare_char         losses of dense, half, ste, fst; 15 runs
+    python study.py flip_rate --dataset=shakespeare_char           flip rates over the decay factor; 15 runs
 
 Every run is `python train.py NAME=VALUE...` in a folder of its own below --out_dir, so a study that was stopped goes on
 where it stood, and a finished one only writes its table again. Runs of one seed share initial weights and batches.

@@ -1,7 +1,7 @@
 """fineweb_edu: educational web pages, the 10-billion-token sample, in GPT-2 tokens.
 
 Text     about 9.7e6 web pages, <|endoftext|> after each. train about 1e10 tokens (20 GB), val 0.05 % of the pages.
-Cost     a download of about 28 GB, and 50 GB in the cache of `datasets`; tokenizing uses every core.
+Cost     a download and a cache of `datasets` of tens of GB each; tokenizing uses every core.
          Or --input FILE ... for text on disk: plain or .xz, a line holding only <|endoftext|> between documents; with
          --val FILE if you have one. That needs no network and no `datasets`, and little memory however long the text.
 Source   HuggingFaceFW/fineweb-edu, sample-10BT, on the Hugging Face hub (ODC-By 1.0).

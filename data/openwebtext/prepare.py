@@ -1,7 +1,7 @@
 """openwebtext: an open reproduction of GPT-2's training text, in GPT-2 tokens. nanoGPT's split, in nanoGPT's order.
 
 Text     8,013,769 web pages, <|endoftext|> after each. train about 9.0e9 tokens (17 GB), val about 4.4e6 (0.05 %).
-Cost     a download of about 13 GB, and 54 GB in the cache of `datasets`; tokenizing uses every core.
+Cost     a download of over 10 GB, tens of GB in the cache of `datasets`; tokenizing uses every core.
          Or --input FILE ... for text on disk: plain or .xz, a line holding only <|endoftext|> between documents; with
          --val FILE if you have one. That needs no network and no `datasets`, and little memory however long the text.
 Source   Skylion007/openwebtext on the Hugging Face hub (packaging: CC0; the pages are their authors').

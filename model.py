@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sparse24 import RECIPES, MaskedDecayAdamW, sparsify
+from sparse24 import RECIPES, MaskedDecayAdamW, kernel_status, sparsify
 
 # n_layer, n_head, n_embd of the four published GPT-2 sizes, and what Hugging Face calls them
 PRESETS = {
@@ -309,7 +309,9 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        options = {"lr": learning_rate, "betas": betas, "fused": device_type in ("cuda", "cpu") or None}
+        own_kernel = device_type == "cuda" and kernel_status(params[0].device) == "on"
+        fused = None if own_kernel or device_type not in ("cuda", "cpu") else True
+        options = {"lr": learning_rate, "betas": betas, "fused": fused}
         return MaskedDecayAdamW(groups, self, masked_decay=masked_decay, decay_on=decay_on, **options)
 
 

@@ -6,12 +6,13 @@ import platform
 import signal
 import subprocess
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from sparse24 import sparse_linears
+from sparse24 import kernel_status, sparse_linears
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,17 @@ def environment(device: torch.device, world_size: int) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
         commit = None
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "commit": commit,
         "torch": torch.__version__,
+        "triton": triton,
         "device_name": name,
+        "kernels": kernel_status(device),
         "world_size": world_size,
         "threads": torch.get_num_threads(),
     }

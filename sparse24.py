@@ -1,4 +1,4 @@
-"""2:4 sparse training of transformers: the papers' operators, layer and optimizer, in plain PyTorch.
+"""2:4 sparse training of transformers: the papers' recipes, layer and optimizer. Their operators are in operators.py.
 
 Fully sparse training, FST (Hu et al., ICML 2024). W is (out, in), X (BT, in), Z = X W^T, M a transposable 2:4 mask:
     forward    Z  = X (W*M)^T                         2:4 along in                                     Eq. 2
@@ -8,11 +8,8 @@ Fully sparse training, FST (Hu et al., ICML 2024). W is (out, in), X (BT, in), Z
     step       g <- clipped dW + decay * ~M * W       masked decay, before Adam's moments              Eq. 10
     refresh    M <- argmax over the 90 patterns of |W*M|_1 in each 4x4 block, every `mask_interval`    Algorithm 1
 Here the GEMMs are dense ones on pruned operands. A mask is kept as its index matrix, one uint8 per 4x4 block.
-
-Every operator is a plain-PyTorch twin `name_ref`, the specification; `name` is what the rest of the code calls.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,360 +20,42 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The 90 transposable patterns. Their order is a disk format (checkpoints store indices) and is arithmetic, so that the
-# search below needs no table. Rows a, b, c, d of a block; a pair is the two kept columns; ~ is the complement:
-#   A  0 + p                a, b keep pair p; c, d keep ~p                                                         6
-#   C  6 + 6 p + q          a keeps p, b keeps ~p; c keeps q, d keeps ~q                                          36
-#   B  42 + 8 jk + 4e+2x+y  of the complement (i, l) of jk, a, b keep column (l if e else i), c, d the other one;
-#                           of (j, k), a keeps (k if x else j) and b the other, c keeps (k if y else j), d ...    48
-
-PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-
-
-def _all_patterns() -> torch.Tensor:
-    def rows(*kept: tuple[int, int]) -> list[list[bool]]:
-        return [[column in pair for column in range(4)] for pair in kept]
-
-    a = [rows(p, p, q, q) for p, q in zip(PAIRS, PAIRS[::-1], strict=True)]  # PAIRS reversed are the complements
-    c = [rows(p, PAIRS[5 - i], q, PAIRS[5 - j]) for i, p in enumerate(PAIRS) for j, q in enumerate(PAIRS)]
-    b = []
-    for jk, (j, k) in enumerate(PAIRS):
-        i, l = PAIRS[5 - jk]
-        for ab, cd in ((i, l), (l, i)):
-            for xa, xb in ((j, k), (k, j)):
-                for yc, yd in ((j, k), (k, j)):
-                    b.append(rows((ab, xa), (ab, xb), (cd, yc), (cd, yd)))
-    return torch.tensor(a + c + b)
-
-
-PATTERNS = _all_patterns()  # bool (90, 4, 4), True = kept
-PATTERNS_HASH = hashlib.sha256(PATTERNS.numpy().tobytes()).hexdigest()[:16]
-_CPU = torch.device("cpu")
-_TABLES = {  # per device, copied there once
-    "flat": {_CPU: PATTERNS.flatten(1)},  # bool (90, 16)
-    "hamming": {_CPU: (PATTERNS.flatten(1)[:, None] != PATTERNS.flatten(1)[None]).sum(-1)},  # entries that differ
-}
-
-
-def _table(name: str, device: torch.device) -> torch.Tensor:
-    tables = _TABLES[name]
-    if device in tables:
-        return tables[device]
-    table = tables[_CPU].to(device)
-    if not torch.compiler.is_compiling():  # what is traced must not outlive its graph
-        tables[device] = table
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-
-
-def _check_groups(function: str, x: torch.Tensor) -> None:
-    if x.dim() < 2 or x.shape[-1] % 4:
-        raise ValueError(
-            f"{function}: shape {tuple(x.shape)}, need at least two dimensions and a last one divisible by 4; "
-            "pad with zeros or reshape"
-        )
-
-
-def _check_blocks(function: str, w: torch.Tensor) -> None:
-    if w.dim() != 2 or w.shape[0] % 4 or w.shape[1] % 4:
-        raise ValueError(
-            f"{function}: shape {tuple(w.shape)}, need (out, in) with both divisible by 4; change the layer"
-        )
-
-
-def _magnitude(x: torch.Tensor) -> torch.Tensor:
-    """|x| in the dtype the arithmetic is done in: float64 stays, all others become float32."""
-    return x.abs().to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _top2(x: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest sum of two of four tensors, and which pair it is (0..5, as in PAIRS)."""
-    best = torch.maximum(x[0], x[1]) + torch.maximum(x[2], x[3])
-    pair = 1 + 2 * (x[1] > x[0]).to(torch.uint8) + (x[3] > x[2]).to(torch.uint8)  # 02, 03, 12, 13 are 1, 2, 3, 4
-    for candidate, number in ((x[0] + x[1], 0), (x[2] + x[3], 5)):
-        pair = torch.where(candidate > best, number, pair)
-        best = torch.maximum(candidate, best)
-    return best, pair
-
-
-def transposable_index_ref(w: torch.Tensor) -> torch.Tensor:
-    """The pattern of largest kept L1 norm in each 4x4 block: Algorithm 1's argmax over 90, by 8 candidates.
-
-    With x = a-b, y = c-d, f = b-c, e = x+y+2f per column of |w|, every score less the constant sum(c+d) is
-    A = top2(e), C = sum(f) + top2(x) + top2(y), or B_jk = f_j+f_k + max(x_j,x_k) + max(y_j,y_k) + max(e_i,e_l).
-
-    w: (out, in), any float dtype and strides. Returns uint8 (out/4, in/4), entries 0..89, also where w is not finite.
-    Exact: the kept norm is the optimum within float32 rounding (1e-6 relative). Raises ValueError on other shapes.
-    """
-    _check_blocks("transposable_index", w)
-    blocks = _magnitude(w.detach()).unflatten(0, (-1, 4)).unflatten(2, (-1, 4))  # (out/4, 4, in/4, 4)
-    a, b, c, d = blocks.unbind(1)
-    x, y, f = a - b, c - d, b - c
-    e = x + y + 2 * f
-    x, y, f, e = (t.unbind(-1) for t in (x, y, f, e))
-    best, index = _top2(e)
-    top_x, pair_x = _top2(x)
-    top_y, pair_y = _top2(y)
-    score = (f[0] + f[1]) + (f[2] + f[3]) + top_x + top_y
-    index = torch.where(score > best, 6 + 6 * pair_x + pair_y, index)
-    best = torch.maximum(score, best)
-    for jk, (j, k) in enumerate(PAIRS):
-        i, l = PAIRS[5 - jk]
-        score = f[j] + f[k] + torch.maximum(x[j], x[k]) + torch.maximum(y[j], y[k]) + torch.maximum(e[i], e[l])
-        bits = 4 * (e[l] > e[i]).to(torch.uint8) + 2 * (x[k] > x[j]).to(torch.uint8) + (y[k] > y[j]).to(torch.uint8)
-        index = torch.where(score > best, 42 + 8 * jk + bits, index)
-        best = torch.maximum(score, best)
-    return index.to(torch.uint8)
-
-
-def expand_index(index: torch.Tensor) -> torch.Tensor:
-    """Index matrix uint8 (out/4, in/4) of `transposable_index` to mask bool (out, in), True = kept."""
-    if index.dtype != torch.uint8 or index.dim() != 2:
-        raise ValueError(
-            f"expand_index: {index.dtype} {tuple(index.shape)}, need the uint8 (out/4, in/4) of transposable_index"
-        )
-    blocks = _table("flat", index.device)[index.long()].unflatten(-1, (4, 4))  # (out/4, in/4, 4, 4)
-    return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def transposable_mask(w: torch.Tensor) -> torch.Tensor:
-    """Mask bool (out, in) with two kept in every row and column of each 4x4 block, of largest kept L1 norm (5.1)."""
-    return expand_index(transposable_index(w))
-
-
-def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
-    """Sort-and-pick 2-approximation of Hubara et al. (2021), the baseline of the paper's Table 2.
-
-    Takes the 16 entries of a block in order of magnitude while their row and column hold fewer than two. Some blocks
-    end with 7 kept. w: (out, in), both divisible by 4. Returns bool (out, in). Raises ValueError on other shapes.
-    """
-    _check_blocks("transposable_mask_2approx", w)
-    blocks = w.detach().abs().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).flatten(2)  # (R, C, 16)
-    order = blocks.sort(dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(blocks, dtype=torch.bool)
-    in_row, in_column = (torch.zeros(*blocks.shape[:2], 4, dtype=torch.int8, device=w.device) for _ in range(2))
-    for entry in order.unbind(-1):
-        entry = entry.unsqueeze(-1)
-        free = (in_row.gather(-1, entry // 4) < 2) & (in_column.gather(-1, entry % 4) < 2)
-        mask.scatter_(-1, entry, free)
-        in_row.scatter_add_(-1, entry // 4, free.to(torch.int8))
-        in_column.scatter_add_(-1, entry % 4, free.to(torch.int8))
-    return mask.unflatten(-1, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def mask24_ref(w: torch.Tensor) -> torch.Tensor:
-    """Row-wise 2:4 mask: the two largest magnitudes of each group of four along the last dimension (section 3.1).
-
-    Ties keep the lower index. w: (..., n), n divisible by 4. Returns bool of w's shape. Raises ValueError otherwise.
-    """
-    _check_groups("mask24", w)
-    groups = w.detach().abs().unflatten(-1, (-1, 4))
-    kept = groups.sort(dim=-1, descending=True, stable=True).indices[..., :2]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
-
-
-def flip_rate(before, after) -> float:
-    """Definition 4.1: the share of mask entries that differ, ||m(w_t) - m(w_{t-1})||_1 / D, a fraction per step.
-
-    before, after: two bool masks, or two uint8 index matrices, or two equally long lists of them (layers, weighed by
-    their entries). Row-wise indices (0..5) may be given too: pattern p < 6 differs from q in four times the entries
-    in which pair p differs from q, of four times as many. Raises ValueError where shapes or dtypes differ.
-    """
-    if torch.is_tensor(before):
-        before, after = [before], [after]
-    flips, entries = [], 0
-    for old, new in zip(before, after, strict=True):
-        if old.shape != new.shape or old.dtype != new.dtype or old.dtype not in (torch.bool, torch.uint8):
-            raise ValueError(
-                f"flip_rate: {old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}, "
-                "need two bool masks or two uint8 index matrices of one shape"
-            )
-        if old.dtype == torch.bool:
-            flips.append((old != new).sum())
-            entries += old.numel()
-        else:
-            flips.append(_table("hamming", old.device)[old.long(), new.long()].sum())
-            entries += 16 * old.numel()
-    return int(torch.stack(flips).sum()) / entries if entries else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MVUE: the minimum-variance unbiased 2:4 estimator of a gradient (Eq. 6; Chmiel et al., 2023)
-#
-# With a = |x|, S = sum a, keep i with probability pi_i and value x_i/pi_i. Minimising sum a_i^2/pi_i under sum pi = 2,
-# pi <= 1 gives pi_i = min(a_i/h, 1) and magnitude max(a_i, h), where h = min(S/2, S - max a). Systematic sampling
-# needs one uniform u per group: with b_i = min(a_i, h), whose sum is 2h, and its running sums C_i, keep the elements
-# in whose [C_{i-1}, C_i) the points u h and u h + h fall. Two distinct elements, always.
-#
-# Randomness is stateless: the uniform of (row, group of four columns) is one word of Philox4x32-10 (Salmon et al.,
-# 2011), a function of the seed and the position alone. Rows r and r+8 of a 16-row tile and column groups q and q+4 of
-# a 32-column tile share a counter and take its four words, since a GPU thread owns just these four.
-
-_MASK32 = 0xFFFFFFFF
-
-
-def _mul_hi_lo(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of x * constant; x is int64 holding uint32. The product may wrap, its bits are right."""
-    product = x * constant
-    return (product >> 32) & _MASK32, product & _MASK32
-
-
-def philox4x32(counter: Sequence[torch.Tensor], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10: four words from four counter words and two key words, all int64 tensors holding uint32."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        hi0, lo0 = _mul_hi_lo(c0, 0xD2511F53)
-        hi1, lo1 = _mul_hi_lo(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
-    return c0, c1, c2, c3
-
-
-def group_uniforms(rows: int, groups: int, seed, device=None, stream: int = 0) -> torch.Tensor:
-    """One uniform in [0, 1) per (row, group of four), float32 (rows, groups), multiples of 2^-23.
-
-    seed: an int (taken modulo 2^64) or an int64 0-d tensor, the Philox key. `stream` gives independent draws.
-    Counter of (r, q): (8 (r//16) + r%8) * 4 ceil(groups/8) + 4 (q//8) + q%4; word: 2 (r//8 % 2) + (q//4 % 2).
-    """
-    tiles, panels = -(-rows // 16), -(-groups // 8)
-    if not torch.is_tensor(seed):
-        seed = torch.tensor((int(seed) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
-    counter = torch.arange(tiles * 8 * panels * 4, dtype=torch.int64, device=seed.device)
-    zero = torch.zeros_like(counter)
-    words = philox4x32(
-        (counter & _MASK32, counter >> 32, zero + stream, zero), (seed & _MASK32, (seed >> 32) & _MASK32)
-    )
-    words = torch.stack(words).view(2, 2, tiles, 8, panels, 4)  # (row half, column half, tile, row, panel, column)
-    words = words.permute(2, 0, 3, 4, 1, 5).reshape(tiles * 16, panels * 8)[:rows, :groups]
-    return (words & 0x7FFFFF).float() * 2.0**-23
-
-
-def _uniforms_like(function: str, x: torch.Tensor, seed, u: torch.Tensor | None) -> torch.Tensor:
-    shape = (*x.shape[:-1], x.shape[-1] // 4)
-    if u is None:
-        u = group_uniforms(math.prod(shape[:-1]), shape[-1], seed, x.device).to(x.device).view(shape)
-    elif u.shape != shape:
-        raise ValueError(f"{function}: u has shape {tuple(u.shape)}, need {shape}, one uniform per group of four")
-    return u
-
-
-def mvue24_ref(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Tensor:
-    """Exact MVUE: an unbiased 2:4 sample of x along its last dimension, of the smallest possible variance (Eq. 6).
-
-    x: (..., n), n divisible by 4, any strides; float64 is computed in itself, all else in float32, rounded once to
-    x's dtype. seed: int or int64 0-d tensor. u: uniforms (..., n/4) in [0, 1) that replace the seeded draw.
-    Keeps two elements of each group, two non-zero ones where there are two; a zero group gives zeros; a group with a
-    non-finite element stays non-finite. Raises ValueError for a 1-D x, n % 4 != 0 or another shape of u.
-    """
-    _check_groups("mvue24", x)
-    groups = x.unflatten(-1, (-1, 4))
-    a0, a1, a2, a3 = _magnitude(groups).unbind(-1)
-    u = _uniforms_like("mvue24", x, seed, u).to(a0.dtype)
-    # The three smallest are summed, rather than S - max taken, so that nothing cancels.
-    max01, max23 = torch.maximum(a0, a1), torch.maximum(a2, a3)
-    rest = torch.minimum(a0, a1) + torch.minimum(a2, a3) + torch.minimum(max01, max23)
-    h = torch.minimum(rest, ((a0 + a1) + (a2 + a3)) / 2)
-    t = u * h
-    t = torch.where(t < h, t, 0)  # the product of a subnormal h rounds up to h: t = h would keep a zero
-    s = h - t
-    # First kept: the first i with C_i > t. Second: the last i whose suffix sum of b is at least s. What stands beside
-    # these comparisons holds by itself but for rounding: the two are distinct, no zero displaces a non-zero element,
-    # and an inner element above h, whose pi is 1, is always one of them.
-    past0 = a0 <= t
-    past1 = a0 + a1 <= t
-    from3 = ((a3 >= s) & (a2 <= h) & (past0 | (a1 <= h))) | past1 | (past0 & (a2 == 0))
-    from2 = ((a2 + a3 >= s) & (a1 <= h)) | past0
-    low = torch.where(past1, 2, past0.to(torch.int8))
-    high = torch.where(from3, 3, 1 + from2.to(torch.int8))
-    position = torch.arange(4, device=x.device, dtype=torch.int8)
-    kept = (position == low.unsqueeze(-1)) | (position == high.unsqueeze(-1))
-    values = torch.sign(groups) * torch.maximum(_magnitude(groups), h.unsqueeze(-1))
-    return torch.where(kept, values, 0).flatten(-2).to(x.dtype)
-
-
-def mvue24_sequential(x: torch.Tensor, seed) -> torch.Tensor:
-    """The predecessors' estimator, as a baseline: two draws without replacement, unbiased but of larger variance.
-
-    Draws i, then j != i, with probability proportional to magnitude, and divides by the exact inclusion probability
-    a_i/S + a_i * sum_{j != i} a_j / (S (S - a_j)). Arguments, dtypes and errors as `mvue24`; two uniforms a group.
-    """
-    _check_groups("mvue24_sequential", x)
-    shape = (*x.shape[:-1], x.shape[-1] // 4, 1)
-    u, v = (
-        group_uniforms(math.prod(shape[:-2]), shape[-2], seed, x.device, stream).to(x.device).view(shape)
-        for stream in (0, 1)
-    )
-    groups = x.unflatten(-1, (-1, 4))
-    a = _magnitude(groups)
-    total = a.sum(-1, keepdim=True)
-    inclusion = a / total
-    for j in range(4):  # j first, then i
-        others = [i for i in range(4) if i != j]
-        rest = a[..., others].sum(-1, keepdim=True)  # S - a_j, without cancellation
-        inclusion[..., others] += torch.where(rest > 0, a[..., j : j + 1] / total * (a[..., others] / rest), 0)
-
-    def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        sums = weights.cumsum(-1)
-        return (sums <= uniform * sums[..., -1:]).sum(-1, keepdim=True).clamp(max=3)
-
-    first = draw(a, u)
-    second = draw(a.scatter(-1, first, 0), v)
-    kept = torch.zeros_like(a, dtype=torch.bool).scatter_(-1, first, True).scatter_(-1, second, True)
-    values = torch.where(groups == 0, 0, groups / inclusion)
-    finite = torch.isfinite(total)
-    return torch.where(kept | ~finite, values, 0).flatten(-2).to(x.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Soft threshold (S-STE; Hu et al., NeurIPS 2024) and masked decay (Eq. 10)
-
-
-def soft_threshold24_ref(w: torch.Tensor) -> torch.Tensor:
-    """S-STE's continuous pruning: subtract the second-smallest magnitude t of the group, keep what stays positive.
-
-    sign(w) * max(|w| - t, 0) per group of four along the last dimension. w: (..., n), n divisible by 4; any strides.
-    Returns w's shape and dtype, at most two non-zeros a group. Raises ValueError on other shapes.
-    """
-    _check_groups("soft_threshold24", w)
-    groups = w.unflatten(-1, (-1, 4))
-    a = _magnitude(groups)
-    threshold = a.sort(dim=-1).values[..., 1:2]
-    return (torch.sign(groups) * (a - threshold).clamp(min=0)).flatten(-2).to(w.dtype)
-
-
-def sste_scale(w: torch.Tensor) -> torch.Tensor:
-    """S-STE's beta = <w, S(w)> / <S(w), S(w)>, the least-squares scale of the soft-thresholded w; 1 where S(w) is 0.
-
-    w: (..., n), n divisible by 4. Returns a float32 (float64 for float64 w) 0-d tensor on w's device.
-    """
-    soft = soft_threshold24(w).to(torch.promote_types(w.dtype, torch.float32))
-    square = soft.square().sum()
-    return torch.where(square > 0, (w.to(soft.dtype) * soft).sum() / square, 1)
-
-
-@torch.no_grad()
-def masked_decay_ref_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
-    """Eq. 10, in place: grad += decay * ~mask * w. All of one shape, mask bool; decay per step. Returns grad."""
-    if not grad.shape == w.shape == mask.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"masked_decay_: grad {tuple(grad.shape)}, w {tuple(w.shape)}, mask {mask.dtype} {tuple(mask.shape)}; "
-            "need one shape and a bool mask"
-        )
-    return grad.add_(torch.where(mask, 0, w).to(grad.dtype), alpha=decay)
-
-
-# What everything else calls. The Triton kernels of kernels.py will be chosen here on CUDA.
-transposable_index = transposable_index_ref
-mask24 = mask24_ref
-mvue24 = mvue24_ref
-soft_threshold24 = soft_threshold24_ref
-masked_decay_ = masked_decay_ref_
-
+from operators import (  # noqa: F401 (all of the operators are names of this module too)
+    PAIRS,
+    PATTERNS,
+    PATTERNS_HASH,
+    _table,
+    activation,
+    activation_backward,
+    activation_backward_ref,
+    activation_ref,
+    adamw_,
+    adamw_fits,
+    adamw_scalars,
+    expand_index,
+    flip_count,
+    flip_count_ref,
+    flip_rate,
+    group_uniforms,
+    kernel_status,
+    mask24,
+    mask24_ref,
+    masked_decay_,
+    masked_decay_ref_,
+    mvue24,
+    mvue24_kept_ref,
+    mvue24_ref,
+    mvue24_sequential,
+    philox4x32,
+    soft_threshold24,
+    soft_threshold24_ref,
+    sste_scale,
+    sste_scale_ref,
+    transposable_index,
+    transposable_index_ref,
+    transposable_mask,
+    transposable_mask_2approx,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes: every choice that makes one method differ from another
@@ -536,7 +215,9 @@ class Sparse24Linear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        _table("flat", self.index.device)  # copied now, so that no forward waits for it
+        _table("flat", self.index.device)  # copied now, so that no forward waits for it,
+        if type(self.index) is torch.Tensor:  # and tested now, since a compiled forward cannot; nor can a fake tensor
+            kernel_status(self.index.device)
         return self
 
     @property
@@ -695,6 +376,10 @@ class MaskedDecayAdamW(torch.optim.AdamW):
     are then: unscaled and already clipped. "weight" is SR-STE's Eq. 8, w -= lr * masked_decay * ~mask * w, before the
     Adam update. Layers whose `.sparse` is False are plain AdamW. Other arguments are torch.optim.AdamW's.
     `masked_decay` may be changed between steps. Raises ValueError for a negative factor or another decay_on.
+
+    float32 parameters on CUDA take one step in one kernel launch, unless an option of torch's (fused, foreach, amsgrad,
+    maximize, capturable, differentiable) is asked for, also by the param_groups of a state dict that is loaded; the
+    gradients are then read only. State and checkpoints are torch's either way.
     """
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
@@ -710,24 +395,68 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         # The fused kernel would unscale by itself, after the decay was added. So GradScaler unscales before step().
         self._step_supports_amp_scaling = False
 
+    def _decayed(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Weight to index matrix, for the layers that decay. A weight that layers share decays once."""
+        if not self.masked_decay:
+            return {}
+        return {layer.weight: layer.index for layer in sparse_linears(self._model) if layer.sparse}
+
     @torch.no_grad()
     def _apply_masked_decay(self) -> None:
-        lr_of = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        layers = {id(layer.weight): layer for layer in sparse_linears(self._model)}  # a shared weight decays once
-        for layer in layers.values():
-            weight = layer.weight
-            if not layer.sparse or weight.grad is None or id(weight) not in lr_of:
-                continue
-            if self.decay_on == "grad":
-                masked_decay_(weight.grad, weight, layer.mask, self.masked_decay)
-            else:
-                weight.mul_(torch.where(layer.mask, 1.0, 1.0 - lr_of[id(weight)] * self.masked_decay))
+        indices = self._decayed()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w not in indices or w.grad is None:
+                    continue
+                if self.decay_on == "grad":
+                    masked_decay_(w.grad, w, indices[w], self.masked_decay)
+                else:
+                    w.mul_(torch.where(expand_index(indices[w]), 1.0, 1.0 - group["lr"] * self.masked_decay))
+
+    @torch.no_grad()
+    def _kernel_step(self) -> bool:
+        """The whole step in one launch of kernels.adamw_; False where it cannot, with nothing done."""
+        groups = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        special = ("amsgrad", "maximize", "capturable", "differentiable", "fused", "foreach")
+        if not groups or any(group[key] for group, _ in groups for key in special):
+            return False
+        if not adamw_fits([t for _, p in groups for t in (p, p.grad)]):
+            return False
+        indices, scalars, moments = self._decayed(), [], []
+        for _, p in groups:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.tensor(
+                    0.0, dtype=torch.float32, device="cpu"
+                )  # so that reading it waits for nothing
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            if state["step"].is_cuda:  # it comes from a fused optimizer's state
+                state["step"] = state["step"].cpu()
+            moments.append((state["exp_avg"], state["exp_avg_sq"]))
+        if not adamw_fits([t for pair in moments for t in pair]):
+            return False
+        for group, p in groups:
+            step = self.state[p]["step"]
+            step += 1
+            lr, decay = float(group["lr"]), self.masked_decay * (float(group["lr"]) if self.decay_on == "weight" else 1)
+            scalars.append(adamw_scalars(int(step), lr, group["betas"], group["eps"], group["weight_decay"], decay))
+        adamw_(
+            [p for _, p in groups],
+            [p.grad for _, p in groups],
+            *(list(column) for column in zip(*moments, strict=True)),
+            [indices.get(p) for _, p in groups],
+            scalars,
+            self.decay_on == "weight",
+        )
+        return True
 
     def step(self, closure=None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._kernel_step():
+            return loss
         if self.masked_decay:
             self._apply_masked_decay()
         # torch wraps the step of every optimizer class once it is used, to run the hooks. Ours is wrapped already.

@@ -32,7 +32,16 @@ from configurator import configure_or_exit, setting_names
 from loader import DATA_FOLDER, Tokens, load_meta
 from model import GPT, GPTConfig, peak_flops
 from runtime import Metrics, Ranks, StopSignal, environment, start_ranks
-from sparse24 import Recipe, decay_ratio, flip_rate, refresh_masks, seed_draws, seed_words, sparse_linears
+from sparse24 import (
+    Recipe,
+    decay_ratio,
+    flip_rate,
+    kernel_status,
+    refresh_masks,
+    seed_draws,
+    seed_words,
+    sparse_linears,
+)
 
 # ---- the run ----
 out_dir = "out"  # everything the run writes: ckpt.pt, metrics.jsonl, config.json
@@ -264,10 +273,12 @@ def build_optimizer(model: GPT, recipe: Recipe | None, state: dict | None):
     decay = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on} if recipe else {}
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device, **decay)
     if state is not None:
-        current = [{key: group[key] for key in ("weight_decay", "betas")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(optimizer.param_groups, current, strict=True):
-            group.update(values)
+        # Before loading: where torch puts the step counts depends on `fused`.
+        groups = [
+            {**saved, **{key: group[key] for key in ("weight_decay", "betas", "fused")}}
+            for saved, group in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
+        ]
+        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
     return optimizer
 
 
@@ -277,6 +288,8 @@ def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: R
     tokens = gradient_accumulation_steps * batch_size * block_size
     where = f"resuming {path} at iteration {iter_num}" if path else f"init {init_from.replace('auto', 'scratch')}"
     print(f"{out_dir}: {where}; {ranks.world_size} x {device}, {dtype}, compile={compile}, torch {torch.__version__}")
+    if device.startswith("cuda"):
+        print(f"Triton kernels: {kernel_status(next(model.parameters()).device)}")
     print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {max_iters:,} steps")
     if layers:
         share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()

@@ -1,9 +1,18 @@
-"""What only a CUDA GPU can show: `python -m pytest -m gpu`. The twins give the same numbers there as on the CPU."""
+"""What only a CUDA GPU can show: `python -m pytest -m gpu`. The operators give the same numbers there as on the CPU.
+
+On a GPU tests/test_kernels.py is marked gpu too, and runs the compiled kernels instead of the interpreted ones.
+"""
+
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from harness import SETTINGS, make_dataset, read_state, run_here, state_differences
 
+import operators
 import sparse24
 from model import GPT, GPTConfig
 
@@ -11,6 +20,21 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA backend: torch sees no CUDA GPU on this machine"),
 ]
+
+
+def test_the_kernels_serve_where_they_can():
+    device = torch.device("cuda", torch.cuda.current_device())
+    able = torch.cuda.get_device_capability() >= (8, 0)
+    assert (
+        sparse24.kernel_status(device) == "on"
+        if able
+        else sparse24.kernel_status(device).startswith("off: the kernels")
+    )
+    code = "import torch, sparse24; print(sparse24.kernel_status(torch.device('cuda', 0)))"
+    environment = os.environ | {"NANO24_KERNELS": "0"}
+    root = os.path.dirname(sparse24.__file__)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout == "off: NANO24_KERNELS=0\n"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -22,6 +46,7 @@ def test_operators_equal_the_cpu_twins(dtype):
         sparse24.group_uniforms(64, 32, 2**63 + 5, "cuda").cpu(), sparse24.group_uniforms(64, 32, 2**63 + 5)
     )
     assert torch.equal(sparse24.mvue24(w.cuda(), 7).cpu(), sparse24.mvue24_ref(w, 7))
+    assert torch.equal(sparse24.mvue24(w.cuda().t(), 7).cpu(), sparse24.mvue24_ref(w.t(), 7))
     assert torch.equal(sparse24.soft_threshold24(w.cuda()).cpu(), sparse24.soft_threshold24_ref(w))
     old, new = (sparse24.transposable_index(torch.randn(64, 64, device="cuda")) for _ in range(2))
     assert sparse24.flip_rate(old, new) == sparse24.flip_rate(old.cpu(), new.cpu())
@@ -67,6 +92,49 @@ def test_compiled_model_trains_in_bf16_and_sees_new_seeds():
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert not torch.equal(*gradients)
+
+
+def test_training_on_the_kernels_is_training_on_the_twins(monkeypatch):
+    """Three steps of a small model: masks and MVUE draws the same, weights within AdamW's rounding."""
+    device, runs = torch.device("cuda", torch.cuda.current_device()), []
+    if operators.kernel_status(device) != "on":
+        pytest.skip(f"CUDA backend: {operators.kernel_status(device)}")
+    for status in ("on", "off"):
+        monkeypatch.setitem(operators._STATUS, device, status)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)).cuda()
+        sparse24.sparsify(model, "fst", ["0", "2"])
+        optimizer = sparse24.MaskedDecayAdamW(model.parameters(), model, lr=1e-3, masked_decay=0.1)
+        for step in range(3):
+            sparse24.seed_draws(model, 1, step, 0)
+            model(torch.randn(96, 64, device="cuda")).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            sparse24.refresh_masks(model)
+        runs.append(model)
+    for p, q in zip(*(model.parameters() for model in runs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_bench_measures(tmp_path):
+    command = [
+        sys.executable,
+        "bench.py",
+        "--shape",
+        "256",
+        "256",
+        "--repetitions",
+        "2",
+        "--tables",
+        "1",
+        "--out_dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=os.path.dirname(sparse24.__file__), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "kernels.json").read_text())
+    assert results["measured"].keys() == {row["name"] for row in results["kernels"]}
+    assert all(row["us"] > 0 for row in results["table2"] + results["table3"])
 
 
 @pytest.mark.parametrize("compile", [False, True])

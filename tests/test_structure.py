@@ -15,9 +15,12 @@ from model import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom, from the top down: a module may import any of those in the sets below it.
 LAYERS = [
-    {"train", "sample", "study"},
+    {"train", "sample", "study", "bench"},
     {"runtime", "loader", "model", "plot"},
     {"sparse24", "checkpoint", "configurator"},
+    {"operators", "baselines"},
+    {"kernels_ffn", "spmm"},
+    {"kernels"},
 ]
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
@@ -40,7 +43,7 @@ def test_imports_point_down():
 
 def test_model_imports_without_triton_and_optional_packages():
     hidden = ["triton", "matplotlib", "wandb", "datasets", "tiktoken", "transformers"]
-    code = f"import sys\nfor n in {hidden}: sys.modules[n] = None\nimport model, train, sample, checkpoint, plot"
+    code = f"import sys\nfor n in {hidden}: sys.modules[n] = None\nimport model, train, sample, checkpoint, plot, spmm"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -100,7 +103,7 @@ def test_readme_figures_are_there():
             assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["convergence", "flip_rate"])
+@pytest.mark.parametrize("name", ["convergence", "flip_rate", "kernels"])
 def test_readme_tables_are_those_of_the_results(name):
     table = (ROOT / "results" / f"{name}.md").read_text().split("\n\n")[2]
     assert table.startswith("|")

@@ -206,8 +206,9 @@ def test_config_json_is_complete(reference):
         default = SETTINGS.get(name, getattr(train, name))
         assert name in ("out_dir", "dataset") or saved[name] == resolved.get(name, default), name
     environment = saved["environment"]
-    assert environment.keys() == {"commit", "torch", "device_name", "world_size", "threads"}
+    assert environment.keys() == {"commit", "torch", "triton", "device_name", "kernels", "world_size", "threads"}
     assert (environment["torch"], environment["world_size"]) == (torch.__version__, 1)
+    assert environment["kernels"] == "off: the kernels need CUDA, this is cpu"
 
 
 def test_the_checkpoint_holds_the_settings_of_the_run(reference):

@@ -1,0 +1,657 @@
+"""The papers' operators: masks, MVUE, soft threshold, masked decay, flip rate; and activations for them.
+
+Every operator is a plain-PyTorch twin `name_ref`, the specification. `name` is what the rest of the code calls: the
+Triton kernel for CUDA tensors, the twin elsewhere (see the end of this file). sparse24.py, which makes layers of them,
+passes these names on.
+"""
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The 90 transposable patterns. Their order is a disk format (checkpoints store indices) and is arithmetic, so that the
+# search below needs no table. Rows a, b, c, d of a block; a pair is the two kept columns; ~ is the complement:
+#   A  0 + p                a, b keep pair p; c, d keep ~p                                                         6
+#   C  6 + 6 p + q          a keeps p, b keeps ~p; c keeps q, d keeps ~q                                          36
+#   B  42 + 8 jk + 4e+2x+y  of the complement (i, l) of jk, a, b keep column (l if e else i), c, d the other one;
+#                           of (j, k), a keeps (k if x else j) and b the other, c keeps (k if y else j), d ...    48
+
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+
+
+def _all_patterns() -> torch.Tensor:
+    def rows(*kept: tuple[int, int]) -> list[list[bool]]:
+        return [[column in pair for column in range(4)] for pair in kept]
+
+    a = [rows(p, p, q, q) for p, q in zip(PAIRS, PAIRS[::-1], strict=True)]  # PAIRS reversed are the complements
+    c = [rows(p, PAIRS[5 - i], q, PAIRS[5 - j]) for i, p in enumerate(PAIRS) for j, q in enumerate(PAIRS)]
+    b = []
+    for jk, (j, k) in enumerate(PAIRS):
+        i, l = PAIRS[5 - jk]
+        for ab, cd in ((i, l), (l, i)):
+            for xa, xb in ((j, k), (k, j)):
+                for yc, yd in ((j, k), (k, j)):
+                    b.append(rows((ab, xa), (ab, xb), (cd, yc), (cd, yd)))
+    return torch.tensor(a + c + b)
+
+
+PATTERNS = _all_patterns()  # bool (90, 4, 4), True = kept
+PATTERNS_HASH = hashlib.sha256(PATTERNS.numpy().tobytes()).hexdigest()[:16]
+_CPU = torch.device("cpu")
+
+
+def _kernel_tables() -> torch.Tensor:
+    """int32 (2, 90): a pattern's 16 bits, bit 4*row + column; and which two it keeps, low | high << 2: of row r at bit
+    4r, of column c at bit 16 + 4c."""
+    bits = (PATTERNS.flatten(1).long() << torch.arange(16)).sum(-1)
+    both = torch.cat((PATTERNS, PATTERNS.transpose(1, 2)), dim=1).to(torch.uint8)  # (90, 8, 4)
+    low, high = both.sort(dim=-1, descending=True, stable=True).indices[..., :2].unbind(-1)
+    nibbles = ((low | high << 2) << 4 * torch.arange(8)).sum(-1)
+    return torch.stack((bits, nibbles)).to(torch.int32)
+
+
+_TABLES = {  # per device, copied there once
+    "flat": {_CPU: PATTERNS.flatten(1)},  # bool (90, 16)
+    "hamming": {_CPU: (PATTERNS.flatten(1)[:, None] != PATTERNS.flatten(1)[None]).sum(-1)},  # entries that differ
+    "kernel": {_CPU: _kernel_tables()},  # int32 (2, 90), what kernels.py reads
+}
+
+
+def _table(name: str, device: torch.device) -> torch.Tensor:
+    tables = _TABLES[name]
+    if device in tables:
+        return tables[device]
+    table = tables[_CPU].to(device)
+    if not torch.compiler.is_compiling():  # what is traced must not outlive its graph
+        tables[device] = table
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def _check_groups(function: str, x: torch.Tensor) -> None:
+    if x.dim() < 2 or x.shape[-1] % 4:
+        raise ValueError(
+            f"{function}: shape {tuple(x.shape)}, need at least two dimensions and a last one divisible by 4; "
+            "pad with zeros or reshape"
+        )
+
+
+def _check_blocks(function: str, w: torch.Tensor) -> None:
+    if w.dim() != 2 or w.shape[0] % 4 or w.shape[1] % 4:
+        raise ValueError(
+            f"{function}: shape {tuple(w.shape)}, need (out, in) with both divisible by 4; change the layer"
+        )
+
+
+def _magnitude(x: torch.Tensor) -> torch.Tensor:
+    """|x| in the dtype the arithmetic is done in: float64 stays, all others become float32."""
+    return x.abs().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _top2(x: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest sum of two of four tensors, and which pair it is (0..5, as in PAIRS)."""
+    best = torch.maximum(x[0], x[1]) + torch.maximum(x[2], x[3])
+    pair = 1 + 2 * (x[1] > x[0]).to(torch.uint8) + (x[3] > x[2]).to(torch.uint8)  # 02, 03, 12, 13 are 1, 2, 3, 4
+    for candidate, number in ((x[0] + x[1], 0), (x[2] + x[3], 5)):
+        pair = torch.where(candidate > best, number, pair)
+        best = torch.maximum(candidate, best)
+    return best, pair
+
+
+def transposable_index_ref(w: torch.Tensor) -> torch.Tensor:
+    """The pattern of largest kept L1 norm in each 4x4 block: Algorithm 1's argmax over 90, by 8 candidates.
+
+    With x = a-b, y = c-d, f = b-c, e = x+y+2f per column of |w|, every score less the constant sum(c+d) is
+    A = top2(e), C = sum(f) + top2(x) + top2(y), or B_jk = f_j+f_k + max(x_j,x_k) + max(y_j,y_k) + max(e_i,e_l).
+
+    w: (out, in), any float dtype and strides. Returns uint8 (out/4, in/4), entries 0..89, also where w is not finite.
+    Exact: the kept norm is the optimum within float32 rounding (1e-6 relative). Raises ValueError on other shapes.
+    """
+    _check_blocks("transposable_index", w)
+    blocks = _magnitude(w.detach()).unflatten(0, (-1, 4)).unflatten(2, (-1, 4))  # (out/4, 4, in/4, 4)
+    a, b, c, d = blocks.unbind(1)
+    x, y, f = a - b, c - d, b - c
+    e = x + y + 2 * f
+    x, y, f, e = (t.unbind(-1) for t in (x, y, f, e))
+    best, index = _top2(e)
+    top_x, pair_x = _top2(x)
+    top_y, pair_y = _top2(y)
+    score = (f[0] + f[1]) + (f[2] + f[3]) + top_x + top_y
+    index = torch.where(score > best, 6 + 6 * pair_x + pair_y, index)
+    best = torch.maximum(score, best)
+    for jk, (j, k) in enumerate(PAIRS):
+        i, l = PAIRS[5 - jk]
+        score = f[j] + f[k] + torch.maximum(x[j], x[k]) + torch.maximum(y[j], y[k]) + torch.maximum(e[i], e[l])
+        bits = 4 * (e[l] > e[i]).to(torch.uint8) + 2 * (x[k] > x[j]).to(torch.uint8) + (y[k] > y[j]).to(torch.uint8)
+        index = torch.where(score > best, 42 + 8 * jk + bits, index)
+        best = torch.maximum(score, best)
+    return index.to(torch.uint8)
+
+
+def expand_index(index: torch.Tensor) -> torch.Tensor:
+    """Index matrix uint8 (out/4, in/4) of `transposable_index` to mask bool (out, in), True = kept."""
+    if index.dtype != torch.uint8 or index.dim() != 2:
+        raise ValueError(
+            f"expand_index: {index.dtype} {tuple(index.shape)}, need the uint8 (out/4, in/4) of transposable_index"
+        )
+    blocks = _table("flat", index.device)[index.long()].unflatten(-1, (4, 4))  # (out/4, in/4, 4, 4)
+    return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def transposable_mask(w: torch.Tensor) -> torch.Tensor:
+    """Mask bool (out, in) with two kept in every row and column of each 4x4 block, of largest kept L1 norm (5.1)."""
+    return expand_index(transposable_index(w))
+
+
+def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
+    """Sort-and-pick 2-approximation of Hubara et al. (2021), the baseline of the paper's Table 2.
+
+    Takes the 16 entries of a block in order of magnitude while their row and column hold fewer than two. Some blocks
+    end with 7 kept. w: (out, in), both divisible by 4. Returns bool (out, in). Raises ValueError on other shapes.
+    """
+    _check_blocks("transposable_mask_2approx", w)
+    blocks = w.detach().abs().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).flatten(2)  # (R, C, 16)
+    order = blocks.sort(dim=-1, descending=True, stable=True).indices
+    mask = torch.zeros_like(blocks, dtype=torch.bool)
+    in_row, in_column = (torch.zeros(*blocks.shape[:2], 4, dtype=torch.int8, device=w.device) for _ in range(2))
+    for entry in order.unbind(-1):
+        entry = entry.unsqueeze(-1)
+        free = (in_row.gather(-1, entry // 4) < 2) & (in_column.gather(-1, entry % 4) < 2)
+        mask.scatter_(-1, entry, free)
+        in_row.scatter_add_(-1, entry // 4, free.to(torch.int8))
+        in_column.scatter_add_(-1, entry % 4, free.to(torch.int8))
+    return mask.unflatten(-1, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def mask24_ref(w: torch.Tensor) -> torch.Tensor:
+    """Row-wise 2:4 mask: the two largest magnitudes of each group of four along the last dimension (section 3.1).
+
+    Ties keep the lower index. w: (..., n), n divisible by 4. Returns bool of w's shape. Raises ValueError otherwise.
+    """
+    _check_groups("mask24", w)
+    groups = w.detach().abs().unflatten(-1, (-1, 4))
+    kept = groups.sort(dim=-1, descending=True, stable=True).indices[..., :2]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+
+
+def flip_count_ref(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Mask entries that differ between two uint8 index matrices, an int64 0-d tensor. ValueError for unlike ones."""
+    if before.shape != after.shape or not before.dtype == after.dtype == torch.uint8:
+        raise ValueError(
+            f"flip_count: {before.dtype} {tuple(before.shape)} against {after.dtype} {tuple(after.shape)}, "
+            "need two uint8 index matrices of one shape"
+        )
+    return _table("hamming", before.device)[before.long(), after.long()].sum()
+
+
+def flip_rate(before, after) -> float:
+    """Definition 4.1: the share of mask entries that differ, ||m(w_t) - m(w_{t-1})||_1 / D, a fraction per step.
+
+    before, after: two bool masks, or two uint8 index matrices, or two equally long lists of them (layers, weighed by
+    their entries). Row-wise indices (0..5) may be given too: pattern p < 6 differs from q in four times the entries
+    in which pair p differs from q, of four times as many. Raises ValueError where shapes or dtypes differ.
+    """
+    if torch.is_tensor(before):
+        before, after = [before], [after]
+    flips, entries = [], 0
+    for old, new in zip(before, after, strict=True):
+        if old.shape != new.shape or old.dtype != new.dtype or old.dtype not in (torch.bool, torch.uint8):
+            raise ValueError(
+                f"flip_rate: {old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}, "
+                "need two bool masks or two uint8 index matrices of one shape"
+            )
+        if old.dtype == torch.bool:
+            flips.append((old != new).sum())
+            entries += old.numel()
+        else:
+            flips.append(flip_count(old, new))
+            entries += 16 * old.numel()
+    return int(torch.stack(flips).sum()) / entries if entries else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MVUE: the minimum-variance unbiased 2:4 estimator of a gradient (Eq. 6; Chmiel et al., 2023)
+#
+# With a = |x|, S = sum a, keep i with probability pi_i and value x_i/pi_i. Minimising sum a_i^2/pi_i under sum pi = 2,
+# pi <= 1 gives pi_i = min(a_i/h, 1) and magnitude max(a_i, h), where h = min(S/2, S - max a). Systematic sampling
+# needs one uniform u per group: with b_i = min(a_i, h), whose sum is 2h, and its running sums C_i, keep the elements
+# in whose [C_{i-1}, C_i) the points u h and u h + h fall. Two distinct elements, always.
+#
+# Randomness is stateless: the uniform of (row, group of four columns) is one word of Philox4x32-10 (Salmon et al.,
+# 2011), a function of the seed and the position alone. Rows r and r+8 of a 16-row tile and column groups q and q+4 of
+# a 32-column tile share a counter and take its four words, since a GPU thread owns just these four.
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _mul_hi_lo(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of x * constant; x is int64 holding uint32. The product may wrap, its bits are right."""
+    product = x * constant
+    return (product >> 32) & _MASK32, product & _MASK32
+
+
+def philox4x32(counter: Sequence[torch.Tensor], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: four words from four counter words and two key words, all int64 tensors holding uint32."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        hi0, lo0 = _mul_hi_lo(c0, 0xD2511F53)
+        hi1, lo1 = _mul_hi_lo(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _seed_tensor(seed, device) -> torch.Tensor:
+    if torch.is_tensor(seed):
+        return seed.to(device or seed.device, torch.int64)
+    return torch.tensor((int(seed) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def group_uniforms(rows: int, groups: int, seed, device=None, stream: int = 0) -> torch.Tensor:
+    """One uniform in [0, 1) per (row, group of four), float32 (rows, groups), multiples of 2^-23.
+
+    seed: an int (taken modulo 2^64) or an int64 0-d tensor, the Philox key. `stream` gives independent draws.
+    Counter of (r, q): (8 (r//16) + r%8) * 4 ceil(groups/8) + 4 (q//8) + q%4; word: 2 (r//8 % 2) + (q//4 % 2).
+    """
+    tiles, panels = -(-rows // 16), -(-groups // 8)
+    seed = _seed_tensor(seed, device)
+    counter = torch.arange(tiles * 8 * panels * 4, dtype=torch.int64, device=seed.device)
+    zero = torch.zeros_like(counter)
+    words = philox4x32(
+        (counter & _MASK32, counter >> 32, zero + stream, zero), (seed & _MASK32, (seed >> 32) & _MASK32)
+    )
+    words = torch.stack(words).view(2, 2, tiles, 8, panels, 4)  # (row half, column half, tile, row, panel, column)
+    words = words.permute(2, 0, 3, 4, 1, 5).reshape(tiles * 16, panels * 8)[:rows, :groups]
+    return (words & 0x7FFFFF).float() * 2.0**-23
+
+
+def _uniforms_like(function: str, x: torch.Tensor, seed, u: torch.Tensor | None) -> torch.Tensor:
+    shape = (*x.shape[:-1], x.shape[-1] // 4)
+    if u is None:
+        u = group_uniforms(math.prod(shape[:-1]), shape[-1], seed, x.device).to(x.device).view(shape)
+    elif u.shape != shape:
+        raise ValueError(f"{function}: u has shape {tuple(u.shape)}, need {shape}, one uniform per group of four")
+    return u
+
+
+def mvue24_kept_ref(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mvue24_ref`, and which elements it kept: a bool mask of x's shape with two True in every group."""
+    _check_groups("mvue24", x)
+    groups = x.unflatten(-1, (-1, 4))
+    a0, a1, a2, a3 = _magnitude(groups).unbind(-1)
+    u = _uniforms_like("mvue24", x, seed, u).to(a0.dtype)
+    # The three smallest are summed, rather than S - max taken, so that nothing cancels.
+    max01, max23 = torch.maximum(a0, a1), torch.maximum(a2, a3)
+    rest = torch.minimum(a0, a1) + torch.minimum(a2, a3) + torch.minimum(max01, max23)
+    h = torch.minimum(rest, ((a0 + a1) + (a2 + a3)) / 2)
+    t = u * h
+    t = torch.where(t < h, t, 0)  # the product of a subnormal h rounds up to h: t = h would keep a zero
+    s = h - t
+    # First kept: the first i with C_i > t. Second: the last i whose suffix sum of b is at least s. What stands beside
+    # these comparisons holds by itself but for rounding: the two are distinct, no zero displaces a non-zero element,
+    # and an inner element above h, whose pi is 1, is always one of them.
+    past0 = a0 <= t
+    past1 = a0 + a1 <= t
+    from3 = ((a3 >= s) & (a2 <= h) & (past0 | (a1 <= h))) | past1 | (past0 & (a2 == 0))
+    from2 = ((a2 + a3 >= s) & (a1 <= h)) | past0
+    low = torch.where(past1, 2, past0.to(torch.int8))
+    high = torch.where(from3, 3, 1 + from2.to(torch.int8))
+    position = torch.arange(4, device=x.device, dtype=torch.int8)
+    kept = (position == low.unsqueeze(-1)) | (position == high.unsqueeze(-1))
+    # The sign is copied, not multiplied: a zero that is kept beside infinities becomes no NaN of 0 * inf.
+    values = torch.copysign(torch.maximum(_magnitude(groups), h.unsqueeze(-1)), groups)
+    return torch.where(kept, values, 0).flatten(-2).to(x.dtype), kept.flatten(-2)
+
+
+def mvue24_ref(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Tensor:
+    """Exact MVUE: an unbiased 2:4 sample of x along its last dimension, of the smallest possible variance (Eq. 6).
+
+    x: (..., n), n divisible by 4, any strides; float64 is computed in itself, all else in float32, rounded once to
+    x's dtype. seed: int or int64 0-d tensor. u: uniforms (..., n/4) in [0, 1) that replace the seeded draw.
+    Keeps two elements of each group, two non-zero ones where there are two; a zero group gives zeros; a group with a
+    non-finite element stays non-finite. Raises ValueError for a 1-D x, n % 4 != 0 or another shape of u.
+    """
+    return mvue24_kept_ref(x, seed, u)[0]
+
+
+def mvue24_sequential(x: torch.Tensor, seed) -> torch.Tensor:
+    """The predecessors' estimator, as a baseline: two draws without replacement, unbiased but of larger variance.
+
+    Draws i, then j != i, with probability proportional to magnitude, and divides by the exact inclusion probability
+    a_i/S + a_i * sum_{j != i} a_j / (S (S - a_j)). Arguments, dtypes and errors as `mvue24`; two uniforms a group.
+    """
+    _check_groups("mvue24_sequential", x)
+    shape = (*x.shape[:-1], x.shape[-1] // 4, 1)
+    u, v = (
+        group_uniforms(math.prod(shape[:-2]), shape[-2], seed, x.device, stream).to(x.device).view(shape)
+        for stream in (0, 1)
+    )
+    groups = x.unflatten(-1, (-1, 4))
+    a = _magnitude(groups)
+    total = a.sum(-1, keepdim=True)
+    inclusion = a / total
+    for j in range(4):  # j first, then i
+        others = [i for i in range(4) if i != j]
+        rest = a[..., others].sum(-1, keepdim=True)  # S - a_j, without cancellation
+        inclusion[..., others] += torch.where(rest > 0, a[..., j : j + 1] / total * (a[..., others] / rest), 0)
+
+    def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        sums = weights.cumsum(-1)
+        return (sums <= uniform * sums[..., -1:]).sum(-1, keepdim=True).clamp(max=3)
+
+    first = draw(a, u)
+    second = draw(a.scatter(-1, first, 0), v)
+    kept = torch.zeros_like(a, dtype=torch.bool).scatter_(-1, first, True).scatter_(-1, second, True)
+    values = torch.where(groups == 0, 0, groups / inclusion)
+    finite = torch.isfinite(total)
+    return torch.where(kept | ~finite, values, 0).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Soft threshold (S-STE; Hu et al., NeurIPS 2024) and masked decay (Eq. 10)
+
+
+def soft_threshold24_ref(w: torch.Tensor) -> torch.Tensor:
+    """S-STE's continuous pruning: subtract the second-smallest magnitude t of the group, keep what stays positive.
+
+    sign(w) * max(|w| - t, 0) per group of four along the last dimension. w: (..., n), n divisible by 4; any strides.
+    Returns w's shape and dtype, at most two non-zeros a group. Raises ValueError on other shapes.
+    """
+    _check_groups("soft_threshold24", w)
+    groups = w.unflatten(-1, (-1, 4))
+    a = _magnitude(groups)
+    threshold = a.sort(dim=-1).values[..., 1:2]
+    return (torch.sign(groups) * (a - threshold).clamp(min=0)).flatten(-2).to(w.dtype)
+
+
+def sste_scale_ref(w: torch.Tensor) -> torch.Tensor:
+    """S-STE's beta = <w, S(w)> / <S(w), S(w)>, the least-squares scale of the soft-thresholded w; 1 where S(w) is 0.
+
+    w: (..., n), n divisible by 4. Returns a float32 (float64 for float64 w) 0-d tensor on w's device.
+    """
+    soft = soft_threshold24_ref(w).to(torch.promote_types(w.dtype, torch.float32))
+    square = soft.square().sum()
+    return torch.where(square > 0, (w.to(soft.dtype) * soft).sum() / square, 1)
+
+
+@torch.no_grad()
+def masked_decay_ref_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
+    """Eq. 10, in place: grad += decay * ~mask * w. Returns grad; decay per step.
+
+    grad, w: one shape. mask: bool of that shape, or its uint8 index matrix. Raises ValueError on anything else.
+    """
+    if mask.dtype == torch.uint8 and w.dim() == 2 and mask.shape == (w.shape[0] // 4, w.shape[1] // 4):
+        mask = expand_index(mask)
+    if not grad.shape == w.shape == mask.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"masked_decay_: grad {tuple(grad.shape)}, w {tuple(w.shape)}, mask {mask.dtype} {tuple(mask.shape)}; "
+            "need one shape and a bool mask, or the uint8 index matrix of one"
+        )
+    return grad.add_(torch.where(mask, 0, w).to(grad.dtype), alpha=decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations on feature-major tensors, (d_ff, tokens), as the hidden layer of a sparse FFN lies in memory (section 5.2)
+
+
+GATED = ("geglu", "swiglu")
+ACTIVATIONS = ("gelu", "relu2", *GATED)
+
+
+def _gate_and_up(function: str, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The nonlinearity's argument and, of gated activations, the other factor, in the arithmetic's dtype."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{function}: activation {activation!r} is unknown, need one of {', '.join(ACTIVATIONS)}")
+    if activation in GATED and (z.dim() == 0 or z.shape[0] % 2):
+        raise ValueError(f"{function}: z {tuple(z.shape)}, {activation} needs (2 d_ff, tokens): gate and up, stacked")
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return z.chunk(2) if activation in GATED else (z, None)
+
+
+def _nonlinearity(z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(z) and f'(z)."""
+    if activation == "relu2":
+        return F.relu(z).square(), 2 * F.relu(z)
+    if activation == "swiglu":
+        s = torch.sigmoid(z)
+        return z * s, s * (1 + z * (1 - s))
+    phi = 0.5 * torch.erfc(z * -(0.5**0.5))  # erf would cancel in the left tail
+    return z * phi, phi + z * torch.exp(-0.5 * z * z) * (2 * math.pi) ** -0.5
+
+
+def activation_ref(z: torch.Tensor, activation: str) -> torch.Tensor:
+    """A = f(Z), or f(gate) * up where Z holds the rows of gate and up one after the other.
+
+    z: (d_ff, tokens), gated (2 d_ff, tokens). activation: gelu (exact, by erf), relu2, geglu, swiglu. Computed in
+    float32 (float64 for float64) and rounded once. Returns (d_ff, tokens). Raises ValueError for another activation
+    or, gated, an odd number of rows.
+    """
+    gate, up = _gate_and_up("activation", z, activation)
+    value, _ = _nonlinearity(gate, activation)
+    return (value if up is None else value * up).to(z.dtype)
+
+
+def activation_backward_ref(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
+    """dZ of `activation_ref`, in z's shape and dtype. da: (d_ff, tokens); another shape raises ValueError too."""
+    gate, up = _gate_and_up("activation_backward", z, activation)
+    if da.shape != gate.shape:
+        raise ValueError(f"activation_backward: da {tuple(da.shape)}, need {tuple(gate.shape)} for z {tuple(z.shape)}")
+    value, slope = _nonlinearity(gate, activation)
+    da = da.to(gate.dtype)
+    dz = da * slope if up is None else torch.cat((da * up * slope, da * value))
+    return dz.to(z.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What everything else calls: the kernels of kernels.py and kernels_ffn.py for CUDA tensors, the twins for all else
+# (other devices, float64, empty tensors, given uniforms, tensors that a gradient flows back through, layouts that no
+# kernel takes). NANO24_KERNELS=0 turns the kernels off. Whether a device can use them is decided once: each is run
+# beside its twin.
+
+_kernels = _kernels_ffn = None  # the modules of these names, once a device uses them
+_STATUS: dict[torch.device, str] = {}  # "on", or why not
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_status(device: torch.device) -> str:
+    """ "on" where CUDA tensors of this device go to the Triton kernels, else the reason why they go to the twins."""
+    if device.type != "cuda":
+        return f"off: the kernels need CUDA, this is {device.type}"
+    if device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _STATUS:
+        _STATUS[device] = "off: being tested"
+        _STATUS[device] = _try_kernels(device)
+        if _STATUS[device].startswith("off: failed"):
+            warnings.warn(f"nano24 kernels on {device} {_STATUS[device]}; PyTorch twins serve", stacklevel=2)
+    return _STATUS[device]
+
+
+def _try_kernels(device: torch.device) -> str:
+    global _kernels, _kernels_ffn
+    wanted = os.environ.get("NANO24_KERNELS", "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"NANO24_KERNELS={wanted!r}, need 0 (PyTorch twins) or 1 (Triton kernels where they can)")
+    if wanted == "0":
+        return "off: NANO24_KERNELS=0"
+    if torch.version.hip or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (8, 0):
+        return "off: the kernels need an NVIDIA GPU of compute capability 8.0 or more"
+    try:
+        import kernels
+        import kernels_ffn
+
+        with torch.device("cpu"):  # whatever default device a model is being built under
+            wrong = kernel_mismatches(device)
+    except ImportError as error:
+        return f"off: {error}"
+    except Exception as error:  # whatever Triton or the driver says: named, and the run goes on without kernels,
+        torch.cuda.synchronize(device)  # unless the GPU itself is lost, which this raises
+        return f"off: failed the self-test with {type(error).__name__}: {error}"
+    if wrong:
+        return f"off: failed the self-test, unlike their twins: {', '.join(wrong)}"
+    _kernels, _kernels_ffn = kernels, kernels_ffn
+    return "on"
+
+
+def kernel_mismatches(device: torch.device) -> list[str]:
+    """The operators whose kernel and twin differ on a small awkward input: an empty list on a sound machine."""
+    import kernels
+    import kernels_ffn
+
+    w = torch.randn(64, 136, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    w[:4, :8] = w.new_tensor([0.0, 1.0, -1.0, 1e-40]).repeat(2)  # ties, zeros, a subnormal
+    w = w.to(device)
+    x = w.to(torch.bfloat16)
+    x[0, :3] = x.new_tensor([math.inf, -math.inf, math.nan])
+    seed = torch.tensor(-(2**40) - 1, dtype=torch.int64, device=device)
+    index, tables = transposable_index_ref(w), _table("kernel", device)
+    other = transposable_index_ref(w.roll(1, 0))
+
+    def same(got: torch.Tensor, expected: torch.Tensor, **tolerance) -> bool:
+        if tolerance:
+            return torch.allclose(got.double(), expected.double(), **tolerance)
+        return torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+
+    decayed = [w.clone(), w.clone()]
+    kernels.masked_decay_(decayed[0], w, index, 0.5, tables)
+    masked_decay_ref_(decayed[1], w, index, 0.5)
+    options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    ours, theirs, moments = w.clone(), nn.Parameter(w.clone()), [torch.zeros_like(w), torch.zeros_like(w)]
+    adamw = torch.optim.AdamW([theirs], **options)
+    for step in (1, 2):
+        theirs.grad = masked_decay_ref_(w.clone(), theirs.detach(), index, 0.5)
+        adamw.step()
+        scalars = [adamw_scalars(step, **options, masked_decay=0.5)]
+        kernels.adamw_([ours], [w], *([m] for m in moments), [index], scalars, tables)
+    z = w.to(torch.bfloat16)
+    equal = {
+        "transposable_index": same(kernels.transposable_index(w), index),
+        "flip_count": same(kernels.flip_count(index, other, tables), flip_count_ref(index, other)),
+        "mvue24 (float32)": same(kernels_ffn.mvue24(w, seed), mvue24_ref(w, seed)),
+        "mvue24": same(kernels_ffn.mvue24(x, seed), mvue24_ref(x, seed)),
+        "mvue24 (whole tiles)": same(*(f(x[:, :128].contiguous(), seed) for f in (kernels_ffn.mvue24, mvue24_ref))),
+        "mvue24 (token-major)": same(*(f(x[:, :128].contiguous().t(), seed) for f in (kernels_ffn.mvue24, mvue24_ref))),
+        "mvue24 (transposed)": same(kernels_ffn.mvue24(x.t(), seed), mvue24_ref(x.t(), seed)),
+        "soft_threshold24": same(kernels.soft_threshold24(w, True)[0], soft_threshold24_ref(w)),
+        "sste_scale": same(kernels.soft_threshold24(w, True)[1], sste_scale_ref(w), rtol=1e-5),
+        "masked_decay_": same(*decayed, rtol=1e-6, atol=1e-7),
+        "adamw_": same(ours, theirs.detach(), rtol=1e-5, atol=1e-6),
+    }
+    for name in ACTIVATIONS:
+        da = z[: len(z) // 2] if name in GATED else z
+        # one unit of bfloat16, where the two round apart; and 1e-6 for GELU's polynomial
+        equal[name] = same(kernels_ffn.activation(z, name), activation_ref(z, name), rtol=2**-7, atol=1e-6)
+        got, expected = kernels_ffn.activation_backward(z, da, name), activation_backward_ref(z, da, name)
+        equal[f"{name} backward"] = same(got, expected, rtol=2**-7, atol=1e-5)
+    return [name for name, ok in equal.items() if not ok]
+
+
+def adamw_scalars(step: int, lr, betas, eps, weight_decay, masked_decay) -> tuple[float, ...]:
+    """What kernels.adamw_ needs of one tensor's hyperparameters at its step number `step`, counted from 1."""
+    beta1, beta2 = betas
+    corrected_lr, root_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    return 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, corrected_lr, root_bias2, masked_decay
+
+
+def _on_kernels(x: torch.Tensor) -> bool:
+    """Whether x goes to a kernel. Where a gradient is to flow back it does not: the twins are differentiable."""
+    if x.device.type == "cuda" and x.device not in _STATUS and not torch.compiler.is_compiling():
+        kernel_status(x.device)  # a traced function finds it decided: layers call transposable_index when they are made
+    plain = x.dtype in _KERNEL_DTYPES and x.numel() > 0 and not (x.requires_grad and torch.is_grad_enabled())
+    return _STATUS.get(x.device) == "on" and plain
+
+
+def transposable_index(w: torch.Tensor) -> torch.Tensor:
+    """transposable_index_ref, by a kernel where it can."""
+    _check_blocks("transposable_index", w)
+    w = w.detach()
+    return _kernels.transposable_index(w) if _on_kernels(w) else transposable_index_ref(w)
+
+
+def flip_count(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """flip_count_ref, by a kernel where it can."""
+    alike = before.shape == after.shape and before.dtype == after.dtype == torch.uint8
+    if alike and _STATUS.get(before.device) == "on" and before.is_contiguous() and after.is_contiguous():
+        return _kernels.flip_count(before, after, _table("kernel", before.device))
+    return flip_count_ref(before, after)
+
+
+mask24 = mask24_ref
+
+
+def mvue24(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Tensor:
+    """mvue24_ref, by a kernel where it can."""
+    if u is None and _on_kernels(x):
+        _check_groups("mvue24", x)
+        matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        return _kernels_ffn.mvue24(matrix, _seed_tensor(seed, x.device)).view(x.shape)
+    return mvue24_ref(x, seed, u)
+
+
+def soft_threshold24(w: torch.Tensor) -> torch.Tensor:
+    """soft_threshold24_ref, by a kernel where it can."""
+    if _on_kernels(w):
+        _check_groups("soft_threshold24", w)
+        return _kernels.soft_threshold24(w.reshape(-1, w.shape[-1]))[0].view(w.shape)
+    return soft_threshold24_ref(w)
+
+
+def sste_scale(w: torch.Tensor) -> torch.Tensor:
+    """sste_scale_ref, by a kernel where it can."""
+    if _on_kernels(w):
+        _check_groups("sste_scale", w)
+        return _kernels.soft_threshold24(w.reshape(-1, w.shape[-1]), True)[1]
+    return sste_scale_ref(w)
+
+
+def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
+    """masked_decay_ref_, by a kernel where it can; there the index matrix is what is fast."""
+    w = w.detach()
+    indexed = mask.dtype == torch.uint8 and [4 * n for n in mask.shape] == list(grad.shape) == list(w.shape)
+    if indexed and mask.dim() == 2 and _on_kernels(w) and all(t.is_contiguous() for t in (grad, w, mask)):
+        return _kernels.masked_decay_(grad, w, mask, decay, _table("kernel", w.device))
+    return masked_decay_ref_(grad, w, mask, decay)
+
+
+def activation(z: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation_ref, by a kernel where it can."""
+    kernel = _on_kernels(z) and z.dim() == 2 and z.is_contiguous()
+    return _kernels_ffn.activation(z, activation) if kernel else activation_ref(z, activation)
+
+
+def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation_backward_ref, by a kernel where it can."""
+    kernel = _on_kernels(z) and _on_kernels(da) and z.dim() == 2 and z.is_contiguous() and da.is_contiguous()
+    f = _kernels_ffn.activation_backward if kernel else activation_backward_ref
+    return f(z, da, activation)
+
+
+def adamw_fits(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether kernels.adamw_ takes all of these: one CUDA device, float32, contiguous, aligned, elements by fours."""
+    first = tensors[0].detach()
+    return _on_kernels(first) and all(
+        type(t) in (torch.Tensor, nn.Parameter)  # no shards, no fakes
+        and t.device == first.device
+        and t.dtype == torch.float32
+        and t.is_contiguous()
+        and t.numel() % 4 == 0
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weight: bool) -> None:
+    """kernels.adamw_, for tensors that `adamw_fits`; scalars are `adamw_scalars`. Its twin is torch.optim.AdamW."""
+    tables = _table("kernel", params[0].device)
+    _kernels.adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, tables, decay_on_weight)

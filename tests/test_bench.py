@@ -1,0 +1,220 @@
+"""Ahead of time: every kernel, compiled by its own launcher for three GPUs without having one.
+
+What decides speed is asserted on the machine code; results/kernels.json, and so the README's table, must be what this
+code compiles to. Compiled by Triton 3.6.0 only: another release counts differently.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+
+triton = pytest.importorskip("triton", reason="Triton backend: triton is not installed")
+
+ROOT = Path(bench.__file__).parent
+CASES = {case.name: case for case in bench.CASES}
+ARCHS = [arch for arch, *_ in bench.GPUS.values()]
+
+
+@pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def compiled(request) -> tuple[int, dict]:
+    """{case: counts} for one architecture, by the compiler: this process may be bound to the interpreter."""
+    if triton.__version__ != "3.6.0":
+        pytest.skip(f"ahead-of-time backend: Triton {triton.__version__}, the counts are of 3.6.0")
+    counts = f"{{case.name: bench.predict(case, {request.param}) for case in bench.CASES}}"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import bench, json; print(json.dumps({counts}))"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return request.param, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_spills_and_no_local_memory(compiled):
+    for name, counts in compiled[1].items():
+        assert (counts["local"], counts["stack"]) == (0, 0), name
+
+
+def test_wide_loads_and_stores_are_those_listed(compiled):
+    for name, counts in compiled[1].items():
+        assert (counts["wide_loads"], counts["wide_stores"]) == CASES[name].wide, name
+
+
+def test_instructions_stay_below_their_ceilings(compiled):
+    for name, counts in compiled[1].items():
+        assert counts["instructions"] <= CASES[name].ceiling, name
+
+
+def test_memory_bound_on_an_h200():
+    """The ceilings keep every kernel below the instructions that an H200 issues while it moves the bytes."""
+    _, sms, ghz, bandwidth = bench.GPUS["H200"]
+    budget = sms * 128 * ghz / (1000 * bandwidth * bench._COPY)  # instructions per byte
+    assert round(budget, 1) == 6.8
+    over = [case.name for case in bench.CASES if case.ceiling > budget * case.bytes]
+    assert over == list(bench.ISSUE_BOUND)
+
+
+def test_results_are_of_this_code(compiled):
+    arch, counts = compiled
+    rows = json.loads((ROOT / "results" / "kernels.json").read_text())["kernels"]
+    assert {row["name"]: row["counts"][str(arch)] for row in rows} == counts, "run python bench.py --predict again"
+    for row in rows:
+        shares = {
+            gpu: bench.share_of_copy(CASES[row["name"]], row["counts"][str(a)], gpu)
+            for gpu, (a, *_) in bench.GPUS.items()
+        }
+        assert row["predicted"] == shares
+
+
+def test_minima_and_maxima_keep_nan(compiled):
+    """The interpreter cannot tell: its minimum and maximum keep NaN either way."""
+    for name, counts in compiled[1].items():
+        assert counts["nan_dropping"] == 0, name
+
+
+def test_every_kernel_has_a_case(compiled):
+    source = (ROOT / "kernels.py").read_text() + (ROOT / "kernels_ffn.py").read_text()
+    defined = set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
+    assert {counts["kernel"] for counts in compiled[1].values()} == defined
+
+
+def test_share_of_copy_falls_with_what_is_issued():
+    case = CASES["MVUE, packed"]
+    light, heavy = (
+        bench.share_of_copy(case, {"instructions": n, "alu": 0, "special": 0}, "H200") for n in (1, 20 * case.bytes)
+    )
+    assert light == 0.92
+    assert heavy == pytest.approx(6.844 / 20, rel=1e-2)  # far above the budget, it is the budget over what is issued
+    for pipe, lanes in (("alu", 2), ("special", 8)):  # half and an eighth of the lanes
+        counts = {"instructions": 1, "alu": 0, "special": 0} | {pipe: 20 / lanes * case.bytes}
+        assert bench.share_of_copy(case, counts, "H200") == heavy
+
+
+def test_table_leaves_what_was_not_measured_empty():
+    row = {"name": "a", "unit": "element", "bytes": 4, "predicted": {"A100": 0.9, "H200": 0.8, "B200": 0.7}}
+    row["counts"] = {str(arch): {"instructions": 1234.5} for arch in ARCHS}
+    results = {"kernels": [row], "measured": None, "measured_on": None}
+    assert bench.markdown(results).splitlines()[-1] == (
+        "| a | element | 4 | 1.23e+03, 1.23e+03, 1.23e+03 | 0.90, 0.80, 0.70 | not measured yet |"
+    )
+    results |= {"measured": {"a": {"share": 0.875, "share_range": [0.86, 0.89]}}, "measured_on": {"device_name": "X"}}
+    assert bench.markdown(results).splitlines()[0].endswith("| measured share, X |")
+    assert bench.markdown(results).splitlines()[-1].endswith("| 0.88 (0.86 to 0.89) |")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Everything is run once in the interpreter, nothing is timed; a list of what was run and returned."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA backend: here bench.py measures, see test_gpu.py")
+    runs = []
+
+    def run_once(make, moved, repetitions, graph=True):
+        call = make()
+        runs.append((moved, call(), call()))
+        return {"us": 1.0, "copy_us": 1.0, "gb_per_s": moved, "share": 1.0, "share_range": [1.0, 1.0]}
+
+    monkeypatch.setattr(bench, "measure", run_once)
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "TOKENS", 64)
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    return runs
+
+
+def test_table2_runs_every_search(interpreted, monkeypatch):
+    monkeypatch.setattr(bench, "_torch_tile", lambda w: None)  # CUDA alone has it
+    rows = bench.table2([(128, 128)], 1)
+    assert [row["search"] for row in rows] == [
+        *(searches := ["8 candidates (ours)", "90 scores", "2-approximation"]),
+        *searches,
+        "torch's greedy tile",
+    ]
+    assert [moved for moved, *_ in interpreted] == [
+        65 * 1024,
+        65 * 1024,
+        80 * 1024,
+        33 * 1024,
+        33 * 1024,
+        48 * 1024,
+        68 * 1024,
+    ]
+    exact, scores, approximate = (result for _, result, _ in interpreted[:3])
+    assert exact.shape == scores.shape == (32, 32)
+    assert approximate.shape == (128, 128)
+
+
+def test_table3_runs_every_order(interpreted):
+    rows = bench.table3([8], 1)
+    assert {(row["order"], row["pass"]) for row in rows} == {
+        ("along tokens (ours)", "activation"),
+        ("along tokens (ours)", "activation_backward"),
+        ("along features (intuitive)", "activation"),
+        ("along features (intuitive)", "activation_backward"),
+        ("torch.compile", "activation"),
+    }
+    assert [tuple(result.shape) for _, result, _ in interpreted] == [(8, 64), (16, 64), (8, 64), (16, 64), (8, 64)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", list(CASES))
+def test_cases_give_the_same_however_often(interpreted, name):
+    bench.measure(lambda: CASES[name].make(64, 64, "sm90", "cpu"), 0, 1)
+    ((_, *results),) = interpreted
+    once, again = (result if isinstance(result, tuple) else (result,) for result in results)
+    if name not in ("masked decay", "AdamW with masked decay"):  # in place, they go on from where they were
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_papers_tables_give_bytes_time_and_spread():
+    row = {"width": 768, "order": "ours", "gb_per_s": 3999.6, "us": 12.34, "share": 0.9, "share_range": [0.88, 0.91]}
+    row["times_ours"] = 1
+    assert bench.paper_table([row], "width", "order") == (
+        "| width | order | GB/s | us | times ours | share of copy |\n|---|---|---|---|---|---|\n"
+        "| 768 | ours | 4000 | 12.3 | 1.00 | 0.90 (0.88 to 0.91) |"
+    )
+
+
+def test_report_names_what_made_it():
+    environment = {"triton": "3.6.0", "torch": "2.11", "commit": "abc", "device_name": "GPU X"}
+    results = {"kernels": [], "measured": None, "measured_on": None, "environment": environment}
+    assert "Compiled by Triton 3.6.0, torch 2.11, commit abc. All" in bench.report(results)
+    row = {"us": 1, "gb_per_s": 1, "share": 1, "share_range": [1, 1], "times_ours": 2}
+    results |= {
+        "measured": {},
+        "measured_on": environment,
+        "table2": [row | dict.fromkeys(("dtype", "shape", "search"))],
+    }
+    text = bench.report(results | {"table3": [row | dict.fromkeys(("width", "order", "pass"))]})
+    assert "measured on GPU X" in text
+    assert text.count("| 2.00 |") == 2
+
+
+def test_predicting_anew_keeps_measurements(tmp_path):
+    path = tmp_path / "kernels.json"
+    assert bench.earlier_measurements(path) == dict.fromkeys(("measured", "measured_on", "table2", "table3"))
+    path.write_text(json.dumps({"kernels": [1], "measured": {"a": 1}, "measured_on": {}, "table2": [], "table3": [2]}))
+    assert bench.earlier_measurements(path) == {"measured": {"a": 1}, "measured_on": {}, "table2": [], "table3": [2]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA backend: this machine has a GPU to measure on")
+def test_bench_says_what_it_needs():
+    code = "import sys; sys.modules['triton'] = None; sys.argv = ['bench.py', '--predict']; import bench; bench.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "need it to compile the kernels; `make test` installs it" in done.stderr
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for extra, message in (({}, "use --predict"), ({"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET=1 .* unset it")):
+        command = [sys.executable, "bench.py", "--out_dir", "/nonexistent/results"]
+        done = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert re.search(message, done.stderr), done.stderr

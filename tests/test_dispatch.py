@@ -1,0 +1,389 @@
+"""Which tensors go to the kernels, and that everything built on the operators trains on them as on the twins.
+
+Without a GPU the kernels run in the Triton interpreter, and the dispatch is told to take CPU tensors.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton backend: triton is not installed")
+
+import kernels
+import kernels_ffn
+import operators
+import sparse24
+from sparse24 import MaskedDecayAdamW, Sparse24Linear, refresh_masks, sparsify
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of inf and NaN
+
+
+@pytest.fixture(autouse=True)
+def default_switch(monkeypatch):
+    monkeypatch.delenv("NANO24_KERNELS", raising=False)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """CPU tensors go to the kernels, interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; test_gpu.py goes through dispatch")
+    monkeypatch.setattr(operators, "_kernels", kernels)
+    monkeypatch.setattr(operators, "_kernels_ffn", kernels_ffn)
+    monkeypatch.setattr(operators, "_STATUS", {CPU: "on"})
+
+
+@pytest.fixture
+def launched(on_kernels, monkeypatch):
+    """As on_kernels; a list of the launchers that were called."""
+    calls = []
+
+    def counted(name, launch):
+        return lambda *args, **kwargs: (calls.append(name), launch(*args, **kwargs))[1]
+
+    launchers = {
+        kernels: ("transposable_index", "flip_count", "masked_decay_", "adamw_", "soft_threshold24"),
+        kernels_ffn: ("mvue24", "activation", "activation_backward"),
+    }
+    for module, names in launchers.items():
+        for name in names:
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    return calls
+
+
+def test_cpu_tensors_go_to_the_twins(monkeypatch):
+    monkeypatch.setattr(operators, "_kernels", None)  # a launch would fail
+    w = torch.randn(8, 16)
+    assert torch.equal(sparse24.transposable_index(w), sparse24.transposable_index_ref(w))
+    assert torch.equal(sparse24.mvue24(w, 1), sparse24.mvue24_ref(w, 1))
+    assert sparse24.kernel_status(CPU) == "off: the kernels need CUDA, this is cpu"
+
+
+def test_importing_the_operators_imports_no_triton():
+    code = "import sys, sparse24, model; assert 'triton' not in sys.modules and 'kernels' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(operators.__file__), check=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "capability", "hip", "status"),
+    [
+        ("0", (9, 0), None, "off: NANO24_KERNELS=0"),
+        ("1", (7, 5), None, "off: the kernels need an NVIDIA GPU of compute capability 8.0 or more"),
+        ("1", (9, 0), "6.2", "off: the kernels need an NVIDIA GPU of compute capability 8.0 or more"),
+        ("1", (9, 0), None, "on"),
+    ],
+)
+def test_status_says_why(monkeypatch, value, capability, hip, status):
+    monkeypatch.setenv("NANO24_KERNELS", value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(operators, "_STATUS", {})
+    monkeypatch.setattr(operators, "_kernels", None)
+    monkeypatch.setattr(operators, "_kernels_ffn", None)
+    tested = []
+    monkeypatch.setattr(operators, "kernel_mismatches", lambda device: tested.append(device) or [])
+    for _ in range(2):
+        assert sparse24.kernel_status(torch.device("cuda", 0)) == status
+    assert tested == ([torch.device("cuda", 0)] if status == "on" else [])  # once
+    assert operators._kernels is (kernels if status == "on" else None)
+    assert operators._kernels_ffn is (kernels_ffn if status == "on" else None)
+
+
+def test_another_value_of_the_switch_is_refused(monkeypatch):
+    monkeypatch.setenv("NANO24_KERNELS", "off")
+    monkeypatch.setattr(operators, "_STATUS", {})
+    with pytest.raises(ValueError, match=r"NANO24_KERNELS='off', need 0 .* or 1"):
+        sparse24.kernel_status(torch.device("cuda", 0))
+
+
+def test_flip_count_refuses_unlike_matrices(launched):
+    a = torch.zeros(4, 4, dtype=torch.uint8)
+    for b in (a[:1], a.int()):
+        with pytest.raises(
+            ValueError, match=r"flip_count: torch.uint8 \(4, 4\) against .* need two uint8 index matrices"
+        ):
+            sparse24.flip_count(a, b)
+    assert launched == []
+
+
+def test_a_failed_self_test_warns_and_leaves_the_twins(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(operators, "_kernels", None)
+    monkeypatch.setattr(operators, "_kernels_ffn", None)
+    device = torch.device("cuda", 0)
+    for mismatches, reason in (
+        (lambda device: ["mvue24"], "failed the self-test, unlike their twins: mvue24"),
+        (lambda device: 1 / 0, "failed the self-test with ZeroDivisionError: division by zero"),
+    ):
+        monkeypatch.setattr(operators, "_STATUS", {})
+        monkeypatch.setattr(operators, "kernel_mismatches", mismatches)
+        with pytest.warns(UserWarning, match=f"nano24 kernels on cuda:0 off: {reason}; PyTorch twins serve"):
+            assert sparse24.kernel_status(device) == f"off: {reason}"
+        assert operators._kernels is None
+
+
+def test_a_triton_too_old_is_no_crash(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(operators, "_STATUS", {})
+    monkeypatch.delitem(sys.modules, "kernels")
+    monkeypatch.delattr(kernels.triton, "knobs")
+    with pytest.warns(UserWarning, match=r"AttributeError: .*knobs"):
+        assert operators.kernel_status(torch.device("cuda", 0)).startswith("off: failed")
+
+
+def test_missing_triton_is_the_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(operators, "_STATUS", {})
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    assert sparse24.kernel_status(torch.device("cuda", 0)).startswith("off: import of kernels halted")
+
+
+def test_self_test_passes_and_names_what_is_wrong(monkeypatch):
+    assert operators.kernel_mismatches(CPU) == []
+    monkeypatch.setattr(kernels_ffn, "mvue24", lambda x, seed: operators.mvue24_ref(x, seed + 1))
+    monkeypatch.setattr(kernels, "flip_count", lambda *args: torch.tensor(0))
+    monkeypatch.setattr(kernels, "adamw_", lambda *args: None)
+    paths = ("(float32)", "", "(whole tiles)", "(token-major)", "(transposed)")
+    mvue = [f"mvue24 {path}".strip() for path in paths]
+    assert operators.kernel_mismatches(CPU) == ["flip_count", *mvue, "adamw_"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_self_test_passes_whatever_the_defaults(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"), torch.device("cpu"):  # as _try_kernels calls it
+            assert operators.kernel_mismatches(CPU) == []
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_lost_gpu_is_no_reason_to_go_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(operators, "_STATUS", {})
+    monkeypatch.setattr(operators, "kernel_mismatches", lambda device: 1 / 0)
+
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    device = torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        operators.kernel_status(device)
+    assert operators._STATUS[device] == "off: being tested"
+
+
+@pytest.mark.parametrize("name", ["mvue24", "soft_threshold24", "sste_scale", "activation", "activation_backward"])
+def test_gradients_flow_on_as_through_the_twins(on_kernels, name):
+    x = torch.randn(8, 16, requires_grad=True)
+    args = {"mvue24": (x, 1), "activation": (x, "gelu"), "activation_backward": (x, x, "gelu")}.get(name, (x,))
+    getattr(operators, name)(*args).sum().backward()
+    got, x.grad = x.grad, None
+    getattr(operators, f"{name}_ref")(*args).sum().backward()
+    assert torch.equal(got, x.grad)
+
+
+@pytest.mark.parametrize("name", ["masked_decay_", "adamw_"])
+def test_a_backward_pass_that_needs_what_was_overwritten_is_refused(launched, name):
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    loss = p.square().sum()
+    index = torch.zeros(1, 1, dtype=torch.uint8)
+    if name == "adamw_":
+        p.grad = torch.ones(4, 4)
+        MaskedDecayAdamW([p], torch.nn.Module(), lr=0.1, masked_decay=0.1).step()
+    else:
+        sparse24.masked_decay_(p.detach(), torch.ones(4, 4), index, 0.1)
+    assert launched == [name]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_operators_reach_the_kernels(launched):
+    w = torch.randn(8, 16)
+    assert torch.equal(sparse24.transposable_index(w), sparse24.transposable_index_ref(w))
+    x = torch.randn(2, 6, 8)
+    assert torch.equal(sparse24.mvue24(x, 2**64 - 1), sparse24.mvue24_ref(x, 2**64 - 1))
+    assert torch.equal(sparse24.soft_threshold24(x), sparse24.soft_threshold24_ref(x))
+    assert torch.allclose(sparse24.sste_scale(x), sparse24.sste_scale_ref(x))
+    old, new = sparse24.transposable_index(w), sparse24.transposable_index(w.flip(0))
+    assert sparse24.flip_rate(old, new) == float(
+        (sparse24.expand_index(old) != sparse24.expand_index(new)).float().mean()
+    )
+    grad = torch.randn(8, 16)
+    expected = sparse24.masked_decay_ref_(grad.clone(), w, old, 0.5)
+    assert torch.allclose(sparse24.masked_decay_(grad, w, old, 0.5), expected)
+    assert torch.allclose(sparse24.activation(w, "gelu"), sparse24.activation_ref(w, "gelu"), atol=1e-6)
+    expected = sparse24.activation_backward_ref(w, w, "gelu")
+    assert torch.allclose(sparse24.activation_backward(w, w, "gelu"), expected, atol=1e-5)
+    kinds = ["transposable_index", "mvue24", "soft_threshold24", "flip_count", "masked_decay_"]
+    kinds += ["activation", "activation_backward"]
+    assert list(dict.fromkeys(launched)) == kinds
+
+
+def test_what_no_kernel_takes_goes_to_the_twins(launched):
+    w, u = torch.randn(8, 16), torch.rand(8, 4)
+    assert torch.equal(sparse24.mvue24(w, 0, u=u), sparse24.mvue24_ref(w, 0, u=u))
+    assert torch.equal(sparse24.mvue24(w.double(), 1), sparse24.mvue24_ref(w.double(), 1))
+    assert sparse24.mvue24(torch.empty(0, 8), 1).shape == (0, 8)
+    mask = sparse24.expand_index(sparse24.transposable_index_ref(w))
+    sparse24.masked_decay_(w.clone(), w, mask, 0.1)  # a bool mask
+    assert torch.equal(sparse24.activation(w.t(), "gelu"), sparse24.activation_ref(w.t(), "gelu"))  # not contiguous
+    assert sparse24.activation(torch.ones(2, 2, 4), "geglu").shape == (1, 2, 4)
+    backward, twin = sparse24.activation_backward, sparse24.activation_backward_ref
+    da = torch.randn(16, 8).t()
+    for args in ((w.t(), da.t()), (w, da)):
+        assert torch.equal(backward(*args, "gelu"), twin(*args, "gelu"))
+    da = torch.randn(8, 16, requires_grad=True)
+    assert backward(w, da, "gelu").requires_grad
+    index = torch.randint(0, 90, (2, 4, 4), dtype=torch.uint8)
+    assert sparse24.flip_count(index[0], index[1].t()) == sparse24.flip_count_ref(index[0], index[1].t())
+    grad = torch.randn(16, 16)
+    expected = sparse24.masked_decay_ref_(grad.t().clone(), grad, index[0], 0.1)
+    assert torch.equal(sparse24.masked_decay_(grad.t(), grad.clone(), index[0], 0.1), expected)
+    assert not operators.adamw_fits([torch.zeros(9)[1:]])  # 16-byte loads would be misaligned
+    assert launched == []
+
+
+def test_no_grad_is_enough_for_a_kernel(launched):
+    x = torch.randn(8, 16, requires_grad=True)
+    with torch.no_grad():
+        sparse24.mvue24(x, 1)
+    assert launched == ["mvue24"]
+
+
+@pytest.mark.parametrize("function", ["transposable_index", "mvue24", "soft_threshold24", "sste_scale"])
+def test_wrong_shapes_are_refused_before_a_launch(launched, function):
+    args = (0,) if function == "mvue24" else ()
+    with pytest.raises(ValueError, match=rf"{function.replace('sste_scale', 'sste_scale|soft_threshold24')}: shape"):
+        getattr(sparse24, function)(torch.randn(4, 6), *args)
+    with pytest.raises(ValueError, match="need"):
+        sparse24.masked_decay_(torch.randn(8, 8), torch.randn(8, 8), torch.zeros(2, 3, dtype=torch.uint8), 0.1)
+    with pytest.raises(ValueError, match="need"):
+        sparse24.masked_decay_(torch.randn(8), torch.randn(8), torch.zeros(2, dtype=torch.uint8), 0.1)
+    assert launched == []
+
+
+def train(steps: int, **options) -> tuple[torch.nn.Module, list, MaskedDecayAdamW]:
+    """A few steps of a small FST model; the gradients of its first layer, and its optimizer."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 8, bias=False))
+    sparsify(model, "fst", ["0", "2"])
+    groups = [
+        {"params": [model[0].weight, model[2].weight], "weight_decay": 0.1},
+        {"params": [model[0].bias], "weight_decay": 0.0},
+    ]
+    optimizer = MaskedDecayAdamW(groups, model, lr=1e-2, masked_decay=0.3, **options)
+    gradients = []
+    for step in range(steps):
+        sparse24.seed_draws(model, 1, step, 0)
+        model(torch.randn(24, 16)).square().sum().backward()
+        gradients.append(model[0].weight.grad.clone())
+        optimizer.step()
+        optimizer.zero_grad()
+        refresh_masks(model)
+    return model, gradients, optimizer
+
+
+@pytest.mark.parametrize("decay_on", ["grad", "weight"])
+def test_training_on_the_kernels_is_training_on_the_twins(launched, monkeypatch, decay_on):
+    ours, gradients, optimizer = train(3, decay_on=decay_on)
+    assert {"transposable_index", "mvue24", "adamw_", "flip_count"} <= set(launched)
+    assert launched.count("adamw_") == 3  # one launch a step
+    monkeypatch.undo()
+    theirs, expected, reference = train(3, decay_on=decay_on)
+    assert torch.equal(gradients[0], expected[0])
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    ours, theirs = optimizer.state_dict(), reference.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for i, state in theirs["state"].items():
+        for key, value in state.items():
+            assert ours["state"][i][key].device == value.device
+            torch.testing.assert_close(ours["state"][i][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"amsgrad": True}, {"maximize": True}])
+def test_options_of_torchs_go_to_torch(launched, options):
+    train(1, **options)
+    assert "adamw_" not in launched
+    assert "masked_decay_" in launched
+
+
+@pytest.mark.parametrize("key", ["capturable", "differentiable"])
+def test_options_that_torch_would_refuse_here_go_to_torch(launched, key):
+    model, _, optimizer = train(1)
+    before = len(launched)
+    optimizer.param_groups[0][key] = True
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    assert optimizer._kernel_step() is False
+    assert len(launched) == before
+
+
+def test_moments_that_do_not_fit_go_to_torch(launched):
+    model, _, optimizer = train(1)
+    optimizer.state[model[0].weight]["exp_avg"] = torch.zeros(32, 32)[:, ::2]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert launched.count("adamw_") == 1
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+def test_optimizer_resumes_across_kernel_and_twin(launched, monkeypatch):
+    model, _, optimizer = train(2)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    monkeypatch.undo()
+    other, _, reference = train(0)
+    other.load_state_dict(weights)
+    reference.load_state_dict(saved)
+    other(torch.ones(4, 16)).sum().backward()
+    reference.step()
+    assert {int(state["step"]) for state in reference.state_dict()["state"].values()} == {3}
+
+
+def test_parameters_without_gradient_are_left_alone(launched):
+    model, _, optimizer = train(1)
+    before = model[2].weight.clone()
+    model[0].weight.grad = torch.ones(32, 16)
+    optimizer.step()
+    assert torch.equal(model[2].weight, before)
+    assert int(optimizer.state[model[2].weight]["step"]) == 1
+    assert int(optimizer.state[model[0].weight]["step"]) == 2
+
+
+def test_odd_sizes_go_to_torch(launched):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    MaskedDecayAdamW([p], torch.nn.Module(), lr=0.1, masked_decay=0.1).step()
+    assert launched == []
+    assert p[0] < 1
+
+
+@pytest.mark.parametrize("tokens", [24, 22])
+def test_compiled_layer_on_the_kernels(on_kernels, tokens):
+    """The whole graph, forward and backward, traced with the kernels in it; new seeds are seen."""
+    torch.manual_seed(0)
+    layer = Sparse24Linear(16, 32, recipe="fst")
+    x, dz = torch.randn(tokens, 16), torch.randn(tokens, 32)
+    net = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for f in (layer, net, net):
+        layer.zero_grad()
+        sparse24.seed_draws(layer, len(gradients) // 2, 0, 0)
+        f(x).backward(dz)
+        gradients.append(layer.weight.grad.clone())
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[1], gradients[2])

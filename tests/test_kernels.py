@@ -1,0 +1,623 @@
+"""The kernels against their twins: on the GPU where there is one, else in the Triton interpreter on the CPU.
+
+Equal means bit for bit (NaN anywhere is NaN, and -0 is 0). Where a sum's order or a polynomial decides, the bound is
+derived beside the comparison.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton backend: triton is not installed")
+
+import baselines
+import kernels
+import kernels_ffn
+import operators
+import spmm
+from operators import (
+    activation_backward_ref,
+    activation_ref,
+    adamw_scalars,
+    expand_index,
+    mvue24_kept_ref,
+    mvue24_ref,
+    transposable_index_ref,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning"),  # numpy's
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
+]
+TABLES = operators._table("kernel", torch.device(DEVICE))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def awkward(*shape, seed=0, dtype=torch.float32, finite=False):
+    """Random data with zeros, ties, subnormals, huge beside tiny values and, unless `finite`, inf and NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator)
+    kind = torch.randint(0, 60, shape, generator=generator)
+    small = torch.randint(-2, 3, shape, generator=generator).float()
+    x = torch.where(kind < 20, small, x)
+    for code, value in ((20, 1e-45), (21, -3e-39), (22, 1e30), (23, 1e-30), (24, -0.0)):
+        x = torch.where(kind == code, value, x)
+    if not finite:
+        for code, value in ((25, math.inf), (26, -math.inf), (27, math.nan)):
+            x = torch.where(kind == code, value, x)
+    elif dtype == torch.float16:
+        x = x.clamp(-1e4, 1e4)
+    return x.to(dtype).to(DEVICE)
+
+
+def assert_equal(got, expected):
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(
+        torch.nan_to_num(got, nan=0, posinf=7e4, neginf=-7e4),
+        torch.nan_to_num(expected, nan=0, posinf=7e4, neginf=-7e4),
+    )
+
+
+def seed_tensor(seed: int) -> torch.Tensor:
+    return torch.tensor(seed, dtype=torch.int64, device=DEVICE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mask search
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same matrix in memory in four ways."""
+    rows, columns = x.shape
+    wide = torch.zeros(rows, columns + 3, dtype=x.dtype, device=x.device)
+    spread = torch.zeros(2 * rows, 2 * columns, dtype=x.dtype, device=x.device)
+    wide[:, 3:], spread[::2, ::2] = x, x
+    return {
+        "contiguous": x,
+        "transposed": x.t().contiguous().t(),
+        "offset": wide[:, 3:],
+        "every other": spread[::2, ::2],
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 4), (4, 516), (20, 36), (64, 128)])
+def test_search_equals_its_twin(shape, dtype):
+    w = awkward(*shape, dtype=dtype)
+    for name, view in layouts(w).items():
+        assert torch.equal(kernels.transposable_index(view), transposable_index_ref(w)), name
+
+
+def test_search_breaks_ties_as_its_twin_does():
+    patterns = torch.randint(0, 2**16, (64, 32), generator=torch.Generator().manual_seed(0))
+    bits = (patterns[..., None] >> torch.arange(16)) & 1  # (64, 32, 16): blocks of zeros and ones
+    w = bits.view(64, 32, 4, 4).transpose(1, 2).reshape(256, 128).float().to(DEVICE)
+    index = kernels.transposable_index(w)
+    assert torch.equal(index, transposable_index_ref(w))
+    kept = (w * expand_index(index)).view(64, 4, 32, 4).sum((1, 3))
+    scores = bits.float() @ operators.PATTERNS.flatten(1).t().float()
+    assert torch.equal(kept.cpu(), scores.amax(-1))
+
+
+def test_search_finds_every_pattern():
+    w = operators.PATTERNS.float().view(9, 10, 4, 4).transpose(1, 2).reshape(36, 40).to(DEVICE) + 1
+    assert torch.equal(kernels.transposable_index(w).flatten().cpu(), torch.arange(90, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_approximation_equals_its_twin(dtype):
+    for w in (awkward(20, 36, dtype=dtype), awkward(36, 64, dtype=dtype).t()):
+        assert torch.equal(baselines.transposable_mask_2approx(w), operators.transposable_mask_2approx(w))
+
+
+def test_search_by_90_scores_is_the_optimum_within_tf32():
+    table = baselines.pattern_table(operators.PATTERNS.to(DEVICE))
+    for w in (randn(36, 40), randn(64, 36).t(), torch.zeros(4, 8, device=DEVICE)):
+        index = baselines.transposable_index_dot(w, table)
+        kept, best = (
+            (w.abs() * expand_index(i)).double().view(w.shape[0] // 4, 4, -1, 4).sum((1, 3))
+            for i in (index, transposable_index_ref(w))
+        )
+        assert (kept >= best * (1 - 2**-10)).all()  # TF32 keeps 10 bits: each |w| is off by at most 2^-11, both ways
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flips and the weight pack
+
+
+def test_flip_count_is_the_hamming_distance_of_any_two_patterns():
+    before, after = (torch.arange(90, dtype=torch.uint8, device=DEVICE).repeat(n) for n in (90, 90))
+    after = after.view(90, 90).t().contiguous().flatten()
+    pairs = (before.view(90, 90), after.view(90, 90))
+    expected = (expand_index(pairs[0]) != expand_index(pairs[1])).sum()
+    assert kernels.flip_count(*pairs, TABLES) == expected
+    assert kernels.flip_count(pairs[0][:1, :3].contiguous(), pairs[1][:1, :3].contiguous(), TABLES) == (
+        operators.flip_count_ref(pairs[0][:1, :3], pairs[1][:1, :3])
+    )
+
+
+def random_index(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randint(0, 90, (rows // 4, columns // 4), dtype=torch.uint8, generator=generator).to(DEVICE)
+
+
+def expected_packs(w, index, order):
+    mask, w = expand_index(index), w.to(torch.bfloat16)
+    return spmm.pack_ref(w, mask, order), spmm.pack_ref(w.t().contiguous(), mask.t().contiguous(), order)
+
+
+@pytest.mark.parametrize(
+    ("order", "rows", "columns"),
+    [("sm80", 128, 128), ("sm80", 256, 128), ("sm90", 64, 64), ("sm90", 64, 192), ("sm90", 192, 64)],
+)
+@pytest.mark.parametrize(("search", "metadata"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_pack_equals_its_twin(order, rows, columns, search, metadata, dtype):
+    wide = awkward(rows, columns + 64, dtype=dtype)
+    w, index = wide[:, :columns], random_index(rows, columns)
+    old, flips = index.clone(), seed_tensor(5)
+    packed, packed_t = torch.zeros(2, rows * columns * 9 // 16, dtype=torch.bfloat16, device=DEVICE)
+    kernels.pack_weight_(packed, packed_t, w, index, TABLES, order, search=search, metadata=metadata, flips=flips)
+    assert torch.equal(index, transposable_index_ref(w) if search else old)
+    assert flips == 5 + (operators.flip_count_ref(old, index) if search else 0)
+    for got, expected in zip((packed, packed_t), expected_packs(w, index, order), strict=True):
+        size = rows * columns // 2
+        assert_equal(got[:size], expected[:size])
+        assert torch.equal(got[size:].view(torch.int16), expected[size:].view(torch.int16))
+
+
+def test_weight_pack_of_values_alone_leaves_the_metadata():
+    index = random_index(64, 128)
+    packed, packed_t = torch.zeros(2, 64 * 128 * 9 // 16, dtype=torch.bfloat16, device=DEVICE)
+    kernels.pack_weight_(packed, packed_t, randn(64, 128), index, TABLES, "sm90")
+    w = randn(64, 128, seed=1)
+    kernels.pack_weight_(packed, packed_t, w, index, TABLES, "sm90", metadata=False)
+    assert torch.equal(spmm.unpack_ref(packed, 64, 128, "sm90"), w.to(torch.bfloat16) * expand_index(index))
+    assert torch.equal(packed_t.view(torch.int16), expected_packs(w, index, "sm90")[1].view(torch.int16))
+
+
+def test_weight_pack_refuses_what_it_would_misread():
+    index, w = random_index(64, 64), randn(64, 64)
+    packed, packed_t = torch.zeros(2, 64 * 64 * 9 // 16, dtype=torch.bfloat16, device=DEVICE)
+    for changes, message in (
+        ({"order": "sm70"}, "metadata order 'sm70' is unknown, need sm80 or sm90"),
+        ({"order": "sm80"}, r"w \(64, 64\) with strides .* order sm80 needs multiples of 128"),
+        ({"w": w.t()}, "order sm90 needs multiples of 64 and contiguous rows"),
+        ({"w": randn(64, 96)}, "order sm90 needs multiples of 64"),
+        ({"packed": packed.to(torch.float16)}, r"need a bfloat16 buffer of \(2304,\)"),
+        ({"packed_t": packed_t[:-1]}, r"need a bfloat16 buffer of \(2304,\)"),
+        ({"index": index[:8]}, r"index torch.uint8 \(8, 16\), need the contiguous uint8 \(16, 16\)"),
+        ({"index": index.int()}, "index torch.int32"),
+        ({"search": True}, "search=True counts flips, need flips"),
+    ):
+        args = {"packed": packed, "packed_t": packed_t, "w": w, "index": index, "tables": TABLES, "order": "sm90"}
+        with pytest.raises(ValueError, match=f"pack_weight_: .*{message}"):
+            kernels.pack_weight_(**args | changes)
+    assert not packed.any()
+    assert not packed_t.any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MVUE
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4), (20, 36), (33, 140), (64, 264), (32, 8), (48, 8), (32, 12)])
+def test_mvue_equals_its_twin(shape, dtype):
+    x = awkward(*shape, dtype=dtype)
+    for seed in (0, -(2**40) - 3):
+        for name, view in layouts(x).items():
+            got = kernels_ffn.mvue24(view, seed_tensor(seed))
+            assert_equal(got, mvue24_ref(x, seed))
+            tokens_first = dtype == torch.bfloat16 and name == "transposed" and shape == (64, 264)  # written as rows
+            assert got.stride() == (got.contiguous() if tokens_first else torch.empty_like(view)).stride(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mvue_of_all_small_groups(dtype):
+    """All groups of {0, 1, -3}^4 and of dominant, infinite and subnormal elements, under many uniforms."""
+    values = [0.0, 1.0, -3.0]
+    groups = list(itertools.product(values, repeat=4))
+    groups += list(itertools.permutations((1e-10, math.inf, 1.0, 1.0))) + list(
+        itertools.permutations((1e-45, 0, 1e-45, 0))
+    )
+    groups += list(itertools.permutations((1.0, math.nan, 0.0, 2.0))) + list(
+        itertools.permutations((1e30, 1.0, 1.0, 1e-30))
+    )
+    groups += [(0.0,) * 4] * (-len(groups) % 8)
+    x = torch.tensor(groups, dtype=torch.float32).flatten()[None].repeat(32, 1).to(dtype).to(DEVICE)
+    for seed in range(2):
+        got, (expected, kept) = kernels_ffn.mvue24(x, seed_tensor(seed)), mvue24_kept_ref(x, seed)
+        assert_equal(got, expected)
+        assert (kept.view(32, -1, 4).sum(-1) == 2).all()
+
+
+def fitted_to_the_draw(u: torch.Tensor) -> dict[str, torch.Tensor]:
+    """float32 groups on which, under the uniforms u, the comparisons of the draw are decided by rounding alone."""
+    generator = torch.Generator().manual_seed(1)
+    r1, r2, h = (torch.rand(u.shape, generator=generator).to(u.device) for _ in range(3))
+    h += 1
+    columns = {
+        "a2 above h": (r1 * u * h, (1 - r1) * u * h, h * (1 + r2), h * (1 - u)),
+        "a1 above h": (u * h, h * (1 + r2), r1 * (1 - u) * h, (1 - r1) * (1 - u) * h),
+        "a2 zero": (u * h, h * (1 + r1), torch.zeros_like(u), (1 - u) * h),
+    }
+    return {name: torch.stack(group, dim=-1).flatten(-2) for name, group in columns.items()}
+
+
+def test_mvue_where_rounding_decides():
+    """Each guard of the draw matters only on such groups: without it an element of probability one is dropped."""
+    for name, x in fitted_to_the_draw(operators.group_uniforms(32, 64, 0, DEVICE)).items():
+        values, kept = mvue24_kept_ref(x, 0)
+        assert_equal(kernels_ffn.mvue24(x, seed_tensor(0)), values)
+        groups = x.view(32, 64, 4)
+        largest = groups.abs() == groups.abs().amax(-1, keepdim=True)
+        assert kept.view(32, 64, 4)[largest].all(), name
+
+
+def test_mvue_on_words_takes_what_fills_them(monkeypatch):
+    monkeypatch.setattr(kernels_ffn, "_launch_words", None)  # a launch would fail
+    wide = randn(64, 16, dtype=torch.bfloat16)
+    for x in (
+        randn(32, 12, dtype=torch.bfloat16),
+        randn(48, 8, dtype=torch.bfloat16),
+        randn(8, 48, dtype=torch.bfloat16).t(),
+        wide[:, :8],
+    ):
+        assert_equal(kernels_ffn.mvue24(x, seed_tensor(1)), mvue24_ref(x, 1))
+
+
+@kernels.triton.jit
+def _philox_kernel(out_ptr, counter, seed):
+    n = kernels.tl.arange(0, 4)
+    words = kernels_ffn._philox(counter + n.to(kernels.tl.int64), seed.to(kernels.tl.int64))
+    for i in kernels.tl.static_range(4):
+        kernels.tl.store(out_ptr + 4 * n + i, words[i].to(kernels.tl.int64))
+
+
+def test_philox_uses_all_64_bits_of_counter_and_seed():
+    counter, seed = 2**35 + 2**32 - 2, 2**40 + 3
+    out = torch.zeros(4, 4, dtype=torch.int64, device=DEVICE)
+    _philox_kernel[(1,)](out, counter, seed)
+    n = counter + torch.arange(4)
+    zero = torch.zeros(4, dtype=torch.int64)
+    low = 2**32 - 1
+    expected = operators.philox4x32(
+        (n & low, n >> 32, zero, zero), (torch.tensor(seed & low), torch.tensor(seed >> 32))
+    )
+    assert torch.equal(out.cpu(), torch.stack(expected, dim=-1))
+
+
+@pytest.mark.parametrize("token_major", [False, True])
+@pytest.mark.parametrize(
+    ("order", "rows", "columns"),
+    [
+        ("sm80", 128, 64),
+        ("sm80", 256, 192),
+        ("sm90", 64, 64),
+        ("sm90", 128, 192),
+        ("masked", 64, 40),
+        ("masked", 128, 256),
+    ],
+)
+def test_mvue_pack_equals_its_twins(order, rows, columns, token_major):
+    x = awkward(rows, columns, dtype=torch.bfloat16, finite=True)
+    given = x.t().contiguous() if token_major else x
+    packed, sums = kernels_ffn.mvue24_pack(given, seed_tensor(7), order, token_major, True)
+    values, kept = mvue24_kept_ref(x, 7)
+    if order == "masked":
+        assert_equal(packed, values)
+    else:
+        assert torch.equal(packed.view(torch.int16), spmm.pack_ref(values, kept, order).view(torch.int16))
+    assert_sums(sums, x)
+    again, nothing = kernels_ffn.mvue24_pack(given, seed_tensor(7), order, token_major, False)
+    assert torch.equal(again.view(torch.int16), packed.view(torch.int16))
+    assert nothing.shape == (0,)
+
+
+def assert_sums(sums, x):
+    """Row sums in float32, in any order: within n additions' rounding of the sum of magnitudes."""
+    exact = x.double()
+    assert sums.dtype == torch.float32
+    assert ((sums - exact.sum(1)).abs() <= x.shape[1] * 2**-24 * exact.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("token_major", [False, True])
+def test_mvue_pack_keeps_overflow_visible(token_major):
+    x = awkward(64, 64, dtype=torch.bfloat16)
+    packed, _ = kernels_ffn.mvue24_pack(
+        x.t().contiguous() if token_major else x, seed_tensor(7), "sm90", token_major, False
+    )
+    dense = spmm.unpack_ref(packed, 64, 64, "sm90")
+    assert_equal(dense, mvue24_ref(x, 7))
+    bad = ~x.isfinite().view(64, 16, 4).all(-1)
+    assert bad.any()
+    assert torch.equal(bad, ~dense.isfinite().view(64, 16, 4).all(-1))
+
+
+def test_mvue_pack_refuses_what_it_would_misread():
+    for x, order in (
+        (randn(64, 64), "sm90"),
+        (randn(96, 64, dtype=torch.bfloat16), "sm90"),
+        (randn(32, 36, dtype=torch.bfloat16), "masked"),
+        (randn(64, 64, dtype=torch.bfloat16), "sm80"),
+    ):
+        with pytest.raises(ValueError, match=rf"mvue24 \({order}\): .* need bfloat16, multiples of"):
+            kernels_ffn.mvue24_pack(x, seed_tensor(0), order, False, False)
+    with pytest.raises(ValueError, match="metadata order 'sm70' is unknown, need sm80 or sm90"):
+        kernels_ffn.mvue24_pack(randn(64, 64, dtype=torch.bfloat16), seed_tensor(0), "sm70", False, False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+def z_and_da(activation, d_ff, tokens, dtype, scale=3.0):
+    rows = 2 * d_ff if activation in kernels_ffn.GATED else d_ff
+    return (scale * randn(rows, tokens)).to(dtype), randn(d_ff, tokens, seed=1, dtype=dtype)
+
+
+def half_unit(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What rounding x to dtype may change; in float32, where several operations round, eight times that."""
+    return (8 if dtype == torch.float32 else 1) * (
+        torch.finfo(dtype).eps / 2 * x.abs() + torch.finfo(dtype).smallest_normal
+    )
+
+
+# GELU: Abramowitz and Stegun's 7.5e-8 is the error of Phi(-|z|), and |z| times it that of f, while |z| < 5.5; beyond,
+# the tail itself is below 2e-8. float32 roundings and the GPU's approximate exponential and reciprocal (2^-22) of terms
+# up to 1 come on top.
+POLYNOMIAL = 5e-7
+
+
+@pytest.mark.parametrize("activation", kernels_ffn.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 7), (24, 130), (64, 64)])
+def test_activation_is_the_exact_one_within_rounding(activation, dtype, shape):
+    z, da = z_and_da(activation, *shape, dtype)
+    exact, exact_dz = (
+        activation_ref(z.double(), activation),
+        activation_backward_ref(z.double(), da.double(), activation),
+    )
+    gated = activation in kernels_ffn.GATED
+    up = z[shape[0] :].double().abs() if gated else torch.ones_like(exact)
+    scale = up.clamp(min=1)
+    a, dz = kernels_ffn.activation(z, activation), kernels_ffn.activation_backward(z, da, activation)
+    assert a.dtype == dz.dtype == dtype
+    slack = 1.01 * half_unit(exact, dtype) + POLYNOMIAL * scale
+    assert ((a.double() - exact).abs() <= slack).all()
+    scale_dz = da.double().abs() * (torch.cat((scale, scale)) if gated else scale).view(-1, *shape)
+    slack = 1.01 * half_unit(exact_dz, dtype) + POLYNOMIAL * scale_dz.view(dz.shape)
+    assert ((dz.double() - exact_dz).abs() <= slack).all()
+    assert_equal(kernels_ffn.activation(z, activation, rowwise=True), a)
+    assert_equal(kernels_ffn.activation_backward(z, da, activation, rowwise=True), dz)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="interpreter backend: a GPU's exponential is itself approximate")
+def test_gelu_polynomial_is_as_good_as_it_says():
+    z = torch.linspace(-6, 6, 4000).view(1, -1)
+    value, slope = kernels_ffn.activation(z, "gelu"), kernels_ffn.activation_backward(z, torch.ones_like(z), "gelu")
+    exact, exact_slope = (
+        activation_ref(z.double(), "gelu"),
+        activation_backward_ref(z.double(), z.double() * 0 + 1, "gelu"),
+    )
+    assert ((value - exact).abs() - 2**-23 * exact.abs()).max() < 3e-7
+    assert (slope - exact_slope).abs().max() < 3e-7
+    assert (slope - exact_slope)[:, 2000:].abs().mean() < 5e-8  # the polynomial's error has no sign
+
+
+@pytest.mark.parametrize("activation", kernels_ffn.ACTIVATIONS)
+def test_activation_is_no_worse_than_pytorchs_own(activation):
+    """Its error is at most twice that of torch's bfloat16 operators, at the worst element."""
+    z, da = z_and_da(activation, 64, 64, torch.bfloat16)
+    leaf = z.clone().requires_grad_()
+    first, second = leaf.chunk(2) if activation in kernels_ffn.GATED else (leaf, None)
+    f = {"relu2": lambda t: torch.relu(t).square(), "swiglu": torch.nn.functional.silu}.get(
+        activation, torch.nn.functional.gelu
+    )
+    theirs = f(first) if second is None else f(first) * second
+    theirs.backward(da)
+    exact, exact_dz = (
+        activation_ref(z.double(), activation),
+        activation_backward_ref(z.double(), da.double(), activation),
+    )
+    for ours, other, truth in (
+        (kernels_ffn.activation(z, activation), theirs.detach(), exact),
+        (kernels_ffn.activation_backward(z, da, activation), leaf.grad, exact_dz),
+    ):
+        assert (ours.double() - truth).abs().max() <= 2 * (other.double() - truth).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("activation", kernels_ffn.ACTIVATIONS)
+def test_activation_at_the_ends_of_the_range(activation):
+    z = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 30.0, -30.0, 100.0, -100.0, 3e38, -3e38, math.inf, -math.inf, math.nan])
+    halves = 2 if activation in kernels_ffn.GATED else 1
+    z = z.repeat(halves, 1).to(DEVICE)
+    da = torch.ones(1, z.shape[1], device=DEVICE)
+    a, expected = kernels_ffn.activation(z, activation), activation_ref(z, activation)
+    assert torch.equal(a.isfinite(), expected.isfinite())
+    torch.testing.assert_close(a, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    dz, expected = kernels_ffn.activation_backward(z, da, activation), activation_backward_ref(z, da, activation)
+    assert torch.equal(dz.isnan(), expected.isnan())
+    torch.testing.assert_close(dz, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_activation_refuses_what_it_would_misread():
+    for z, da, message in (
+        (randn(8, 8).t()[:, ::2], None, "need contiguous feature-major"),
+        (randn(3, 8), None, r"need contiguous feature-major z \(2 d_ff, tokens\)"),
+        (randn(2, 4, 8), None, "need contiguous feature-major"),
+        (randn(8, 8), randn(8, 8), r"da \(8, 8\); need"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels_ffn.activation(z, "geglu") if da is None else kernels_ffn.activation_backward(z, da, "geglu")
+    with pytest.raises(ValueError, match="activation 'selu' is unknown, need one of gelu, relu2, geglu, swiglu"):
+        kernels_ffn.activation(randn(4, 4), "selu")
+    assert (kernels_ffn.ACTIVATIONS, kernels_ffn.GATED) == (operators.ACTIVATIONS, operators.GATED)
+
+
+def test_activation_twins_refuse_what_has_no_meaning():
+    with pytest.raises(
+        ValueError, match="activation: activation 'selu' is unknown, need one of gelu, relu2, geglu, swiglu"
+    ):
+        activation_ref(randn(4, 4), "selu")
+    with pytest.raises(ValueError, match=r"activation: z \(3, 8\), geglu needs \(2 d_ff, tokens\)"):
+        activation_ref(randn(3, 8), "geglu")
+    with pytest.raises(ValueError, match=r"activation_backward: da \(1, 8\), need \(4, 8\) for z \(4, 8\)"):
+        activation_backward_ref(randn(4, 8), randn(1, 8), "gelu")
+
+
+@pytest.mark.parametrize("activation", kernels_ffn.ACTIVATIONS)
+@pytest.mark.parametrize(("order", "d_ff", "tokens"), [("sm90", 64, 192), ("sm80", 128, 64), ("masked", 32, 136)])
+def test_fused_backward_is_its_parts(activation, order, d_ff, tokens):
+    z, da = z_and_da(activation, d_ff, tokens, torch.bfloat16)
+    dz, packed, sums = kernels_ffn.activation_backward_mvue24_pack(z, da, seed_tensor(-9), activation, order, True)
+    assert_equal(dz, kernels_ffn.activation_backward(z, da, activation))
+    values, kept = mvue24_kept_ref(dz, -9)
+    if order == "masked":
+        assert_equal(packed, values)
+    else:
+        assert torch.equal(packed.view(torch.int16), spmm.pack_ref(values, kept, order).view(torch.int16))
+    assert_sums(sums, dz)
+    _, again, nothing = kernels_ffn.activation_backward_mvue24_pack(z, da, seed_tensor(-9), activation, order, False)
+    assert torch.equal(again.view(torch.int16), packed.view(torch.int16))
+    assert nothing.shape == (0,)
+
+
+def test_fused_backward_refuses_what_it_would_misread():
+    for activation, d_ff, order in (
+        ("gelu", 16, "masked"),
+        ("geglu", 16, "masked"),
+        ("geglu", 16, "sm90"),
+        ("gelu", 64, "sm80"),
+    ):
+        z, da = z_and_da(activation, d_ff, 64, torch.bfloat16)
+        with pytest.raises(ValueError, match=rf"mvue24 \({order}\): .* need bfloat16, multiples of"):
+            kernels_ffn.activation_backward_mvue24_pack(z, da, seed_tensor(0), activation, order, False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Soft threshold, masked decay, AdamW
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4), (20, 36), (33, 140)])
+def test_soft_threshold_equals_its_twin(shape, dtype):
+    w = awkward(*shape, dtype=dtype)
+    for view in layouts(w).values():
+        soft, nothing = kernels.soft_threshold24(view)
+        assert_equal(soft, operators.soft_threshold24_ref(w))
+        assert soft.is_contiguous()
+        assert nothing.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_threshold_scale(dtype):
+    w = randn(132, 140, dtype=dtype)
+    soft, scale = kernels.soft_threshold24(w, scale=True)
+    assert_equal(soft, operators.soft_threshold24_ref(w))
+    exact = (w.double() * soft.double()).sum() / soft.double().square().sum()
+    assert scale.dtype == torch.float32
+    assert abs(scale.double() / exact - 1) < 1024 * 2**-24  # the positive terms of one program, added in float32
+    assert kernels.soft_threshold24(torch.ones(4, 8, dtype=dtype, device=DEVICE), scale=True)[1] == 1  # S(w) = 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 4), (20, 36), (64, 128)])
+def test_masked_decay_equals_its_twin(shape, dtype):
+    grad, w, index = randn(*shape, dtype=dtype), randn(*shape, seed=1), random_index(*shape)
+    got = grad.clone()
+    assert kernels.masked_decay_(got, w, index, 0.3, TABLES) is got
+    mask = expand_index(index)
+    assert_equal(got[mask], grad[mask])
+    exact = grad.double() + 0.3 * w.double()
+    # the product and the sum round in float32, and the sum once more to grad's dtype
+    bound = half_unit(exact, dtype) + 2**-23 * (grad.double().abs() + w.double().abs())
+    assert ((got.double() - exact).abs() <= bound)[~mask].all()
+
+
+@pytest.mark.parametrize("decay_on_weight", [False, True])
+def test_adamw_is_torchs(decay_on_weight):
+    shapes, decay, lr = [(64, 128), (4,), (20, 36), (300,), (8, 4)], 0.3, 0.01
+    starts = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    indices = [random_index(*shape) if i in (0, 2, 4) else None for i, shape in enumerate(shapes)]
+    ours, theirs = [p.clone() for p in starts], [p.double().requires_grad_() for p in starts]
+    m, v = ([torch.zeros_like(p) for p in starts] for _ in range(2))
+    options = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8}
+    weight_decays = [0.1, 0.0, 0.1, 0.0, 0.1]
+    groups = [{"params": [p], "weight_decay": wd} for p, wd in zip(theirs, weight_decays, strict=True)]
+    reference = torch.optim.AdamW(groups, **options)
+    for step in range(1, 4):
+        grads = [randn(*shape, seed=100 * step + i) for i, shape in enumerate(shapes)]
+        before = [g.clone() for g in grads]
+        for p, g, index in zip(theirs, grads, indices, strict=True):
+            p.grad = g.double()
+            if index is not None:
+                masked = torch.where(expand_index(index), 0, p.detach())
+                with torch.no_grad():
+                    p.sub_(lr * decay * masked) if decay_on_weight else p.grad.add_(decay * masked)
+        reference.step()
+        factor = decay * (lr if decay_on_weight else 1)
+        scalars = [adamw_scalars(step, **options, weight_decay=wd, masked_decay=factor) for wd in weight_decays]
+        kernels.adamw_(ours, grads, m, v, indices, scalars, TABLES, decay_on_weight)
+        for got, expected, g, kept in zip(ours, theirs, grads, before, strict=True):
+            # the update is at most lr in size, known to some float32 roundings; p itself rounds twice a step
+            bound = step * (2 * 2**-24 * expected.detach().abs().clamp(min=1) + 16 * 2**-24 * lr)
+            assert ((got.double() - expected.detach()).abs() <= bound).all()
+            assert torch.equal(g, kept)
+
+
+def test_adamw_refuses_what_it_would_misread():
+    p = randn(4, 4)
+    for grad in (randn(4, 4, dtype=torch.bfloat16), randn(4, 8)[:, ::2], randn(3), randn(17)[1:]):
+        with pytest.raises(ValueError, match=r"adamw_: .* need contiguous float32 on"):
+            kernels.adamw_([p], [grad], [p], [p], [None], [(0.0,) * 8], TABLES)
+
+
+def test_mvue_of_a_view_that_begins_inside_a_word():
+    for x in (
+        randn(64 * 8 + 1, dtype=torch.bfloat16)[1:].view(64, 8),
+        randn(64 * 8 + 1, dtype=torch.bfloat16)[1:].view(8, 64).t(),
+    ):
+        assert_equal(kernels_ffn.mvue24(x, seed_tensor(1)), mvue24_ref(x, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch's view of the custom ops
+
+
+def op_calls():
+    x, z, da = (
+        randn(64, 64, dtype=torch.bfloat16),
+        randn(128, 64, dtype=torch.bfloat16),
+        randn(64, 64, dtype=torch.bfloat16),
+    )
+    seed = seed_tensor(3)
+    return {
+        "mvue24": (kernels_ffn.mvue24, (x, seed)),
+        "mvue24 transposed": (kernels_ffn.mvue24, (x.t(), seed)),
+        "mvue24 transposed, general": (kernels_ffn.mvue24, (x[:60].t(), seed)),
+        "mvue24_pack": (kernels_ffn.mvue24_pack, (x, seed, "sm90", False, True)),
+        "mvue24_pack token-major": (kernels_ffn.mvue24_pack, (x, seed, "masked", True, False)),
+        "activation": (kernels_ffn.activation, (z, "swiglu")),
+        "activation_backward": (kernels_ffn.activation_backward, (z, da, "swiglu")),
+        "fused": (kernels_ffn.activation_backward_mvue24_pack, (z, da, seed, "geglu", "sm90", True)),
+        "soft_threshold24": (kernels.soft_threshold24, (x, True)),
+        "soft_threshold24 alone": (kernels.soft_threshold24, (x.t(), False)),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_calls()))
+def test_custom_ops_and_their_fakes_agree(name):
+    op, args = op_calls()[name]
+    results = torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    assert set(results.values()) == {"SUCCESS"}

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from sparse24 import kernel_status, sparse_linears
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
-    """This process among the processes of the run. `control` is a group whose reductions never wait for a GPU."""
+    """This process among the processes of the run. `control` is a group of our own for what is not a gradient: its
+    reductions never wait for a GPU, and it can be ended while the world's, which DDP holds, cannot (see `leave`)."""
 
     rank: int = 0
     local_rank: int = 0
@@ -53,9 +54,14 @@ class Ranks:
         return box[0]
 
     def leave(self) -> None:
-        """Wait for the other ranks and leave the process group."""
+        """Wait for the other ranks and leave the process group.
+
+        A thread of gloo that lets go of a tensor of Python's after the interpreter began to shut down aborts the
+        process ("terminate called without an active exception"). Only the control group is handed such tensors, and
+        with the last reference to it, dropped here, its threads are joined."""
         if self.world_size > 1:
             dist.barrier(group=self.control)
+            self.control = None
             dist.destroy_process_group()
 
     def check_equal(self, model: torch.nn.Module) -> None:
@@ -89,8 +95,7 @@ def start_ranks(device_name: str, backend_name: str) -> Ranks:
         dist.init_process_group(name)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"backend={name!r} cannot be used: {error}; use --backend=auto") from error
-    control = dist.group.WORLD if name == "gloo" else dist.new_group(backend="gloo")
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), control)
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
 class StopSignal:

@@ -1,10 +1,14 @@
 """Two ranks train as one process does: the same micro-batches, the same draws, the same weights on both ranks."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from harness import (
+    ROOT,
     SETTINGS,
     differences,
     launch,
@@ -144,3 +148,32 @@ def test_a_world_of_one_agrees_with_itself():
     assert (ranks.maximum(3), ranks.total([1.5, 2.0]), ranks.decide("x")) == (3, [1.5, 2.0], "x")
     ranks.check_equal(torch.nn.Linear(2, 2))
     ranks.leave()
+
+
+LEAVE = """
+import os
+from runtime import start_ranks
+
+def gloo_threads():
+    names = [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
+    return sum("gloo_run" in name for name in names)
+
+ranks = start_ranks("cpu", "gloo")
+assert ranks.total([1.0, 2.0]) == [2.0, 4.0] and ranks.maximum(ranks.rank) == 1 and ranks.decide(ranks.rank) == 0
+assert gloo_threads() > 0
+ranks.leave()
+assert gloo_threads() == 0, gloo_threads()
+print("left", flush=True)
+"""
+
+
+def test_no_thread_of_the_control_group_outlives_it(tmp_path):
+    """One that does may need the interpreter when it is gone, and abort a run that had ended well."""
+    (tmp_path / "leave.py").write_text(LEAVE)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "leave.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("left") == 2, done.stderr

@@ -638,13 +638,18 @@ def _launch_words(x, z, dz, seed, out, metadata, bias, rows, columns, activation
 _ORDERS = {"masked": 0, "sm80": 80, "sm90": 90}  # how MVUE is written: masked dense, or packed
 
 
+def multiples(order: str, token_major: bool = False, halves: int = 1) -> tuple[int, int]:
+    """What rows and tokens must be multiples of, to be drawn and written in this order; rows of all `halves`."""
+    return (_TILES[token_major][0] * halves, 8) if order == "masked" else (_row_multiple("mvue24_pack", order), 64)
+
+
 def _mvue24_outputs(like: torch.Tensor, rows: int, columns: int, order: str, bias: bool, token_major=False, halves=1):
     """Empty tensors for `_launch_words`: out (masked or packed), its metadata part, partial bias gradients.
 
     rows: of all that is drawn; of gated activations, both `halves`.
     """
-    tile_rows, tile_columns = _TILES[token_major]
-    multiple = (tile_rows * halves, 8) if order == "masked" else (_row_multiple("mvue24_pack", order), 64)
+    tile_columns = _TILES[token_major][1]
+    multiple = multiples(order, token_major, halves)
     if like.dtype != torch.bfloat16 or rows % multiple[0] or columns % multiple[1]:
         raise ValueError(
             f"mvue24 ({order}): {like.dtype}, {rows} rows of {columns} tokens, need bfloat16, multiples of {multiple}; "

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ffn import sparse_ffn, takes_plan
 from sparse24 import RECIPES, MaskedDecayAdamW, kernel_status, sparsify
 
 # n_layer, n_head, n_embd of the four published GPT-2 sizes, and what Hugging Face calls them
@@ -137,8 +138,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, fan_out, bias=config.bias)
         self.c_proj = nn.Linear(config.d_ff, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.plan = None  # ffn.set_plan: how both linears are multiplied at once where they are sparse
 
     def forward(self, x):
+        if takes_plan(self.plan, x, self.c_fc, self.c_proj):
+            return self.dropout(sparse_ffn(x, self.c_fc, self.c_proj, self.plan))  # (B, T, C)
         h = self.c_fc(x)  # (B, T, d_ff), gated (B, T, 2 d_ff)
         a = ACTIVATIONS[self.activation](h)  # (B, T, d_ff)
         return self.dropout(self.c_proj(a))  # (B, T, C)

@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from spmm import pack_ref
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The 90 transposable patterns. Their order is a disk format (checkpoints store indices) and is arithmetic, so that the
 # search below needs no table. Rows a, b, c, d of a block; a pair is the two kept columns; ~ is the complement:
@@ -454,6 +456,42 @@ def activation_backward_ref(z: torch.Tensor, da: torch.Tensor, activation: str) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Straight to packed operands of a 2:4 GEMM (spmm.py has the orders). Order "masked" is the dense matrix with zeros.
+
+
+def mvue24_pack_ref(
+    x: torch.Tensor, seed, order: str, token_major: bool = False, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MVUE of x (rows, tokens), or with token_major of the transpose of x (tokens, rows), packed in `order`.
+
+    Returns (the packed operand, 1-D, 16-bit, or for "masked" (rows, tokens); with `bias` the float32 sums (rows,) of x
+    over tokens before the pruning, else an empty tensor). Raises ValueError where the shape does not fit the order.
+    """
+    x = x.t() if token_major else x
+    sums = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32)) if bias else x.new_empty(0, dtype=torch.float32)
+    values, kept = mvue24_kept_ref(x, seed)
+    return (values if order == "masked" else pack_ref(values, kept, order)), sums
+
+
+def activation_backward_mvue24_pack_ref(
+    z: torch.Tensor, da: torch.Tensor, seed, activation: str, order: str, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dz of `activation_backward_ref`, and `mvue24_pack_ref` of that dz)."""
+    dz = activation_backward_ref(z, da, activation)
+    return dz, *mvue24_pack_ref(dz, seed, order, False, bias)
+
+
+@torch.no_grad()
+def pack_weight_ref_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
+    """Write the packed operands of w (out, in) under its mask, and of the transpose, into two 16-bit buffers of 9/16 of
+    w's elements. index: uint8 (out/4, in/4). metadata=False: as long as the index is the one of the last call, the
+    values alone need writing; here both are written all the same. Raises ValueError where a shape does not fit."""
+    mask = expand_index(index)
+    for buffer, x, kept in ((packed, w, mask), (packed_t, w.t(), mask.t())):
+        buffer.copy_(pack_ref(x.to(buffer.dtype).contiguous(), kept.contiguous(), order))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What everything else calls: the kernels of kernels.py and kernels_ffn.py for CUDA tensors, the twins for all else
 # (other devices, float64, empty tensors, given uniforms, tensors that a gradient flows back through, layouts that no
 # kernel takes). NANO24_KERNELS=0 turns the kernels off. Whether a device can use them is decided once: each is run
@@ -548,7 +586,22 @@ def kernel_mismatches(device: torch.device) -> list[str]:
         "masked_decay_": same(*decayed, rtol=1e-6, atol=1e-7),
         "adamw_": same(ours, theirs.detach(), rtol=1e-5, atol=1e-6),
     }
+    whole = w[:, :128].contiguous()
+    packs = [whole.new_zeros(2, whole.numel() * 9 // 16, dtype=torch.bfloat16) for _ in range(2)]
+    for pack, into in ((kernels.pack_weight_, packs[0]), (pack_weight_ref_, packs[1])):
+        more = (tables,) if pack is kernels.pack_weight_ else ()
+        pack(*into, whole, index[:, :32].contiguous(), *more, "sm90")
+    equal["pack_weight_"] = torch.equal(*packs)
+    whole = z[:, :128].contiguous()
+    for name, x in (("mvue24_pack", whole), ("mvue24_pack (token-major)", whole.t().contiguous())):
+        ours, theirs = (f(x, seed, "sm90", x is not whole, True) for f in (kernels_ffn.mvue24_pack, mvue24_pack_ref))
+        equal[name] = torch.equal(ours[0], theirs[0]) and same(ours[1], theirs[1], rtol=1e-5, atol=1e-4)
     for name in ACTIVATIONS:
+        da = whole[: len(whole) // 2] if name in GATED else whole
+        dz, packed, _ = kernels_ffn.activation_backward_mvue24_pack(whole, da, seed, name, "sm90", False)
+        expected = activation_backward_ref(whole, da, name)
+        packs_alike = torch.equal(packed, mvue24_pack_ref(dz, seed, "sm90")[0])
+        equal[f"{name} backward, packed"] = packs_alike and same(dz, expected, rtol=2**-7, atol=1e-5)
         da = z[: len(z) // 2] if name in GATED else z
         # one unit of bfloat16, where the two round apart; and 1e-6 for GELU's polynomial
         equal[name] = same(kernels_ffn.activation(z, name), activation_ref(z, name), rtol=2**-7, atol=1e-6)
@@ -635,6 +688,46 @@ def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> t
     kernel = _on_kernels(z) and _on_kernels(da) and z.dim() == 2 and z.is_contiguous() and da.is_contiguous()
     f = _kernels_ffn.activation_backward if kernel else activation_backward_ref
     return f(z, da, activation)
+
+
+def mvue24_pack(x, seed, order: str, token_major: bool = False, bias: bool = False):
+    """mvue24_pack_ref, by a kernel where it can."""
+    rows, tokens = x.shape[::-1] if token_major else x.shape
+    if _packs(x, rows, tokens, order, token_major):
+        return _kernels_ffn.mvue24_pack(x, _seed_tensor(seed, x.device), order, token_major, bias)
+    if order != "masked":
+        return mvue24_pack_ref(x, seed, order, token_major, bias)
+    x = x.t() if token_major else x
+    sums = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32)) if bias else x.new_empty(0, dtype=torch.float32)
+    return mvue24(x, seed), sums
+
+
+def activation_backward_mvue24_pack(z, da, seed, activation: str, order: str, bias: bool = False):
+    """activation_backward_mvue24_pack_ref, by one kernel where it can."""
+    halves = 2 if activation in GATED else 1
+    contiguous = z.is_contiguous() and da.is_contiguous() and da.dtype == torch.bfloat16
+    if contiguous and _packs(z, *z.shape, order, False, halves):
+        seed = _seed_tensor(seed, z.device)
+        return _kernels_ffn.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
+    dz = activation_backward(z, da, activation)
+    return dz, *mvue24_pack(dz, seed, order, False, bias)
+
+
+def _packs(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: bool, halves: int = 1) -> bool:
+    """Whether a kernel draws x and writes it in this order."""
+    if not _on_kernels(x) or x.dtype != torch.bfloat16 or order == "cutlass":
+        return False
+    row_multiple, token_multiple = _kernels_ffn.multiples(order, token_major, halves)
+    return rows % row_multiple == 0 and tokens % token_multiple == 0
+
+
+@torch.no_grad()
+def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
+    """pack_weight_ref_, by one kernel where it can."""
+    if order in ("sm80", "sm90") and packed.dtype == torch.bfloat16 and w.stride(1) == 1 and _on_kernels(w.detach()):
+        tables = _table("kernel", w.device)
+        return _kernels.pack_weight_(packed, packed_t, w.detach(), index, tables, order, metadata=metadata)
+    return pack_weight_ref_(packed, packed_t, w, index, order, metadata)
 
 
 def adamw_fits(tensors: Sequence[torch.Tensor]) -> bool:

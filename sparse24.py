@@ -319,17 +319,17 @@ def densify(model: nn.Module, prune: bool = False) -> list[str]:
 
 
 @torch.no_grad()
-def refresh_masks(model: nn.Module) -> float:
+def refresh_masks(model: nn.Module, measure: bool = True) -> float | None:
     """Recompute the mask of every layer in its sparse phase from its weights (Algorithm 1).
 
     Returns the flip rate against the masks replaced, over all these layers, weighed by their weights; 0.0 with none.
+    measure=False returns None, and never waits for the GPU.
     """
-    before, after = [], []
-    for layer in sparse_linears(model):
-        if layer.sparse:
-            before.append(layer.index.clone())
-            after.append(layer.index.copy_(transposable_index(layer.weight)))
-    return flip_rate(before, after)
+    layers = [layer for layer in sparse_linears(model) if layer.sparse]
+    before = [layer.index.clone() for layer in layers] if measure else []
+    for layer in layers:
+        layer.index.copy_(transposable_index(layer.weight))
+    return flip_rate(before, [layer.index for layer in layers]) if measure else None
 
 
 @torch.no_grad()
@@ -347,9 +347,11 @@ def seed_words(count: int, *key: int) -> np.ndarray:
 def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> None:
     """Fill every layer's `.seed` from (seed, iteration, global micro-batch, layer number): call it per micro-step."""
     layers = sparse_linears(model)
-    words = seed_words(len(layers), seed, iter_num, micro_batch).view(np.int64)
-    for layer, word in zip(layers, words.tolist(), strict=True):
-        layer.seed.fill_(word)
+    if not layers:
+        return
+    words = torch.from_numpy(seed_words(len(layers), seed, iter_num, micro_batch).view(np.int64))
+    words = words.to(layers[0].seed.device, non_blocking=True)  # one copy and one launch, however many layers
+    torch._foreach_copy_([layer.seed for layer in layers], list(words.unbind()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import sparse24
+import spmm_choice
 from configurator import configure_or_exit, setting_names
+from ffn import pack_weights, plan_ffn, set_plan
 from loader import DATA_FOLDER, Tokens, load_meta
 from model import GPT, GPTConfig, peak_flops
 from runtime import Metrics, Ranks, StopSignal, environment, start_ranks
@@ -96,6 +98,9 @@ min_lr = 6e-5
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto (bfloat16 where the GPU has it, else float16; float32 on CPU), float32, bfloat16, float16
 compile: bool | None = None  # torch.compile the model; None = on CUDA only
+compile_mode = "default"  # torch.compile's: default, reduce-overhead (CUDA graphs), max-autotune
+spmm = "auto"  # 2:4 GEMMs: auto (where measured faster, at the start), dense, masked, cusparselt, cutlass
+ffn_recompute = True  # recompute a 2:4 FFN's activation in the backward, as compiled dense ones do; False = keep it
 deterministic = False  # bit-reproducible GPU kernels, slower; CPU runs are reproducible anyway
 backend = "auto"  # torch.distributed's: auto (nccl on GPUs, gloo on CPUs), nccl, gloo
 # ---- end of settings ----
@@ -151,11 +156,12 @@ def planned_dense_start() -> int:
 
 def set_phase(model: torch.nn.Module, is_sparse: bool) -> None:
     """Put every sparse layer into its phase. One that comes back from dense gets the mask of its weights."""
-    stale = [layer for layer in sparse_linears(model) if is_sparse and not layer.sparse]
-    for layer in sparse_linears(model):
+    changed = [layer for layer in sparse_linears(model) if layer.sparse != is_sparse]
+    for layer in changed:
         layer.sparse = is_sparse
-    for layer in stale:
-        refresh_masks(layer)
+        refresh_masks(layer, measure=False)  # nothing in the dense phase
+    if changed:
+        pack_weights(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +181,10 @@ def resolve_settings(overrides: dict) -> Recipe | None:
         raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
     if seed >= 2**32:
         raise ValueError(f"seed={seed}, need a seed below 2**32")
+    if compile_mode not in ("default", "reduce-overhead", "max-autotune"):
+        raise ValueError(f"compile_mode={compile_mode!r}, need default, reduce-overhead or max-autotune")
+    if spmm not in spmm_choice.MODES:
+        raise ValueError(f"spmm={spmm!r}, need one of {', '.join(spmm_choice.MODES)}")
     if dtype not in ("auto", *_DTYPES):
         raise ValueError(f"dtype={dtype!r}, need one of auto, {', '.join(_DTYPES)}")
     if sparse == "none":
@@ -282,8 +292,36 @@ def build_optimizer(model: GPT, recipe: Recipe | None, state: dict | None):
     return optimizer
 
 
-def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: Ranks) -> None:
-    """A few lines on what is about to run."""
+def plan_gemms(model: GPT, folder: Path, ranks: Ranks, dev: torch.device) -> spmm_choice.Report:
+    """Give the sparse FFNs their plan: rank 0 measures, all ranks follow, and a resumed run keeps what it had."""
+    answer = None
+    if ranks.master:
+        try:
+            answer = _measure_gemms(model, folder, dev)
+        except ValueError as error:
+            answer = error
+    answer = ranks.decide(answer)
+    if isinstance(answer, ValueError):
+        raise answer
+    plan, report = answer
+    set_plan(model, plan)
+    return report
+
+
+def _measure_gemms(model: GPT, folder: Path, dev: torch.device):
+    kept, known = folder / "spmm.json", ()
+    try:
+        known = json.loads(kept.read_text())["rows"] if kept.exists() else ()
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{kept} cannot be read ({error}); delete it to measure anew") from error
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
+    options = {"graph": compile and compile_mode != "default", "cache": cache, "known": known}
+    tokens = batch_size * block_size
+    return plan_ffn(model.config, tokens, dev, _DTYPES[dtype], spmm, mvue, ffn_recompute, **options)
+
+
+def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: Ranks, report) -> None:
+    """A few lines on what is about to run. report: of `plan_gemms`, or None."""
     layers = sparse_linears(model)
     tokens = gradient_accumulation_steps * batch_size * block_size
     where = f"resuming {path} at iteration {iter_num}" if path else f"init {init_from.replace('auto', 'scratch')}"
@@ -297,6 +335,10 @@ def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: R
             f"sparse: {sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {mask_interval} "
             f"steps, decay {masked_decay:g}, mvue={mvue}; dense from iteration {switch}"
         )
+    if report and (device.startswith("cuda") or spmm != "auto"):
+        print(report.text())
+    if report and device.startswith("cuda") and spmm == "auto" and not any(row["chosen"] for row in report.rows):
+        print("no 2:4 GEMM is faster than the dense one here: --sparse=none trains faster, and to a lower loss")
 
 
 def announce_changes(before: dict, now: dict) -> None:
@@ -339,6 +381,7 @@ def main() -> None:
                 "use the dataset it was made for"
             )
         optimizer = build_optimizer(model, recipe, state)
+        report = plan_gemms(model, folder, ranks, dev) if recipe and not eval_only else None
     except (ValueError, OSError, ImportError, NotImplementedError, checkpoint.CheckpointError) as error:
         sys.exit(f"train.py: error: {error}")
 
@@ -356,7 +399,7 @@ def main() -> None:
         switch = dense_start if dense_start >= 0 else state["dense_start"]
     model_args = asdict(model.config)
     settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
-    net = torch.compile(model) if compile else model
+    net = torch.compile(model, mode=compile_mode) if compile else model
     ddp = None
     if ranks.world_size > 1:  # masks come from identical weights on every rank, so buffers need no broadcast
         keyword = "forward_sync_buffers"  # the name since torch 2.13
@@ -397,13 +440,15 @@ def main() -> None:
     if ranks.master and not eval_only:
         folder.mkdir(parents=True, exist_ok=True)
         if path is None:
-            for stale in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "metrics.jsonl"):
+            for stale in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "metrics.jsonl", "spmm.json"):
                 (folder / stale).unlink(missing_ok=True)
         text = json.dumps({**settings, "environment": environment(dev, ranks.world_size)}, indent=1)
         (folder / "config.json").write_text(text + "\n")
+        if report and report.rows:
+            (folder / "spmm.json").write_text(json.dumps({"notes": report.notes, "rows": report.rows}, indent=1) + "\n")
         metrics = Metrics(folder, iter_num, settings)
     if ranks.master:
-        announce(model, path, iter_num, switch, ranks)
+        announce(model, path, iter_num, switch, ranks, report)
         if state is not None:
             announce_changes(state["config"], settings)
     del state
@@ -467,7 +512,8 @@ def main() -> None:
         if measuring:
             row["flip_rate"] = flip_rate(before, sparse24.weight_indices(probes))
         if is_sparse and (iter_num + 1) % mask_interval == 0:
-            refresh_masks(model)
+            refresh_masks(model, measure=False)
+        pack_weights(model)
 
         # ---- log ----
         unlogged_steps += 1

@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom, from the top down: a module may import any of those in the sets below it.
 LAYERS = [
     {"train", "sample", "study", "bench"},
-    {"runtime", "loader", "model", "plot"},
+    {"bench_suites", "bench_kernels"},
+    {"runtime", "loader", "model", "plot", "roofline"},
+    {"ffn"},
     {"sparse24", "checkpoint", "configurator"},
-    {"operators", "baselines"},
+    {"operators", "baselines", "spmm_choice"},
     {"kernels_ffn", "spmm"},
     {"kernels"},
 ]

@@ -1,0 +1,301 @@
+"""The feed-forward layer of a 2:4 model as one autograd function, its hidden layer feature-major (DESIGN of the paper's
+section 5.2, taken further): the six GEMMs read and write each tensor as it lies, so that nothing of size d_ff is ever
+transposed. X, Y (T, d) token-major; Z, A (d_ff, T) feature-major, gated Z (2 d_ff, T); C() a 2:4 operand.
+
+    forward    Z  = C(W1) X^T + b1        A = f(Z)        Y = (C(W2) A)^T + b2                              Eq. 2
+    backward   dA = C(W2^T) dY^T          dZ = dA f'(Z), drawn and packed in the same pass                  Eq. 3, 7
+               dX = (C(W1^T) dZ)^T        dW1 = C(MVUE(dZ)) X        dW2 = C(MVUE(dY^T)) A^T                Eq. 4-6
+               db1, db2: sums over tokens of the unpruned dZ, dY
+
+How each GEMM is multiplied is the plan's: a 2:4 kernel, or a dense one on the same pruned matrix (spmm.py). The
+weights' operands are made once per optimizer step by `pack_weights`, not per micro-step. A plan is for one number of
+tokens; other inputs, the dense phase and modules without a plan take the layers one by one, as nn.Linear would.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+import operators
+from sparse24 import Sparse24Linear, transposable_index
+from spmm import ORDERS, Choice, Gemm, compress24, matmul24
+from spmm_choice import Report, choose
+
+GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
+
+
+class FFNPlan(NamedTuple):
+    """How the FFNs of a model multiply: for `tokens` tokens per call, in `dtype`."""
+
+    activation: str
+    tokens: int
+    dtype: torch.dtype
+    mvue: bool
+    recompute: bool  # A from Z in the backward, instead of keeping it: 2 B of d_ff * tokens less memory a layer
+    z: Choice
+    y: Choice
+    da: Choice
+    dx: Choice
+    dw1: Choice
+    dw2: Choice
+
+    @property
+    def padding(self) -> int:
+        """Tokens of zeros that are added: packed operands come in 64 columns, groups of MVUE in four."""
+        packed = any(choice.order != "masked" for choice in self[5:])
+        return -self.tokens % (64 if packed else 4)
+
+
+def ffn_gemms(d_model: int, d_ff: int, tokens: int, activation: str, bias: bool, mvue: bool) -> dict[str, Gemm]:
+    """The GEMMs of an FFN that may be sparse, by name: all six with MVUE, else the four that multiply weights."""
+    hidden, t = d_ff * (2 if activation in operators.GATED else 1), tokens + -tokens % 64
+    gemms = [
+        Gemm("z", hidden, t, d_model, True, False, bias),
+        Gemm("y", d_model, t, d_ff, False, True, bias),
+        Gemm("da", d_ff, t, d_model, True, False, False),
+        Gemm("dx", d_model, t, hidden, False, True, False),
+        Gemm("dw1", hidden, d_model, t, False, False, False),
+        Gemm("dw2", d_model, d_ff, t, True, False, False),
+    ]
+    return {gemm.name: gemm for gemm in (gemms if mvue else gemms[:4])}
+
+
+def plan_ffn(
+    config,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    spmm: str = "auto",
+    mvue: bool = True,
+    recompute: bool = True,
+    graph: bool = False,
+    cache: Path | None = None,
+    known: Sequence[dict] = (),
+) -> tuple[FFNPlan | None, Report | None]:
+    """Choose how the FFNs of a model multiply. config: a GPTConfig (n_embd, d_ff, activation, bias). graph, cache,
+    known: as spmm_choice.choose's.
+
+    Returns (None, report) where the layers had better be taken one by one: with spmm="dense", and with "auto" where no
+    2:4 GEMM wins. Raises ValueError for a mode that is unknown, or asked for and impossible.
+    """
+    gemms = ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, mvue)
+    options = {"dtype": dtype, "graph": graph, "cache": cache, "known": known}
+    report = choose(gemms, device, spmm, **options, samples=kernel_samples, packer=pack_matrix)
+    report.choices = {name: _packable(gemms[name], choice) for name, choice in report.choices.items()}
+    if spmm == "dense" or (spmm == "auto" and all(choice.backend == "masked" for choice in report.choices.values())):
+        return None, report
+    choices = [report.choices.get(name, Choice()) for name in GEMMS]
+    return FFNPlan(config.activation, tokens, dtype, mvue, recompute, *choices), report
+
+
+def _packable(gemm: Gemm, choice: Choice) -> Choice:
+    """The choice, or the dense GEMM where an emulated operand does not fit its order (others were tried out)."""
+    rows, columns = ORDERS.get(choice.order, (1, 1))
+    return Choice() if gemm.m % rows or gemm.k % columns else choice
+
+
+def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
+    """A matrix with two non-zeros in each group, packed as the layers pack gradients: MVUE keeps it as it is."""
+    return _packed(operators.mvue24_pack(x, 0, "masked" if order in ("library", "cutlass") else order)[0], order)
+
+
+def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pruned matrices and their operands as each of our packers writes them: of a weight, its transpose, a gradient."""
+    pairs = []
+    for seed, shape in enumerate([(128, 128), (256, 384), (384, 128)]):
+        generator = torch.Generator().manual_seed(seed)
+        w = torch.randn(shape, generator=generator)
+        w = torch.where(w.abs() < 0.01, 0.01, w).to(device)  # a kept zero has no place of its own in a library's eyes
+        index = transposable_index(w)
+        blobs = [torch.empty(w.numel() * 9 // 16, dtype=torch.bfloat16, device=device) for _ in range(2)]
+        operators.pack_weight_(*blobs, w, index, order)
+        w_24 = torch.where(operators.expand_index(index), w, 0).to(torch.bfloat16)
+        w_24_t = w_24.t().contiguous()
+        pairs += [(w_24, blobs[0]), (w_24_t, blobs[1]), (w_24, pack_matrix(w_24, order))]
+        pairs += [(w_24, operators.mvue24_pack(w_24_t, 0, order, token_major=True)[0])]
+    return pairs
+
+
+def _packed(x: torch.Tensor, order: str) -> torch.Tensor:
+    """A masked matrix as its operand where a library's converter makes it; else it is what `order` says already."""
+    return compress24(x, order) if order in ("library", "cutlass") else x
+
+
+def _pack_order(choice: Choice) -> str:
+    return "masked" if choice.order in ("library", "cutlass") else choice.order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The function
+
+
+class _SparseFFN(torch.autograd.Function):
+    """See the top of this file. w1, w2 receive gradients only; what is multiplied are their operands."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, w1_24, w1_t_24, w2_24, w2_t_24, seed1, seed2, plan):
+        d_model, d_ff = w2.shape
+        z = matmul24(w1_24, x.t(), b1, w1.shape[0], False, plan.z)
+        a = operators.activation(z, plan.activation)
+        y = matmul24(w2_24, a, b2, d_model, True, plan.y)
+        ctx.plan, ctx.d_ff, ctx.w1_dtype, ctx.w2_dtype = plan, d_ff, w1.dtype, w2.dtype
+        seeds = (
+            (seed1.clone(), seed2.clone()) if plan.mvue else (None, None)
+        )  # the next micro-step may fill them already
+        ctx.save_for_backward(x, z, None if plan.recompute else a, w1_t_24, w2_t_24, *seeds)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, z, a, w1_t_24, w2_t_24, seed1, seed2 = ctx.saved_tensors
+        plan, dy = ctx.plan, dy.contiguous()
+        needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
+        dx = dw1 = db1 = dw2 = db2 = None
+        if needs_w2 or needs_b2:
+            if plan.mvue and needs_w2:
+                dy_24, db2 = operators.mvue24_pack(dy, seed2, _pack_order(plan.dw2), True, needs_b2)
+                dy_24 = _packed(dy_24, plan.dw2.order)
+            else:
+                dy_24, db2 = dy.t(), dy.sum(0)
+            if needs_w2:
+                a = operators.activation(z, plan.activation) if a is None else a
+                dw2 = matmul24(dy_24, a.t(), None, dy.shape[1], False, plan.dw2).to(ctx.w2_dtype)
+            del a, dy_24  # before the large tensors of the other half are made
+        if needs_x or needs_w1 or needs_b1:
+            da = matmul24(w2_t_24, dy.t(), None, ctx.d_ff, False, plan.da)
+            if plan.mvue and needs_w1:
+                order = _pack_order(plan.dw1)
+                dz, dz_24, db1 = operators.activation_backward_mvue24_pack(
+                    z, da, seed1, plan.activation, order, needs_b1
+                )
+                dz_24 = _packed(dz_24, plan.dw1.order)
+            else:
+                dz = dz_24 = operators.activation_backward(z, da, plan.activation)
+                db1 = dz.sum(1)
+            if needs_w1:
+                dw1 = matmul24(dz_24, x, None, z.shape[0], False, plan.dw1).to(ctx.w1_dtype)
+            if needs_x:
+                dx = matmul24(w1_t_24, dz, None, x.shape[1], True, plan.dx)
+        db1 = db1.to(x.dtype) if needs_b1 else None
+        db2 = db2.to(x.dtype) if needs_b2 else None
+        return dx, dw1, db1, dw2, db2, None, None, None, None, None, None, None
+
+
+def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: nn.Module) -> bool:
+    """Whether this call goes by the plan: both layers in their sparse phase, as many tokens, computed in its dtype."""
+    if plan is None or not getattr(c_fc, "sparse", False) or not getattr(c_proj, "sparse", False):
+        return False
+    return x.numel() == plan.tokens * x.shape[-1] and _dtype(x) == plan.dtype
+
+
+def _dtype(x: torch.Tensor) -> torch.dtype:
+    """What a linear layer computes in here."""
+    on = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on and x.dtype != torch.float64 else x.dtype
+
+
+def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, plan: FFNPlan) -> torch.Tensor:
+    """c_proj(activation(c_fc(x))) by the plan. x: (..., d) with plan.tokens tokens; returns (..., d) in plan.dtype.
+
+    Needs `pack_weights` since the weights or masks last changed: RuntimeError otherwise, except inside torch.compile.
+    """
+    orders = (plan.z.order, plan.dx.order), (plan.y.order, plan.da.order)
+    for layer, order in zip((c_fc, c_proj), orders, strict=True):
+        if not torch.compiler.is_compiling() and getattr(layer, "packed_from", None) != _source(layer, *order):
+            raise RuntimeError("sparse_ffn: weights or masks changed since they were packed; call pack_weights(model)")
+    shape = x.shape
+    x = x.reshape(-1, shape[-1]).to(plan.dtype)
+    x = F.pad(x, (0, 0, 0, plan.padding)) if plan.padding else x
+    b1, b2 = (None if layer.bias is None else layer.bias.to(plan.dtype) for layer in (c_fc, c_proj))
+    operands = (*_operands(c_fc, *orders[0]), *_operands(c_proj, *orders[1]))
+    y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *operands, c_fc.seed, c_proj.seed, plan)
+    return y[: plan.tokens].view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weights' operands: buffers of the layers, refilled in place so that compiled code and CUDA graphs go on
+
+
+_BUFFERS = ("w_24", "packed", "packed_t")  # the pruned weight (out, in); packed operands of it and of its transpose
+_OURS = ("sm80", "sm90")  # what pack_weight_ writes, both at once
+
+
+def _operands(layer: Sparse24Linear, order: str, order_t: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What multiplies in the forward, and what in the input's gradient."""
+    return layer.w_24 if order == "masked" else layer.packed, layer.w_24.t() if order_t == "masked" else layer.packed_t
+
+
+def _source(layer: Sparse24Linear, order: str, order_t: str) -> tuple:
+    """What packed operands are a function of: it changes with every in-place change of the weight or the mask."""
+    counts = (0 if t.is_inference() else t._version for t in (layer.weight, layer.index))  # inference never writes
+    return id(layer.weight), id(layer.index), order, order_t, *counts
+
+
+def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
+    """Give every FFN of the model the plan, and pack their weights; None takes it back, and frees what was packed."""
+    for ffn in _planned(model):
+        ffn.plan = plan
+    pack_weights(model)
+
+
+def _planned(model: nn.Module) -> list[nn.Module]:
+    """The modules that can follow a plan: those with `plan`, `c_fc` and `c_proj`, both 2:4 layers."""
+    layers = (m for m in model.modules() if hasattr(m, "plan"))
+    return [m for m in layers if isinstance(m.c_fc, Sparse24Linear) and isinstance(m.c_proj, Sparse24Linear)]
+
+
+@torch.no_grad()
+def pack_weights(model: nn.Module) -> None:
+    """Make the operands of all planned FFNs from their weights and masks: once per optimizer step, after the masks'
+    refresh. In the dense phase, and without a plan, free them. No synchronisation."""
+    for ffn in _planned(model):
+        plan = ffn.plan
+        if plan is None or not (ffn.c_fc.sparse and ffn.c_proj.sparse):
+            _free(ffn.c_fc)
+            _free(ffn.c_proj)
+        else:
+            _pack_layer(ffn.c_fc, plan.z.order, plan.dx.order, plan.dtype)
+            _pack_layer(ffn.c_proj, plan.y.order, plan.da.order, plan.dtype)
+
+
+def _free(layer: Sparse24Linear) -> None:
+    for name in _BUFFERS:
+        layer._buffers.pop(name, None)
+    layer.packed_from = None
+
+
+def _buffer(layer: Sparse24Linear, name: str, shape: tuple | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The layer's buffer of this shape and dtype, made where there is none yet; None where shape is."""
+    have = layer._buffers.get(name)
+    if shape is None:
+        layer.register_buffer(name, None, persistent=False)
+    elif have is None or have.shape != shape or have.dtype != dtype or have.device != layer.weight.device:
+        layer.register_buffer(name, layer.weight.new_empty(shape, dtype=dtype), persistent=False)
+        layer.packed_from = None
+    return layer._buffers[name]
+
+
+def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dtype) -> None:
+    """Fill what is read: packed and packed_t in these orders; w_24 where a dense GEMM or a library's converter does."""
+    w, size, orders = layer.weight, (layer.weight.numel() * 9 // 16,), (order, order_t)
+    ours = [how for how in orders if how in _OURS]
+    w_24 = _buffer(layer, "w_24", tuple(w.shape) if len(ours) < 2 else None, dtype)
+    blobs = [_buffer(layer, name, size if ours or how != "masked" else None, dtype)
+             for name, how in zip(_BUFFERS[1:], orders, strict=True)]  # fmt: skip
+    source = _source(layer, *orders)
+    if ours:
+        before = getattr(layer, "packed_from", None)
+        same_mask = before is not None and before[:4] == source[:4] and before[5] == source[5]
+        operators.pack_weight_(*blobs, w, layer.index, ours[0], metadata=not (same_mask and len(ours) == 2))
+    if w_24 is not None:
+        w_24.copy_(torch.where(layer.mask, w, 0))
+        for blob, x, how in zip(blobs, (w_24, w_24.t()), orders, strict=True):
+            if how in ("library", "cutlass"):
+                blob.copy_(compress24(x.contiguous(), how))
+    layer.packed_from = source

@@ -1,0 +1,379 @@
+"""Which backend multiplies each 2:4 GEMM of a run: nothing is trusted, everything is measured.
+
+trust    a library's operands may be packed by us only if its own compress makes the same bytes, several times over
+check    an algorithm must give the dense result, and the same bits each time (libraries have shipped ones that do not)
+choice   the fastest sound one is taken where it beats the dense GEMM on the same pruned matrix by more than the noise
+cache    rows are kept on disk by shape, layout, dtype, versions, device and driver; what they chose is checked again
+
+A failure steps down: our packers, the library's compress, another algorithm, the dense GEMM. Each step is a line of the
+report that is printed at the start and kept with the run.
+"""
+
+import functools
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spmm import Choice, Gemm, compress24, matmul24, pack_ref
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What `choose` needs to know of a library. Tests plant faulty ones."""
+
+    unavailable: Callable[[torch.device], str | None]  # why this device cannot use it, or None
+    orders: tuple[str, ...]  # in which our packers may write its operand, if it proves to read them so
+    compress: str  # the order of its own converter
+    multiply: Callable[..., torch.Tensor]  # (a, b, bias, rows, transposed, choice) -> D
+    algorithms: int = 1  # ids 0 .. algorithms - 1 are tried
+    split_k: bool = False
+
+
+def _no_cusparselt(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return "needs an NVIDIA GPU"
+    if not torch.backends.cusparselt.is_available():
+        return f"this build of torch {torch.__version__} has no cuSPARSELt"
+    return None if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0 or more"
+
+
+def _no_cutlass(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 8:
+        return "torch's CUTLASS 2:4 kernels need compute capability 8.x"
+    return None
+
+
+BACKENDS = {
+    # The library does not say how many algorithms there are; ids are tried until several in a row fail.
+    "cusparselt": Backend(_no_cusparselt, ("sm90", "sm80"), "library", matmul24, algorithms=64, split_k=True),
+    "cutlass": Backend(_no_cutlass, (), "cutlass", matmul24),
+    "emulated": Backend(lambda device: None, ("sm90", "sm80", "cutlass"), "cutlass", matmul24),
+}
+MODES = ("auto", "dense", "masked", *BACKENDS)  # what `spmm` may be set to
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+Sample = tuple[torch.Tensor, torch.Tensor]  # a pruned matrix, 16-bit, and its packed operand
+_REPEATS = 4  # runs of a GEMM that must agree bit for bit
+
+
+def random_24(rows: int, columns: int, device, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    """A random matrix with exactly two non-zeros in every group of four along its columns."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(rows, columns // 4, 4, generator=generator, device=device)
+    x = torch.where(x.abs() < 0.01, 0.01, x)
+    kept = torch.rand(x.shape, generator=generator, device=device).argsort(-1) < 2
+    return torch.where(kept, x, 0).view(rows, columns).to(dtype)
+
+
+def pack(x: torch.Tensor, order: str) -> torch.Tensor:
+    """The packed operand of a matrix with exactly two non-zeros in every group, in any order; itself for "masked"."""
+    if order == "masked":
+        return x
+    return compress24(x, order) if order in ("library", "cutlass") else pack_ref(x, x != 0, order)
+
+
+def default_samples(order: str, device: torch.device) -> list[Sample]:
+    """What pack_ref makes of a few matrices: the layouts as they are written down here."""
+    matrices = [random_24(*shape, device, seed=i) for i, shape in enumerate([(128, 128), (256, 384), (384, 128)])]
+    return [(x, pack_ref(x, x != 0, order)) for x in matrices]
+
+
+def trusted_order(backend: Backend, device: torch.device, samples=default_samples) -> tuple[str, str]:
+    """(order in which this library's operands can be written, one line on why): the first of backend.orders in which
+    samples(order, device), packed by us, are byte for byte what its own compress makes, repeatedly; else its own."""
+    wrong = []
+    for order in backend.orders:
+        try:
+            pairs = samples(order, device)
+            same = all(torch.equal(pack(x, backend.compress), ours) for _ in range(_REPEATS) for x, ours in pairs)
+        except (RuntimeError, ValueError) as error:
+            wrong.append(f"{order}: {_first_line(error)}")
+            continue
+        if same:
+            return order, f"packs in order {order}, byte for byte its own compress"
+        wrong.append(f"{order}: other bytes than its own compress makes")
+    return backend.compress, "; ".join(["packs by its own compress", *wrong])
+
+
+def close_to(d: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Whether a 16-bit GEMM's result is right: each element within one rounding to bfloat16 of the float32 reference,
+    2^-7 of it, plus 2^-6 of the RMS for what partial sums lose. Misplaced elements are off by about the RMS."""
+    slack = 2**-6 * torch.linalg.vector_norm(reference, dtype=torch.float64) / reference.numel() ** 0.5
+    return bool(((d.float() - reference).abs() <= 2**-7 * reference.abs() + slack).all())  # False for NaN
+
+
+def fault_of(call: Callable[[], torch.Tensor], reference: torch.Tensor) -> str | None:
+    """What is wrong with a GEMM: it raises, its result is not right, or not the same each time. None if it is sound."""
+    try:
+        first = call()
+        if first.shape != reference.shape or not close_to(first, reference):
+            return "wrong result"
+        if not all(torch.equal(call(), first) for _ in range(_REPEATS - 1)):
+            return "not the same result each time"
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def time_interleaved(calls: Sequence[Callable], repetitions: int, graph=False, device=None) -> list[list[float]]:
+    """Microseconds per call, `repetitions` of each, taken in turns under a load that does not pause. On CUDA a sample
+    is as many calls as take about 2 ms. graph: replay them as CUDA graphs, so that the host's time does not count."""
+    if not (torch.cuda.is_available() if device is None else device.type == "cuda"):
+        turns = [[_host_us(call, 1) for call in calls] for _ in range(repetitions)]
+        return [list(times) for times in zip(*turns, strict=True)]
+    counts = [max(1, min(100, math.ceil(2000 / max(_host_us(call, 3, torch.cuda.synchronize), 1)))) for call in calls]
+    bodies = [functools.partial(_repeat, call, count) for call, count in zip(calls, counts, strict=True)]
+    bodies = [_captured(body) for body in bodies] if graph else bodies
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)] for _ in calls]
+    for i in range(-1, repetitions):  # the first round warms up
+        for body, pairs in zip(bodies, events, strict=True):
+            pairs[max(i, 0)][0].record()
+            body()
+            pairs[max(i, 0)][1].record()
+    torch.cuda.synchronize()
+    return [[1000 * a.elapsed_time(b) / n for a, b in pairs] for pairs, n in zip(events, counts, strict=True)]
+
+
+def _repeat(call: Callable, count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def _host_us(call: Callable, count: int, finish: Callable = lambda: None) -> float:
+    call()
+    finish()
+    start = time.perf_counter()
+    _repeat(call, count)
+    finish()
+    return 1e6 * (time.perf_counter() - start) / count
+
+
+def _captured(body: Callable[[], None]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph.replay
+
+
+def wins(sparse_us: Sequence[float], dense_us: Sequence[float]) -> bool:
+    """Whether sparse is faster by more than the noise: its upper quartile lies below dense's lower one."""
+    return statistics.quantiles(sparse_us, n=4)[2] < statistics.quantiles(dense_us, n=4)[0]
+
+
+@dataclass
+class Report:
+    """What was chosen for each GEMM, and the measurements behind it."""
+
+    choices: dict[str, Choice]
+    rows: list[dict]
+    notes: list[str]
+
+    def text(self) -> str:
+        """A table, one line a GEMM, below what was found out about the backends."""
+        lines = list(self.notes)
+        if self.rows:
+            lines.append("2:4 GEMM        m      n      k   dense us  sparse us  ratio  chosen")
+        for r in self.rows:
+            best = f"{r['best_us']:9.1f}  {r['ratio']:5.2f}" if r["best_us"] else "        -      -"
+            how = f"{r['backend']} {r['alg_id']}/{r['split_k']}" if r["chosen"] else f"dense: {r['reason']}"
+            lines.append(f"{r['name']:<9} {r['m']:>7} {r['n']:>6} {r['k']:>6}  {r['dense_us']:9.1f}  {best}  {how}")
+        return "\n".join(lines)
+
+
+class _Trial:
+    """One GEMM on random operands: its sound algorithms, and what was wrong with the others."""
+
+    def __init__(self, gemm: Gemm, usable: dict[str, str], backends, device, dtype, packer):
+        self.gemm, self.usable, self.backends, self.packer = gemm, usable, backends, packer
+        self.a = random_24(gemm.m, gemm.k, device, dtype)
+        options = {"generator": torch.Generator(device).manual_seed(1), "device": device, "dtype": dtype}
+        b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), **options)
+        self.b = b.t() if gemm.b_column_major else b
+        self.bias = torch.randn(gemm.m, **options) if gemm.bias else None
+        bias = None if self.bias is None else self.bias.float()
+        self.reference = matmul24(self.a.float(), self.b.float(), bias, gemm.m, gemm.transposed, Choice())
+        self.operands: dict[str, torch.Tensor] = {}
+        self.sound: dict[Choice, Callable] = {}
+        self.faults: dict[Choice, str] = {}
+
+    def dense(self) -> torch.Tensor:
+        return matmul24(self.a, self.b, self.bias, self.gemm.m, self.gemm.transposed, Choice())
+
+    def is_sound(self, choice: Choice) -> bool:
+        """Run it as often as it takes to trust it."""
+        multiply, gemm = self.backends[choice.backend].multiply, self.gemm
+        try:
+            if choice.backend not in self.operands:
+                self.operands[choice.backend] = self.packer(self.a, choice.order)
+        except (RuntimeError, ValueError) as error:
+            self.faults[choice] = _first_line(error)
+            return False
+        operand = self.operands[choice.backend]
+
+        def call():
+            return multiply(operand, self.b, self.bias, gemm.m, gemm.transposed, choice)
+
+        fault = fault_of(call, self.reference)
+        if fault is None:
+            self.sound[choice] = call
+        else:
+            self.faults[choice] = fault
+        return fault is None
+
+    def fastest(self, timer) -> list[Choice]:
+        times = timer(list(self.sound.values()), 3)
+        return sorted(self.sound, key=dict(zip(self.sound, map(statistics.median, times), strict=True)).get)[:3]
+
+    def finalists(self, timer) -> list[Choice]:
+        """The three fastest sound algorithms; where the sum is long, also with the sum split."""
+        for name, order in self.usable.items():
+            failed = 0
+            for alg_id in range(self.backends[name].algorithms):
+                failed = 0 if self.is_sound(Choice(name, order, alg_id)) else failed + 1
+                if failed == 4:  # there are no more
+                    break
+        if not self.sound:
+            return []
+        best = self.fastest(timer)
+        splittable = [c for c in best if self.backends[c.backend].split_k and self.gemm.k >= 2048]
+        split = [self.is_sound(c._replace(split_k=k)) for c in splittable for k in (2, 4, 8)]
+        return self.fastest(timer) if any(split) else best
+
+
+def _measure(trial: _Trial, forced: bool, timer) -> dict:
+    """A row of the report, in plain JSON types; times in microseconds. forced: chosen whether faster or not."""
+    finalists = trial.finalists(timer)
+    dense_us, *sparse_us = timer([trial.dense, *(trial.sound[choice] for choice in finalists)], 15)
+    row = {**trial.gemm._asdict(), "dense_us": statistics.median(dense_us), "dense_spread_us": _spread(dense_us)}
+    row |= {"best_us": None, "best_spread_us": None, "ratio": None, "chosen": False, **Choice()._asdict()}
+    row["faults"] = {f"{c.backend} {c.order} {c.alg_id}/{c.split_k}": fault for c, fault in trial.faults.items()}
+    row["reason"] = next(iter(row["faults"].values()), "no backend")
+    if finalists:
+        us, choice = min(zip(sparse_us, finalists, strict=True), key=lambda pair: statistics.median(pair[0]))
+        row |= {"best_us": statistics.median(us), "best_spread_us": _spread(us), **choice._asdict()}
+        row |= {"ratio": row["dense_us"] / row["best_us"], "chosen": forced or wins(us, dense_us)}
+        row["reason"] = "" if row["chosen"] else "not faster by more than the noise"
+    return row
+
+
+def _choice_of(row: dict) -> Choice:
+    return Choice(*(row[field] for field in Choice._fields)) if row["chosen"] else Choice()
+
+
+def _spread(times: Sequence[float]) -> list[float]:
+    return [min(times), max(times)]
+
+
+def choose(
+    gemms: dict[str, Gemm],
+    device: torch.device,
+    mode: str = "auto",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    graph: bool = False,
+    cache: Path | None = None,
+    known: Sequence[dict] = (),
+    timer: Callable | None = None,
+    samples: Callable = default_samples,
+    packer: Callable = pack,
+    backends: dict[str, Backend] = BACKENDS,
+) -> Report:
+    """Decide how each GEMM of a run is multiplied.
+
+    mode: "auto" takes, per GEMM, the fastest sound algorithm where it beats the dense GEMM by more than the noise; a
+    backend's name takes its fastest everywhere; "masked" and "dense" measure nothing. graph: whether the run replays
+    CUDA graphs, so that host time does not count. cache: a JSON file of earlier verdicts, by shape, layout, dtype,
+    versions, device and driver; known: rows of a report, which go before it, so that a run that is resumed goes on with
+    its own. timer, samples, packer, backends: what tests replace, and `ffn` to use the kernels.
+    Raises ValueError where a backend that was asked for by name cannot do it.
+    """
+    if mode not in MODES:
+        raise ValueError(f"spmm={mode!r}, need one of {', '.join(MODES)}")
+    if mode in ("dense", "masked"):
+        return Report(dict.fromkeys(gemms, Choice()), [], [f"2:4 GEMMs: none, pruned matrices are multiplied ({mode})"])
+    if mode == "emulated":
+        return Report(dict.fromkeys(gemms, Choice("emulated", "sm90")), [], ["2:4 GEMMs are emulated, to test layouts"])
+    timer = timer or functools.partial(time_interleaved, graph=graph, device=device)
+    usable, notes = {}, []
+    for name, backend in backends.items():
+        if name == "emulated" or mode not in ("auto", name):
+            continue
+        why = backend.unavailable(device)
+        if why is None and dtype not in (torch.bfloat16, torch.float16):
+            why = f"needs bfloat16, this run computes in {dtype}"
+        if why is None:
+            usable[name], why = trusted_order(backend, device, samples)
+        elif mode == name:
+            raise ValueError(f"spmm={mode!r}: {why}; use spmm='auto'")
+        notes.append(f"{name}: {why}")
+    verdicts, rows = Verdicts(cache), []
+    verdicts.known |= {row["key"]: row for row in known}
+    for gemm in gemms.values() if usable else ():
+        key = json.dumps([gemm[1:], str(dtype), mode, usable, graph, *_machine(device)])
+        row, trial = verdicts.known.get(key), _Trial(gemm, usable, backends, device, dtype, packer)
+        if row and row["chosen"] and not trial.is_sound(_choice_of(row)):
+            notes.append(f"{gemm.name}: {_choice_of(row)} is kept on disk but fails now: measured anew")
+            row = None
+        if row is None:
+            row = _measure(trial, mode != "auto", timer)
+            verdicts.add(key, row)
+        rows.append({**row, "name": gemm.name, "key": key})
+    notes += verdicts.notes
+    if failed := [row for row in rows if mode != "auto" and not row["chosen"]]:
+        raise ValueError(f"spmm={mode!r}: {failed[0]['name']}: {failed[0]['reason']}; use spmm='auto'")
+    picked = [_choice_of(row) for row in rows] or [Choice()] * len(gemms)
+    return Report(dict(zip(gemms, picked, strict=True)), rows, notes)
+
+
+def _machine(device: torch.device) -> list:
+    """What a verdict depends on besides the GEMM."""
+    if device.type != "cuda":
+        return [str(device), torch.__version__]
+    driver = Path("/proc/driver/nvidia/version")
+    driver = driver.read_text().partition("\n")[0] if driver.exists() else ""
+    cusparselt = torch.backends.cusparselt.version()
+    return [torch.cuda.get_device_name(device), torch.__version__, torch.version.cuda, cusparselt, driver]
+
+
+class Verdicts:
+    """Rows of earlier choices by key, kept in a JSON file that several runs may share. A file that cannot be read or
+    written costs the measuring again, and a note, never the run."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.notes = path, []
+        self.known = self._read()
+
+    def _read(self) -> dict:
+        try:
+            known = json.loads(self.path.read_text()) if self.path and self.path.exists() else {}
+            if not isinstance(known, dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError) as error:
+            self.notes.append(f"{self.path} cannot be read ({error}): measured anew")
+            return {}
+        return known
+
+    def add(self, key: str, row: dict) -> None:
+        self.known[key] = row
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                json.dump({**self._read(), key: row}, file, indent=1)  # what another run has written since stays
+            os.replace(file.name, self.path)
+        except OSError as error:
+            self.path = None
+            self.notes.append(f"verdicts are not kept: {error}")

@@ -1,0 +1,468 @@
+"""ffn.py: the sparse FFN as one function, against autograd on the pruned matrices and against the layers one by one.
+
+The emulated backend multiplies what it unpacks from the very bytes that a GPU's library would read, so equal bits
+between it and the dense GEMMs on pruned matrices mean that every operand, layout and transposition is right.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import operators
+from ffn import (
+    GEMMS,
+    FFNPlan,
+    ffn_gemms,
+    kernel_samples,
+    pack_weights,
+    plan_ffn,
+    set_plan,
+    sparse_ffn,
+    takes_plan,
+)
+from model import ACTIVATIONS, GATED, GPT, MLP, GPTConfig
+from sparse24 import (
+    RECIPES,
+    MaskedDecayAdamW,
+    densify,
+    refresh_masks,
+    seed_draws,
+    sparse_linears,
+    sparsify,
+)
+from spmm import ORDERS, Choice, unpack_ref
+
+CPU = torch.device("cpu")
+FST, STE = RECIPES["fst"], RECIPES["ste"]
+EVERY = [(name, bias) for name in ACTIVATIONS for bias in (True, False)]
+D, D_FF = 128, 256
+
+
+def make_mlp(activation="gelu", bias=True, recipe=FST, dtype=torch.float32, d=D, d_ff=D_FF) -> MLP:
+    """An MLP of these widths with both linears sparse; biases away from zero."""
+    torch.manual_seed(3)
+    ratio = d_ff / d * (1.5 if activation in GATED else 1)
+    mlp = MLP(GPTConfig(n_embd=d, n_head=1, n_layer=1, activation=activation, bias=bias, ffn_ratio=ratio))
+    sparsify(mlp, recipe, lambda name, module: True)
+    for layer in sparse_linears(mlp):
+        if bias:
+            torch.nn.init.normal_(layer.bias)
+    seed_draws(mlp.to(dtype), 1, 2, 3)
+    return mlp
+
+
+def make_plan(mlp, tokens, dtype=torch.float32, mvue=True, recompute=True, **choices) -> FFNPlan:
+    return FFNPlan(mlp.activation, tokens, dtype, mvue, recompute, *(choices.get(name, Choice()) for name in GEMMS))
+
+
+def emulated(order: str) -> dict[str, Choice]:
+    return dict.fromkeys(GEMMS, Choice("emulated", order))
+
+
+def run(mlp, x, dy, forward=None) -> dict[str, torch.Tensor]:
+    """Output and all gradients of one call."""
+    x = x.clone().requires_grad_()
+    mlp.zero_grad()
+    y = (mlp if forward is None else forward)(x)
+    y.backward(dy)
+    grads = {name: None if p.grad is None else p.grad.clone() for name, p in mlp.named_parameters()}
+    return {"y": y.detach(), "dx": x.grad, **grads}
+
+
+def planned(mlp, plan):
+    mlp = copy.deepcopy(mlp)
+    set_plan(mlp, plan)
+    return mlp
+
+
+def data(tokens, dtype=torch.float32, d=D, batch=1):
+    generator = torch.Generator().manual_seed(tokens)
+    return (torch.randn(batch, tokens // batch, d, generator=generator).to(dtype) for _ in range(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The maths
+
+
+@pytest.mark.parametrize("tokens", [64, 12, 7, 1])
+@pytest.mark.parametrize(("activation", "bias"), EVERY)
+def test_without_mvue_it_is_autograd_on_the_pruned_matrices(activation, bias, tokens):
+    """In float64, and with nn.functional's own activations: an odd number of tokens is padded with zeros, exactly."""
+    mlp = make_mlp(activation, bias, STE, torch.float64)
+    x, dy = data(tokens, torch.float64)
+    got = run(planned(mlp, make_plan(mlp, tokens, torch.float64, mvue=False)), x, dy)
+
+    def reference(x):
+        w1, w2 = (
+            w * layer.mask + (w - w.detach()) * ~layer.mask for layer in (mlp.c_fc, mlp.c_proj) for w in [layer.weight]
+        )
+        return F.linear(ACTIVATIONS[activation](F.linear(x, w1, mlp.c_fc.bias)), w2, mlp.c_proj.bias)
+
+    expected = run(mlp, x, dy, reference)
+    assert len(expected) == (6 if bias else 4)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(("activation", "bias"), EVERY)
+def test_with_mvue_it_draws_what_the_layers_draw(activation, bias, recompute):
+    mlp = make_mlp(activation, bias, dtype=torch.float64)
+    x, dy = data(96, torch.float64, batch=3)
+    expected = run(mlp, x, dy)
+    got = run(planned(mlp, make_plan(mlp, 96, torch.float64, recompute=recompute)), x, dy)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12)
+    without = run(planned(mlp, make_plan(mlp, 96, torch.float64, mvue=False)), x, dy)
+    assert not torch.allclose(without["c_fc.weight"], got["c_fc.weight"], rtol=1e-3)
+    if bias:  # from the unpruned gradients
+        torch.testing.assert_close(without["c_fc.bias"], got["c_fc.bias"])
+
+
+def test_another_seed_is_another_draw_and_the_seed_may_change_before_the_backward():
+    mlp = make_mlp(dtype=torch.float64)
+    set_plan(mlp, make_plan(mlp, 64, torch.float64))
+    x, dy = data(64, torch.float64)
+    first = run(mlp, x, dy)
+
+    def forward(x):
+        y = MLP.forward(mlp, x)
+        seed_draws(mlp, 9, 9, 9)
+        return y
+
+    again = run(mlp, x, dy, forward)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = run(mlp, x, dy)
+    assert torch.equal(other["dx"], first["dx"])
+    assert not torch.equal(other["c_fc.weight"], first["c_fc.weight"])
+    assert not torch.equal(other["c_proj.weight"], first["c_proj.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layouts, through the packed bytes
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("activation", "bias"), EVERY)
+def test_packed_operands_give_the_bits_of_the_pruned_matrices(activation, bias, order):
+    mlp = make_mlp(activation, bias, dtype=torch.bfloat16)
+    x, dy = data(128, torch.bfloat16)
+    expected = run(planned(mlp, make_plan(mlp, 128, torch.bfloat16)), x, dy)
+    packed = planned(mlp, make_plan(mlp, 128, torch.bfloat16, **emulated(order)))
+    assert (packed.c_fc.w_24 is None) == (order != "cutlass")  # a converter reads the pruned matrix
+    got = run(packed, x, dy)
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("tokens", [100, 37, 1])
+def test_packed_operands_of_an_odd_number_of_tokens(tokens):
+    """Padded to 64, where MVUE draws other numbers than without: so against the unpacked plan, padded by hand."""
+    mlp = make_mlp("geglu", dtype=torch.bfloat16)
+    x, dy = data(tokens, torch.bfloat16)
+    got = run(planned(mlp, make_plan(mlp, tokens, torch.bfloat16, **emulated("sm90"))), x, dy)
+    padding = (0, 0, 0, -tokens % 64)
+    whole = planned(mlp, make_plan(mlp, tokens + padding[3], torch.bfloat16))
+    expected = run(whole, F.pad(x, padding), F.pad(dy, padding))
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor[:, :tokens] if name in ("y", "dx") else tensor), name
+
+
+@pytest.mark.parametrize("sparse", [*GEMMS, "z+y", "dx+dw2", "z+dx", "y+da"])
+def test_any_of_the_gemms_may_be_dense(sparse):
+    """Forward and backward of a layer then need different operands of one weight."""
+    mlp = make_mlp("swiglu", dtype=torch.bfloat16)
+    x, dy = data(64, torch.bfloat16)
+    expected = run(planned(mlp, make_plan(mlp, 64, torch.bfloat16)), x, dy)
+    choices = {name: Choice("emulated", "sm90") for name in sparse.split("+")}
+    got = run(planned(mlp, make_plan(mlp, 64, torch.bfloat16, **choices)), x, dy)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_two_converters_may_share_a_weight():
+    mlp = make_mlp(dtype=torch.bfloat16)
+    x, dy = data(64, torch.bfloat16)
+    expected = run(planned(mlp, make_plan(mlp, 64, torch.bfloat16)), x, dy)
+    for z, dx in itertools.permutations(("sm80", "cutlass", "masked"), 2):
+        choices = {
+            name: Choice("masked" if order == "masked" else "emulated", order) for name, order in (("z", z), ("dx", dx))
+        }
+        got = run(planned(mlp, make_plan(mlp, 64, torch.bfloat16, **choices)), x, dy)
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items()), (z, dx)
+
+
+def test_kernel_samples_are_what_the_layouts_say():
+    for order in ("sm80", "sm90"):
+        pairs = kernel_samples(order, CPU)
+        assert len(pairs) == 12
+        for x, blob in pairs:
+            assert torch.equal(unpack_ref(blob, *x.shape, order), x)
+            assert ((x != 0).view(-1, 4).sum(1) == 2).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights are packed once per step, and never stale
+
+
+def change_weight(mlp):
+    mlp.c_fc.weight.data.mul_(2)
+    with torch.no_grad():
+        mlp.c_fc.weight.mul_(2)
+
+
+def load(mlp):
+    mlp.load_state_dict(mlp.state_dict())
+
+
+@pytest.mark.parametrize("change", [change_weight, load, refresh_masks])
+@pytest.mark.parametrize("order", ["masked", "sm90", "cutlass"])
+def test_stale_operands_are_refused_until_they_are_packed_again(order, change):
+    mlp = make_mlp(dtype=torch.bfloat16)
+    x, dy = data(64, torch.bfloat16)
+    plan = make_plan(mlp, 64, torch.bfloat16, **(emulated(order) if order != "masked" else {}))
+    set_plan(mlp, plan)
+    change(mlp)
+    with pytest.raises(RuntimeError, match=r"weights or masks changed .*; call pack_weights"):
+        mlp(x)
+    pack_weights(mlp)
+    got, fresh = run(mlp, x, dy), copy.deepcopy(mlp)
+    set_plan(fresh, plan)
+    for name, tensor in run(fresh, x, dy).items():
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("first", ["sm90", "sm80", "cutlass", "masked"])
+@pytest.mark.parametrize("then", ["sm90", "sm80", "cutlass", "masked"])
+def test_a_plan_may_follow_another(first, then):
+    """The metadata of one order must not be left in the buffers of the next."""
+    mlp = make_mlp(dtype=torch.bfloat16)
+    x, dy = data(64, torch.bfloat16)
+    expected = run(planned(mlp, make_plan(mlp, 64, torch.bfloat16)), x, dy)
+    for order in (first, then):
+        set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **(emulated(order) if order != "masked" else {})))
+    assert all(torch.equal(run(mlp, x, dy)[name], tensor) for name, tensor in expected.items())
+
+
+def test_values_alone_are_written_while_the_mask_stands(monkeypatch):
+    calls = []
+    real = operators.pack_weight_
+    monkeypatch.setattr(operators, "pack_weight_", lambda *a, metadata: calls.append(metadata) or real(*a, metadata))
+    mlp = make_mlp(dtype=torch.bfloat16)
+    set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **emulated("sm90")))
+    with torch.no_grad():
+        mlp.c_fc.weight.mul_(2)
+    pack_weights(mlp)
+    refresh_masks(mlp)
+    pack_weights(mlp)
+    assert calls == [True, True, False, False, True, True]
+
+
+def test_operands_stay_in_place_and_go_with_the_sparse_phase():
+    mlp = make_mlp(dtype=torch.bfloat16)
+    set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **emulated("sm90")))
+    where = mlp.c_fc.packed.data_ptr()
+    assert "packed" not in str(mlp.state_dict().keys())
+    pack_weights(mlp)
+    assert mlp.c_fc.packed.data_ptr() == where
+    x, dy = data(64, torch.bfloat16)
+    for layer in sparse_linears(mlp):
+        layer.sparse = False
+    assert not takes_plan(mlp.plan, x, mlp.c_fc, mlp.c_proj)
+    dense = run(mlp, x, dy)
+    pack_weights(mlp)
+    assert not hasattr(mlp.c_fc, "packed")
+    assert not hasattr(mlp.c_proj, "packed_t")
+    assert all(torch.equal(run(mlp, x, dy)[name], tensor) for name, tensor in dense.items())
+    for layer in sparse_linears(mlp):
+        layer.sparse = True
+    with pytest.raises(RuntimeError, match="call pack_weights"):
+        mlp(x)
+    set_plan(mlp, None)
+    mlp(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it is used
+
+
+def test_other_calls_than_the_plans_take_the_layers_one_by_one():
+    mlp = make_mlp()
+    plan = make_plan(mlp, 64)
+    x = torch.randn(2, 32, D)
+    assert takes_plan(plan, x, mlp.c_fc, mlp.c_proj)
+    assert not takes_plan(None, x, mlp.c_fc, mlp.c_proj)
+    assert not takes_plan(plan, x[:, :31], mlp.c_fc, mlp.c_proj)
+    assert not takes_plan(plan, x.double(), mlp.c_fc, mlp.c_proj)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not takes_plan(plan, x, mlp.c_fc, mlp.c_proj)
+        assert takes_plan(plan._replace(dtype=torch.bfloat16), x, mlp.c_fc, mlp.c_proj)
+    mlp.c_proj.sparse = False
+    assert not takes_plan(plan, x, mlp.c_fc, mlp.c_proj)
+    densify(mlp)
+    assert not takes_plan(plan, x, mlp.c_fc, mlp.c_proj)
+
+
+def test_autocast_multiplies_in_its_dtype_and_keeps_master_gradients():
+    mlp = make_mlp("geglu")
+    x, dy = data(64)
+    low = planned(make_mlp("geglu", dtype=torch.bfloat16), make_plan(mlp, 64, torch.bfloat16, **emulated("sm90")))
+    set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **emulated("sm90")))
+
+    def forward(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return mlp(x)
+
+    got = run(mlp, x, dy.bfloat16(), forward)
+    assert got["y"].dtype == torch.bfloat16
+    assert {got[name].dtype for name in got if name != "y"} == {torch.float32}
+    expected = run(low, x.bfloat16(), dy.bfloat16())
+    assert all(torch.equal(got[name], tensor.to(got[name].dtype)) for name, tensor in expected.items())
+
+
+def test_gradients_accumulate_and_only_those_asked_for_are_made():
+    mlp = make_mlp()
+    set_plan(mlp, make_plan(mlp, 64))
+    x, dy = data(64)
+    once = run(mlp, x, dy)
+    mlp(x).backward(dy)
+    torch.testing.assert_close(mlp.c_fc.weight.grad, 2 * once["c_fc.weight"])
+    for frozen in (["c_fc.weight"], ["c_proj.weight"], ["c_fc.weight", "c_fc.bias"], ["c_proj.weight", "c_proj.bias"]):
+        for name, p in mlp.named_parameters():
+            p.requires_grad_(name not in frozen)
+        got = run(mlp, x, dy)
+        for name in once:
+            assert got[name] is None if name in frozen else torch.equal(got[name], once[name]), (frozen, name)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    mlp = make_mlp("swiglu")
+    set_plan(mlp, make_plan(mlp, 64))
+    x, dy = data(64)
+    expected = run(mlp, x, dy)
+    got = run(mlp, x, dy, lambda x: checkpoint(mlp, x, use_reentrant=False))
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_evaluation_draws_nothing_and_changes_nothing():
+    mlp = make_mlp()
+    set_plan(mlp, make_plan(mlp, 64))
+    x, _ = data(64)
+    state = copy.deepcopy(mlp.state_dict())
+    with torch.no_grad():
+        y = mlp(x)
+    with torch.inference_mode():
+        assert torch.equal(mlp(x), y)
+    assert torch.equal(mlp(x), y)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mlp.state_dict().items() if torch.is_tensor(tensor))
+
+
+@pytest.mark.parametrize("order", ["masked", "sm90"])
+def test_it_compiles_as_one_graph(order):
+    dtype = torch.bfloat16
+    mlp = make_mlp("geglu", dtype=dtype)
+    x, dy = data(64, dtype)
+    set_plan(mlp, make_plan(mlp, 64, dtype, **(emulated(order) if order != "masked" else {})))
+    expected = run(mlp, x, dy)
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        got = run(mlp, x, dy, compiled)
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    with torch.no_grad():  # an optimizer step: the code that was compiled reads the operands anew
+        mlp.c_fc.weight.mul_(2)
+        pack_weights(mlp)
+    expected = run(mlp, x, dy)
+    got = run(mlp, x, dy, compiled)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_gpt_trains_by_its_plan_as_without():
+    """Ten steps with refreshes and the switch to dense: the losses of both ways are those of float64 arithmetic."""
+    config = GPTConfig(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=64, sparse="fst")
+
+    def losses(spmm):
+        torch.manual_seed(0)
+        model = GPT(config).double()
+        plan, _ = plan_ffn(config, 2 * 32, CPU, torch.float64, spmm)
+        set_plan(model, plan)
+        assert (model.transformer.h[0].mlp.plan is None) == (spmm == "dense")
+        optimizer = MaskedDecayAdamW(model.parameters(), model, lr=1e-2, masked_decay=1e-3)
+        out = []
+        for step in range(10):
+            for layer in sparse_linears(model):
+                layer.sparse = step < 7
+            idx = torch.arange(step, step + 64).remainder(17).view(2, 32)
+            seed_draws(model, 0, step, 0)
+            loss = model(idx, idx.roll(1, 1))[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 3 == 2:
+                refresh_masks(model, measure=False)
+            pack_weights(model)
+            out.append(loss.item())
+        return out
+
+    dense, masked = losses("dense"), losses("masked")
+    assert dense[-1] < dense[0]
+    assert masked == pytest.approx(dense, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_gemms_have_the_shapes_that_the_function_multiplies(monkeypatch):
+    import ffn
+
+    seen = []
+    real = ffn.matmul24
+
+    def spy(a, b, bias, rows, transposed, choice):
+        column_major = b.stride(0) == 1 and b.shape[0] > 1
+        seen.append((rows, b.shape[1], b.shape[0], column_major, transposed, bias is not None))
+        return real(a, b, bias, rows, transposed, choice)
+
+    monkeypatch.setattr(ffn, "matmul24", spy)
+    for activation in ("gelu", "geglu"):
+        mlp = make_mlp(activation)
+        set_plan(mlp, make_plan(mlp, 192))
+        x, dy = data(192)
+        run(mlp, x, dy)
+        gemms = ffn_gemms(D, mlp.c_proj.in_features, 192, activation, True, True)
+        assert sorted(seen) == sorted(gemm[1:] for gemm in gemms.values())
+        assert [*gemms] == list(GEMMS) == [gemm.name for gemm in gemms.values()]
+        seen.clear()
+    assert [*ffn_gemms(D, D_FF, 65, "gelu", True, False)] == ["z", "y", "da", "dx"]
+    assert ffn_gemms(D, D_FF, 65, "gelu", True, True)["dw1"].k == 128
+
+
+def test_plans_of_the_modes():
+    config = GPTConfig(n_embd=D, n_head=1, n_layer=1, activation="relu2", bias=False)
+    for spmm in ("auto", "dense"):  # nothing wins on a CPU
+        plan, report = plan_ffn(config, 64, CPU, torch.bfloat16, spmm)
+        assert plan is None
+        assert set(report.choices.values()) == {Choice()}
+    plan, report = plan_ffn(config, 64, CPU, torch.float32, "masked", mvue=False, recompute=False)
+    assert plan == FFNPlan("relu2", 64, torch.float32, False, False, *[Choice()] * 6)
+    plan, report = plan_ffn(config, 50, CPU, torch.bfloat16, "emulated")
+    assert [plan.z, plan.dw2, plan.padding] == [Choice("emulated", "sm90")] * 2 + [14]
+    odd = GPTConfig(n_embd=96, n_head=1, n_layer=1)  # 96 is no multiple of 64: nothing of it can be packed
+    plan, report = plan_ffn(odd, 64, CPU, torch.bfloat16, "emulated")
+    assert plan[5:] == (Choice(), Choice(), Choice(), Choice(), Choice("emulated", "sm90"), Choice())
+    for spmm, message in (("cusparselt", "needs an NVIDIA GPU"), ("fast", "need one of auto, dense, masked")):
+        with pytest.raises(ValueError, match=message):
+            plan_ffn(config, 64, CPU, torch.bfloat16, spmm)
+
+
+def test_modules_that_are_not_two_sparse_layers_are_left_alone():
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, bias=True))
+    set_plan(model, FFNPlan("gelu", 8, torch.float32, True, True, *[Choice()] * 6))
+    assert model.transformer.h[0].mlp.plan is None
+    mlp = make_mlp()
+    with pytest.raises(RuntimeError, match="call pack_weights"):
+        sparse_ffn(torch.randn(8, D), mlp.c_fc, mlp.c_proj, make_plan(mlp, 8))

@@ -1,0 +1,414 @@
+"""spmm_choice.py with a fake clock and planted faults: what is trusted, what is chosen, what is kept."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+import spmm_choice
+from spmm import ORDERS, Choice, Gemm, compress24, matmul24, pack_ref, unpack_ref
+from spmm_choice import (
+    Backend,
+    Verdicts,
+    choose,
+    close_to,
+    default_samples,
+    fault_of,
+    pack,
+    random_24,
+    time_interleaved,
+    trusted_order,
+    wins,
+)
+
+CPU = torch.device("cpu")
+GEMMS = {
+    "y": Gemm("y", 128, 64, 128, False, True, True),
+    "dw": Gemm("dw", 128, 64, 4096, True, False, False),
+}
+DENSE, NOISE = 100.0, 1.0
+
+
+def multiply(a, b, bias, rows, transposed, choice):
+    """A sound library whose operands lie in sm90's order."""
+    return matmul24(unpack_ref(a, rows, b.shape[0], "sm90"), b, bias, rows, transposed, Choice())
+
+
+class Library:
+    """A fake backend. times: (alg_id, split_k) -> us, for those that there are; faults: the same -> what goes wrong."""
+
+    def __init__(self, times, faults=(), why=None, compress="sm90", orders=("sm90", "sm80")):
+        self.times, self.faults, self.calls = times, dict(faults), []
+        self.backend = Backend(lambda device: why, orders, compress, self.multiply, algorithms=8, split_k=True)
+
+    def multiply(self, a, b, bias, rows, transposed, choice):
+        key = choice.alg_id, choice.split_k
+        self.calls.append(key)
+        fault = self.faults.get(key)
+        if key not in self.times or fault == "raises":
+            raise RuntimeError("CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`\nlong text")
+        d = multiply(a, b, bias, rows, transposed, choice)
+        if fault == "one wrong element":
+            d[3, 5] += 0.2 * d.float().square().mean().sqrt()
+        if fault == "nan":
+            d[0, 0] = float("nan")
+        if fault == "transposed":
+            d = d.t()
+        if fault == "not the same each time":
+            d[0, 0] += 0.01 * d[0, 0] * len(self.calls)
+        return d
+
+
+def fake_timer(library, dense=DENSE, noise=NOISE, log=None):
+    """A clock that knows what each call takes: it runs the call, and sees which algorithm of the library that was."""
+
+    def timer(calls, repetitions):
+        times = []
+        for call in calls:
+            library.calls.clear()
+            call()
+            us = library.times[library.calls[0]] if library.calls else dense
+            times.append([us + noise * (i % 5 - 2) for i in range(repetitions)])
+        if log is not None:
+            log.append(len(calls))
+        return times
+
+    return timer
+
+
+def decide(library, mode="auto", gemms=GEMMS, **options):
+    options = {
+        "timer": fake_timer(library, options.pop("dense", DENSE)),
+        "backends": {"cusparselt": library.backend},
+        **options,
+    }
+    return choose(gemms, CPU, mode, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+def test_the_fastest_sound_algorithm_that_beats_dense_is_taken():
+    library = Library({(0, 1): 120, (1, 1): 80, (2, 1): 70, (3, 1): 75})
+    report = decide(library)
+    assert set(report.choices.values()) == {Choice("cusparselt", "sm90", 2, 1)}
+    for row in report.rows:
+        assert (row["dense_us"], row["best_us"], row["ratio"], row["chosen"]) == (100, 70, pytest.approx(1 / 0.7), True)
+        assert row["dense_spread_us"] == [98, 102]
+        assert (row["name"], row["alg_id"], row["reason"]) in {("y", 2, ""), ("dw", 2, "")}
+    assert report.notes == ["cusparselt: packs in order sm90, byte for byte its own compress"]
+
+
+def test_a_long_sum_is_also_split():
+    library = Library({(0, 1): 90, (1, 1): 80, (1, 4): 60, (0, 2): 70})
+    report = decide(library)
+    assert report.choices == {"y": Choice("cusparselt", "sm90", 1, 1), "dw": Choice("cusparselt", "sm90", 1, 4)}
+    assert {"cusparselt sm90 1/2", "cusparselt sm90 1/8"} <= report.rows[1]["faults"].keys()  # there are none of these
+
+
+@pytest.mark.parametrize(("best", "taken"), [(95.0, True), (98.5, False), (100.0, False), (130.0, False)])
+def test_dense_is_taken_unless_sparse_wins_by_more_than_the_noise(best, taken):
+    report = decide(Library({(0, 1): best}), gemms={"y": GEMMS["y"]})
+    assert (report.choices["y"] == Choice("cusparselt", "sm90")) == taken
+    assert report.choices["y"].backend == ("cusparselt" if taken else "masked")
+    row = report.rows[0]
+    assert (row["best_us"], row["ratio"], row["chosen"]) == (best, 100 / best, taken)
+    assert row["reason"] == ("" if taken else "not faster by more than the noise")
+
+
+def test_wins_compares_quartiles():
+    assert wins([1, 2, 3, 9], [8, 9, 10, 11])
+    assert not wins([1, 2, 9, 10], [8, 9, 10, 11])
+    assert not wins([5, 5, 5, 5], [5, 5, 5, 5])
+
+
+def test_a_backend_asked_for_is_taken_although_slower():
+    report = decide(Library({(0, 1): 300, (1, 1): 200}), "cusparselt")
+    assert set(report.choices.values()) == {Choice("cusparselt", "sm90", 1)}
+    assert [row["chosen"] for row in report.rows] == [True, True]
+
+
+@pytest.mark.parametrize("mode", ["masked", "dense", "emulated"])
+def test_what_measures_nothing(mode):
+    report = choose(GEMMS, CPU, mode, timer=None, backends={})
+    assert set(report.choices.values()) == {Choice("emulated", "sm90") if mode == "emulated" else Choice()}
+    assert report.rows == []
+    assert mode in report.text() or "emulated" in report.text()
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="spmm='fast', need one of auto, dense, masked, cusparselt, cutlass, emulated"):
+        choose(GEMMS, CPU, "fast")
+
+
+def test_without_a_library_auto_is_dense_and_says_why_and_asking_for_it_fails():
+    for backends in (spmm_choice.BACKENDS, {"cusparselt": Library({}, why="is not built").backend}):
+        report = choose(GEMMS, CPU, backends=backends)
+        assert set(report.choices.values()) == {Choice()}
+        assert report.rows == []
+        assert report.notes[0] in ("cusparselt: needs an NVIDIA GPU", "cusparselt: is not built")
+        with pytest.raises(ValueError, match=r"spmm='cusparselt': (needs an NVIDIA|is not built).*use spmm='auto'"):
+            choose(GEMMS, CPU, "cusparselt", backends=backends)
+    report = choose(GEMMS, CPU, dtype=torch.float32, backends={"cusparselt": Library({}).backend})
+    assert report.notes == ["cusparselt: needs bfloat16, this run computes in torch.float32"]
+
+
+def test_two_libraries_compete():
+    first, second = Library({(0, 1): 80}), Library({(0, 1): 70}, compress="cutlass", orders=("cutlass",))
+
+    def timer(calls, repetitions):
+        out = []
+        for call in calls:
+            first.calls.clear()
+            second.calls.clear()
+            call()
+            out.append([80.0 if first.calls else 70.0 if second.calls else 100.0] * repetitions)
+        return out
+
+    def sound(a, b, bias, rows, transposed, choice):
+        second.calls.append(1)
+        return matmul24(unpack_ref(a, rows, b.shape[0], "cutlass"), b, bias, rows, transposed, Choice())
+
+    second.backend = Backend(lambda device: None, ("cutlass",), "cutlass", sound)
+    backends = {"cusparselt": first.backend, "cutlass": second.backend}
+    report = choose({"y": GEMMS["y"]}, CPU, timer=timer, backends=backends)
+    assert report.choices == {"y": Choice("cutlass", "cutlass")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+@pytest.mark.parametrize("fault", ["raises", "one wrong element", "nan", "transposed", "not the same each time"])
+def test_a_faulty_algorithm_is_passed_over(fault):
+    report = decide(Library({(0, 1): 80, (1, 1): 10, (2, 1): 90}, {(1, 1): fault}))
+    assert set(report.choices.values()) == {Choice("cusparselt", "sm90", 0)}
+    said = report.rows[0]["faults"]["cusparselt sm90 1/1"]
+    if fault == "raises":
+        assert said == "RuntimeError: CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`"
+    else:
+        assert said == ("not the same result each time" if fault.startswith("not") else "wrong result")
+
+
+@pytest.mark.parametrize("fault", ["raises", "one wrong element", "nan", "transposed", "not the same each time"])
+def test_where_all_are_faulty_dense_is_taken_and_asking_for_it_fails(fault):
+    library = Library({(0, 1): 10}, {(0, 1): fault})
+    report = decide(library)
+    assert set(report.choices.values()) == {Choice()}
+    assert report.rows[0]["best_us"] is report.rows[0]["ratio"] is None
+    assert report.rows[0]["reason"] == report.rows[0]["faults"]["cusparselt sm90 0/1"]
+    assert f"dense: {report.rows[0]['reason']}" in report.text()
+    with pytest.raises(ValueError, match=r"spmm='cusparselt': y: .*use spmm='auto'"):
+        decide(library, "cusparselt")
+
+
+def test_trying_ends_after_four_failures_in_a_row():
+    library = Library({(0, 1): 80, (3, 1): 70})
+    decide(library, gemms={"y": GEMMS["y"]}, timer=lambda calls, n: [[1.0] * n for _ in calls])
+    assert [alg for alg, _ in dict.fromkeys(library.calls)] == [0, 1, 2, 3, 4, 5, 6, 7]
+    library = Library({(0, 1): 80, (5, 1): 70})
+    decide(library, gemms={"y": GEMMS["y"]}, timer=lambda calls, n: [[1.0] * n for _ in calls])
+    assert [alg for alg, _ in dict.fromkeys(library.calls)] == [0, 1, 2, 3, 4]
+
+
+def test_a_packer_that_raises_is_a_fault_too():
+    def packer(x, order):
+        raise ValueError("need multiples of (128, 64)\nmore")
+
+    report = decide(Library({(0, 1): 10}), packer=packer)
+    assert set(report.choices.values()) == {Choice()}
+    assert report.rows[0]["reason"] == "need multiples of (128, 64)"
+
+
+def test_an_error_that_is_not_the_librarys_is_not_swallowed():
+    def broken(*args):
+        raise TypeError("a bug of ours")
+
+    with pytest.raises(TypeError, match="a bug of ours"):
+        fault_of(broken, torch.zeros(1))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+def test_close_to_allows_rounding_and_no_more(size):
+    reference = size * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    rounded = reference.to(torch.bfloat16)
+    assert close_to(rounded, reference)
+    for wrong in (rounded.roll(1), -rounded, rounded * 1.02, torch.zeros_like(rounded), rounded.roll(1, 1)):
+        assert not close_to(wrong, reference)
+    rms = reference.square().mean().sqrt()
+    nudged = rounded.clone()
+    nudged[7, 7] += 0.1 * rms
+    assert not close_to(nudged, reference)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trust in packed bytes
+
+
+def test_the_order_is_the_one_whose_bytes_the_library_makes():
+    for order in ORDERS:
+        order_of, why = trusted_order(Backend(None, tuple(ORDERS), order, multiply), CPU)
+        assert (order_of, why) == (order, f"packs in order {order}, byte for byte its own compress")
+
+
+@pytest.mark.parametrize("what", ["values", "metadata", "every other time", "raises", "no order"])
+def test_other_bytes_step_down_to_the_librarys_compress(monkeypatch, what):
+    calls = []
+
+    def compress(x, order):
+        calls.append(order)
+        if what == "raises":
+            raise RuntimeError("not supported\nlong")
+        blob = pack_ref(x, x != 0, "sm90").clone()
+        if what != "every other time" or len(calls) % 2 == 0:
+            blob.view(torch.int16)[0 if what == "values" else -1] ^= 1
+        return blob
+
+    monkeypatch.setattr(spmm_choice, "compress24", compress)
+    orders = () if what == "no order" else ("sm90", "sm80")
+    order, why = trusted_order(Backend(None, orders, "library", multiply), CPU)
+    assert order == "library"
+    assert why.startswith("packs by its own compress")
+    if what == "raises":
+        assert why.endswith("sm90: not supported; sm80: not supported")
+    elif orders:
+        assert why.endswith(
+            "sm90: other bytes than its own compress makes; sm80: other bytes than its own compress makes"
+        )
+        assert set(calls) == {"library"}
+
+
+def test_a_packer_of_ours_that_writes_other_bytes_is_not_trusted():
+    def samples(order, device):
+        pairs = default_samples(order, device)
+        pairs[-1][1][5] = 7.0
+        return pairs
+
+    order, _ = trusted_order(Backend(None, ("sm90",), "sm90", multiply), CPU, samples)
+    assert order == "sm90"  # the fallback, which is the library's own here
+    assert "other bytes" in trusted_order(Backend(None, ("sm90",), "sm90", multiply), CPU, samples)[1]
+
+
+def test_random_24_has_two_in_each_group_and_pack_takes_it():
+    x = random_24(128, 256, CPU)
+    assert ((x != 0).view(-1, 4).sum(1) == 2).all()
+    assert not torch.equal(x, random_24(128, 256, CPU, seed=1))
+    assert pack(x, "masked") is x
+    assert torch.equal(unpack_ref(pack(x, "sm80"), 128, 256, "sm80"), x)
+    assert torch.equal(pack(x, "cutlass"), compress24(x, "cutlass"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept on disk
+
+
+def test_verdicts_are_kept_and_checked_again(tmp_path):
+    cache, log = tmp_path / "deep" / "spmm.json", []
+    library = Library({(0, 1): 80, (1, 1): 70})
+    first = decide(library, cache=cache, timer=fake_timer(library, log=log))
+    measured = len(log)
+    assert measured > 0
+    library.calls.clear()
+    again = decide(library, cache=cache, timer=fake_timer(library, log=log))
+    assert again == first
+    assert len(log) == measured
+    assert library.calls == [(1, 1)] * 8  # the two chosen were run to be trusted again
+    library.faults[(1, 1)] = "one wrong element"
+    third = decide(library, cache=cache, timer=fake_timer(library, log=log))
+    assert set(third.choices.values()) == {Choice("cusparselt", "sm90", 0)}
+    assert "kept on disk but fails now: measured anew" in third.notes[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": torch.float16},
+        {"graph": True},
+        {"mode": "cusparselt"},
+        {"gemms": {"y": GEMMS["y"]._replace(n=72)}},
+        {"gemms": {"y": GEMMS["y"]._replace(b_column_major=True)}},
+        {"gemms": {"y": GEMMS["y"]._replace(transposed=False)}},
+        {"gemms": {"y": GEMMS["y"]._replace(bias=False)}},
+    ],
+)
+def test_another_question_is_measured_anew(tmp_path, changes):
+    library, log = Library({(0, 1): 80}), []
+    options = {"gemms": {"y": GEMMS["y"]}, "cache": tmp_path / "c", "timer": fake_timer(library, log=log)}
+    decide(library, **options)
+    before = len(log)
+    decide(library, **{**options, "gemms": {"other name": GEMMS["y"]}})
+    assert len(log) == before
+    decide(library, **{**options, **changes})
+    assert len(log) > before
+
+
+def test_another_machine_is_measured_anew(tmp_path, monkeypatch):
+    library, log = Library({(0, 1): 80}), []
+    options = {"cache": tmp_path / "c", "timer": fake_timer(library, log=log)}
+    decide(library, **options)
+    before = len(log)
+    monkeypatch.setattr(spmm_choice, "_machine", lambda device: ["another"])
+    decide(library, **options)
+    assert len(log) == 2 * before
+
+
+def test_a_run_that_is_resumed_keeps_its_rows_before_the_cache(tmp_path):
+    library = Library({(0, 1): 80, (1, 1): 70})
+    first = decide(library)
+    library.times = {(0, 1): 60, (1, 1): 70}
+    decide(library, cache=tmp_path / "c")  # another run, with other luck
+    rows = json.loads(json.dumps(first.rows))
+    assert decide(library, cache=tmp_path / "c", known=rows).choices == first.choices
+    assert decide(library, cache=tmp_path / "c").choices != first.choices
+
+
+@pytest.mark.parametrize("text", ["{ half", "[1, 2]", "\x00\xff"])
+def test_a_cache_that_cannot_be_read_costs_the_measuring_alone(tmp_path, text):
+    cache = tmp_path / "spmm.json"
+    cache.write_bytes(text.encode("latin-1"))
+    report = decide(Library({(0, 1): 80}), cache=cache)
+    assert report.choices["y"] == Choice("cusparselt", "sm90")
+    assert f"{cache} cannot be read" in report.notes[-1]
+    assert len(json.loads(cache.read_text())) == 2
+    assert list(tmp_path.iterdir()) == [cache]  # written whole, under another name first
+
+
+def test_a_cache_that_cannot_be_written_costs_a_note(tmp_path):
+    (tmp_path / "file").write_text("")
+    report = decide(Library({(0, 1): 80}), cache=tmp_path / "file" / "spmm.json")
+    assert report.choices["y"] == Choice("cusparselt", "sm90")
+    assert sum("verdicts are not kept" in note for note in report.notes) == 1
+
+
+def test_verdicts_of_other_runs_stay(tmp_path):
+    first, second = Verdicts(tmp_path / "c"), Verdicts(tmp_path / "c")
+    first.add("a", {"x": 1})
+    second.add("b", {"x": 2})
+    assert Verdicts(tmp_path / "c").known == {"a": {"x": 1}, "b": {"x": 2}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The clock and the table
+
+
+def test_calls_are_timed_in_turns():
+    order = []
+    calls = [lambda i=i: order.append(i) for i in range(3)]
+    times = time_interleaved(calls, 4, device=CPU)
+    assert [len(t) for t in times] == [4, 4, 4]
+    assert all(us > 0 for t in times for us in t)
+    assert statistics.multimode(order) == [0, 1, 2]
+    first_of_each_turn = [i for n, i in enumerate(order) if n == 0 or order[n - 1] != i]
+    assert first_of_each_turn == [0, 1, 2] * 4
+
+
+def test_the_table_says_what_was_chosen_and_why():
+    library = Library({(0, 1): 80, (1, 1): 130})
+    text = decide(library).text()
+    lines = text.splitlines()
+    assert lines[0] == "cusparselt: packs in order sm90, byte for byte its own compress"
+    assert lines[1].split() == ["2:4", "GEMM", "m", "n", "k", "dense", "us", "sparse", "us", "ratio", "chosen"]
+    assert lines[2].split() == ["y", "128", "64", "128", "100.0", "80.0", "1.25", "cusparselt", "0/1"]
+    assert "dense: not faster by more than the noise" in decide(Library({(0, 1): 130})).text()

@@ -59,8 +59,8 @@ def ffn_gemms(d_model: int, d_ff: int, tokens: int, activation: str, bias: bool,
         Gemm("y", d_model, t, d_ff, False, True, bias),
         Gemm("da", d_ff, t, d_model, True, False, False),
         Gemm("dx", d_model, t, hidden, False, True, False),
-        Gemm("dw1", hidden, d_model, t, False, False, False),
-        Gemm("dw2", d_model, d_ff, t, True, False, False),
+        Gemm("dw1", hidden, d_model, t, False, False, False, fresh=True),
+        Gemm("dw2", d_model, d_ff, t, True, False, False, fresh=True),
     ]
     return {gemm.name: gemm for gemm in (gemms if mvue else gemms[:4])}
 

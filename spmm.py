@@ -114,7 +114,8 @@ def unpack_ref(packed: torch.Tensor, rows: int, columns: int, order: str) -> tor
 
 class Gemm(NamedTuple):
     """A GEMM of a run: D = A B with a 2:4 A (m, k) and B (k, n). `b_column_major`: B is the transpose of a contiguous
-    (n, k); `transposed`: what is returned is the contiguous (n, m) of D^T; `bias`: one number per row of A is added."""
+    (n, k); `transposed`: what is returned is the contiguous (n, m) of D^T; `bias`: one number per row of A is added;
+    `fresh`: A is a gradient, made anew for each call, where a weight is packed once per step."""
 
     name: str
     m: int
@@ -123,6 +124,7 @@ class Gemm(NamedTuple):
     b_column_major: bool
     transposed: bool
     bias: bool
+    fresh: bool = False
 
 
 class Choice(NamedTuple):

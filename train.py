@@ -381,7 +381,8 @@ def main() -> None:
                 "use the dataset it was made for"
             )
         optimizer = build_optimizer(model, recipe, state)
-        report = plan_gemms(model, folder, ranks, dev) if recipe and not eval_only else None
+        sparse_ahead = (state["iter_num"] if state else 0) < (state["dense_start"] if state else planned_dense_start())
+        report = plan_gemms(model, folder, ranks, dev) if sparse_ahead and not eval_only else None
     except (ValueError, OSError, ImportError, NotImplementedError, checkpoint.CheckpointError) as error:
         sys.exit(f"train.py: error: {error}")
 
@@ -406,6 +407,7 @@ def main() -> None:
         if keyword not in inspect.signature(DistributedDataParallel).parameters:
             keyword = "broadcast_buffers"
         ddp = DistributedDataParallel(net, device_ids=[dev] if dev.type == "cuda" else None, **{keyword: False})
+        pack_weights(model)  # DDP has written every weight, rank 0's
     probes = [model.get_submodule(name) for name in model.sparse_names(sparse_layers)]  # dense runs are measured alike,
     probes = [m for m in probes if not (m.in_features % 4 or m.out_features % 4)]  # where a mask would fit
     local_steps = gradient_accumulation_steps // ranks.world_size

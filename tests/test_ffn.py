@@ -434,7 +434,8 @@ def test_gemms_have_the_shapes_that_the_function_multiplies(monkeypatch):
         x, dy = data(192)
         run(mlp, x, dy)
         gemms = ffn_gemms(D, mlp.c_proj.in_features, 192, activation, True, True)
-        assert sorted(seen) == sorted(gemm[1:] for gemm in gemms.values())
+        assert sorted(seen) == sorted(gemm[1:7] for gemm in gemms.values())
+        assert [gemm.name for gemm in gemms.values() if gemm.fresh] == ["dw1", "dw2"]
         assert [*gemms] == list(GEMMS) == [gemm.name for gemm in gemms.values()]
         seen.clear()
     assert [*ffn_gemms(D, D_FF, 65, "gelu", True, False)] == ["z", "y", "da", "dx"]

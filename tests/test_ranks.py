@@ -91,6 +91,16 @@ def test_both_ranks_hold_the_same_bits(runs, name):
     assert differences(states[0], read_state(runs[name, 2])["model"]) == []
 
 
+def test_ranks_follow_one_plan(runs, tmp_path):
+    settings = {**SETTINGS, **EXACT, "dataset": make_dataset(tmp_path / "data"), "spmm": "masked"}
+    done = launch(tmp_path / "out", settings, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pruned matrices are multiplied (masked)") == 1
+    for name, tensor in read_state(runs["exact", 2])["model"].items():
+        if torch.is_tensor(tensor):
+            torch.testing.assert_close(read_state(tmp_path / "out")["model"][name], tensor, rtol=0, atol=1e-5)
+
+
 def test_only_rank_0_writes_and_prints(runs):
     printed = (runs["exact", 2] / "stdout.txt").read_text()
     assert [int(n) for n in re.findall(rf"^iter +(\d+)/{STEPS}", printed, re.M)] == [*range(STEPS + 1)]

@@ -151,8 +151,9 @@ def test_without_a_library_auto_is_dense_and_says_why_and_asking_for_it_fails():
         assert report.notes[0] in ("cusparselt: needs an NVIDIA GPU", "cusparselt: is not built")
         with pytest.raises(ValueError, match=r"spmm='cusparselt': (needs an NVIDIA|is not built).*use spmm='auto'"):
             choose(GEMMS, CPU, "cusparselt", backends=backends)
-    report = choose(GEMMS, CPU, dtype=torch.float32, backends={"cusparselt": Library({}).backend})
-    assert report.notes == ["cusparselt: needs bfloat16, this run computes in torch.float32"]
+    for dtype in (torch.float32, torch.float16):
+        report = choose(GEMMS, CPU, dtype=dtype, backends={"cusparselt": Library({}).backend})
+        assert report.notes == [f"cusparselt: needs bfloat16, this run computes in {dtype}"]
 
 
 def test_two_libraries_compete():
@@ -220,6 +221,21 @@ def test_a_packer_that_raises_is_a_fault_too():
     report = decide(Library({(0, 1): 10}), packer=packer)
     assert set(report.choices.values()) == {Choice()}
     assert report.rows[0]["reason"] == "need multiples of (128, 64)"
+
+
+def test_a_converter_is_timed_where_it_runs_for_each_call():
+    """It does for gradients; weights are packed once per step, and our own packers write what MVUE draws."""
+    packed = []
+
+    def packer(x, order):
+        packed.append(order)
+        return pack_ref(x, x != 0, "sm90")
+
+    for order, fresh in ((o, f) for o in ("sm90", "cutlass") for f in (False, True)):
+        library = Library({(0, 1): 80}, compress=order, orders=(order,))
+        packed.clear()
+        decide(library, gemms={"y": GEMMS["y"]._replace(fresh=fresh)}, packer=packer)
+        assert (len(packed) == 1) == (order == "sm90" or not fresh), (order, fresh)
 
 
 def test_an_error_that_is_not_the_librarys_is_not_swallowed():
@@ -324,13 +340,13 @@ def test_verdicts_are_kept_and_checked_again(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtype": torch.float16},
         {"graph": True},
         {"mode": "cusparselt"},
         {"gemms": {"y": GEMMS["y"]._replace(n=72)}},
         {"gemms": {"y": GEMMS["y"]._replace(b_column_major=True)}},
         {"gemms": {"y": GEMMS["y"]._replace(transposed=False)}},
         {"gemms": {"y": GEMMS["y"]._replace(bias=False)}},
+        {"gemms": {"y": GEMMS["y"]._replace(fresh=True)}},
     ],
 )
 def test_another_question_is_measured_anew(tmp_path, changes):

@@ -40,6 +40,7 @@ from configurator import setting_names
 from model import GPT, GPTConfig
 from runtime import StopSignal
 from sparse24 import RECIPES, expand_index, transposable_index
+from spmm_choice import Report
 
 MAX_ITERS = SETTINGS["max_iters"]
 KEYS = [
@@ -834,7 +835,8 @@ def check_compiled(run, folder, **changes):
     run(folder / "eager", **changes)
     run(folder / "compiled", **changes, compile=True)
     eager, compiled = (read_rows(folder / name) for name in ("eager", "compiled"))
-    assert [row["phase"] for row in compiled] == ["sparse"] + ["dense"] * (len(eager) - 1)
+    switch = changes["dense_start"]
+    assert [row["phase"] for row in compiled] == ["sparse"] * switch + ["dense"] * (len(eager) - switch)
     for a, b in zip(eager, compiled, strict=True):
         for key in ("train_loss", "val_loss", "grad_norm"):
             assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-4))
@@ -846,8 +848,16 @@ def check_compiled(run, folder, **changes):
 def test_graphs_are_captured_in_both_phases(run, tmp_path, monkeypatch):
     """torch.compile's front half, without generated code."""
     compile_model = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="aot_eager"))
-    check_compiled(run, tmp_path, max_iters=4, dense_start=1)
+    modes = []
+
+    def compile_front(model, mode):
+        modes.append(mode)
+        return compile_model(model, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_front)
+    check_compiled(run, tmp_path / "layers", max_iters=4, dense_start=1)
+    check_compiled(run, tmp_path / "plan", max_iters=4, dense_start=2, spmm="masked", compile_mode="reduce-overhead")
+    assert modes == ["default", "reduce-overhead"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -870,3 +880,82 @@ def test_wandb_offline_gets_the_same_numbers(data, tmp_path, monkeypatch):
     written = log.read_bytes()
     for name in ("train_loss", "val_loss", "flip_rate", "grad_norm", "mask_interval"):
         assert name.encode() in written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2:4 GEMMs
+
+
+PACKED = {"n_embd": 64, "dtype": "bfloat16", "dropout": 0.0, "max_iters": 14, "lr_decay_iters": 14, "dense_start": 11}
+
+
+def test_planned_runs_train_as_the_layers_do_and_packed_ones_bit_for_bit(run, tmp_path):
+    for spmm in ("dense", "masked", "emulated"):
+        text = run(tmp_path / spmm, **PACKED, spmm=spmm)
+        assert ("2:4 GEMMs are emulated" in text) == (spmm == "emulated")
+    dense, masked, emulated = (read_rows(tmp_path / spmm) for spmm in ("dense", "masked", "emulated"))
+    assert row_differences(emulated, masked) == []
+    assert state_differences(read_state(tmp_path / "emulated"), read_state(tmp_path / "masked")) == []
+    for a, b in zip(dense, masked, strict=True):
+        assert b["train_loss"] == (None if a["train_loss"] is None else pytest.approx(a["train_loss"], rel=2e-2))
+    assert [row["train_loss"] for row in dense] != [row["train_loss"] for row in masked]  # bfloat16 rounds elsewhere
+
+
+@pytest.mark.parametrize("stop", [6, 10, 12])
+def test_a_planned_run_that_was_stopped_ends_in_the_same_bits(run, tmp_path, stop):
+    run(tmp_path / "whole", **PACKED, spmm="emulated")
+    run(
+        tmp_path / "parts",
+        {"kind": "signal", "signal": "SIGTERM", "iter_num": stop, "micro_batch": 1},
+        **PACKED,
+        spmm="emulated",
+    )
+    run(tmp_path / "parts", **PACKED, spmm="emulated")
+    assert state_differences(read_state(tmp_path / "parts"), read_state(tmp_path / "whole")) == []
+    assert row_differences(read_rows(tmp_path / "parts"), read_rows(tmp_path / "whole")) == []
+
+
+def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, tmp_path, monkeypatch):
+    """With a clock and a library that are not there: rows come from ffn.plan_ffn as a GPU would give them."""
+    row = {"name": "z", "m": 1, "n": 2, "k": 3, "dense_us": 10.0, "best_us": 8.0, "ratio": 1.25, "chosen": True}
+    row |= {"backend": "cusparselt", "alg_id": 4, "split_k": 1, "reason": "", "key": "k"}
+    asked = []
+
+    def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
+        asked.append((tokens, str(device), dtype, spmm, mvue, recompute, options["known"], options["graph"]))
+        return None, Report({}, [row], ["cusparselt: sound"])
+
+    monkeypatch.setattr(train, "plan_ffn", plan)
+    out = tmp_path / "out"
+    text = run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1}, spmm="masked")
+    assert "cusparselt: sound\n2:4 GEMM " in text
+    assert "1.25  cusparselt 4/1" in text
+    assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [row]}
+    run(out, spmm="masked")
+    options = (4 * 32, "cpu", torch.float32, "masked", True, True)
+    assert asked == [(*options, (), False), (*options, [row], False)]
+    run(out, max_iters=33, dense_start=27)  # in the dense phase nothing is measured
+    run(out, eval_only=True, max_iters=33, dense_start=27)
+    assert len(asked) == 2
+    run(out, init_from="scratch", overwrite=True, sparse="none")
+    assert not (out / "spmm.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spmm": "fast"}, "spmm='fast', need one of auto, dense, masked, cusparselt, cutlass"),
+        ({"spmm": "cusparselt"}, "spmm='cusparselt': needs an NVIDIA GPU; use spmm='auto'"),
+        ({"spmm": "cutlass"}, "spmm='cutlass': torch's CUTLASS 2:4 kernels need compute capability 8.x"),
+        ({"compile_mode": "fast"}, "compile_mode='fast', need default, reduce-overhead or max-autotune"),
+    ],
+    ids=str,
+)
+def test_gemms_that_cannot_be_had_are_refused(refused, tmp_path, changes, message):
+    assert re.search(message, refused(tmp_path / "out", **changes))
+
+
+def test_a_report_that_cannot_be_read_is_named(refused, stopped):
+    for text in ("{", "[]", "{}"):
+        (stopped / "spmm.json").write_text(text)
+        assert re.search(r"spmm.json cannot be read .*delete it to measure anew", refused(stopped))

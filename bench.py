@@ -1,550 +1,340 @@
-"""What the kernels cost: predicted from their machine code, and measured beside a plain copy on this machine's GPU.
+"""How fast 2:4 training is on this machine, measured beside dense training in the same run, and what it could be.
 
-    python bench.py              compile, predict and measure: needs a CUDA GPU; results/kernels.{json,md}
-    python bench.py --predict    compile and predict only: needs Triton, but no GPU; measurements that are there stay
-    python bench.py --shape 4096 1024 --out_dir results
+    python bench.py                              every suite; on a GPU writes results/<gpu>/bench.json and bench.png
+    python bench.py --suite ffn --quick          one suite, a smaller grid; --full for the whole one
+    python bench.py --predict h200               S_model alone (roofline.py): any machine, no GPU
+    python bench.py --suite kernels --predict    compile the Triton kernels and count: results/kernels.{json,md}
+    python bench.py --plot bench.png --json results/h200/bench.json     draw the figure of a file that is there
 
-Prediction. A kernel's code is compiled for the GPU by its own launcher, and its instructions (I) are counted: all are
-straight-line code, so what is there runs once. Beside the bytes (B) that it must move at the speed of a copy stand the
-instructions it must issue, one a lane and clock, those of the half-rate ALU pipe (integers, logic, comparisons,
-selects, conversions) and of the 1/8-rate special functions. The largest of the three, m, as a fraction of the copy's
-time, gives the predicted share of copy bandwidth (1 + m^4)^(-1/4), at most 0.92: a rule of thumb, no measurement.
+Suites. gemm: the six GEMMs of a feed-forward layer, dense and by the fastest sound 2:4 backend. ffn, block: forward and
+backward of one layer (the paper's Figure 6). e2e: whole optimizer steps of GPT-2 (Table 8). kernels: bench_kernels.py.
 
-Measurement. Each kernel runs on rotating sets of tensors larger than the L2 cache together, in one CUDA graph, so that
-neither the cache nor the host's launches are timed; so does the copy of as many bytes. The share is copy time over
-kernel time, median (smallest to largest) over repetitions that alternate with the copy's.
+S is dense time over sparse time; what is due once per optimizer step (packing) or once per mask_interval steps (the
+mask search) is timed apart and its share added to the sparse time. Variants take turns within a run; each number is the
+median, smallest and largest of the repetitions. S_model takes this card's own rates: its dense GEMMs and sparse ratios
+at that shape, and its copy bandwidth. A row that could not be measured says why. Every row is saved as it comes.
+
+On a CPU everything runs at toy sizes to show that it works: ratios mean nothing there and nothing is written unasked.
 """
 
 import argparse
-import functools
+import itertools
 import json
 import os
+import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-import operators
+import bench_kernels
+import roofline
+import spmm_choice
+from bench_suites import MASK_INTERVAL, PAPER_BATCH, SUITES, WIDTHS, Settings, gpt2, predict_step, suite_rows
+from model import PRESETS, GPTConfig
+from plot import COLOURS
 from runtime import environment
 
-if find_spec("triton"):
-    import baselines
-    import kernels
-    import kernels_ffn
-
-# Compute capability, SMs, clock in GHz (an assumption), memory bandwidth in TB/s by the vendor's data sheets.
-GPUS = {
-    "A100": (80, 108, 1.41, 2.04),
-    "H200": (90, 132, 1.75, 4.8),
-    "B200": (100, 148, 1.85, 8.0),
-}
-_COPY = 0.9  # of that bandwidth, what a copy is taken to reach
-_ALU = re.compile(
-    r"(FMNMX|FSETP|FSEL|SEL|LOP3|SHF|PRMT|F2FP|ISETP|IADD3|LEA|VIADD|PLOP3|HMNMX2|IMNMX|VIMNMX|SGXT|IABS|POPC|BMSK|VOTE)"
-)
-_SPECIAL = re.compile(r"(MUFU|F2F|I2F|F2I)\b")
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
 
 
-@dataclass(frozen=True)
-class Case:
-    """One launcher call, whose kernel is counted and timed."""
-
-    name: str
-    unit: str  # what bytes and instructions are counted per
-    per_unit: int  # elements of the shape in a unit
-    bytes: float  # moved per unit
-    ceiling: float  # instructions per unit, on every architecture
-    # 16-byte global loads and stores in the code. No stores, where a thread writes fewer contiguous bytes than that: an
-    # index byte, 4 B of packed weights, 8 B of packed gradients; a warp writes whole lines of them.
-    wide: tuple[int, int]
-    make: Callable[[int, int, str, str], Callable]  # (rows, columns, order, device) -> what launches the kernel once
-    graph: bool = True  # whether a CUDA graph can hold the launch
+def machine(device: torch.device) -> dict:
+    """The environment of a suite: versions, commit, and the GPU's name, size and driver."""
+    found = environment(device, 1) | {"python": platform.python_version()}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        found |= {"sms": card.multi_processor_count, "cusparselt": torch.backends.cusparselt.version()}
+        found |= {"memory_bytes": card.total_memory, "l2_bytes": card.L2_cache_size}
+        found |= {"driver": gpu_state().get("driver_version")}
+    return found
 
 
-def _index(w: torch.Tensor) -> torch.Tensor:
-    index = torch.arange(w.numel() // 16, device=w.device).remainder(90).to(torch.uint8)
-    return index.view(w.shape[0] // 4, w.shape[1] // 4)
+def gpu_state() -> dict:
+    """Clocks (MHz), power (W) and temperature (C) of the GPU as nvidia-smi says now; {"reason": why not}."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    keys = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+    command = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits", f"--id={card}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"reason": str(error)}
+    return dict(zip(keys, (value.strip() for value in done.stdout.split(",")), strict=True))
 
 
-def _randn(*shape: int, device: str, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, device=device, dtype=dtype)
+class Results:
+    """One JSON file of all suites, or None for none: {"suites": {name: {environment, before, rows, after}}}.
+
+    Saved after every row; suites of an earlier run stay until the same suite is run again.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.data = json.loads(path.read_text()) if path and path.exists() else {"suites": {}}
+
+    def begin(self, suite: str, settings: Settings) -> None:
+        how = {"scale": settings.scale, "repetitions": settings.repetitions, "accumulation": settings.accumulation}
+        how |= {"graph": settings.graph, "spmm": settings.spmm, "compile_mode": settings.compile_mode}
+        how |= {"budget_s": settings.budget, "mask_interval": MASK_INTERVAL}
+        start = {"environment": machine(settings.device), "settings": how, "before": gpu_state(), "rows": []}
+        self.data["suites"][suite] = start
+        self.save()
+
+    def add(self, suite: str, row: dict) -> None:
+        self.data["suites"][suite]["rows"].append(row)
+        print(line(suite, row), flush=True)
+        self.save()
+
+    def end(self, suite: str) -> None:
+        self.data["suites"][suite]["after"] = gpu_state()
+        self.save()
+
+    def run(self, suite: str, settings: Settings) -> None:
+        self.begin(suite, settings)
+        for row in suite_rows(suite, settings):
+            self.add(suite, row)
+        self.end(suite)
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(temporary, self.path)
 
 
-def _tables(device: str) -> torch.Tensor:
-    return operators._table("kernel", torch.device(device))
+def line(suite: str, row: dict) -> str:
+    """A row in one line."""
+    keys = ("size", "activation", "d", "n", "batch", "tokens", "name", "m", "k")
+    texts = [f"{suite:<5}"] + [f"{key} {row[key]}" for key in keys if row.get(key) is not None]
+    for key, form in (("dense_tflops", "dense {:.0f} TF/s"), ("best_tflops", "2:4 {:.0f} TF/s"), ("ratio", "x{:.2f}")):
+        texts += [form.format(row[key])] if row.get(key) else []
+    for name, found in row.get("variants", {}).items():
+        texts.append(f"{name} {found['ms']['median']:.3f} ms" if "ms" in found else f"{name}: {found['reason']}")
+    for run in row.get("runs", []):
+        texts.append(f"{run['variant']} {run['ms']['median']:.2f} ms {run['tokens_per_s']:,.0f} tok/s")
+    for name, s in row.get("s", {}).items():
+        texts.append(f"S({name}) {s['median']:.3f} ({s['min']:.3f} to {s['max']:.3f})")
+    for key, form in (("s_measured", "S {:.3f}"), ("drift", "drift {:+.1%}"), ("s_model", "S_model {:.3f}")):
+        texts += [form.format(row[key])] if key in row else []
+    texts += [f"S/S_model {row['measured_over_model']:.2f}"] if "measured_over_model" in row else []
+    return "  ".join(texts + ([f"({row['reason']})"] if row.get("reason") else []))
 
 
-def _search(rows, columns, order, device, dtype=torch.float32):
-    w = _randn(rows, columns, device=device, dtype=dtype)
-    return lambda: kernels.transposable_index(w)
+def failures(data: dict, suites) -> list[str]:
+    """What of this repo's own could not be measured in these suites, memory and time apart: suite and reason."""
+    found = []
+    for suite in suites:
+        for row in data["suites"][suite]["rows"]:
+            why = row.get("variants", {}).get("auto", {}).get("reason") or ("case" in row and row["reason"])
+            if why and not why.startswith(("OutOfMemoryError", "left out")):
+                found.append(f"{suite}: {why}")
+    return found
 
 
-def _flips(rows, columns, order, device):
-    index = _index(_randn(rows, columns, device=device))
-    after = index.flip(0).contiguous()
-    return lambda: kernels.flip_count(index, after, _tables(device))
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure
 
 
-def _pack(rows, columns, order, device, **options):
-    w = _randn(rows, columns, device=device)
-    packed = torch.empty(2, w.numel() * 9 // 16, dtype=torch.bfloat16, device=device)
-    index, flips = _index(w), torch.zeros((), dtype=torch.int64, device=device)
-    return lambda: kernels.pack_weight_(*packed, w, index, _tables(device), order, flips=flips, **options)
+def draw(data: dict, path: Path) -> None:
+    """S over d of the layers, measured and modelled, and end-to-end speed-ups, on one sheet."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 4, figsize=(18, 4), layout="constrained")
+    panels = (("ffn", "gelu"), ("ffn", "geglu"), ("block", "gelu"))
+    for axis, (suite, activation) in zip(axes, panels, strict=False):
+        rows = data["suites"].get(suite, {"rows": []})["rows"]
+        draw_layer(axis, [row for row in rows if row.get("activation") == activation and "auto" in row.get("s", {})])
+        axis.set(title=f"{suite}, {activation}, forward and backward", xlabel="d", ylabel="S = dense / sparse")
+    rows = [row for row in data["suites"].get("e2e", {"rows": []})["rows"] if "s_measured" in row]
+    labels = [f"{row['size']}\nbatch {row['batch']}" for row in rows]
+    axes[3].bar(labels, [row["s_measured"] for row in rows], color="#0072B2", label="measured")
+    modelled = [(label, row["s_model"]) for label, row in zip(labels, rows, strict=True) if "s_model" in row]
+    axes[3].plot(*zip(*modelled, strict=True), "_k", markersize=30, label="S_model") if modelled else None
+    axes[3].set(title="whole training step", ylabel="S = dense / sparse")
+    for axis in axes:
+        axis.axhline(1, color="grey", linewidth=0.8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
+    found = {suite["environment"]["device_name"]: suite["environment"]["torch"] for suite in data["suites"].values()}
+    figure.suptitle(", ".join(f"{name}, torch {version}" for name, version in found.items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
-def _mvue(rows, columns, order, device, dtype=torch.bfloat16, token_major=False):
-    x, seed = _randn(rows, columns, device=device, dtype=dtype), torch.tensor(1, device=device)
-    x = x.t().contiguous().t() if token_major else x
-    return lambda: kernels_ffn.mvue24(x, seed)
+def draw_layer(axis, rows: list[dict]) -> None:
+    """One line for each n and batch, with its spread; S_model dashed."""
+    series = sorted({(row["n"], row["batch"]) for row in rows})
+    for colour, (n, batch) in zip(itertools.cycle(COLOURS), series):
+        mine = sorted((row for row in rows if (row["n"], row["batch"]) == (n, batch)), key=lambda row: row["d"])
+        d, s = [row["d"] for row in mine], [row["s"]["auto"] for row in mine]
+        below, above = ([abs(one["median"] - one[end]) for one in s] for end in ("min", "max"))
+        label = f"n={n}, batch {batch}"
+        axis.errorbar(d, [one["median"] for one in s], (below, above), color=colour, marker="o", capsize=2, label=label)
+        modelled = [(row["d"], row["s_model"]) for row in mine if "s_model" in row]
+        if modelled:
+            axis.plot(*zip(*modelled, strict=True), "--", color=colour, linewidth=1)
 
 
-def _mvue_pack(rows, columns, order, device, token_major=False):
-    shape = (columns, rows) if token_major else (rows, columns)
-    x, seed = _randn(*shape, device=device, dtype=torch.bfloat16), torch.tensor(1, device=device)
-    return lambda: kernels_ffn.mvue24_pack(x, seed, order, token_major, False)
+def try_to_draw(data: dict, path: Path, source: Path | None) -> None:
+    if find_spec("matplotlib") is None:
+        later = f"python bench.py --plot {path} --json {source}"
+        print(f"no figure: matplotlib is not installed here; anywhere it is: {later}")
+        return
+    draw(data, path)
+    print(f"wrote {path}")
 
-
-def _z_and_da(rows, columns, device, activation):
-    z = _randn(rows * (2 if activation in kernels_ffn.GATED else 1), columns, device=device, dtype=torch.bfloat16)
-    return z, z[:rows].clone()
-
-
-def _activation(rows, columns, order, device, activation, rowwise=False):
-    z, _ = _z_and_da(rows, columns, device, activation)
-    return lambda: kernels_ffn.activation(z, activation, rowwise)
-
-
-def _activation_backward(rows, columns, order, device, activation, rowwise=False):
-    z, da = _z_and_da(rows, columns, device, activation)
-    return lambda: kernels_ffn.activation_backward(z, da, activation, rowwise)
-
-
-def _fused(rows, columns, order, device, activation, bias=False):
-    (z, da), seed = _z_and_da(rows, columns, device, activation), torch.tensor(1, device=device)
-    return lambda: kernels_ffn.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
-
-
-def _soft(rows, columns, order, device, scale=False):
-    w = _randn(rows, columns, device=device)
-    return lambda: kernels.soft_threshold24(w, scale)
-
-
-def _decay(rows, columns, order, device):
-    grad, w = _randn(rows, columns, device=device), _randn(rows, columns, device=device)
-    index = _index(w)
-    return lambda: kernels.masked_decay_(grad, w, index, 1e-4, _tables(device))
-
-
-def _adamw(rows, columns, order, device):
-    p, g, m, v = (_randn(rows, columns, device=device).abs_() for _ in range(4))
-    scalars = [operators.adamw_scalars(1, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1e-4)]
-    index = _index(p)
-    return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars, _tables(device))
-
-
-_GROUP = "group of 4"
-CASES = [
-    Case("mask search, fp32 weights", "4x4 block", 16, 65, 265, (4, 0), _search),
-    Case(
-        "mask search, bf16 weights", "4x4 block", 16, 33, 270, (0, 0), functools.partial(_search, dtype=torch.bfloat16)
-    ),
-    Case("flip count", "4x4 block", 16, 2, 25, (4, 0), _flips),
-    Case("weight pack, values", "4x4 block", 16, 97, 250, (4, 0), functools.partial(_pack, metadata=False)),
-    Case("weight pack, values and metadata", "4x4 block", 16, 101, 400, (4, 0), _pack),
-    Case("search, flips and weight pack", "4x4 block", 16, 102, 620, (4, 0), functools.partial(_pack, search=True)),
-    Case("MVUE, masked dense", _GROUP, 4, 16, 80, (4, 4), _mvue),
-    Case("MVUE, transposed to masked dense", _GROUP, 4, 16, 92, (4, 4), functools.partial(_mvue, token_major=True)),
-    Case("MVUE, masked dense, fp32", _GROUP, 4, 32, 110, (8, 8), functools.partial(_mvue, dtype=torch.float32)),
-    Case("MVUE, packed", _GROUP, 4, 12.5, 85, (4, 0), _mvue_pack),
-    Case("MVUE, transposed and packed", _GROUP, 4, 12.5, 97, (4, 0), functools.partial(_mvue_pack, token_major=True)),
-    *(
-        Case(
-            f"{name}, forward", "element", 1, size, ceiling, (loads, 1), functools.partial(_activation, activation=name)
-        )
-        for name, size, ceiling, loads in (
-            ("gelu", 4, 23, 1),
-            ("relu2", 4, 9, 1),
-            ("geglu", 6, 26, 2),
-            ("swiglu", 6, 17, 2),
-        )
-    ),
-    *(
-        Case(
-            f"{name}, backward",
-            "element",
-            1,
-            size,
-            ceiling,
-            wide,
-            functools.partial(_activation_backward, activation=name),
-        )
-        for name, size, ceiling, wide in (
-            ("gelu", 6, 26, (2, 1)),
-            ("relu2", 6, 12, (2, 1)),
-            ("geglu", 10, 32, (3, 2)),
-            ("swiglu", 10, 25, (3, 2)),
-        )
-    ),
-    *(
-        Case(
-            f"{name} backward, MVUE, packed{', bias' if bias else ''}",
-            _GROUP,
-            4,
-            size,
-            ceiling,
-            wide,
-            functools.partial(_fused, activation=name, bias=bias),
-        )
-        for name, bias, size, ceiling, wide in (
-            ("gelu", False, 28.5, 175, (8, 4)),
-            ("gelu", True, 28.5, 185, (8, 4)),
-            ("relu2", False, 28.5, 122, (8, 4)),
-            ("geglu", False, 49, 280, (12, 8)),
-            ("swiglu", False, 49, 245, (12, 8)),
-        )
-    ),
-    Case("soft threshold, fp32", _GROUP, 4, 32, 80, (1, 1), _soft),
-    Case("soft threshold and scale, fp32", _GROUP, 4, 32, 150, (1, 1), functools.partial(_soft, scale=True)),
-    Case("masked decay", "element", 1, 12.0625, 21, (2, 1), _decay),
-    Case("AdamW with masked decay", "element", 1, 28.0625, 112, (4, 3), _adamw, graph=False),
-]
-DEVICE = "cuda"  # where things are measured
-TOKENS = 32 * 512
-# The paper's shapes.
-TABLE2 = ((3072, 768), (4096, 1024), (5120, 1280), (1024, 1600), (8192, 2048), (16384, 4096), (30768, 8192))
-TABLE3 = (768, 1024, 1280, 1600, 2048, 4096, 8192)
-# What issues more than an H200 can in the time of its bytes, and why that is accepted. (Two kernels more would be
-# limited by the ALU pipe alone, if it runs at half rate as NVIDIA's table says.)
-ISSUE_BOUND = {
-    "mask search, bf16 weights": "half the bytes for the same search; the master weights of training are float32",
-    "flip count": "2 B per 16 weights, a thirtieth of reading the weights",
-    "MVUE, transposed and packed": "dY alone, a fifth of what is drawn; its exchange by shared memory comes on top",
-}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction
 
 
-class _Target:
-    """Stands in for Triton's CUDA driver, so that launchers compile for an architecture without its GPU."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch  # one cache of compiled kernels per architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def compile_only(call: Callable, arch: int) -> list[tuple]:
-    """The kernels that `call` would launch, compiled for sm_`arch` and not run: a list of (compiled, grid)."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    launched, run = [], JITFunction.run
-
-    def compile_it(self, *args, grid, warmup, **options):
-        launched.append((run(self, *args, grid=grid, warmup=True, **options), grid))
-
-    driver.set_active(_Target(arch))
-    JITFunction.run = compile_it
-    try:
-        call()
-    finally:
-        JITFunction.run = run
-        driver.set_active(None)  # the real one is made again when it is needed
-    return launched
-
-
-def read_code(compiled) -> dict:
-    """Of a compiled kernel: registers, stack, shared memory and its instructions, from its machine code.
-
-    Branches forward count as not taken. Raises RuntimeError for a loop.
-    """
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage, sass = (
-            subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
-    lines = re.findall(line, sass, re.MULTILINE)
-    code = [instruction for _, instruction, _ in lines]
-    code = code[: len(code) - code[::-1].index("EXIT")]  # rare slow paths of division and padding follow
-    for address, instruction, operands in lines[: len(code)]:
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if instruction.startswith("BR") and not (target and int(target[1], 16) > int(address, 16)):
-            raise RuntimeError(f"{compiled.metadata.name} loops at {address}: its instructions cannot be counted")
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, "code": code}
-
-
-def predict(case: Case, arch: int, rows: int = 256, columns: int = 256) -> dict:
-    """Counts of one kernel's code for sm_`arch`; instructions per unit."""
-    call = case.make(rows, columns, "sm80" if arch < 90 else "sm90", "cpu")
-    ((compiled, grid),) = compile_only(call, arch)
-    found = read_code(compiled)
-    code = found.pop("code")
-    threads_per_unit = grid[0] * compiled.metadata.num_warps * 32 * case.per_unit / (rows * columns)
-
-    def per_unit(pattern) -> float:
-        return round(sum(bool(re.match(pattern, i)) for i in code) * threads_per_unit, 2)
-
-    return found | {
-        "kernel": compiled.metadata.name,
-        "instructions": per_unit(""),
-        "alu": per_unit(_ALU),
-        "special": per_unit(_SPECIAL),
-        "nan_dropping": len(re.findall(r"\b(?:min|max)\.(?:ftz\.)?(?:f32|f16|bf16)", compiled.asm["ptx"])),
-        "local": sum(i.startswith(("LDL", "STL")) for i in code),
-        "wide_loads": sum(bool(re.match(r"LDG.*\.128", i)) for i in code),
-        "wide_stores": sum(bool(re.match(r"STG.*\.128", i)) for i in code),
-    }
-
-
-def share_of_copy(case: Case, counts: dict, gpu: str) -> float:
-    """Predicted share of copy bandwidth: see the top of this file."""
-    _, sms, ghz, bandwidth = GPUS[gpu]
-    lanes = sms * 128 * ghz / 1000  # lane-instructions per picosecond
-    copy_ps = case.bytes / (bandwidth * _COPY)
-    m = max(counts["instructions"], 2 * counts["alu"], 8 * counts["special"]) / lanes / copy_ps
-    return min(0.92, (1 + m**4) ** -0.25)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurement
-
-
-def time_calls(calls: list[Callable], repetitions: int, graph: bool = True) -> list[float]:
-    """Microseconds per call, one per repetition: all calls captured in one CUDA graph, their results kept alive.
-
-    graph=False times plain calls: for those that copy from the host, and only where they outlast their launch.
-    """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()  # compiles, and fills caches of tables
-    torch.cuda.synchronize()
-    results, times = [], []
-
-    def replay():
-        for call in calls:
-            call()
-
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for call in calls:
-                results.append(call())
-        replay = captured.replay
-    for repetition in range(repetitions + 3):  # the first three warm up
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        torch.cuda.synchronize()
-        if repetition >= 3:
-            times.append(1000 * start.elapsed_time(end) / len(calls))
-    return times
-
-
-def measure(make: Callable[[], Callable], moved: float, repetitions: int, graph: bool = True) -> dict:
-    """Time of a kernel that moves `moved` bytes, and of a copy of as many, over four times what the L2 holds.
-
-    At most 256 sets of tensors: kernels that move less than a 64th of the L2 are timed inside it, as the copy is.
-    """
-    sets = min(256, max(2, int(4 * torch.cuda.get_device_properties(0).L2_cache_size / moved) + 1))
-    sources = [torch.empty(int(moved) // 2, dtype=torch.uint8, device=DEVICE) for _ in range(sets)]
-    targets = [torch.empty_like(source) for source in sources]
-    copies = [functools.partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)]
-    calls = [make() for _ in range(sets)]
-    kernel_us, copy_us = [], []
-    for _ in range(3):
-        kernel_us += time_calls(calls, repetitions, graph)
-        copy_us += time_calls(copies, repetitions)
-    shares = sorted(c / k for k, c in zip(kernel_us, copy_us, strict=True))
-    return {
-        "us": statistics.median(kernel_us),
-        "copy_us": statistics.median(copy_us),
-        "gb_per_s": moved / statistics.median(kernel_us) / 1000,
-        "share": statistics.median(shares),
-        "share_range": [shares[0], shares[-1]],
-    }
-
-
-def table2(shapes, repetitions: int) -> list[dict]:
-    """The paper's Table 2: transposable mask search, GB/s of real bytes (w read, its result written)."""
-    patterns = baselines.pattern_table(operators.PATTERNS.to(DEVICE))
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in shapes:
-            ours_us = None  # the first row of these
-            searches = {
-                "8 candidates (ours)": (kernels.transposable_index, 1),
-                "90 scores": (lambda w: baselines.transposable_index_dot(w, patterns), 1),
-                "2-approximation": (baselines.transposable_mask_2approx, 16),
-            }
-            if dtype == torch.bfloat16 and not any(n % 128 for n in shape):
-                searches["torch's greedy tile"] = (_torch_tile, 16 * 2.25)  # packed operands of w and w^T
-            for name, (search, written) in searches.items():
-
-                def make(search=search, shape=shape, dtype=dtype):
-                    w = _randn(*shape, device=DEVICE, dtype=dtype)
-                    return lambda: search(w)
-
-                moved = shape[0] * shape[1] / 16 * (16 * dtype.itemsize + written)
-                result = measure(make, moved, repetitions)
-                ours_us = result["us"] if search is kernels.transposable_index else ours_us
-                result["times_ours"] = result["us"] / ours_us
-                rows.append({"shape": shape, "dtype": str(dtype)[6:], "search": name} | result)
-                print(f"{shape} {dtype} {name}: {result['gb_per_s']:.0f} GB/s, {result['us']:.1f} us", flush=True)
-    return rows
-
-
-def _torch_tile(w):
-    return torch._sparse_semi_structured_tile(w, algorithm="largest_abs_values_greedy", use_cutlass=True)
-
-
-def table3(widths, repetitions: int) -> list[dict]:
-    """The paper's Table 3: GEGLU on feature-major tensors of 32x512 tokens, along tokens, along features, by torch."""
-    compiled = torch.compile(lambda z: operators.activation_ref(z, "geglu"))
-    rows = []
-    for width in widths:
-        cases = [
-            (name, make, moved, functools.partial(make, width, TOKENS, "", DEVICE, "geglu", rowwise))
-            for name, rowwise in (("along tokens (ours)", False), ("along features (intuitive)", True))
-            for make, moved in ((_activation, 6), (_activation_backward, 10))
+def prediction(name: str) -> str:
+    """S_model of layers, blocks and whole steps on one GPU of roofline.GPUS, at three ratios of its sparse GEMMs."""
+    gpu, ratios = roofline.GPUS[name], (1.25, 1.5, 2.0)
+    heads = [f"s = {s:g}" for s in ratios]
+    sparse = [{"ratio": s, "mask_interval": MASK_INTERVAL} for s in ratios]
+    layers, blocks, steps = [], [], []
+    for activation, d in itertools.product(("gelu", "geglu"), WIDTHS):
+        d_ff = GPTConfig(n_embd=d, n_head=1, activation=activation).d_ff
+        found = [roofline.s_model(gpu, d, d_ff, 16384, activation, **one) for one in sparse]
+        layers.append([activation, str(d), *(f"{s:.2f}" for s in found)])
+    for n, d in itertools.product((512, 1024, 2048), WIDTHS):
+        found = [roofline.block_s_model(gpu, d, 4 * d, 16384, n, **one) for one in sparse]
+        blocks.append([str(n), str(d), *(f"{s:.2f}" for s in found)])
+    for size, batch in PAPER_BATCH.items():
+        dense, *found = (predict_step(gpu, gpt2(size), batch, one) for one in (None, *sparse))
+        speeds = [f"{dense['ms'] / one['ms']:.2f}: {one['tokens_per_s']:,.0f}" for one in found]
+        steps.append([size, str(batch), f"{dense['ms']:.1f}", f"{dense['tokens_per_s']:,.0f}", *speeds])
+    return "\n\n".join(
+        [
+            f"S_model on {name.upper()}, predicted and not measured: dense GEMMs at {gpu.flops / 1e12:.0f} TFLOP/s, "
+            f"{gpu.bandwidth / 1e12:.2f} TB/s (roofline.py says what is counted and what is assumed). s is dense over "
+            "sparse time of a GEMM.",
+            "Feed-forward layer, 16384 tokens, forward and backward:",
+            table(["activation", "d", *heads], layers),
+            "Transformer block, 16384 tokens, GELU:",
+            table(["n", "d", *heads], blocks),
+            "Whole training step, block_size 1024; S and tokens/s:",
+            table(["size", "batch", "dense ms", "dense tokens/s", *heads], steps),
         ]
-
-        def by_torch(width=width):
-            z, _ = _z_and_da(width, TOKENS, DEVICE, "geglu")
-            return lambda: compiled(z)
-
-        ours_us = {}  # of each pass, the first row
-        for name, make, moved, call in (*cases, ("torch.compile", _activation, 6, by_torch)):
-            result = measure(call, moved * width * TOKENS, repetitions)
-            ours_us.setdefault(make, result["us"])
-            result["times_ours"] = result["us"] / ours_us[make]
-            rows.append({"width": width, "order": name, "pass": make.__name__[1:]} | result)
-            print(f"{width} {name} {make.__name__[1:]}: {result['gb_per_s']:.0f} GB/s", flush=True)
-    return rows
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def markdown(results: dict) -> str:
-    """The README's table."""
-    measured = results["measured"]
-    head = "measured share" if measured is None else f"measured share, {results['measured_on']['device_name']}"
-    lines = [
-        f"| kernel | unit | B | I (sm_80, 90, 100) | predicted share: {', '.join(GPUS)} | {head} |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in results["kernels"]:
-        counts = ", ".join(f"{row['counts'][str(arch)]['instructions']:.3g}" for arch, *_ in GPUS.values())
-        shares = ", ".join(f"{share:.2f}" for share in row["predicted"].values())
-        value = "not measured yet"
-        if measured is not None:
-            low, high = measured[row["name"]]["share_range"]
-            value = f"{measured[row['name']]['share']:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(f"| {row['name']} | {row['unit']} | {row['bytes']:g} | {counts} | {shares} | {value} |")
-    return "\n".join(lines)
+def slug(device_name: str) -> str:
+    """The folder of a GPU: "NVIDIA H200" is h200."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-").removeprefix("nvidia-")
 
 
-def paper_table(rows: list[dict], *keys: str) -> str:
-    """One of the paper's tables: GB/s of real bytes, time, its ratio to ours, and the share of a copy's bandwidth."""
-    lines = [f"| {' | '.join(keys)} | GB/s | us | times ours | share of copy |", "|---" * (len(keys) + 4) + "|"]
-    for row in rows:
-        low, high = row["share_range"]
-        speed = f"{row['gb_per_s']:.0f} | {row['us']:.1f} | {row['times_ours']:.2f}"
-        lines.append(
-            f"| {' | '.join(str(row[k]) for k in keys)} | {speed} | {row['share']:.2f} ({low:.2f} to {high:.2f}) |"
-        )
-    return "\n".join(lines)
-
-
-def report(results: dict) -> str:
-    """kernels.md: the kernels' table and, where they were measured, the paper's."""
-    e = results["environment"]
-    made = f"Compiled by Triton {e['triton']}, torch {e['torch']}, commit {e['commit']}"
-    tables = [markdown(results)]
-    if results["measured"] is not None:
-        on = results["measured_on"]
-        made += f"; measured on {on['device_name']}, Triton {on['triton']}, torch {on['torch']}, commit {on['commit']}"
-        tables.append("Transposable mask search, the paper's Table 2:")
-        tables.append(paper_table(results["table2"], "dtype", "shape", "search"))
-        tables.append("GEGLU of 32x512 tokens, feature-major, the paper's Table 3:")
-        tables.append(paper_table(results["table3"], "width", "order", "pass"))
-    return "\n\n".join(["# Kernels", f"`python bench.py`. {made}. All of it: kernels.json.", *tables]) + "\n"
-
-
-def earlier_measurements(path: Path) -> dict:
-    """What an earlier run measured, so that predicting anew does not lose it."""
-    keys = ("measured", "measured_on", "table2", "table3")
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    return {key: earlier.get(key) for key in keys}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predict", action="store_true", help="compile and predict only")
-    parser.add_argument("--shape", type=int, nargs=2, default=(16384, 4096), help="of the kernels' table, measured")
-    parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument(
-        "--tables", type=int, default=7, help="how many shapes of the paper's Tables 2 and 3 to measure"
-    )
-    parser.add_argument("--out_dir", default="results")
-    args = parser.parse_args()
+def run_kernels(args, device: torch.device) -> None:
+    """The kernels' suite: a file of its own, which README's table and a test read."""
     if not find_spec("triton"):
         sys.exit(
             "bench.py: triton is not installed, need it to compile the kernels; `make test` installs it into .venv"
         )
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("bench.py: TRITON_INTERPRET=1 runs kernels on the CPU, need the compiler; unset it")
-    if not args.predict and not torch.cuda.is_available():
+    if not args.predict and device.type != "cuda":
         sys.exit("bench.py: torch sees no CUDA GPU to measure on; use --predict to compile and predict only")
-    out = Path(args.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu" if args.predict else "cuda")
-    results = {"environment": environment(device, 1), "kernels": []} | earlier_measurements(out / "kernels.json")
-    for case in CASES:
-        counts = {str(arch): predict(case, arch) for arch, *_ in GPUS.values()}
-        shares = {gpu: share_of_copy(case, counts[str(GPUS[gpu][0])], gpu) for gpu in GPUS}
-        row = {"name": case.name, "unit": case.unit, "bytes": case.bytes, "counts": counts, "predicted": shares}
-        results["kernels"].append(row)
-        print(f"{case.name}: {counts['90']['instructions']} I, predicted {shares['H200']:.2f} on H200", flush=True)
-    if not args.predict:
-        order = "sm80" if torch.cuda.get_device_capability() < (9, 0) else "sm90"
-        results |= {"measured": {}, "measured_on": results["environment"]}
-        for case in CASES:
-            moved = case.bytes * args.shape[0] * args.shape[1] / case.per_unit
-            make = functools.partial(case.make, *args.shape, order, DEVICE)
-            results["measured"][case.name] = measure(make, moved, args.repetitions, case.graph)
-            print(f"{case.name}: {results['measured'][case.name]['share']:.2f} of copy bandwidth", flush=True)
-        results["table2"] = table2(TABLE2[: args.tables], args.repetitions)
-        results["table3"] = table3(TABLE3[: args.tables], args.repetitions)
-    (out / "kernels.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "kernels.md").write_text(text := report(results))
-    print(f"{text}\nwrote {out}/kernels.json and .md; README.md holds the first table, which a test compares")
+    where = torch.device("cpu") if args.predict else device
+    out = Path(args.out_dir or "results")
+    bench_kernels.run(out, environment(where, 1), not args.predict, args.shape, args.repetitions, args.tables)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=(*SUITES, "kernels", "all"), help="default: all")
+    parser.add_argument("--json", type=Path, help="where to write the numbers; default: bench.json in --out_dir")
+    parser.add_argument("--plot", type=Path, help="where to write the figure; without --suite, of the --json there is")
+    parser.add_argument(
+        "--predict", nargs="?", const="h200", choices=roofline.GPUS, help="S_model alone, measures none"
+    )
+    parser.add_argument("--out_dir", help="default: results/<gpu> on a GPU, nowhere on a CPU; kernels: results")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_true", help="smaller grids: about two minutes for ffn and block together"
+    )
+    size.add_argument("--full", action="store_true", help="the whole grids, however long they take")
+    parser.add_argument("--budget", type=float, help="seconds per suite after which no row is begun (e2e: four times)")
+    parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=(), help="e2e: of GPT-2; default: all")
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-steps of ffn and block that share a packing")
+    parser.add_argument("--graph", action="store_true", help="ffn, block, gemm: time CUDA graphs' replays")
+    parser.add_argument("--compile_mode", default="default", help="torch.compile's; reduce-overhead uses CUDA graphs")
+    parser.add_argument("--spmm", choices=spmm_choice.MODES, help="default: auto; on a CPU emulated")
+    parser.add_argument("--shape", type=int, nargs=2, default=(16384, 4096), help="kernels: of the table, measured")
+    parser.add_argument("--tables", type=int, default=7, help="kernels: how many shapes of Tables 2 and 3 to measure")
+    return parser.parse_args(argv)
+
+
+def settings_of(args, device: torch.device, cache: Path) -> Settings:
+    on_gpu = device.type == "cuda"
+    scale = "toy" if not on_gpu else "quick" if args.quick else "full" if args.full else "default"
+    return Settings(
+        device=device,
+        scale=scale,
+        repetitions=args.repetitions,
+        budget=args.budget or {"quick": 60.0, "full": float("inf")}.get(scale, 150.0),
+        accumulation=args.accumulation,
+        graph=args.graph,
+        compile_mode=args.compile_mode,
+        spmm=args.spmm or ("auto" if on_gpu else "emulated"),
+        sizes=tuple(args.sizes),
+        cache=cache,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if args.suite == "kernels":
+        run_kernels(args, device)
+        return
+    if args.predict:
+        print(prediction(args.predict))
+        return
+    if args.plot and args.suite is None:
+        if not (args.json and args.json.exists()):
+            sys.exit(f"bench.py: --plot without --suite draws a --json that is there, not {args.json}; see --suite all")
+        try_to_draw(json.loads(args.json.read_text()), args.plot, args.json)
+        return
+    on_gpu = device.type == "cuda"
+    folder = args.out_dir or (Path("results") / slug(torch.cuda.get_device_name(device)) if on_gpu else None)
+    path = args.json or (Path(folder) / "bench.json" if folder else None)
+    if not on_gpu:
+        print("bench.py: torch sees no CUDA GPU; toy sizes on the CPU, to show that it runs. Its ratios mean nothing.")
+    results = Results(path)
+    torch.set_float32_matmul_precision("high")
+    with tempfile.TemporaryDirectory() as verdicts:  # of this run alone: another is to measure for itself
+        settings = settings_of(args, device, Path(verdicts) / "gemms.json")
+        suites = SUITES if args.suite in (None, "all") else (args.suite,)
+        for suite in suites:
+            results.run(suite, settings)
+    if path:
+        print(f"wrote {path}")
+    if args.plot or (path and on_gpu):
+        try_to_draw(results.data, args.plot or path.with_suffix(".png"), path)
+    if on_gpu and args.suite in (None, "all"):
+        run_kernels(args, device)
+    if failed := failures(results.data, suites):
+        sys.exit("bench.py: these failed:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def plan_ffn(
 def _packable(gemm: Gemm, choice: Choice) -> Choice:
     """The choice, or the dense GEMM where an emulated operand does not fit its order (others were tried out)."""
     rows, columns = ORDERS.get(choice.order, (1, 1))
-    return Choice() if gemm.m % rows or gemm.k % columns else choice
+    fits = gemm.m % rows == gemm.k % columns == gemm.n % 8 == 0
+    return choice if fits or choice.backend == "masked" else Choice()
 
 
 def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Ahead of time: every kernel, compiled by its own launcher for three GPUs without having one.
+"""bench_kernels.py ahead of time: every kernel, compiled by its own launcher for three GPUs without having one.
 
 What decides speed is asserted on the machine code; results/kernels.json, and so the README's table, must be what this
 code compiles to. Compiled by Triton 3.6.0 only: another release counts differently.
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
+import bench_kernels as bench
 
 triton = pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
@@ -31,7 +31,7 @@ def compiled(request) -> tuple[int, dict]:
     counts = f"{{case.name: bench.predict(case, {request.param}) for case in bench.CASES}}"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", f"import bench, json; print(json.dumps({counts}))"],
+        [sys.executable, "-c", f"import bench_kernels as bench, json; print(json.dumps({counts}))"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -68,7 +68,9 @@ def test_memory_bound_on_an_h200():
 def test_results_are_of_this_code(compiled):
     arch, counts = compiled
     rows = json.loads((ROOT / "results" / "kernels.json").read_text())["kernels"]
-    assert {row["name"]: row["counts"][str(arch)] for row in rows} == counts, "run python bench.py --predict again"
+    assert {row["name"]: row["counts"][str(arch)] for row in rows} == counts, (
+        "run python bench.py --suite kernels --predict again"
+    )
     for row in rows:
         shares = {
             gpu: bench.share_of_copy(CASES[row["name"]], row["counts"][str(a)], gpu)
@@ -209,12 +211,27 @@ def test_predicting_anew_keeps_measurements(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA backend: this machine has a GPU to measure on")
 def test_bench_says_what_it_needs():
-    code = "import sys; sys.modules['triton'] = None; sys.argv = ['bench.py', '--predict']; import bench; bench.main()"
+    code = "import sys; sys.modules['triton'] = None; import bench; bench.main(['--suite', 'kernels', '--predict'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "need it to compile the kernels; `make test` installs it" in done.stderr
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     for extra, message in (({}, "use --predict"), ({"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET=1 .* unset it")):
-        command = [sys.executable, "bench.py", "--out_dir", "/nonexistent/results"]
+        command = [sys.executable, "bench.py", "--suite", "kernels", "--out_dir", "/nonexistent/results"]
         done = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True)
         assert done.returncode == 1
         assert re.search(message, done.stderr), done.stderr
+
+
+def test_predicting_writes_the_table_and_keeps_what_was_measured(tmp_path, monkeypatch):
+    counts = {"instructions": 10.0, "alu": 1, "special": 0}
+    monkeypatch.setattr(bench, "predict", lambda case, arch: counts)
+    environment = {"triton": "3.6.0", "torch": "2.11", "commit": "abc", "device_name": "GPU X"}
+    written = bench.run(tmp_path / "new", environment, False)
+    assert written == json.loads((tmp_path / "new" / "kernels.json").read_text())
+    assert len(written["kernels"]) == len(CASES)
+    assert "not measured yet" in (tmp_path / "new" / "kernels.md").read_text()
+    share = {"share": 0.5, "share_range": [0.4, 0.6]}
+    measured = {"measured": dict.fromkeys(CASES, share), "measured_on": environment, "table2": [], "table3": []}
+    (tmp_path / "new" / "kernels.json").write_text(json.dumps(written | measured))
+    assert bench.run(tmp_path / "new", environment, False)["measured"] == measured["measured"]
+    assert "| 0.50 (0.40 to 0.60) |" in (tmp_path / "new" / "kernels.md").read_text()

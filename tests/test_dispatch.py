@@ -17,6 +17,8 @@ import kernels
 import kernels_ffn
 import operators
 import sparse24
+from ffn import plan_ffn, set_plan
+from model import GPT, GPTConfig
 from sparse24 import MaskedDecayAdamW, Sparse24Linear, refresh_masks, sparsify
 
 CPU = torch.device("cpu")
@@ -47,8 +49,11 @@ def launched(on_kernels, monkeypatch):
         return lambda *args, **kwargs: (calls.append(name), launch(*args, **kwargs))[1]
 
     launchers = {
-        kernels: ("transposable_index", "flip_count", "masked_decay_", "adamw_", "soft_threshold24"),
-        kernels_ffn: ("mvue24", "activation", "activation_backward"),
+        kernels: ("transposable_index", "flip_count", "masked_decay_", "adamw_", "soft_threshold24", "pack_weight_"),
+        kernels_ffn: (
+            *("mvue24", "activation", "activation_backward"),
+            *("mvue24_pack", "activation_backward_mvue24_pack"),
+        ),
     }
     for module, names in launchers.items():
         for name in names:
@@ -387,3 +392,79 @@ def test_compiled_layer_on_the_kernels(on_kernels, tokens):
         gradients.append(layer.weight.grad.clone())
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.equal(gradients[1], gradients[2])
+
+
+def test_packs_reach_the_kernels(launched):
+    x = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for order, token_major in ((o, t) for o in ("masked", "sm80", "sm90") for t in (False, True)):
+        ours = operators.mvue24_pack(x if not token_major else x.t().contiguous(), 5, order, token_major, True)
+        assert launched.pop() == "mvue24_pack"
+        twins = operators.mvue24_pack_ref(x, 5, order, False, True)
+        assert torch.equal(ours[0], twins[0])
+        torch.testing.assert_close(ours[1], x.float().sum(1), rtol=1e-5, atol=1e-4)
+        z = torch.cat((x, x.flip(0)))
+        if token_major:
+            continue
+        dz, packed, db = operators.activation_backward_mvue24_pack(z, x, 5, "swiglu", order, True)
+        assert launched.pop() == "activation_backward_mvue24_pack"
+        assert torch.equal(packed, operators.mvue24_pack_ref(dz, 5, order)[0])
+        torch.testing.assert_close(db, dz.float().sum(1), rtol=1e-5, atol=1e-4)
+    assert operators.mvue24_pack(x, 5, "sm90")[1].shape == (0,)
+    w, launched[:] = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)), []
+    index = operators.transposable_index_ref(w)
+    for order in ("sm80", "sm90"):
+        ours, twins = torch.zeros(2, 2, w.numel() * 9 // 16, dtype=torch.bfloat16)
+        operators.pack_weight_(*ours, w, index, order)
+        assert launched.pop() == "pack_weight_"
+        operators.pack_weight_ref_(*twins, w, index, order)
+        assert torch.equal(ours, twins)
+
+
+def test_packs_that_no_kernel_takes_go_to_the_twins(launched):
+    x = torch.randn(128, 192, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    others = [(x.half(), "sm90"), (x, "cutlass"), (x[:, :188].contiguous(), "masked"), (x.float(), "masked")]
+    for y, order in others:
+        got, sums = operators.mvue24_pack(y, 5, order, False, True)
+        assert torch.equal(got, operators.mvue24_pack_ref(y, 5, order)[0])
+        assert torch.equal(sums, y.sum(1, dtype=torch.float32))
+        got = operators.activation_backward_mvue24_pack(y, y, 5, "relu2", order)[1]
+        assert torch.equal(got, operators.mvue24_pack_ref(operators.activation_backward(y, y, "relu2"), 5, order)[0])
+    assert not {"mvue24_pack", "activation_backward_mvue24_pack"} & {*launched}
+    with pytest.raises(ValueError, match="order sm90 needs multiples"):
+        operators.mvue24_pack(x[:32], 5, "sm90")
+    w, launched[:] = torch.randn(64, 64), []
+    blobs = torch.zeros(2, w.numel() * 9 // 16, dtype=torch.float16)
+    operators.pack_weight_(*blobs, w, operators.transposable_index_ref(w), "sm90")
+    assert blobs.any()
+    operators.pack_weight_(*blobs.bfloat16(), w.t(), operators.transposable_index_ref(w), "sm90")
+    assert launched == []
+
+
+@pytest.mark.parametrize("spmm", ["masked", "emulated"])
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_a_planned_ffn_on_the_kernels_is_one_on_the_twins(launched, monkeypatch, activation, spmm):
+    """relu2 to the last bit; the others round in their own places, as tests/test_kernels.py bounds."""
+    config = GPTConfig(n_embd=128, n_head=1, n_layer=1, activation=activation, bias=True, ffn_ratio=3.0, sparse="fst")
+    torch.manual_seed(0)
+    model = GPT(config).to(torch.bfloat16).transformer.h[0].mlp
+    model.c_fc.weight.data, model.c_proj.weight.data = (m.weight.data.float() for m in (model.c_fc, model.c_proj))
+    x, dy = (torch.randn(128, 128, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16) for i in (1, 2))
+    plan, _ = plan_ffn(config, 128, CPU, torch.bfloat16, spmm)
+
+    def gradients():
+        set_plan(model, plan)
+        model.zero_grad()
+        y = model(x)
+        y.backward(dy)
+        return [y.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    on_kernels = gradients()
+    assert {"activation", "mvue24_pack", "activation_backward_mvue24_pack"} <= {*launched}
+    assert ("pack_weight_" in launched) == (spmm == "emulated")
+    monkeypatch.setattr(operators, "_STATUS", {})
+    model.c_fc.packed_from = model.c_proj.packed_from = None  # packed anew, metadata too
+    for ours, twin in zip(on_kernels, gradients(), strict=True):
+        if activation == "relu2" and ours.dim() == 2:
+            assert torch.equal(ours, twin)
+        else:
+            assert (ours - twin).float().norm() <= 0.02 * twin.float().norm()

@@ -455,6 +455,9 @@ def test_plans_of_the_modes():
     odd = GPTConfig(n_embd=96, n_head=1, n_layer=1)  # 96 is no multiple of 64: nothing of it can be packed
     plan, report = plan_ffn(odd, 64, CPU, torch.bfloat16, "emulated")
     assert plan[5:] == (Choice(), Choice(), Choice(), Choice(), Choice("emulated", "sm90"), Choice())
+    geglu = GPTConfig(n_embd=64, n_head=1, n_layer=1, activation="geglu")  # d_ff = 172
+    plan, report = plan_ffn(geglu, 64, CPU, torch.bfloat16, "emulated")
+    assert plan[5:] == tuple([Choice()] * 6)
     for spmm, message in (("cusparselt", "needs an NVIDIA GPU"), ("fast", "need one of auto, dense, masked")):
         with pytest.raises(ValueError, match=message):
             plan_ffn(config, 64, CPU, torch.bfloat16, spmm)

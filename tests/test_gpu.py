@@ -120,6 +120,8 @@ def test_bench_measures(tmp_path):
     command = [
         sys.executable,
         "bench.py",
+        "--suite",
+        "kernels",
         "--shape",
         "256",
         "256",
@@ -135,6 +137,18 @@ def test_bench_measures(tmp_path):
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert results["measured"].keys() == {row["name"] for row in results["kernels"]}
     assert all(row["us"] > 0 for row in results["table2"] + results["table3"])
+
+
+def test_bench_compares_layers(tmp_path):
+    """The first case of each suite is measured whatever the budget; what failed makes the exit status 1."""
+    command = [sys.executable, "bench.py", "--suite", "all", "--quick", "--budget", "1", "--repetitions", "3"]
+    command += ["--shape", "256", "256", "--tables", "1", "--sizes", "124M", "--out_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=os.path.dirname(sparse24.__file__), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    suites = json.loads((tmp_path / "bench.json").read_text())["suites"]
+    assert all(suites[name]["rows"][0]["variants"]["auto"]["ms"]["median"] > 0 for name in ("ffn", "block"))
+    assert suites["gemm"]["rows"][0]["dense_us"] > 0
+    assert [run["variant"] for run in suites["e2e"]["rows"][0]["runs"]] == ["dense", "sparse", "dense"]
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -1,0 +1,171 @@
+"""S_model: how fast a feed-forward layer, a block and a training step can be, dense and 2:4 sparse, by counting.
+
+A time is the FLOPs of the GEMMs over the rate that dense GEMMs reach, plus the bytes of everything else over the speed
+of a copy. Sparse GEMMs take 1/ratio of the dense time; 2 is what the hardware promises. Nothing overlaps, launches and
+the host cost nothing, every GEMM reaches the full rate: an upper bound for small widths. Counted as one pass each:
+
+    feed-forward    2-byte activations, read and written once by the activation and by its backward; in the backward A
+                    again from Z (`recompute`: neither path stores A). Sparse: what MVUE reads and writes on top, and
+                    per optimizer step the masters read, and their packed forms and those of their transposes written.
+    block           attention's two linears, causal attention (half of the square; the backward takes 2.5 forwards), the
+                    residual additions with their LayerNorms (fp32 stream), the gradient of q, k, v put together.
+    step            blocks, embeddings, lm_head, cross-entropy, autocast's casts of weights and gradients, clip, AdamW.
+
+Seconds, bytes and FLOPs throughout; d = width, d_ff = hidden width, tokens = sequences x their length.
+"""
+
+from dataclasses import dataclass
+
+# Dense bf16 TFLOP/s and memory TB/s by NVIDIA's data sheets (SXM parts). What is reached of them is an assumption, in
+# line with the 790 TFLOP/s and 4.3 TB/s that were seen on an H200; a measured GPU(...) serves instead of any of these.
+DATA_SHEET = {"a100": (312, 2.04), "h100": (989.5, 3.35), "h200": (989.5, 4.8), "b200": (2250, 8.0)}
+GEMM_SHARE, COPY_SHARE = 0.8, 0.9
+FLASH_SHARE = 0.5  # rate of attention, of that of GEMMs: an assumption
+GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")  # forward, input gradients, weight gradients
+GATED = ("geglu", "swiglu")
+PACKED = 1.125  # bytes of a packed 2:4 operand per dense element: half of the values and 4 bits for each group
+
+
+@dataclass(frozen=True)
+class GPU:
+    """FLOP/s that dense bf16 GEMMs reach, and bytes/s, reads plus writes, that a copy reaches."""
+
+    flops: float
+    bandwidth: float
+
+
+GPUS = {
+    name: GPU(tflops * 1e12 * GEMM_SHARE, tbytes * 1e12 * COPY_SHARE) for name, (tflops, tbytes) in DATA_SHEET.items()
+}
+
+
+def gemm_flops(d: int, d_ff: int, tokens: int, activation: str) -> dict[str, float]:
+    """FLOPs of the six GEMMs of one feed-forward layer; gated activations have a first matrix of twice the rows."""
+    first = 2 * d_ff if activation in GATED else d_ff
+    return {name: 2.0 * tokens * d * (first if name in ("z", "dx", "dw1") else d_ff) for name in GEMMS}
+
+
+def gemm_seconds(gpu: GPU, flops: dict[str, float], ratio=1.0) -> float:
+    """Time of these GEMMs. ratio: dense time over sparse time, of all or {name: ratio}; those not named are dense."""
+    ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(flops, ratio)
+    return sum(work / ratios.get(name, 1.0) for name, work in flops.items()) / gpu.flops
+
+
+def activation_bytes(d_ff: int, tokens: int, activation: str, recompute: bool = True) -> float:
+    """Forward: Z read, A written. Backward: Z and dA read, dZ written; to recompute A is another forward."""
+    forward, backward = (6, 10) if activation in GATED else (4, 6)
+    return float(d_ff * tokens * (forward * (2 if recompute else 1) + backward))
+
+
+def mvue_bytes(d: int, d_ff: int, tokens: int, activation: str, mvue: str | None = "fused") -> float:
+    """What 2:4 weight gradients cost: dY read and written packed, dZ written packed by the kernel that makes it.
+
+    mvue: "fused"; "separate" reads dZ back for it; None leaves the weight gradients dense.
+    """
+    if mvue not in ("fused", "separate", None):
+        raise ValueError(f"mvue_bytes: mvue={mvue!r}, need 'fused', 'separate' or None")
+    if mvue is None:
+        return 0.0
+    first = 2 * d_ff if activation in GATED else d_ff
+    return tokens * (d * (2 + PACKED) + first * (PACKED + (2 if mvue == "separate" else 0)))
+
+
+def pack_bytes(weights: float, mask_interval: int = 1) -> float:
+    """Per optimizer step: fp32 weights and their index read, both packed forms written; at a refresh, one kernel also
+    searches the masks and writes their index (the kernels' 101 and 102 bytes per 4x4 block)."""
+    return weights * (101 + 1 / mask_interval) / 16
+
+
+def ffn_weights(d: int, d_ff: int, activation: str) -> int:
+    """Weights of one feed-forward layer: two matrices, or three where it is gated."""
+    return d * d_ff * (3 if activation in GATED else 2)
+
+
+def ffn_dense(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str = "gelu", recompute: bool = True) -> float:
+    """Seconds of one dense feed-forward layer, forward and backward."""
+    moved = activation_bytes(d_ff, tokens, activation, recompute)
+    return gemm_seconds(gpu, gemm_flops(d, d_ff, tokens, activation)) + moved / gpu.bandwidth
+
+
+def ffn_sparse(
+    gpu: GPU,
+    d: int,
+    d_ff: int,
+    tokens: int,
+    activation: str = "gelu",
+    ratio=2.0,
+    mvue: str | None = "fused",
+    accumulation: int = 1,
+    mask_interval: int = 1,
+    recompute: bool = True,
+) -> float:
+    """Seconds of one sparse feed-forward layer, forward and backward, with its share of the packing, which is due once
+    for `accumulation` micro-steps. ratio: see gemm_seconds; dense weight gradients are {"z": 2, "y": 2, ...} without
+    dw1 and dw2, and mvue=None."""
+    moved = activation_bytes(d_ff, tokens, activation, recompute) + mvue_bytes(d, d_ff, tokens, activation, mvue)
+    moved += pack_bytes(ffn_weights(d, d_ff, activation), mask_interval) / accumulation
+    return gemm_seconds(gpu, gemm_flops(d, d_ff, tokens, activation), ratio) + moved / gpu.bandwidth
+
+
+def s_model(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str = "gelu", recompute: bool = True, **sparse):
+    """Dense time over sparse time of one feed-forward layer; `sparse` are ffn_sparse's other arguments."""
+    dense = ffn_dense(gpu, d, d_ff, tokens, activation, recompute)
+    return dense / ffn_sparse(gpu, d, d_ff, tokens, activation, recompute=recompute, **sparse)
+
+
+def attention_seconds(gpu: GPU, d: int, tokens: int, sequence: int) -> float:
+    """Seconds, forward and backward, of what a block has beside its feed-forward layer."""
+    linears = 6 * tokens * 4 * d * d  # c_attn (3 d^2 weights) and c_proj, three GEMMs each
+    scores = 2 * tokens * sequence * d * (1 + 2.5)
+    norms = 2 * (
+        12 + 16
+    )  # forward: x and the branch read, their sum and its norm written; backward alike, and dx twice
+    joined = 12  # gradients of q, k and v, copied into one
+    return (linears + scores / FLASH_SHARE) / gpu.flops + (norms + joined) * d * tokens / gpu.bandwidth
+
+
+def block_seconds(gpu: GPU, d: int, d_ff: int, tokens: int, sequence: int, activation="gelu", sparse=None) -> float:
+    """Seconds of one transformer block, forward and backward. sparse: None, or ffn_sparse's other arguments."""
+    ffn = (ffn_dense, {}) if sparse is None else (ffn_sparse, sparse)
+    return ffn[0](gpu, d, d_ff, tokens, activation, **ffn[1]) + attention_seconds(gpu, d, tokens, sequence)
+
+
+def block_s_model(gpu: GPU, d: int, d_ff: int, tokens: int, sequence: int, activation="gelu", **sparse) -> float:
+    """Dense time over sparse time of one transformer block."""
+    dense = block_seconds(gpu, d, d_ff, tokens, sequence, activation)
+    return dense / block_seconds(gpu, d, d_ff, tokens, sequence, activation, sparse)
+
+
+def train_step(
+    gpu: GPU,
+    n_layer: int,
+    n_embd: int,
+    d_ff: int,
+    vocab_size: int,
+    block_size: int,
+    batch_size: int,
+    activation: str = "gelu",
+    accumulation: int = 1,
+    sparse: dict | None = None,
+) -> dict:
+    """One optimizer step of `accumulation` micro-batches of `batch_size` sequences, dense or with `sparse`
+    (ffn_sparse's arguments). Returns "ms", "tokens_per_s" and "parts", milliseconds that add up to "ms"."""
+    tokens, ffn = batch_size * block_size, ffn_weights(n_embd, d_ff, activation)
+    matrices = n_layer * (4 * n_embd**2 + ffn) + vocab_size * n_embd
+    parameters = matrices + block_size * n_embd
+    cast = 6 * (matrices - (n_layer * ffn if sparse else 0))  # fp32 read, bf16 written; packed weights need none
+    cast += 6 * matrices + 12 * parameters * (accumulation - 1) / accumulation  # gradients to fp32, and their sum
+    sparse = {"mask_interval": 40, "accumulation": accumulation} | sparse if sparse else None
+    block = block_seconds(gpu, n_embd, d_ff, tokens, block_size, activation, sparse)
+    micro = {
+        "blocks": n_layer * block,
+        "lm_head": 6 * tokens * n_embd * vocab_size / gpu.flops,
+        "cross_entropy": 8 * tokens * vocab_size / gpu.bandwidth,  # bf16 logits: read twice, once more and overwritten
+        "embeddings_and_last_norm": (24 + 28) * tokens * n_embd / gpu.bandwidth,
+        "casts": cast / gpu.bandwidth,
+    }
+    parts = {name: 1e3 * seconds * accumulation for name, seconds in micro.items()}
+    parts["clip"] = 1e3 * 12 * parameters / gpu.bandwidth  # gradients read for the norm, read and written to scale them
+    parts["optimizer"] = 1e3 * 28 * parameters / gpu.bandwidth  # p, g, m, v read, p, m, v written, all fp32
+    ms = sum(parts.values())
+    return {"ms": ms, "tokens_per_s": 1e3 * tokens * accumulation / ms, "parts": parts}

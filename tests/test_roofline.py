@@ -1,0 +1,104 @@
+"""S_model reproduces a table worked out by hand, and every count in it is one that a reader can redo."""
+
+import pytest
+
+import bench_kernels
+import roofline
+from model import GPT, PEAK_TFLOPS, PRESETS, GPTConfig
+from roofline import GPU, GPUS
+
+NOTED = GPU(790e12, 4.3e12)
+# FFN d -> 4d -> d with GELU, 16384 tokens, pruned and packed every step: MVUE fused and apart, at three ratios.
+TABLE = {
+    768: {2: (1.60, 1.52), 1.5: (1.31, 1.25), 1.25: (1.14, 1.10)},
+    1024: {2: (1.67, 1.60), 1.5: (1.34, 1.30), 1.25: (1.16, 1.13)},
+    1280: {2: (1.71, 1.65), 1.5: (1.36, 1.33), 1.25: (1.17, 1.14)},
+    1600: {2: (1.75, 1.70), 1.5: (1.38, 1.35), 1.25: (1.18, 1.16)},
+}
+
+
+@pytest.mark.parametrize("d", list(TABLE))
+def test_s_model_is_the_table(d):
+    for ratio, expected in TABLE[d].items():
+        for mvue, s in zip(("fused", "separate"), expected, strict=True):
+            found = roofline.s_model(NOTED, d, 4 * d, 16384, recompute=False, ratio=ratio, mvue=mvue)
+            assert found == pytest.approx(s, abs=0.006), (ratio, mvue)
+
+
+@pytest.mark.parametrize(("d", "s"), [(768, 1.17), (1024, 1.19), (1280, 1.21), (1600, 1.22)])
+def test_two_of_three_gemms_sparse(d, s):
+    four = dict.fromkeys(("z", "y", "da", "dx"), 1.5)
+    assert roofline.s_model(NOTED, d, 4 * d, 16384, recompute=False, ratio=four) == pytest.approx(s, abs=0.01)
+    without = roofline.s_model(NOTED, d, 4 * d, 16384, recompute=False, ratio=four, mvue=None)
+    assert without > s  # dense weight gradients need no MVUE
+
+
+def test_times_of_the_table():
+    """d = 768: 0.464 TFLOP, 0.587 ms dense, 117 us of elementwise work, 22 us of MVUE, 7 us of packing."""
+    flops = roofline.gemm_flops(768, 3072, 16384, "gelu")
+    assert sum(flops.values()) == 48 * 16384 * 768**2 == pytest.approx(0.464e12, rel=1e-3)
+    assert roofline.gemm_seconds(NOTED, flops) == pytest.approx(0.587e-3, rel=1e-3)
+    assert roofline.activation_bytes(3072, 16384, "gelu", recompute=False) == 40 * 768 * 16384
+    assert roofline.activation_bytes(3072, 16384, "gelu") == 56 * 768 * 16384  # 16 more to have A again
+    assert roofline.mvue_bytes(768, 3072, 16384, "gelu") == 7.625 * 768 * 16384
+    assert roofline.mvue_bytes(768, 3072, 16384, "gelu", "separate") == 15.625 * 768 * 16384
+    assert roofline.pack_bytes(8 * 768**2) == 51 * 768**2
+    assert roofline.pack_bytes(16, mask_interval=40) == 101.025
+
+
+def test_gated_counts():
+    """With 2/3 of the hidden width a gated layer has the same weights and FLOPs; 16 bytes per hidden element."""
+    ungated, gated = (roofline.gemm_flops(*shape) for shape in ((768, 3072, 64, "relu2"), (768, 2048, 64, "swiglu")))
+    assert sum(ungated.values()) == sum(gated.values())
+    assert gated["z"] == gated["dx"] == gated["dw1"] == 2 * gated["y"]
+    assert roofline.ffn_weights(768, 3072, "gelu") == roofline.ffn_weights(768, 2048, "geglu")
+    assert roofline.activation_bytes(2048, 64, "geglu", recompute=False) == 16 * 2048 * 64
+    assert roofline.activation_bytes(2048, 64, "geglu") == 22 * 2048 * 64
+    assert roofline.mvue_bytes(768, 2048, 64, "geglu") == 64 * (768 * 3.125 + 4096 * 1.125)
+
+
+def test_unknown_mvue_is_refused():
+    with pytest.raises(ValueError, match=r"mvue='public', need 'fused', 'separate' or None"):
+        roofline.mvue_bytes(8, 32, 64, "gelu", "public")
+
+
+def test_assumed_rates_are_those_of_the_data_sheets():
+    for name, (tflops, tbytes) in roofline.DATA_SHEET.items():
+        assert tflops == PEAK_TFLOPS[name.upper()]
+        assert bench_kernels.GPUS.get(name.upper(), (0, 0, 0, tbytes))[3] == tbytes
+    assert GPUS["h200"].flops == pytest.approx(NOTED.flops, rel=0.01)
+    assert GPUS["h200"].bandwidth == pytest.approx(NOTED.bandwidth, rel=0.01)
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+def test_block_and_step_gain_less_than_the_layer(gpu):
+    ffn = roofline.s_model(GPUS[gpu], 1024, 4096, 16384, ratio=2.0)
+    block = roofline.block_s_model(GPUS[gpu], 1024, 4096, 16384, 1024, ratio=2.0)
+    shape = (GPUS[gpu], 24, 1024, 4096, 50304, 1024, 16)
+    dense, sparse = (roofline.train_step(*shape, sparse=s) for s in (None, {"ratio": 2.0}))
+    assert 1 < dense["ms"] / sparse["ms"] < block < ffn < 2
+    assert sparse["tokens_per_s"] == pytest.approx(16 * 1024e3 / sparse["ms"])
+    assert sum(sparse["parts"].values()) == sparse["ms"]
+    assert {name for name in dense["parts"] if dense["parts"][name] != sparse["parts"][name]} == {"blocks", "casts"}
+
+
+def test_longer_sequences_gain_less_and_accumulation_gains_more():
+    block = [roofline.block_s_model(GPUS["h200"], 1024, 4096, 16384, n) for n in (512, 1024, 2048)]
+    assert block[0] > block[1] > block[2]
+    assert roofline.s_model(NOTED, 768, 3072, 4096, accumulation=8) > roofline.s_model(NOTED, 768, 3072, 4096)
+    shape = (GPUS["h200"], 12, 768, 3072, 50304, 1024, 4)
+    once, often = (roofline.train_step(*shape, accumulation=g, sparse={"ratio": 2.0}) for g in (1, 8))
+    assert often["ms"] < 8 * once["ms"]
+    assert often["tokens_per_s"] > once["tokens_per_s"]
+
+
+def test_nothing_but_gemms_is_the_ratio_itself():
+    """On a GPU of unlimited bandwidth only FLOPs count: those of the whole step are the model's own count, but for
+    attention, which that count does not halve for causality, and which is slower here."""
+    fast = GPU(1e12, float("inf"))
+    assert roofline.s_model(fast, 768, 3072, 1024, ratio=1.7) == pytest.approx(1.7)
+    config = GPTConfig(vocab_size=64, block_size=32, bias=False, **PRESETS["124M"])
+    step = roofline.train_step(fast, 12, 768, 3072, 64, 32, 2)
+    attention = 12 * 12 * 768 * 32
+    exact = GPT(config).flops_per_token() - attention + attention / 12 * 7 / roofline.FLASH_SHARE
+    assert step["ms"] * 1e-3 * fast.flops == pytest.approx(exact * 64, rel=1e-6)

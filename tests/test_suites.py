@@ -1,0 +1,371 @@
+"""bench.py's suites at toy sizes: all that can run without a GPU does; what cannot is a reason in its row."""
+
+import json
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import bench_suites
+import ffn
+import roofline
+from bench_suites import TOY, Settings, largest_batch
+from model import GPTConfig
+from sparse24 import sparse_linears, transposable_mask
+from spmm import Choice
+from spmm_choice import Report
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, scale="toy", repetitions=2, spmm="emulated")
+SPREAD = {"median", "min", "max"}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Every plan comes with a report as a GPU makes it: each 2:4 GEMM at 2 TFLOP/s, dense at 1, the last not chosen."""
+
+    def plan_ffn(config, tokens, **options):
+        plan, report = original(config, tokens, **options)
+        gemms = ffn.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, True)
+        for gemm in gemms.values():
+            us = 2e-6 * gemm.m * gemm.n * gemm.k
+            row = {**gemm._asdict(), "dense_us": us, "dense_spread_us": [us, us], "best_us": us / 2, "ratio": 2.0}
+            report.rows.append(row | Choice()._asdict() | {"chosen": gemm.name != "dw2", "reason": ""})
+        return plan, Report(report.choices, report.rows, report.notes)
+
+    original = ffn.plan_ffn
+    monkeypatch.setattr(ffn, "plan_ffn", plan_ffn)
+
+
+def layer(kind: str, settings=SETTINGS, case=("gelu", 64, 32, 2)) -> dict:
+    (row,) = bench_suites.layer_rows(kind, case, settings)
+    return row
+
+
+@pytest.mark.parametrize("kind", ["ffn", "block"])
+def test_layer_row_has_every_variant_or_its_reason(kind):
+    row = layer(kind)
+    assert (row["d"], row["d_ff"], row["tokens"]) == (64, 256, 64)
+    assert row["variants"].keys() == bench_suites.VARIANTS.keys()
+    assert row["variants"]["auto"].keys() >= {"ms", "pack_ms", "refresh_ms", "host_us", "working_mib"}
+    assert row["variants"]["dense"]["ms"].keys() == SPREAD == row["s"]["auto"].keys()
+    assert row["variants"]["dense"]["ms"]["min"] > 0
+    assert row["variants"]["semi-structured"]["reason"].startswith("RuntimeError: ")
+    assert row["variants"]["torchao"].keys() & {"ms", "reason"}
+    assert row["plan"].startswith("z emulated sm90")
+    assert "s_model" not in row  # no GEMM was timed
+    assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.parametrize("kind", ["ffn", "block"])
+def test_gated_layers_run(kind):
+    case = next(case for case in bench_suites.layer_grid(kind, SETTINGS) if case[0] == "geglu")
+    assert "auto" in layer(kind, case=case)["s"]
+
+
+def test_packing_is_shared_by_the_micro_steps(monkeypatch):
+    """dense 10 ms; sparse 4 ms, its packing 2 ms and its mask search 40 ms, one step in 40: S = 10 / (4 + 3 / G)."""
+    ms = {"dense": 10.0, "sparse": 4.0, "pack": 2.0, "refresh": 40.0}
+    monkeypatch.setattr(bench_suites, "time_ms", lambda calls, *_: [[ms[call]] * 2 for call in calls])
+    variants = {"dense": bench_suites.Variant("dense"), "auto": bench_suites.Variant("sparse", "pack", "refresh")}
+    for accumulation, expected in ((1, 10 / 7), (3, 2.0)):
+        rows = {"dense": {}, "auto": {}}
+        settings = replace(SETTINGS, accumulation=accumulation)
+        found = bench_suites._measure_variants(variants, rows, settings)
+        assert found["s"]["auto"]["median"] == pytest.approx(expected)
+        assert rows["auto"]["ms"]["median"] == pytest.approx(10 / expected)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "block"])
+def test_s_model_takes_the_measured_rates(timed, monkeypatch, kind):
+    monkeypatch.setattr(bench_suites, "copy_bandwidth", lambda device: 1e30)
+    row = layer(kind)
+    ratio = 6 / 3.5  # five of six equal GEMMs take half the time
+    assert row["gemm_tflops"] == pytest.approx(1)
+    assert row["gemm_ratio"] == pytest.approx(ratio)
+    assert row["measured_over_model"] == pytest.approx(row["s"]["auto"]["median"] / row["s_model"])
+    gpu = roofline.GPU(1e12, 1e30)
+    block = roofline.block_s_model(gpu, 64, 256, 64, 32, ratio=ratio)
+    assert row["s_model"] == pytest.approx(ratio if kind == "ffn" else block)
+
+
+def test_a_plan_without_rows_has_no_model():
+    assert bench_suites.measured_card(None, 1e12) is None
+    assert bench_suites.measured_card(Report({}, [], []), 1e12) is None
+    assert bench_suites.describe(None, None) == "layer by layer"
+
+
+def test_gemm_rows(timed):
+    rows = list(bench_suites.gemm_rows((64, 128), SETTINGS))
+    assert [row["name"] for row in rows] == list(ffn.GEMMS)
+    assert all(row["dense_tflops"] == pytest.approx(1) and row["best_tflops"] == pytest.approx(2) for row in rows)
+    assert "2:4 2 TF/s  x2.00" in bench.line("gemm", rows[0])
+
+
+def test_untimed_gemms_say_so():
+    rows = list(bench_suites.gemm_rows((64, 128), SETTINGS))
+    assert {row["reason"] for row in rows} == {"not timed here"}
+    assert rows[0]["dense_tflops"] is None
+
+
+def test_semi_structured_forward_is_pruned_and_its_gradients_are_those_of_the_pruned_layer(monkeypatch):
+    """With the conversion replaced, which needs a GPU, all else runs here."""
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda w: w)
+    config = GPTConfig(n_embd=64, n_head=1, bias=False)
+    x, dy = torch.randn(2, 32, 64).bfloat16().requires_grad_(), torch.randn(2, 32, 64).bfloat16()
+    grads = {}
+
+    def keep_gradients(net, module, x, dy):
+        with bench_suites.autocast(x.device):
+            y = net(x)
+        y.backward(dy)
+        grads["found"] = [y.detach(), x.grad, *(p.grad for p in module.parameters())]
+
+    monkeypatch.setattr(bench_suites, "_forward_backward", keep_gradients)
+    variant = bench_suites.semi_structured_variant("ffn", config, x, dy, SETTINGS)
+    variant.pack()
+    x.grad = None
+    dense = bench_suites._layer("ffn", config, CPU)
+    for p in dense.parameters():
+        p.data.mul_(transposable_mask(p.data))
+    keep_gradients(dense, dense, x, dy)
+    expected = grads["found"]
+    x.grad = None
+    bench_suites.semi_structured_variant("ffn", config, x, dy, SETTINGS)
+    for ours, theirs in zip(grads["found"], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_torchao_where_it_is_installed(monkeypatch):
+    training = types.ModuleType("torchao.sparsity.training")
+    training.SemiSparseLinear = types.SimpleNamespace(from_dense=lambda linear: linear)
+    for name in ("torchao", "torchao.sparsity"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, training.__name__, training)
+    assert "torchao" in layer("ffn")["s"]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_run_takes_whole_optimizer_steps(sparse):
+    run = bench_suites.Run(TOY, sparse, 2, SETTINGS)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.step()
+    run.refresh()
+    ffn.pack_weights(run.model)
+    run.step()
+    assert run.iter_num == 2
+    assert all(not torch.equal(p, q) for p, q in zip(before, run.model.parameters(), strict=True))
+    assert all(p.grad is None for p in run.model.parameters())
+    for linear in sparse_linears(run.model):
+        assert int(linear.mask.sum()) == linear.weight.numel() // 2
+    assert len(sparse_linears(run.model)) == (4 if sparse else 0)
+    assert all(group["fused"] for group in run.optimizer.param_groups)  # on a CPU, as configure_optimizers asks
+
+
+def test_e2e_row(timed):
+    row = bench_suites.e2e_row("toy", TOY, 2, SETTINGS)
+    assert [run["variant"] for run in row["runs"]] == ["dense", "sparse", "dense"]
+    before, sparse, after = (run["ms"]["median"] for run in row["runs"])
+    assert row["s_measured"] == pytest.approx((before + after) / 2 / sparse)
+    assert row["drift"] == pytest.approx(after / before - 1)
+    assert row["runs"][1]["tokens_per_s"] == pytest.approx(2 * 32 * 1000 / sparse)
+    assert row["runs"][0]["launches"] is None is row["runs"][0]["mfu"]  # on a CPU
+    assert row["runs"][0]["host_us_per_layer"] > 0
+    assert 1 < row["s_model"] < 2
+    assert "S_model" in bench.line("e2e", row)
+    assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 3, 4, 5, 7, 16, 100, 1000, 4096, 5000])
+def test_largest_batch(capacity):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= capacity
+
+    found = largest_batch(fits, 4)
+    assert found <= capacity
+    assert found >= min(capacity, 4096) * 8 / 9 - 1
+    assert found == 0 or found in tried
+    assert len(tried) <= 15
+    assert max(tried) <= 4096
+
+
+def test_a_batch_fits_until_memory_runs_out(monkeypatch):
+    assert bench_suites.fits_in_memory(TOY, SETTINGS, 2)
+
+    def out_of_memory(self):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(bench_suites.Run, "step", out_of_memory)
+    assert not bench_suites.fits_in_memory(TOY, SETTINGS, 2)
+    (row,) = bench_suites.e2e_rows(("toy", TOY, 2), SETTINGS)
+    assert row["reason"].startswith("OutOfMemoryError: CUDA out of memory")
+    (row,) = bench_suites.e2e_rows(("toy", TOY, None), SETTINGS)
+    assert row == {"size": "toy", "largest": True, "reason": "no batch fits in memory"}
+
+
+def test_the_largest_batch_shrinks_until_sparse_fits_too(monkeypatch):
+    tried = []
+
+    def e2e_row(size, config, batch, settings):
+        tried.append(batch)
+        if batch > 50:
+            raise torch.cuda.OutOfMemoryError("no")
+        return {"batch": batch}
+
+    monkeypatch.setattr(bench_suites, "e2e_row", e2e_row)
+    monkeypatch.setattr(bench_suites, "largest_batch", lambda *_: 64)
+    assert list(bench_suites.e2e_rows(("toy", TOY, None), SETTINGS)) == [{"batch": 49, "largest": True}]
+    assert tried == [64, 56, 49]
+
+
+@pytest.mark.parametrize("scale", ["quick", "default", "full"])
+def test_grids_hold_what_they_promise(scale):
+    settings = Settings(CPU, scale)
+    layers = bench_suites.layer_grid("ffn", settings) + bench_suites.layer_grid("block", settings)
+    assert {case[0] for case in bench_suites.layer_grid("ffn", settings)} == {"gelu", "geglu"}
+    assert len(set(layers)) >= {"quick": 6, "default": 20, "full": 200}[scale]
+    for activation, d, n, batch in layers:
+        config = GPTConfig(n_embd=d, n_head=d // 64, activation=activation, sparse="fst")
+        assert config.d_ff % 64 == 0 == n * batch % 64
+    if scale == "full":
+        assert {case[1] for case in layers} == set(bench_suites.WIDTHS)
+        assert {case[2] for case in layers} == {512, 1024, 2048}
+        assert {case[3] for case in layers} == {4, 8, 16, 32, 64}
+    e2e = bench_suites.e2e_grid(settings)
+    assert next(case[2] for case in e2e if case[0] == "774M") == 5
+    assert bench_suites.e2e_grid(replace(settings, sizes=("350M",)))[0][::2] == ("350M", 16)
+    assert len(bench_suites.gemm_grid(settings)) == (2 if scale == "quick" else 12)
+
+
+def test_a_budget_leaves_out_and_a_failure_is_a_row(monkeypatch):
+    rows = list(bench_suites.suite_rows("gemm", replace(SETTINGS, budget=-1.0)))
+    assert rows == [{"case": [64, 128], "reason": "left out: the suite's time was up"}]
+
+    def broken(*_, **__):
+        raise ValueError("spmm='cutlass': cannot")
+
+    monkeypatch.setattr(ffn, "plan_ffn", broken)
+    (row,) = bench_suites.suite_rows("gemm", SETTINGS)
+    assert row["reason"] == "ValueError: spmm='cutlass': cannot"
+    rows = list(bench_suites.suite_rows("ffn", SETTINGS))
+    assert all(row["variants"]["auto"]["reason"] == "ValueError: spmm='cutlass': cannot" for row in rows)
+    assert all(row["s"] == {} for row in rows)
+    data = {"suites": {"gemm": {"rows": [row]}, "ffn": {"rows": rows}}}
+    assert len(bench.failures(data, ["gemm", "ffn"])) == 3
+    assert len(bench.failures(data, ["gemm"])) == 1  # others are of earlier runs
+    left_out = {"rows": [{"case": [1], "reason": "left out: x"}, {"case": [1], "reason": "OutOfMemoryError: x"}]}
+    assert bench.failures({"suites": {"ffn": left_out}}, ["ffn"]) == []
+
+
+def test_results_are_saved_row_by_row_and_other_suites_stay(tmp_path):
+    path = tmp_path / "gpu" / "bench.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"suites": {"e2e": {"rows": [1]}, "gemm": {"rows": [2]}}}))
+    results = bench.Results(path)
+    results.begin("gemm", SETTINGS)
+    results.add("gemm", {"d": 1, "reason": "x"})
+    saved = json.loads(path.read_text())["suites"]
+    assert saved["e2e"] == {"rows": [1]}
+    assert saved["gemm"]["rows"] == [{"d": 1, "reason": "x"}]
+    assert "after" not in saved["gemm"]  # a run that was killed shows as such
+    assert saved["gemm"]["environment"].keys() >= {"commit", "torch", "triton", "python", "device_name"}
+    results.end("gemm")
+    assert "after" in json.loads(path.read_text())["suites"]["gemm"]
+
+
+def test_gpu_state_reads_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "nvidia-smi" in bench.gpu_state()["reason"]
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '580.1, 1980, 3201, 88.5, 700.00, 31'\n")
+    tool.chmod(0o755)
+    assert bench.gpu_state() == {
+        "driver_version": "580.1",
+        "clocks.sm": "1980",
+        "clocks.mem": "3201",
+        "power.draw": "88.5",
+        "power.limit": "700.00",
+        "temperature.gpu": "31",
+    }
+
+
+def test_cli_on_a_cpu_runs_toys_and_writes_only_where_it_was_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bench.main(["--suite", "gemm"])
+    assert list(tmp_path.iterdir()) == []
+    assert "Its ratios mean nothing" in capsys.readouterr().out
+    bench.main(["--suite", "ffn", "--repetitions", "2", "--out_dir", "here"])
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["bench.json"]
+    assert json.loads(Path("here/bench.json").read_text())["suites"]["ffn"]["settings"]["scale"] == "toy"
+    with pytest.raises(SystemExit, match=r"--plot without --suite draws a --json that is there, not x.json"):
+        bench.main(["--plot", "x.png", "--json", "x.json"])
+
+
+def test_failures_end_the_command_with_an_error(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(ffn, "plan_ffn", broken)
+    with pytest.raises(SystemExit, match="gemm: RuntimeError: no kernel image"):
+        bench.main(["--suite", "gemm"])
+
+
+@pytest.mark.parametrize("gpu", list(roofline.GPUS))
+def test_prediction_prints_all_tables(gpu, capsys):
+    bench.main(["--predict", gpu])
+    text = capsys.readouterr().out
+    assert text.startswith(f"S_model on {gpu.upper()}, predicted and not measured")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3 * 2 + 2 * len(bench.WIDTHS) + 3 * len(bench.WIDTHS) + 4
+    assert all(name in text for name in ("124M", "350M", "774M", "1558M"))
+
+
+def fake_data() -> dict:
+    spread = {"median": 1.2, "min": 1.1, "max": 1.3}
+    rows = [
+        {"activation": "gelu", "d": d, "n": n, "batch": 16, "s": {"auto": spread}, "s_model": 1.4}
+        for d in (1024, 768)
+        for n in (512, 1024)
+    ]
+    e2e = [{"size": "124M", "batch": b, "s_measured": 1.1} for b in (16, 64)]
+    e2e[0]["s_model"] = 1.15
+    environment = {"device_name": "GPU X", "torch": "2.11"}
+    rows += [{"case": [1], "reason": "left out"}, {"activation": "gelu", "s": {}}]
+    return {
+        "suites": {
+            "ffn": {"environment": environment, "rows": rows},
+            "e2e": {"environment": environment, "rows": [*e2e, {"size": "774M", "reason": "no batch fits"}]},
+        }
+    }
+
+
+def test_figure_is_drawn_from_the_file(tmp_path, monkeypatch, capsys):
+    source, figure = tmp_path / "in.json", tmp_path / "out" / "bench.png"
+    source.write_text(json.dumps(fake_data()))
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "find_spec", lambda name: None)
+        bench.main(["--plot", str(figure), "--json", str(source)])
+        assert f"python bench.py --plot {figure} --json {source}" in capsys.readouterr().out
+        assert not figure.exists()
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    bench.main(["--plot", str(figure), "--json", str(source)])
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"), ("Tesla T4", "tesla-t4")]
+)
+def test_results_folder_is_the_gpus_name(name, folder):
+    assert bench.slug(name) == folder

@@ -2,7 +2,7 @@
 
     python bench.py                              every suite; on a GPU writes results/<gpu>/bench.json and bench.png
     python bench.py --suite ffn --quick          one suite, a smaller grid; --full for the whole one
-    python bench.py --predict h200               S_model alone (roofline.py): any machine, no GPU
+    python bench.py --predict [h200]             S_model alone (roofline.py): any machine, no GPU; results/roofline.md
     python bench.py --suite kernels --predict    compile the Triton kernels and count: results/kernels.{json,md}
     python bench.py --plot bench.png --json results/h200/bench.json     draw the figure of a file that is there
 
@@ -125,6 +125,34 @@ def line(suite: str, row: dict) -> str:
         texts += [form.format(row[key])] if key in row else []
     texts += [f"S/S_model {row['measured_over_model']:.2f}"] if "measured_over_model" in row else []
     return "  ".join(texts + ([f"({row['reason']})"] if row.get("reason") else []))
+
+
+def summary(data: dict) -> str:
+    """README's table of a bench.json: what was measured beside compiled dense, its spread, and the model."""
+    rows = []
+    for suite in ("ffn", "block", "e2e"):
+        for row in data["suites"].get(suite, {"rows": []})["rows"]:
+            found = row.get("s", {}).get("auto", {}) if suite != "e2e" else {"median": row.get("s_measured")}
+            shape = [
+                row[key] for key in ("size", "activation", "d", "n", "batch") if key in row and key in _SHAPE[suite]
+            ]
+            if not found.get("median"):
+                continue
+            measured = f"{found['median']:.3f}" + (
+                f" ({found['min']:.3f} to {found['max']:.3f})" if "min" in found else ""
+            )
+            memory = [run["peak_gib"] for run in row.get("runs", []) if run.get("peak_gib")]
+            cells = [suite, " x ".join(map(str, shape)), measured]
+            cells += [f"{row[key]:.2f}" if key in row else "" for key in ("s_model", "measured_over_model")]
+            rows.append([*cells, f"{memory[1] / memory[0]:.3f}" if memory else ""])
+    return table(["suite", "shape", "S (spread)", "S_model", "S / S_model", "memory, sparse over dense"], rows)
+
+
+_SHAPE = {
+    "ffn": ("activation", "d", "n", "batch"),
+    "block": ("activation", "d", "n", "batch"),
+    "e2e": ("size", "batch"),
+}
 
 
 def failures(data: dict, suites) -> list[str]:
@@ -264,7 +292,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write the numbers; default: bench.json in --out_dir")
     parser.add_argument("--plot", type=Path, help="where to write the figure; without --suite, of the --json there is")
     parser.add_argument(
-        "--predict", nargs="?", const="h200", choices=roofline.GPUS, help="S_model alone, measures none"
+        "--predict", nargs="?", const="all", choices=("all", *roofline.GPUS), help="S_model alone, measures none"
     )
     parser.add_argument("--out_dir", help="default: results/<gpu> on a GPU, nowhere on a CPU; kernels: results")
     size = parser.add_mutually_exclusive_group()
@@ -308,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         run_kernels(args, device)
         return
     if args.predict:
-        print(prediction(args.predict))
+        print("\n\n".join(prediction(name) for name in roofline.GPUS if args.predict in ("all", name)))
         return
     if args.plot and args.suite is None:
         if not (args.json and args.json.exists()):
@@ -328,7 +356,8 @@ def main(argv: list[str] | None = None) -> None:
         for suite in suites:
             results.run(suite, settings)
     if path:
-        print(f"wrote {path}")
+        path.with_suffix(".md").write_text(summary(results.data) + "\n")
+        print(f"wrote {path} and {path.with_suffix('.md')}, README's table")
     if args.plot or (path and on_gpu):
         try_to_draw(results.data, args.plot or path.with_suffix(".png"), path)
     if on_gpu and args.suite in (None, "all"):

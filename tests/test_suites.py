@@ -19,6 +19,8 @@ from sparse24 import sparse_linears, transposable_mask
 from spmm import Choice
 from spmm_choice import Report
 
+ROOT = Path(bench.__file__).resolve().parent
+
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, scale="toy", repetitions=2, spmm="emulated")
 SPREAD = {"median", "min", "max"}
@@ -307,7 +309,7 @@ def test_cli_on_a_cpu_runs_toys_and_writes_only_where_it_was_told(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
     assert "Its ratios mean nothing" in capsys.readouterr().out
     bench.main(["--suite", "ffn", "--repetitions", "2", "--out_dir", "here"])
-    assert [path.name for path in (tmp_path / "here").iterdir()] == ["bench.json"]
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["bench.json", "bench.md"]
     assert json.loads(Path("here/bench.json").read_text())["suites"]["ffn"]["settings"]["scale"] == "toy"
     with pytest.raises(SystemExit, match=r"--plot without --suite draws a --json that is there, not x.json"):
         bench.main(["--plot", "x.png", "--json", "x.json"])
@@ -369,3 +371,32 @@ def test_figure_is_drawn_from_the_file(tmp_path, monkeypatch, capsys):
 )
 def test_results_folder_is_the_gpus_name(name, folder):
     assert bench.slug(name) == folder
+
+
+def test_readme_and_results_hold_what_the_roofline_predicts(capsys):
+    bench.main(["--predict"])
+    text = capsys.readouterr().out
+    assert (ROOT / "results" / "roofline.md").read_text() == text, "python bench.py --predict > results/roofline.md"
+    h200 = text[text.index("S_model on H200") : text.index("S_model on B200")]
+    steps = h200[h200.index("| size |") :].strip()
+    assert len(steps.splitlines()) == 6
+    assert steps in (ROOT / "README.md").read_text(), f"README should hold:\n{steps}"
+
+
+def test_readme_holds_the_table_of_every_gpu_that_was_measured():
+    """And a bench.md is what its bench.json says."""
+    files = [*(ROOT / "results").glob("*/bench.json")]
+    for path in files:
+        table = bench.summary(json.loads(path.read_text()))
+        assert path.with_suffix(".md").read_text() == table + "\n"
+        assert table in (ROOT / "README.md").read_text(), f"README should hold the table of {path}:\n{table}"
+    measured = {"s": {"auto": {"median": 1.25, "min": 1.2, "max": 1.3}}, "s_model": 1.5, "measured_over_model": 0.83}
+    shape = {"activation": "gelu", "d": 768, "n": 1024, "batch": 4}
+    runs = [{"peak_gib": 8.0}, {"peak_gib": 10.0}, {"peak_gib": 8.0}]
+    e2e = {"size": "124M", "batch": 4, "d": 768, "s_measured": 1.1, "runs": runs}
+    suites = {"ffn": {"rows": [shape | measured, shape | {"reason": "OOM"}]}, "e2e": {"rows": [e2e]}}
+    lines = bench.summary({"suites": suites}).splitlines()[2:]
+    assert lines == [
+        "| ffn | gelu x 768 x 1024 x 4 | 1.250 (1.200 to 1.300) | 1.50 | 0.83 |  |",
+        "| e2e | 124M x 4 | 1.100 |  |  | 1.250 |",
+    ]

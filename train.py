@@ -381,8 +381,9 @@ def main() -> None:
                 "use the dataset it was made for"
             )
         optimizer = build_optimizer(model, recipe, state)
-        sparse_ahead = (state["iter_num"] if state else 0) < (state["dense_start"] if state else planned_dense_start())
-        report = plan_gemms(model, folder, ranks, dev) if sparse_ahead and not eval_only else None
+        iter_num = state["iter_num"] if state else 0
+        switch = state["dense_start"] if state and dense_start < 0 else planned_dense_start()
+        report = plan_gemms(model, folder, ranks, dev) if iter_num < switch and not eval_only else None
     except (ValueError, OSError, ImportError, NotImplementedError, checkpoint.CheckpointError) as error:
         sys.exit(f"train.py: error: {error}")
 
@@ -392,12 +393,10 @@ def main() -> None:
         ranks.leave()
         return
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == "float16")
-    iter_num, best_val_loss, elapsed = 0, math.inf, 0.0
-    switch = planned_dense_start()
+    best_val_loss, elapsed = math.inf, 0.0
     if state is not None:
         scaler.load_state_dict(state["scaler"])
-        iter_num, best_val_loss, elapsed = state["iter_num"], state["best_val_loss"], state.get("elapsed_s", 0.0)
-        switch = dense_start if dense_start >= 0 else state["dense_start"]
+        best_val_loss, elapsed = state["best_val_loss"], state.get("elapsed_s", 0.0)
     model_args = asdict(model.config)
     settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
     net = torch.compile(model, mode=compile_mode) if compile else model

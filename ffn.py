@@ -12,7 +12,9 @@ weights' operands are made once per optimizer step by `pack_weights`, not per mi
 tokens; other inputs, the dense phase and modules without a plan take the layers one by one, as nn.Linear would.
 """
 
-from collections.abc import Sequence
+import copy
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +26,11 @@ from torch.autograd.function import once_differentiable
 import operators
 from sparse24 import Sparse24Linear, transposable_index
 from spmm import ORDERS, Choice, Gemm, compress24, matmul24
-from spmm_choice import Report, choose
+from spmm_choice import Report, choose, time_interleaved, wins
 
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
+_OURS = ("sm80", "sm90")  # orders that our kernels write, a weight's and its transpose's at once
+_CONVERTED = ("library", "cutlass")  # orders that a library's converter writes, from the pruned matrix
 
 
 class FFNPlan(NamedTuple):
@@ -93,22 +97,56 @@ def plan_ffn(
     return FFNPlan(config.activation, tokens, dtype, mvue, recompute, *choices), report
 
 
+def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None) -> dict:
+    """What one FFN takes, forward and backward, taking turns: "dense"; "layers", the 2:4 layers one by one; "plan".
+
+    Each GEMM was timed alone; this is the sum, with all that lies between. mlp: one of the model's, which is copied.
+    compile_mode: torch.compile's, or None for none. Returns {"us": {way: [median, smallest, largest]}, "taken": the
+    way that sparse steps should go}: the plan, unless it is not faster than the layers by more than the noise.
+    """
+    device, ways = mlp.c_fc.weight.device, ("dense", "layers", "plan")
+    x, dy = (torch.randn(plan.tokens, mlp.c_fc.in_features, device=device, dtype=plan.dtype) for _ in range(2))
+    calls = [_forward_backward(mlp, plan, way, compile_mode, x.requires_grad_(), dy) for way in ways]
+    times = dict(zip(ways, time_interleaved(calls, 9, device=device), strict=True))
+    taken = "plan" if wins(times["plan"], times["layers"]) else "layers"
+    return {"us": {way: [statistics.median(us), min(us), max(us)] for way, us in times.items()}, "taken": taken}
+
+
+def _forward_backward(mlp, plan: FFNPlan, way: str, compile_mode: str | None, x, dy) -> Callable[[], None]:
+    mlp = copy.deepcopy(mlp).train()
+    mlp.c_fc.sparse = mlp.c_proj.sparse = way != "dense"
+    set_plan(mlp, plan if way == "plan" else None)
+    net = torch.compile(mlp, mode=compile_mode) if compile_mode else mlp
+
+    def call():
+        with torch.autocast(x.device.type, plan.dtype, enabled=mlp.c_fc.weight.dtype != plan.dtype):
+            y = net(x)
+        y.backward(dy)
+        mlp.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return call
+
+
 def _packable(gemm: Gemm, choice: Choice) -> Choice:
     """The choice, or the dense GEMM where an emulated operand does not fit its order (others were tried out)."""
     rows, columns = ORDERS.get(choice.order, (1, 1))
     fits = gemm.m % rows == gemm.k % columns == gemm.n % 8 == 0
+    if not gemm.fresh:  # a weight is packed together with its transpose
+        fits = fits and gemm.k % rows == gemm.m % columns == 0
     return choice if fits or choice.backend == "masked" else Choice()
 
 
 def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
     """A matrix with two non-zeros in each group, packed as the layers pack gradients: MVUE keeps it as it is."""
-    return _packed(operators.mvue24_pack(x, 0, "masked" if order in ("library", "cutlass") else order)[0], order)
+    seed = torch.zeros((), dtype=torch.int64, device=x.device)
+    return _packed(operators.mvue24_pack(x, seed, "masked" if order in _CONVERTED else order)[0], order)
 
 
 def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pruned matrices and their operands as each of our packers writes them: of a weight, its transpose, a gradient."""
     pairs = []
-    for seed, shape in enumerate([(128, 128), (256, 384), (384, 128)]):
+    for seed, shape in enumerate([(256, 512), (512, 256), (384, 128) if order == "sm80" else (320, 192)]):
         generator = torch.Generator().manual_seed(seed)
         w = torch.randn(shape, generator=generator)
         w = torch.where(w.abs() < 0.01, 0.01, w).to(device)  # a kept zero has no place of its own in a library's eyes
@@ -124,11 +162,11 @@ def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor,
 
 def _packed(x: torch.Tensor, order: str) -> torch.Tensor:
     """A masked matrix as its operand where a library's converter makes it; else it is what `order` says already."""
-    return compress24(x, order) if order in ("library", "cutlass") else x
+    return compress24(x, order) if order in _CONVERTED else x
 
 
 def _pack_order(choice: Choice) -> str:
-    return "masked" if choice.order in ("library", "cutlass") else choice.order
+    return "masked" if choice.order in _CONVERTED else choice.order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,9 +203,9 @@ class _SparseFFN(torch.autograd.Function):
             else:
                 dy_24, db2 = dy.t(), dy.sum(0)
             if needs_w2:
-                a = operators.activation(z, plan.activation) if a is None else a
+                a = operators.activation(z, plan.activation, again=True) if a is None else a
                 dw2 = matmul24(dy_24, a.t(), None, dy.shape[1], False, plan.dw2).to(ctx.w2_dtype)
-            del a, dy_24  # before the large tensors of the other half are made
+            a = dy_24 = None  # freed before the large tensors of the other half are made
         if needs_x or needs_w1 or needs_b1:
             da = matmul24(w2_t_24, dy.t(), None, ctx.d_ff, False, plan.da)
             if plan.mvue and needs_w1:
@@ -179,8 +217,10 @@ class _SparseFFN(torch.autograd.Function):
             else:
                 dz = dz_24 = operators.activation_backward(z, da, plan.activation)
                 db1 = dz.sum(1)
+            da = None
             if needs_w1:
                 dw1 = matmul24(dz_24, x, None, z.shape[0], False, plan.dw1).to(ctx.w1_dtype)
+            dz_24 = None
             if needs_x:
                 dx = matmul24(w1_t_24, dz, None, x.shape[1], True, plan.dx)
         db1 = db1.to(x.dtype) if needs_b1 else None
@@ -224,7 +264,6 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
 
 
 _BUFFERS = ("w_24", "packed", "packed_t")  # the pruned weight (out, in); packed operands of it and of its transpose
-_OURS = ("sm80", "sm90")  # what pack_weight_ writes, both at once
 
 
 def _operands(layer: Sparse24Linear, order: str, order_t: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,6 +336,6 @@ def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dt
     if w_24 is not None:
         w_24.copy_(torch.where(layer.mask, w, 0))
         for blob, x, how in zip(blobs, (w_24, w_24.t()), orders, strict=True):
-            if how in ("library", "cutlass"):
+            if how in _CONVERTED:
                 blob.copy_(compress24(x.contiguous(), how))
     layer.packed_from = source

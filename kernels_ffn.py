@@ -143,12 +143,13 @@ def _check_activation(
 
 
 @torch.library.custom_op("nano24::activation", mutates_args=())
-def activation(z: torch.Tensor, activation: str, rowwise: bool = False) -> torch.Tensor:
+def activation(z: torch.Tensor, activation: str, rowwise: bool = False, again: bool = False) -> torch.Tensor:
     """a = f(z), or f(gate) * up of a gated z. Twin: operators.activation_ref.
 
     z: (d_ff, tokens), gated (2 d_ff, tokens), contiguous. Returns (d_ff, tokens) in z's dtype. Per element in bfloat16:
     2 B of z, gated 4, and 2 B of a, at most 27 I, gated 41.
     rowwise: the baseline of the paper's Table 3, which walks along a token's features, across the memory layout.
+    again: changes nothing here. torch.compile merges equal calls, and would keep A rather than compute it again.
     """
     d_ff, tokens = _check_activation("activation", z, activation)
     a = torch.empty((d_ff, tokens), dtype=z.dtype, device=z.device)
@@ -169,7 +170,7 @@ def activation(z: torch.Tensor, activation: str, rowwise: bool = False) -> torch
 
 
 @activation.register_fake
-def _(z, activation, rowwise=False):
+def _(z, activation, rowwise=False, again=False):
     return z.new_empty(_check_activation("activation", z, activation))
 
 

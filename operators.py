@@ -677,10 +677,10 @@ def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay
     return masked_decay_ref_(grad, w, mask, decay)
 
 
-def activation(z: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation_ref, by a kernel where it can."""
+def activation(z: torch.Tensor, activation: str, again: bool = False) -> torch.Tensor:
+    """activation_ref, by a kernel where it can. again: a second time, in the backward; see kernels_ffn.activation."""
     kernel = _on_kernels(z) and z.dim() == 2 and z.is_contiguous()
-    return _kernels_ffn.activation(z, activation) if kernel else activation_ref(z, activation)
+    return _kernels_ffn.activation(z, activation, again=again) if kernel else activation_ref(z, activation)
 
 
 def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:

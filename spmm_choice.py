@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from spmm import Choice, Gemm, compress24, matmul24, pack_ref
+from spmm import ORDERS, Choice, Gemm, check_packable, compress24, matmul24, pack_ref
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def _first_line(error: Exception) -> str:
 
 Sample = tuple[torch.Tensor, torch.Tensor]  # a pruned matrix, 16-bit, and its packed operand
 _REPEATS = 4  # runs of a GEMM that must agree bit for bit
+_NO_CAPTURE = "cannot be captured in a CUDA graph"
+_NO_MORE = 16  # algorithm ids that raise, in a row, after which there are taken to be no more
 
 
 def random_24(rows: int, columns: int, device, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -123,7 +125,7 @@ def fault_of(call: Callable[[], torch.Tensor], reference: torch.Tensor) -> str |
         if not all(torch.equal(call(), first) for _ in range(_REPEATS - 1)):
             return "not the same result each time"
     except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return f"raises {type(error).__name__}: {_first_line(error)}"
     return None
 
 
@@ -135,12 +137,13 @@ def fault_in_graph(call: Callable[[], torch.Tensor], reference: torch.Tensor) ->
         replay()
         return None if close_to(results[0], reference) else "wrong result from a CUDA graph"
     except RuntimeError as error:
-        return f"cannot be captured in a CUDA graph: {_first_line(error)}"
+        return f"{_NO_CAPTURE}: {_first_line(error)}"
 
 
 def time_interleaved(calls: Sequence[Callable], repetitions: int, graph=False, device=None) -> list[list[float]]:
-    """Microseconds per call, `repetitions` of each, taken in turns under a load that does not pause. On CUDA a sample
-    is as many calls as take about 2 ms. graph: replay them as CUDA graphs, so that the host's time does not count."""
+    """Microseconds per call, `repetitions` of each, taken in turns. On CUDA a sample is as many calls as take about
+    2 ms, begun on an idle GPU: the host's time counts where it is longer, and cannot hide behind the call before.
+    graph: replay them as CUDA graphs instead, so that it does not count."""
     if not (torch.cuda.is_available() if device is None else device.type == "cuda"):
         turns = [[_host_us(call, 1) for call in calls] for _ in range(repetitions)]
         return [list(times) for times in zip(*turns, strict=True)]
@@ -150,6 +153,8 @@ def time_interleaved(calls: Sequence[Callable], repetitions: int, graph=False, d
     events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)] for _ in calls]
     for i in range(-1, repetitions):  # the first round warms up
         for body, pairs in zip(bodies, events, strict=True):
+            if not graph:
+                torch.cuda.synchronize()
             pairs[max(i, 0)][0].record()
             body()
             pairs[max(i, 0)][1].record()
@@ -172,9 +177,12 @@ def _host_us(call: Callable, count: int, finish: Callable = lambda: None) -> flo
 
 
 def _captured(body: Callable[[], None]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            body()
+    finally:  # a capture that fails leaves its own stream current
+        torch.cuda.set_stream(stream)
     return graph.replay
 
 
@@ -190,6 +198,14 @@ class Report:
     choices: dict[str, Choice]
     rows: list[dict]
     notes: list[str]
+    whole: dict | None = None  # ffn.time_ways: what a whole layer takes, dense and by the choices
+
+    def pays(self) -> bool:
+        """Whether a 2:4 layer was faster than a dense one; where no layer was timed, whether any of its GEMMs was."""
+        if self.whole:
+            us = {way: median for way, (median, _, _) in self.whole["us"].items()}
+            return us[self.whole["taken"]] < us["dense"]
+        return any(row["chosen"] for row in self.rows)
 
     def text(self) -> str:
         """A table, one line a GEMM, below what was found out about the backends."""
@@ -200,6 +216,9 @@ class Report:
             best = f"{r['best_us']:9.1f}  {r['ratio']:5.2f}" if r["best_us"] else "        -      -"
             how = f"{r['backend']} {r['alg_id']}/{r['split_k']}" if r["chosen"] else f"dense: {r['reason']}"
             lines.append(f"{r['name']:<9} {r['m']:>7} {r['n']:>6} {r['k']:>6}  {r['dense_us']:9.1f}  {best}  {how}")
+        if self.whole:
+            ways = ", ".join(f"{way} {us[0] / 1000:.3f} ms" for way, us in self.whole["us"].items())
+            lines.append(f"one layer, forward and backward: {ways}; taken: {self.whole['taken']}")
         return "\n".join(lines)
 
 
@@ -227,15 +246,17 @@ class _Trial:
         """Run it as often as it takes to trust it."""
         multiply, gemm = self.backends[choice.backend].multiply, self.gemm
         try:
+            if not gemm.fresh and choice.order in ORDERS:  # a weight is packed together with its transpose
+                check_packable("transposed weight", gemm.k, gemm.m, choice.order)
             if choice.backend not in self.operands:
                 self.operands[choice.backend] = self.packer(self.a, choice.order)
         except (RuntimeError, ValueError) as error:
-            self.faults[choice] = _first_line(error)
+            self.faults[choice] = f"raises {type(error).__name__}: {_first_line(error)}"
             return False
         operand, converted = self.operands[choice.backend], gemm.fresh and choice.order in ("library", "cutlass")
 
         def call():  # a converter's time is part of it where it runs each time; our own packers write as MVUE draws
-            a = self.packer(self.a, choice.order) if converted else operand
+            a = compress24(self.a, choice.order) if converted else operand
             return multiply(a, self.b, self.bias, gemm.m, gemm.transposed, choice)
 
         fault = fault_of(call, self.reference) or (fault_in_graph(call, self.reference) if self.captured else None)
@@ -243,7 +264,19 @@ class _Trial:
             self.sound[choice] = call
         else:
             self.faults[choice] = fault
+            self._check_context(choice)
         return fault is None
+
+    def _check_context(self, choice: Choice) -> None:
+        """Raises RuntimeError where an algorithm left the GPU in a state in which nothing more can be run."""
+        if self.a.is_cuda:
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{choice} of the 2:4 GEMM {self.gemm} broke the CUDA context ({self.faults[choice]}); "
+                    "use --spmm=masked, or another backend"
+                ) from error
 
     def fastest(self, timer) -> list[Choice]:
         times = timer(list(self.sound.values()), 3)
@@ -252,10 +285,12 @@ class _Trial:
     def finalists(self, timer) -> list[Choice]:
         """The three fastest sound algorithms; where the sum is long, also with the sum split."""
         for name, order in self.usable.items():
-            failed = 0
+            raised = 0
             for alg_id in range(self.backends[name].algorithms):
-                failed = 0 if self.is_sound(Choice(name, order, alg_id)) else failed + 1
-                if failed == 4:  # there are no more
+                choice = Choice(name, order, alg_id)
+                fault = None if self.is_sound(choice) else self.faults[choice]
+                raised = raised + 1 if fault and fault.startswith("raises") else 0
+                if raised == _NO_MORE or (fault and fault.startswith(_NO_CAPTURE)):
                     break
         if not self.sound:
             return []
@@ -335,14 +370,22 @@ def choose(
     verdicts.known |= {row["key"]: row for row in known}
     for gemm in gemms.values() if usable else ():
         key = json.dumps([gemm[1:], str(dtype), mode, usable, graph, *_machine(device)])
-        row, trial = verdicts.known.get(key), _Trial(gemm, usable, backends, device, dtype, packer, graph)
+        row = verdicts.known.get(key)
+        trial = None if row and not row["chosen"] else _Trial(gemm, usable, backends, device, dtype, packer, graph)
         if row and row["chosen"] and not trial.is_sound(_choice_of(row)):
             notes.append(f"{gemm.name}: {_choice_of(row)} is kept on disk but fails now: measured anew")
             row = None
         if row is None:
             row = _measure(trial, mode != "auto", timer)
-            verdicts.add(key, row)
+            if not any(
+                "OutOfMemory" in fault for fault in row["faults"].values()
+            ):  # that is the moment's, not the GEMM's
+                verdicts.add(key, row)
+        if trial:  # its closures hold it, and gigabytes with it
+            trial.sound.clear()
         rows.append({**row, "name": gemm.name, "key": key})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     notes += verdicts.notes
     if failed := [row for row in rows if mode != "auto" and not row["chosen"]]:
         raise ValueError(f"spmm={mode!r}: {failed[0]['name']}: {failed[0]['reason']}; use spmm='auto'")

@@ -30,7 +30,7 @@ import checkpoint
 import sparse24
 import spmm_choice
 from configurator import configure_or_exit, setting_names
-from ffn import pack_weights, plan_ffn, set_plan
+from ffn import pack_weights, plan_ffn, set_plan, time_ways
 from loader import DATA_FOLDER, Tokens, load_meta
 from model import GPT, GPTConfig, peak_flops
 from runtime import Metrics, Ranks, StopSignal, environment, start_ranks
@@ -309,15 +309,23 @@ def plan_gemms(model: GPT, folder: Path, ranks: Ranks, dev: torch.device) -> spm
 
 
 def _measure_gemms(model: GPT, folder: Path, dev: torch.device):
-    kept, known = folder / "spmm.json", ()
+    """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
+    path, kept = folder / "spmm.json", {"rows": (), "whole": None}
     try:
-        known = json.loads(kept.read_text())["rows"] if kept.exists() else ()
+        kept |= json.loads(path.read_text()) if path.exists() else {}
+        rows = {row["key"]: row for row in kept["rows"]}
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{kept} cannot be read ({error}); delete it to measure anew") from error
+        raise ValueError(f"{path} cannot be read ({error}); delete it to measure anew") from error
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
-    options = {"graph": compile and compile_mode != "default", "cache": cache, "known": known}
-    tokens = batch_size * block_size
-    return plan_ffn(model.config, tokens, dev, _DTYPES[dtype], spmm, mvue, ffn_recompute, **options)
+    options = {"graph": compile and compile_mode != "default", "cache": cache, "known": rows.values()}
+    shape = (model.config, batch_size * block_size, dev, _DTYPES[dtype])
+    plan, report = plan_ffn(*shape, spmm, mvue, ffn_recompute, **options)
+    if plan is not None and spmm == "auto":
+        same = kept["whole"] and rows.keys() == {row["key"] for row in report.rows}
+        mlp = model.transformer.h[0].mlp
+        report.whole = kept["whole"] if same else time_ways(mlp, plan, compile_mode if compile else None)
+        plan = plan if report.whole["taken"] == "plan" else None
+    return plan, report
 
 
 def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: Ranks, report) -> None:
@@ -337,8 +345,8 @@ def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: R
         )
     if report and (device.startswith("cuda") or spmm != "auto"):
         print(report.text())
-    if report and device.startswith("cuda") and spmm == "auto" and not any(row["chosen"] for row in report.rows):
-        print("no 2:4 GEMM is faster than the dense one here: --sparse=none trains faster, and to a lower loss")
+    if report and device.startswith("cuda") and spmm == "auto" and not report.pays():
+        print("2:4 does not pay here: --sparse=none trains faster, and to a lower loss")
 
 
 def announce_changes(before: dict, now: dict) -> None:
@@ -446,13 +454,18 @@ def main() -> None:
         text = json.dumps({**settings, "environment": environment(dev, ranks.world_size)}, indent=1)
         (folder / "config.json").write_text(text + "\n")
         if report and report.rows:
-            (folder / "spmm.json").write_text(json.dumps({"notes": report.notes, "rows": report.rows}, indent=1) + "\n")
+            found = {"notes": report.notes, "rows": report.rows, "whole": report.whole}
+            (folder / "spmm.json").write_text(json.dumps(found, indent=1) + "\n")
         metrics = Metrics(folder, iter_num, settings)
     if ranks.master:
         announce(model, path, iter_num, switch, ranks, report)
         if state is not None:
             announce_changes(state["config"], settings)
     del state
+    # CUDA graphs overwrite their results at the next replay, so gradients are added up in tensors of our own there.
+    keep_grads = compile and compile_mode != "default"
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if keep_grads else None
     stop = StopSignal()
     first_iter, unlogged_steps, unlogged_s, tick = iter_num, 0, 0.0, time.perf_counter()
     model.train()
@@ -495,6 +508,8 @@ def main() -> None:
             seed_draws(model, seed, iter_num, micro_batch)
             torch.manual_seed(int(seed_words(1, seed, iter_num, micro_batch, _DROPOUT)[0]))
             last = micro_step == local_steps - 1
+            if keep_grads:
+                torch.compiler.cudagraph_mark_step_begin()
             with ddp.no_sync() if ddp and not last else contextlib.nullcontext():
                 with autocast():
                     _, loss = (ddp or net)(x, y)
@@ -509,7 +524,7 @@ def main() -> None:
         before = sparse24.weight_indices(probes) if measuring else []
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not keep_grads)
         if measuring:
             row["flip_rate"] = flip_rate(before, sparse24.weight_indices(probes))
         if is_sparse and (iter_num + 1) % mask_interval == 0:

@@ -10,12 +10,18 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
+import ffn
 import operators
+import sparse24
 from ffn import (
     GEMMS,
     FFNPlan,
+    _packable,
     ffn_gemms,
     kernel_samples,
     pack_weights,
@@ -35,6 +41,7 @@ from sparse24 import (
     sparsify,
 )
 from spmm import ORDERS, Choice, unpack_ref
+from spmm_choice import Report
 
 CPU = torch.device("cpu")
 FST, STE = RECIPES["fst"], RECIPES["ste"]
@@ -380,6 +387,45 @@ def test_it_compiles_as_one_graph(order):
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
+@torch.library.custom_op("nano24_tests::activation", mutates_args=())
+def opaque_activation(z: torch.Tensor, activation: str, again: bool = False) -> torch.Tensor:
+    """What the compiler sees of the activation's kernel: an op that it cannot look into."""
+    return operators.activation_ref(z, activation)
+
+
+@opaque_activation.register_fake
+def _(z, activation, again=False):
+    return torch.empty_like(z)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_compiler_keeps_the_activation_only_where_it_is_told_to(monkeypatch, recompute):
+    """Two equal calls of an op would be merged, and the first one's result kept for the backward."""
+    monkeypatch.setattr(operators, "activation", opaque_activation)
+    kept, calls = [], []
+
+    def graph_of(into):
+        def compiler(graph, inputs):
+            nodes = list(graph.graph.nodes)
+            into.append((nodes, sum("nano24_tests" in str(node.target) for node in nodes)))
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    mlp = make_mlp(bias=False)
+    set_plan(mlp, make_plan(mlp, 64, recompute=recompute))
+    options = {"fw_compiler": graph_of(kept), "bw_compiler": graph_of(calls)}
+    backend = aot_autograd(**options, partition_fn=min_cut_rematerialization_partition)
+    x, dy = data(64)
+    expected = run(mlp, x, dy)
+    got = run(mlp, x, dy, torch.compile(mlp, backend=backend, fullgraph=True))
+    assert all(torch.allclose(got[name], tensor) for name, tensor in expected.items())
+    ((nodes, in_forward),), ((_, in_backward),) = kept, calls
+    shapes = [tuple(node.meta["val"].shape) for node in nodes[-1].args[0] if hasattr(node, "meta")]
+    hidden = sum(shape in ((D_FF, 64), (64, D_FF)) for shape in shapes)
+    assert (in_forward, in_backward, hidden) == ((1, 1, 1) if recompute else (1, 0, 2))
+
+
 def test_a_gpt_trains_by_its_plan_as_without():
     """Ten steps with refreshes and the switch to dense: the losses of both ways are those of float64 arithmetic."""
     config = GPTConfig(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=64, sparse="fst")
@@ -417,8 +463,6 @@ def test_a_gpt_trains_by_its_plan_as_without():
 
 
 def test_gemms_have_the_shapes_that_the_function_multiplies(monkeypatch):
-    import ffn
-
     seen = []
     real = ffn.matmul24
 
@@ -452,6 +496,12 @@ def test_plans_of_the_modes():
     assert plan == FFNPlan("relu2", 64, torch.float32, False, False, *[Choice()] * 6)
     plan, report = plan_ffn(config, 50, CPU, torch.bfloat16, "emulated")
     assert [plan.z, plan.dw2, plan.padding] == [Choice("emulated", "sm90")] * 2 + [14]
+    for gemm, fits in (
+        (ffn_gemms(192, 768, 64, "gelu", True, True)["z"], False),
+        (ffn_gemms(256, 768, 64, "gelu", True, True)["z"], True),
+    ):
+        assert (_packable(gemm, Choice("emulated", "sm80")) != Choice()) == fits  # W1^T has 192 rows, sm80 needs 128
+    assert _packable(ffn_gemms(192, 768, 64, "gelu", True, True)["dw1"], Choice("emulated", "sm80")) != Choice()
     odd = GPTConfig(n_embd=96, n_head=1, n_layer=1)  # 96 is no multiple of 64: nothing of it can be packed
     plan, report = plan_ffn(odd, 64, CPU, torch.bfloat16, "emulated")
     assert plan[5:] == (Choice(), Choice(), Choice(), Choice(), Choice("emulated", "sm90"), Choice())
@@ -461,6 +511,40 @@ def test_plans_of_the_modes():
     for spmm, message in (("cusparselt", "needs an NVIDIA GPU"), ("fast", "need one of auto, dense, masked")):
         with pytest.raises(ValueError, match=message):
             plan_ffn(config, 64, CPU, torch.bfloat16, spmm)
+
+
+@pytest.mark.parametrize("fastest", ["dense", "layers", "plan"])
+def test_a_whole_layer_is_timed_each_way(monkeypatch, fastest):
+    mlp = make_mlp()
+    plan = make_plan(mlp, 64, torch.bfloat16)
+    before = copy.deepcopy(mlp.state_dict())
+    took = {"dense": "dense", "layers": "layers", "plan": "plan"}
+    real, ways = ffn._SparseFFN.apply, []
+    monkeypatch.setattr(ffn._SparseFFN, "apply", lambda *args: ways.append("plan") or real(*args))
+    linear = sparse24._MaskedLinear.apply
+    monkeypatch.setattr(sparse24._MaskedLinear, "apply", lambda *args: ways.append("layers") or linear(*args))
+
+    def timer(calls, repetitions, device):
+        out = []
+        for call in calls:
+            ways.clear()
+            call()
+            way = ways[0] if ways else "dense"
+            out.append([(1.0 if way == fastest else 2.0) + 0.01 * i for i in range(repetitions)])
+        return out
+
+    monkeypatch.setattr(ffn, "time_interleaved", timer)
+    found = ffn.time_ways(mlp, plan, None)
+    assert list(found["us"]) == list(took)
+    assert found["us"][fastest] == pytest.approx([1.04, 1.0, 1.08])
+    assert found["taken"] == ("plan" if fastest == "plan" else "layers")
+    report = Report({}, [], [], found)
+    assert report.pays() == (fastest != "dense" and found["taken"] == fastest)
+    assert f"taken: {found['taken']}" in report.text()
+    assert mlp.plan is None  # what was timed were copies
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in mlp.state_dict().items() if torch.is_tensor(tensor)
+    )
 
 
 def test_modules_that_are_not_two_sparse_layers_are_left_alone():

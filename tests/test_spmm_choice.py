@@ -1,7 +1,10 @@
 """spmm_choice.py with a fake clock and planted faults: what is trusted, what is chosen, what is kept."""
 
+import dataclasses
+import gc
 import json
 import statistics
+import weakref
 
 import pytest
 import torch
@@ -46,6 +49,8 @@ class Library:
         key = choice.alg_id, choice.split_k
         self.calls.append(key)
         fault = self.faults.get(key)
+        if fault == "out of memory":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         if key not in self.times or fault == "raises":
             raise RuntimeError("CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`\nlong text")
         d = multiply(a, b, bias, rows, transposed, choice)
@@ -188,7 +193,9 @@ def test_a_faulty_algorithm_is_passed_over(fault):
     assert set(report.choices.values()) == {Choice("cusparselt", "sm90", 0)}
     said = report.rows[0]["faults"]["cusparselt sm90 1/1"]
     if fault == "raises":
-        assert said == "RuntimeError: CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`"
+        assert (
+            said == "raises RuntimeError: CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`"
+        )
     else:
         assert said == ("not the same result each time" if fault.startswith("not") else "wrong result")
 
@@ -205,13 +212,63 @@ def test_where_all_are_faulty_dense_is_taken_and_asking_for_it_fails(fault):
         decide(library, "cusparselt")
 
 
-def test_trying_ends_after_four_failures_in_a_row():
-    library = Library({(0, 1): 80, (3, 1): 70})
+@pytest.mark.parametrize(("there", "tried"), [({0, 17}, 17), ({0, 16}, 33), ({3}, 20), ({40}, 16)])
+def test_trying_ends_after_sixteen_that_raise_in_a_row(there, tried):
+    """Ids that are wrong do not count: the good ones may come after them."""
+    library = Library({(alg_id, 1): 80 for alg_id in there})
+    library.backend = dataclasses.replace(library.backend, algorithms=64)
     decide(library, gemms={"y": GEMMS["y"]}, timer=lambda calls, n: [[1.0] * n for _ in calls])
-    assert [alg for alg, _ in dict.fromkeys(library.calls)] == [0, 1, 2, 3, 4, 5, 6, 7]
-    library = Library({(0, 1): 80, (5, 1): 70})
-    decide(library, gemms={"y": GEMMS["y"]}, timer=lambda calls, n: [[1.0] * n for _ in calls])
-    assert [alg for alg, _ in dict.fromkeys(library.calls)] == [0, 1, 2, 3, 4]
+    assert [*dict.fromkeys(alg for alg, _ in library.calls)] == [*range(tried)]
+    library = Library({(alg_id, 1): 80 for alg_id in range(64)}, {(alg_id, 1): "nan" for alg_id in range(63)})
+    library.backend = dataclasses.replace(library.backend, algorithms=64)
+    report = decide(library, gemms={"y": GEMMS["y"]})
+    assert report.choices == {"y": Choice("cusparselt", "sm90", 63)}
+
+
+def test_one_that_cannot_be_captured_ends_the_trying(monkeypatch):
+    """A capture that failed may leave more behind than its stream; the others would fail alike."""
+    monkeypatch.setattr(spmm_choice, "fault_in_graph", lambda call, reference: f"{spmm_choice._NO_CAPTURE}: it waits")
+    library = Library({(0, 1): 80, (1, 1): 70})
+    usable, gemm = {"cusparselt": "sm90"}, GEMMS["y"]
+    trial = spmm_choice._Trial(gemm, usable, {"cusparselt": library.backend}, CPU, torch.bfloat16, pack, True)
+    assert not trial.captured  # there are no CUDA graphs on a CPU
+    trial.captured = True
+    assert trial.finalists(fake_timer(library)) == []
+    assert trial.faults == {Choice("cusparselt", "sm90", 0): "cannot be captured in a CUDA graph: it waits"}
+
+
+def test_a_weight_whose_transpose_cannot_be_packed_is_not_tried():
+    library = Library({(0, 1): 10}, compress="sm80", orders=("sm80",))
+    gemms = {
+        "z": Gemm("z", 256, 64, 192, False, False, False),
+        "dw": Gemm("dw", 256, 64, 192, False, False, False, True),
+    }
+    report = decide(library, gemms=gemms)
+    assert report.rows[0]["reason"].startswith(
+        "raises ValueError: transposed weight: shape (192, 256), order sm80 needs"
+    )
+    assert "transposed" not in report.rows[1]["reason"]
+
+
+def test_what_memory_did_not_allow_is_not_kept(tmp_path):
+    library = Library({(0, 1): 80}, {(0, 1): "out of memory"})
+    report = decide(library, cache=tmp_path / "c")
+    assert "OutOfMemoryError" in report.rows[0]["reason"]
+    assert not (tmp_path / "c").exists()
+    library.faults = {}
+    assert decide(library, cache=tmp_path / "c").choices["y"] == Choice("cusparselt", "sm90")
+
+
+def test_the_operands_of_a_trial_go_with_it():
+    """Gigabytes at a real shape: no cycle may wait for the garbage collector."""
+    made = []
+    gc.disable()
+    try:
+        decide(Library({(0, 1): 80}), packer=lambda x, order: made.append(weakref.ref(x)) or pack(x, order))
+        assert len(made) == 2
+        assert [ref() for ref in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_packer_that_raises_is_a_fault_too():
@@ -220,22 +277,19 @@ def test_a_packer_that_raises_is_a_fault_too():
 
     report = decide(Library({(0, 1): 10}), packer=packer)
     assert set(report.choices.values()) == {Choice()}
-    assert report.rows[0]["reason"] == "need multiples of (128, 64)"
+    assert report.rows[0]["reason"] == "raises ValueError: need multiples of (128, 64)"
 
 
-def test_a_converter_is_timed_where_it_runs_for_each_call():
+def test_a_converter_is_timed_where_it_runs_for_each_call(monkeypatch):
     """It does for gradients; weights are packed once per step, and our own packers write what MVUE draws."""
-    packed = []
-
-    def packer(x, order):
-        packed.append(order)
-        return pack_ref(x, x != 0, "sm90")
-
+    converted = []
+    monkeypatch.setattr(spmm_choice, "trusted_order", lambda backend, device, samples: (backend.compress, ""))
+    monkeypatch.setattr(spmm_choice, "compress24", lambda x, o: converted.append(o) or pack_ref(x, x != 0, "sm90"))
     for order, fresh in ((o, f) for o in ("sm90", "cutlass") for f in (False, True)):
-        library = Library({(0, 1): 80}, compress=order, orders=(order,))
-        packed.clear()
-        decide(library, gemms={"y": GEMMS["y"]._replace(fresh=fresh)}, packer=packer)
-        assert (len(packed) == 1) == (order == "sm90" or not fresh), (order, fresh)
+        library = Library({(0, 1): 80}, compress=order)
+        converted.clear()
+        decide(library, gemms={"y": GEMMS["y"]._replace(fresh=fresh)}, packer=lambda x, o: pack_ref(x, x != 0, "sm90"))
+        assert bool(converted) == (order == "cutlass" and fresh), (order, fresh)
 
 
 def test_an_error_that_is_not_the_librarys_is_not_swallowed():

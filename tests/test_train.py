@@ -37,9 +37,11 @@ from harness import (
 import checkpoint
 import train
 from configurator import setting_names
+from ffn import FFNPlan
 from model import GPT, GPTConfig
 from runtime import StopSignal
 from sparse24 import RECIPES, expand_index, transposable_index
+from spmm import Choice
 from spmm_choice import Report
 
 MAX_ITERS = SETTINGS["max_iters"]
@@ -856,8 +858,36 @@ def test_graphs_are_captured_in_both_phases(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_front)
     check_compiled(run, tmp_path / "layers", max_iters=4, dense_start=1)
-    check_compiled(run, tmp_path / "plan", max_iters=4, dense_start=2, spmm="masked", compile_mode="reduce-overhead")
+    graphs = {"compile_mode": "reduce-overhead", "gradient_accumulation_steps": 3}
+    check_compiled(run, tmp_path / "plan", max_iters=4, dense_start=2, spmm="masked", **graphs)
     assert modes == ["default", "reduce-overhead"]
+
+
+def test_where_graphs_are_replayed_gradients_are_added_up_in_tensors_that_stay(run, tmp_path, monkeypatch):
+    """A CUDA graph's own results are gone at its next replay, so none may become a parameter's gradient."""
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args):
+            if torch.is_grad_enabled():
+                seen.append([p.grad is not None and p.grad.data_ptr() for p in self.model.parameters()])
+            return self.model(*args)
+
+    monkeypatch.setattr(torch, "compile", lambda model, mode: Watched(model))
+    options = {"max_iters": 3, "dense_start": 2, "compile": True}
+    run(tmp_path / "default", **options)
+    assert len(seen) == 3 * 4
+    assert [any(grads) for grads in seen] == [False, True, True, True] * 3
+    seen.clear()
+    run(tmp_path / "graphs", **options, compile_mode="reduce-overhead")
+    assert len(seen) == 3 * 4
+    assert all(grads == seen[0] and all(grads) for grads in seen)
+    default, graphs = (read_state(tmp_path / name)["model"] for name in ("default", "graphs"))
+    assert all(torch.equal(graphs[name], tensor) for name, tensor in default.items() if torch.is_tensor(tensor))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -922,7 +952,7 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
     asked = []
 
     def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
-        asked.append((tokens, str(device), dtype, spmm, mvue, recompute, options["known"], options["graph"]))
+        asked.append((tokens, str(device), dtype, spmm, mvue, recompute, [*options["known"]], options["graph"]))
         return None, Report({}, [row], ["cusparselt: sound"])
 
     monkeypatch.setattr(train, "plan_ffn", plan)
@@ -930,15 +960,43 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
     text = run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1}, spmm="masked")
     assert "cusparselt: sound\n2:4 GEMM " in text
     assert "1.25  cusparselt 4/1" in text
-    assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [row]}
+    assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [row], "whole": None}
     run(out, spmm="masked")
     options = (4 * 32, "cpu", torch.float32, "masked", True, True)
-    assert asked == [(*options, (), False), (*options, [row], False)]
+    assert asked == [(*options, [], False), (*options, [row], False)]
     run(out, max_iters=33, dense_start=27)  # in the dense phase nothing is measured
     run(out, eval_only=True, max_iters=33, dense_start=27)
     assert len(asked) == 2
     run(out, init_from="scratch", overwrite=True, sparse="none")
     assert not (out / "spmm.json").exists()
+
+
+@pytest.mark.parametrize("taken", ["plan", "layers"])
+def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path, monkeypatch, taken):
+    """GEMMs that each win may not make a layer that does. A run that is resumed does not ask again."""
+    rows, timed = [{"key": "z", "chosen": True}], []
+
+    def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
+        return FFNPlan("gelu", tokens, dtype, mvue, recompute, *[Choice()] * 6), Report({}, rows, [])
+
+    def time_ways(mlp, plan, compile_mode):
+        timed.append((type(mlp).__name__, plan.tokens, compile_mode))
+        return {"us": {"dense": [3.0, 3.0, 3.0], "layers": [4.0] * 3, "plan": [2.0] * 3}, "taken": taken}
+
+    monkeypatch.setattr(train, "plan_ffn", plan)
+    monkeypatch.setattr(train, "time_ways", time_ways)
+    plans = []
+    monkeypatch.setattr(train, "set_plan", lambda model, plan: plans.append(plan is not None))
+    monkeypatch.setattr(Report, "text", lambda self: "")
+    out = tmp_path / "out"
+    run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1})
+    run(out)
+    assert timed == [("MLP", 4 * 32, None)]
+    assert plans == [taken == "plan"] * 2
+    assert json.loads((out / "spmm.json").read_text())["whole"]["taken"] == taken
+    rows[0] = {"key": "another", "chosen": True}  # another GPU
+    run(out, init_from="scratch", overwrite=True, max_iters=1)
+    assert len(timed) == 2
 
 
 @pytest.mark.parametrize(
@@ -956,6 +1014,6 @@ def test_gemms_that_cannot_be_had_are_refused(refused, tmp_path, changes, messag
 
 
 def test_a_report_that_cannot_be_read_is_named(refused, stopped):
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[1]", '{"rows": [{}]}', '{"rows": 1}'):
         (stopped / "spmm.json").write_text(text)
         assert re.search(r"spmm.json cannot be read .*delete it to measure anew", refused(stopped))

@@ -256,7 +256,7 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
     b1, b2 = (None if layer.bias is None else layer.bias.to(plan.dtype) for layer in (c_fc, c_proj))
     operands = (*_operands(c_fc, *orders[0]), *_operands(c_proj, *orders[1]))
     y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *operands, c_fc.seed, c_proj.seed, plan)
-    return y[: plan.tokens].view(shape)
+    return (y[: plan.tokens] if plan.padding else y).view(shape)  # a slice would cost the backward a copy of dY
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +332,8 @@ def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dt
     if ours:
         before = getattr(layer, "packed_from", None)
         same_mask = before is not None and before[:4] == source[:4] and before[5] == source[5]
-        operators.pack_weight_(*blobs, w, layer.index, ours[0], metadata=not (same_mask and len(ours) == 2))
+        assert len({*ours}) == 1, f"{ours}: one GPU reads one order"
+        operators.pack_weight_(*blobs, w, layer.index, ours[0], metadata=not same_mask)
     if w_24 is not None:
         w_24.copy_(torch.where(layer.mask, w, 0))
         for blob, x, how in zip(blobs, (w_24, w_24.t()), orders, strict=True):

@@ -292,12 +292,13 @@ def build_optimizer(model: GPT, recipe: Recipe | None, state: dict | None):
     return optimizer
 
 
-def plan_gemms(model: GPT, folder: Path, ranks: Ranks, dev: torch.device) -> spmm_choice.Report:
-    """Give the sparse FFNs their plan: rank 0 measures, all ranks follow, and a resumed run keeps what it had."""
+def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device) -> spmm_choice.Report:
+    """Give the sparse FFNs their plan: rank 0 measures, all ranks follow. kept: of a run that is resumed, its
+    spmm.json, whose verdicts it keeps."""
     answer = None
     if ranks.master:
         try:
-            answer = _measure_gemms(model, folder, dev)
+            answer = _measure_gemms(model, kept, dev)
         except ValueError as error:
             answer = error
     answer = ranks.decide(answer)
@@ -308,11 +309,11 @@ def plan_gemms(model: GPT, folder: Path, ranks: Ranks, dev: torch.device) -> spm
     return report
 
 
-def _measure_gemms(model: GPT, folder: Path, dev: torch.device):
+def _measure_gemms(model: GPT, path: Path | None, dev: torch.device):
     """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
-    path, kept = folder / "spmm.json", {"rows": (), "whole": None}
+    kept = {"rows": (), "whole": None}
     try:
-        kept |= json.loads(path.read_text()) if path.exists() else {}
+        kept |= json.loads(path.read_text()) if path and path.exists() else {}
         rows = {row["key"]: row for row in kept["rows"]}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to measure anew") from error
@@ -391,7 +392,8 @@ def main() -> None:
         optimizer = build_optimizer(model, recipe, state)
         iter_num = state["iter_num"] if state else 0
         switch = state["dense_start"] if state and dense_start < 0 else planned_dense_start()
-        report = plan_gemms(model, folder, ranks, dev) if iter_num < switch and not eval_only else None
+        kept = folder / "spmm.json" if state else None
+        report = plan_gemms(model, kept, ranks, dev) if iter_num < switch and not eval_only else None
     except (ValueError, OSError, ImportError, NotImplementedError, checkpoint.CheckpointError) as error:
         sys.exit(f"train.py: error: {error}")
 

@@ -468,3 +468,28 @@ def test_a_planned_ffn_on_the_kernels_is_one_on_the_twins(launched, monkeypatch,
             assert torch.equal(ours, twin)
         else:
             assert (ours - twin).float().norm() <= 0.02 * twin.float().norm()
+
+
+def test_packs_of_strides_and_halves_that_no_kernel_takes(launched):
+    x = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    z = torch.cat((x, x.flip(0)))[: 64 * 2]
+    strided = z.t().contiguous().t()
+    halves = z[:96]  # geglu: d_ff = 48, where "masked" is drawn 64 rows at a time
+    for pre, da, activation, order in ((z, strided, "relu2", "sm90"), (strided, z, "relu2", "sm90"),
+                                       (halves, halves[:48], "geglu", "masked")):  # fmt: skip
+        dz, packed, _ = operators.activation_backward_mvue24_pack(pre, da, 5, activation, order)
+        assert torch.equal(packed, operators.mvue24_pack_ref(dz, 5, order)[0])
+    assert "activation_backward_mvue24_pack" not in launched
+    launched.clear()
+    wide = z[:96].t().contiguous()  # token-major, where 64 rows are drawn at a time too
+    assert torch.equal(operators.mvue24_pack(wide, 5, "masked", True)[0], operators.mvue24_ref(z[:96], 5))
+    assert "mvue24_pack" not in launched
+
+
+def test_metadata_that_stands_is_not_written_again(launched):
+    w = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
+    blobs = torch.zeros(2, w.numel() * 9 // 16, dtype=torch.bfloat16)
+    operators.pack_weight_(*blobs, w, operators.transposable_index_ref(w), "sm90", metadata=False)
+    assert launched[-1] == "pack_weight_"
+    assert blobs[:, : w.numel() // 2].any()
+    assert not blobs[:, w.numel() // 2 :].any()

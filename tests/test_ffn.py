@@ -554,3 +554,195 @@ def test_modules_that_are_not_two_sparse_layers_are_left_alone():
     mlp = make_mlp()
     with pytest.raises(RuntimeError, match="call pack_weights"):
         sparse_ffn(torch.randn(8, D), mlp.c_fc, mlp.c_proj, make_plan(mlp, 8))
+
+
+def test_the_dense_phase_frees_what_was_packed():
+    mlp = make_mlp(dtype=torch.bfloat16)
+    for order in ("masked", "cutlass"):
+        set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **(emulated(order) if order != "masked" else {})))
+        assert mlp.c_fc.w_24 is not None
+        set_plan(mlp, None)
+        assert not {"w_24", "packed", "packed_t"} & {*mlp.c_fc._buffers, *mlp.c_proj._buffers}
+
+
+def metadata_spy(monkeypatch) -> list:
+    """Which calls write metadata; the others leave what was there, as the kernel does and the twin does not."""
+    calls = []
+    real = operators.pack_weight_
+
+    def spy(packed, packed_t, w, index, order, metadata):
+        calls.append(metadata)
+        half = w.numel() // 2
+        before = [blob[half:].clone() for blob in (packed, packed_t)]
+        real(packed, packed_t, w, index, order)
+        for blob, tail in zip((packed, packed_t), before, strict=True):
+            if not metadata:
+                blob[half:] = tail
+
+    monkeypatch.setattr(operators, "pack_weight_", spy)
+    return calls
+
+
+def test_metadata_is_written_anew_for_another_order_or_buffer(monkeypatch):
+    calls = metadata_spy(monkeypatch)
+    mlp = make_mlp(dtype=torch.bfloat16)
+    x, dy = data(64, torch.bfloat16)
+    expected = run(planned(mlp, make_plan(mlp, 64, torch.bfloat16)), x, dy)
+    for order in ("sm90", "sm80", "sm90"):
+        set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **emulated(order)))
+        assert all(torch.equal(run(mlp, x, dy)[name], tensor) for name, tensor in expected.items()), order
+    assert calls == [True] * 6
+    set_plan(mlp, make_plan(mlp, 64, torch.float16, **emulated("sm90")))  # other buffers, nothing in them
+    assert calls == [True] * 8
+
+
+@pytest.mark.parametrize("name", ["dw1", "dw2"])
+def test_gradients_alone_may_be_packed_with_an_odd_number_of_tokens(name):
+    mlp = make_mlp(dtype=torch.bfloat16)
+    plan = make_plan(mlp, 12, torch.bfloat16, **{name: Choice("emulated", "sm90")})
+    assert plan.padding == 52
+    x, dy = data(12, torch.bfloat16)
+    got = run(planned(mlp, plan), x, dy)
+    whole = planned(mlp, make_plan(mlp, 64, torch.bfloat16))
+    expected = run(whole, F.pad(x, (0, 0, 0, 52)), F.pad(dy, (0, 0, 0, 52)))
+    for key, tensor in expected.items():
+        assert torch.equal(got[key], tensor[:, :12] if key in ("y", "dx") else tensor), key
+
+
+@pytest.mark.parametrize("order", ["masked", "sm90"])
+def test_gradients_may_come_in_any_strides(order):
+    """y.sum() hands on one number, expanded; a transposed loss columns."""
+    mlp = make_mlp(dtype=torch.bfloat16)
+    set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **(emulated(order) if order != "masked" else {})))
+    x, dy = data(64, torch.bfloat16)
+    for strided in (torch.ones((), dtype=dy.dtype).expand_as(dy), dy.transpose(1, 2).contiguous().transpose(1, 2)):
+        expected, got = run(mlp, x, strided.contiguous()), run(mlp, x, strided)
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["c_fc", "c_proj"])
+@pytest.mark.parametrize("part", ["weight", "index", "another weight"])
+def test_stale_operands_of_either_layer_are_refused(name, part):
+    mlp = make_mlp()
+    set_plan(mlp, make_plan(mlp, 64))
+    layer, kept = getattr(mlp, name), []
+    if part == "another weight":  # of as many changes
+        kept.append(layer.weight)
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        layer.weight.data = -layer.weight.data
+        while layer.weight._version < kept[0]._version:
+            layer.weight.detach().add_(0)
+    else:
+        getattr(layer, part).detach().add_(0)
+    with pytest.raises(RuntimeError, match="call pack_weights"):
+        mlp(torch.randn(64, D))
+
+
+def report_of(choices, seen=None):
+    """A stand-in for spmm_choice.choose, with what it was asked in `seen`."""
+
+    def choose(gemms, device, mode, **options):
+        if seen is not None:
+            seen.append((mode, options))
+        return Report({name: choices.get(name, Choice()) for name in gemms}, [], [])
+
+    return choose
+
+
+def test_one_sparse_gemm_is_enough_for_a_plan_and_the_question_is_passed_on_whole(monkeypatch, tmp_path):
+    import ffn
+
+    seen, won = [], Choice("cusparselt", "sm90", 3)
+    monkeypatch.setattr(ffn, "choose", report_of({"dx": won}, seen))
+    config = GPTConfig(n_embd=D, n_head=1, n_layer=1)
+    rows = [{"key": "k"}]
+    plan, _ = plan_ffn(config, 64, CPU, torch.bfloat16, graph=True, cache=tmp_path, known=rows)
+    assert plan[5:] == (Choice(), Choice(), Choice(), won, Choice(), Choice())
+    ((mode, options),) = seen
+    assert mode == "auto"
+    assert options == {
+        "dtype": torch.bfloat16,
+        "graph": True,
+        "cache": tmp_path,
+        "known": rows,
+        "samples": kernel_samples,
+        "packer": ffn.pack_matrix,
+    }
+
+
+@pytest.mark.parametrize("name", ["dw1", "dw2"])
+def test_a_converter_may_pack_one_gradient_alone(name):
+    mlp = make_mlp(dtype=torch.bfloat16)
+    x, dy = data(64, torch.bfloat16)
+    expected = run(planned(mlp, make_plan(mlp, 64, torch.bfloat16)), x, dy)
+    got = run(planned(mlp, make_plan(mlp, 64, torch.bfloat16, **{name: Choice("emulated", "cutlass")})), x, dy)
+    assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
+
+
+def test_autocast_leaves_float64_as_it_is():
+    mlp = make_mlp(dtype=torch.float64)
+    x = torch.randn(64, D, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert takes_plan(make_plan(mlp, 64, torch.float64), x, mlp.c_fc, mlp.c_proj)
+        assert not takes_plan(make_plan(mlp, 64, torch.bfloat16), x, mlp.c_fc, mlp.c_proj)
+
+
+def test_a_layer_with_one_sparse_linear_gets_no_plan():
+    for only in ("c_fc", "c_proj"):
+        mlp = MLP(GPTConfig(n_embd=D, n_head=1, n_layer=1))
+        sparsify(mlp, FST, [only])
+        set_plan(mlp, make_plan(mlp, 64))
+        assert mlp.plan is None
+        assert mlp(torch.randn(64, D)).shape == (64, D)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_recomputing_keeps_no_activation(recompute):
+    mlp = make_mlp()
+    set_plan(mlp, make_plan(mlp, 64, recompute=recompute))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        mlp(torch.randn(64, D, requires_grad=True))
+    assert kept.count((D_FF, 64)) == (1 if recompute else 2)  # Z, and A
+
+
+def test_one_dense_layer_frees_both():
+    mlp = make_mlp()
+    set_plan(mlp, make_plan(mlp, 64))
+    mlp.c_proj.sparse = False
+    pack_weights(mlp)
+    assert not {"w_24", "packed", "packed_t"} & {*mlp.c_fc._buffers, *mlp.c_proj._buffers}
+
+
+def test_dropout_falls_on_what_a_plan_gives():
+    mlp = make_mlp()
+    set_plan(mlp, make_plan(mlp, 64))
+    mlp.dropout.p = 0.5
+    x, _ = data(64)
+    torch.manual_seed(0)
+    y = mlp(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, F.dropout(sparse_ffn(x, mlp.c_fc, mlp.c_proj, mlp.plan), 0.5))
+    assert (y == 0).any()
+
+
+@pytest.mark.parametrize("frozen", ["c_proj.weight", "c_fc.weight"])
+def test_a_frozen_weight_leaves_its_bias_a_gradient(frozen):
+    mlp = make_mlp(dtype=torch.float64)
+    x, dy = data(64, torch.float64)
+    set_plan(mlp, make_plan(mlp, 64, torch.float64))
+    expected = run(mlp, x, dy)
+    dict(mlp.named_parameters())[frozen].requires_grad_(False)
+    got = run(mlp, x, dy)
+    bias = frozen.replace("weight", "bias")
+    torch.testing.assert_close(got[bias], expected[bias], rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_of_inference_tensors_follows_a_plan():
+    with torch.inference_mode():
+        mlp = make_mlp()
+        set_plan(mlp, make_plan(mlp, 64))
+        x, _ = data(64)
+        y = mlp(x)
+        set_plan(mlp, None)
+        torch.testing.assert_close(y, mlp(x))

@@ -162,6 +162,8 @@ def test_a_world_of_one_agrees_with_itself():
 
 LEAVE = """
 import os
+import time
+from pathlib import Path
 from runtime import start_ranks
 
 def gloo_threads():
@@ -171,7 +173,11 @@ def gloo_threads():
 ranks = start_ranks("cpu", "gloo")
 assert ranks.total([1.0, 2.0]) == [2.0, 4.0] and ranks.maximum(ranks.rank) == 1 and ranks.decide(ranks.rank) == 0
 assert gloo_threads() > 0
+if ranks.rank == 1:
+    time.sleep(2)
+    Path("late").touch()
 ranks.leave()
+assert Path("late").exists(), "left before the others"
 assert gloo_threads() == 0, gloo_threads()
 print("left", flush=True)
 """
@@ -183,6 +189,7 @@ def test_no_thread_of_the_control_group_outlives_it(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "leave.py"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )

@@ -102,3 +102,27 @@ def test_nothing_but_gemms_is_the_ratio_itself():
     attention = 12 * 12 * 768 * 32
     exact = GPT(config).flops_per_token() - attention + attention / 12 * 7 / roofline.FLASH_SHARE
     assert step["ms"] * 1e-3 * fast.flops == pytest.approx(exact * 64, rel=1e-6)
+
+
+def test_bytes_of_a_step_by_hand():
+    """On a GPU whose GEMMs take no time and that copies 1000 B/s, milliseconds are bytes: two micro-batches."""
+    slow, tokens, d, vocab = GPU(float("inf"), 1e3), 2 * 32, 64, 128
+    shape = (slow, 3, d, 4 * d, vocab, 32, 2)
+    dense, sparse = (roofline.train_step(*shape, accumulation=2, sparse=s)["parts"] for s in (None, {"ratio": 2.0}))
+    matrices = 3 * 12 * d**2 + vocab * d
+    parameters = matrices + 32 * d
+    layer = 56 + 2 * (12 + 16) + 12  # bytes per token and width: the feed-forward layer, two residual norms, q, k, v
+    packing = 8 * d**2 * (101 + 1 / 40) / 16 / 2  # once for both
+    assert dense == pytest.approx(
+        {
+            "blocks": 2 * 3 * layer * tokens * d,
+            "lm_head": 0,
+            "cross_entropy": 2 * 8 * tokens * vocab,
+            "embeddings_and_last_norm": 2 * 52 * tokens * d,
+            "casts": 2 * 12 * matrices + 12 * parameters,
+            "clip": 12 * parameters,
+            "optimizer": 28 * parameters,
+        }
+    )
+    assert sparse["blocks"] == pytest.approx(2 * 3 * ((layer + 7.625) * tokens * d + packing))
+    assert dense["casts"] - sparse["casts"] == 2 * 6 * 3 * 8 * d**2

@@ -229,3 +229,21 @@ def test_ops_have_fakes_that_fit(monkeypatch):
 
 def check_op(op, args):
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", ["cusparselt", "cutlass", "emulated"])
+def test_operands_of_four_bytes_are_refused(monkeypatch, backend):
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *args, **options: pytest.fail("was called"))
+    x, kept = random_24(128, 64)
+    packed, b = pack_ref(x, kept, "sm90").float(), torch.randn(64, 32)
+    with pytest.raises(ValueError, match=f"matmul24_{backend}: packed A .*of a 16-bit dtype"):
+        matmul24(packed, b, None, 128, False, Choice(backend, "sm90"))
+
+
+def test_columns_that_do_not_fit_an_order_are_refused():
+    for order in ORDERS:
+        x, kept = random_24(128, 96)
+        with pytest.raises(ValueError, match=rf"pack: shape \(128, 96\), order {order} needs multiples"):
+            pack_ref(x, kept, order)
+        with pytest.raises(ValueError, match=rf"unpack: shape \(128, 96\), order {order} needs multiples"):
+            unpack_ref(x.new_zeros(128 * 96 * 9 // 16), 128, 96, order)

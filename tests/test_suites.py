@@ -187,7 +187,7 @@ def test_e2e_row(timed):
     assert json.loads(json.dumps(row)) == row
 
 
-@pytest.mark.parametrize("capacity", [0, 1, 3, 4, 5, 7, 16, 100, 1000, 4096, 5000])
+@pytest.mark.parametrize("capacity", [0, 1, 3, 4, 5, 7, 16, 100, 111, 1000, 4096, 5000])
 def test_largest_batch(capacity):
     tried = []
 
@@ -400,3 +400,48 @@ def test_readme_holds_the_table_of_every_gpu_that_was_measured():
         "| ffn | gelu x 768 x 1024 x 4 | 1.250 (1.200 to 1.300) | 1.50 | 0.83 |  |",
         "| e2e | 124M x 4 | 1.100 |  |  | 1.250 |",
     ]
+
+
+def test_a_step_pays_its_share_of_the_mask_search(monkeypatch):
+    """Steps of 10 ms and a search of 40 ms, one step in 40."""
+    ms = {"step": 10.0, "refresh": 40.0}
+    monkeypatch.setattr(bench_suites, "time_ms", lambda calls, *_: [[ms[call.__name__]] * 2 for call in calls])
+    for sparse, expected in ((True, 11.0), (False, 10.0)):
+        row, _ = bench_suites.measure_run(TOY, sparse, 2, SETTINGS)
+        assert row["ms"]["median"] == expected
+        assert row["tokens_per_s"] == pytest.approx(2 * 32 * 1000 / expected)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "block"])
+def test_the_model_shares_packing_as_the_measurement_does(kind):
+    row = {"d": 64, "d_ff": 256, "tokens": 64, "n": 32, "activation": "gelu", "s": {}}
+    gpu, ratio = roofline.GPU(1e12, 1e9), dict.fromkeys(roofline.GEMMS, 1.5)
+    found = bench_suites.layer_model(kind, row, (gpu, ratio), replace(SETTINGS, accumulation=8))["s_model"]
+    sparse = {"ratio": 1.5, "accumulation": 8, "mask_interval": bench_suites.MASK_INTERVAL}
+    if kind == "ffn":
+        assert found == roofline.s_model(gpu, 64, 256, 64, **sparse)
+    else:
+        assert found == roofline.block_s_model(gpu, 64, 256, 64, 32, **sparse)
+
+
+@pytest.mark.parametrize(("graph", "mode", "asked"), [(False, "default", False), (True, "default", True),
+                                                      (False, "reduce-overhead", True)])  # fmt: skip
+def test_gemms_are_timed_as_they_will_run(monkeypatch, graph, mode, asked):
+    monkeypatch.setattr(ffn, "plan_ffn", lambda config, **options: options)
+    options = bench_suites.plan(TOY, 64, replace(SETTINGS, graph=graph, compile_mode=mode))
+    assert (options["graph"], options["tokens"], options["spmm"]) == (asked, 64, "emulated")
+
+
+def test_units(monkeypatch):
+    monkeypatch.setattr(bench_suites.spmm_choice, "time_interleaved", lambda calls, *_, **__: [[2000.0]] * len(calls))
+    assert bench_suites.time_ms([min, max], SETTINGS) == [[2.0], [2.0]]
+    assert bench_suites.copy_bandwidth.__wrapped__(CPU) == pytest.approx(2 * 2**23 / 2e-3)  # read and written
+
+
+def test_attention_of_a_block_stays_dense(monkeypatch):
+    modules = []
+    monkeypatch.setattr(bench_suites, "_forward_backward", lambda net, module, x, dy: modules.append(module))
+    config = GPTConfig(n_embd=64, n_head=1, block_size=32, bias=False)
+    x = torch.zeros(2, 32, 64)
+    bench_suites.auto_variant("block", config, x, x, SETTINGS)
+    assert sparse_linears(modules[0]) == [modules[0].mlp.c_fc, modules[0].mlp.c_proj]

@@ -37,9 +37,9 @@ from harness import (
 import checkpoint
 import train
 from configurator import setting_names
-from ffn import FFNPlan
+from ffn import FFNPlan, plan_ffn, set_plan
 from model import GPT, GPTConfig
-from runtime import StopSignal
+from runtime import Ranks, StopSignal
 from sparse24 import RECIPES, expand_index, transposable_index
 from spmm import Choice
 from spmm_choice import Report
@@ -1017,3 +1017,61 @@ def test_a_report_that_cannot_be_read_is_named(refused, stopped):
     for text in ("{", "[1]", '{"rows": [{}]}', '{"rows": 1}'):
         (stopped / "spmm.json").write_text(text)
         assert re.search(r"spmm.json cannot be read .*delete it to measure anew", refused(stopped))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "mode", "graph"),
+    [(True, "default", False), (True, "reduce-overhead", True), (False, "max-autotune", False)],
+)
+def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode, graph):
+    asked = []
+
+    def plan(*args, **options):
+        asked.append((args, {**options, "known": [*options["known"]]}))
+        return None, Report({}, [], [])
+
+    monkeypatch.setattr(train, "plan_ffn", plan)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True)
+    given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
+    train._measure_gemms(model, None, torch.device("cpu"))
+    expected = {"graph": graph, "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
+    assert asked == [((model.config, 15, torch.device("cpu"), torch.bfloat16, "auto", False, True), expected)]
+
+
+def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch):
+    given, answer = [], [("plan", "report")]
+    monkeypatch.setattr(train, "_measure_gemms", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(Ranks, "decide", lambda self, value: answer[0])
+    monkeypatch.setattr(train, "set_plan", lambda model, plan: given.append((model, plan)))
+    assert train.plan_gemms("model", tmp_path, Ranks(1, 1, 2), torch.device("cpu")) == "report"
+    assert given == [("model", "plan")]
+    answer[0] = ValueError("spmm='cutlass': cannot")
+    with pytest.raises(ValueError, match="cannot"):
+        train.plan_gemms("model", tmp_path, Ranks(1, 1, 2), torch.device("cpu"))
+    assert len(given) == 1
+
+
+def test_a_phase_brings_its_operands_and_frees_them():
+    config = GPTConfig(block_size=32, vocab_size=9, n_layer=1, n_head=1, n_embd=64, sparse="fst")
+    model = GPT(config)
+    plan, _ = plan_ffn(config, 64, torch.device("cpu"), torch.float32, "masked")
+    set_plan(model, plan)
+    mlp = model.transformer.h[0].mlp
+    train.set_phase(model, False)
+    assert "w_24" not in mlp.c_fc._buffers
+    with torch.no_grad():
+        mlp.c_fc.weight.mul_(-1)
+    train.set_phase(model, True)
+    assert torch.equal(mlp.c_fc.w_24, mlp.c_fc.weight * mlp.c_fc.mask)
+    model(torch.zeros(2, 32, dtype=torch.int64))
+
+
+def test_a_run_that_goes_back_to_sparse_gets_a_plan(run, tmp_path):
+    """The switch that this start asks for counts, not the checkpoint's."""
+    run(tmp_path / "out", max_iters=3, dense_start=1, spmm="masked")
+    text = run(tmp_path / "out", max_iters=5, dense_start=4, spmm="masked")
+    assert "pruned matrices are multiplied (masked)" in text
+    text = run(tmp_path / "out", max_iters=7, dense_start=4, spmm="masked")  # dense from here on
+    assert "pruned matrices are multiplied" not in text

@@ -1,8 +1,8 @@
 """How fast 2:4 training is on this machine, measured beside dense training in the same run, and what it could be.
 
-    python bench.py                              every suite; on a GPU writes results/<gpu>/bench.json and bench.png
+    python bench.py                              every suite; a GPU's go to results/<gpu>/bench.{json,md,png}
     python bench.py --suite ffn --quick          one suite, a smaller grid; --full for the whole one
-    python bench.py --predict [h200]             S_model alone (roofline.py): any machine, no GPU; results/roofline.md
+    python bench.py --predict [h200]             S_model alone (roofline.py), any machine: see results/roofline.md
     python bench.py --suite kernels --predict    compile the Triton kernels and count: results/kernels.{json,md}
     python bench.py --plot bench.png --json results/h200/bench.json     draw the figure of a file that is there
 
@@ -13,6 +13,8 @@ S is dense time over sparse time; what is due once per optimizer step (packing) 
 mask search) is timed apart and its share added to the sparse time. Variants take turns within a run; each number is the
 median, smallest and largest of the repetitions. S_model takes this card's own rates: its dense GEMMs and sparse ratios
 at that shape, and its copy bandwidth. A row that could not be measured says why. Every row is saved as it comes.
+e2e runs dense, sparse and dense one after the other, packing inside the step; instead of a spread S has the drift of
+dense beside it.
 
 On a CPU everything runs at toy sizes to show that it works: ratios mean nothing there and nothing is written unasked.
 """
@@ -286,6 +288,12 @@ def run_kernels(args, device: torch.device) -> None:
     bench_kernels.run(out, environment(where, 1), not args.predict, args.shape, args.repetitions, args.tables)
 
 
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, need at least 1")
+    return int(text)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=(*SUITES, "kernels", "all"), help="default: all")
@@ -302,10 +310,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="the whole grids, however long they take")
     parser.add_argument("--budget", type=float, help="seconds per suite after which no row is begun (e2e: four times)")
     parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=(), help="e2e: of GPT-2; default: all")
-    parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-steps of ffn and block that share a packing")
+    parser.add_argument("--repetitions", type=_positive, default=10)
+    parser.add_argument(
+        "--accumulation", type=_positive, default=1, help="ffn, block: micro-steps that share a packing"
+    )
     parser.add_argument("--graph", action="store_true", help="ffn, block, gemm: time CUDA graphs' replays")
-    parser.add_argument("--compile_mode", default="default", help="torch.compile's; reduce-overhead uses CUDA graphs")
+    modes = ("default", "reduce-overhead", "max-autotune")
+    parser.add_argument("--compile_mode", default="default", choices=modes, help="torch.compile's")
     parser.add_argument("--spmm", choices=spmm_choice.MODES, help="default: auto; on a CPU emulated")
     parser.add_argument("--shape", type=int, nargs=2, default=(16384, 4096), help="kernels: of the table, measured")
     parser.add_argument("--tables", type=int, default=7, help="kernels: how many shapes of Tables 2 and 3 to measure")
@@ -319,7 +330,7 @@ def settings_of(args, device: torch.device, cache: Path) -> Settings:
         device=device,
         scale=scale,
         repetitions=args.repetitions,
-        budget=args.budget or {"quick": 60.0, "full": float("inf")}.get(scale, 150.0),
+        budget={"quick": 60.0, "full": float("inf")}.get(scale, 150.0) if args.budget is None else args.budget,
         accumulation=args.accumulation,
         graph=args.graph,
         compile_mode=args.compile_mode,
@@ -360,10 +371,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {path} and {path.with_suffix('.md')}, README's table")
     if args.plot or (path and on_gpu):
         try_to_draw(results.data, args.plot or path.with_suffix(".png"), path)
+    failed = failures(results.data, suites)
+    if failed:
+        print("bench.py: these failed:\n" + "\n".join(failed), file=sys.stderr)
     if on_gpu and args.suite in (None, "all"):
         run_kernels(args, device)
-    if failed := failures(results.data, suites):
-        sys.exit("bench.py: these failed:\n" + "\n".join(failed))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

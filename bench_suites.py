@@ -23,7 +23,7 @@ import ffn
 import roofline
 import spmm_choice
 from model import GPT, MLP, PRESETS, Block, GPTConfig, peak_flops
-from sparse24 import RECIPES, refresh_masks, seed_draws, sparse_linears, sparsify
+from sparse24 import RECIPES, refresh_masks, seed_draws, sparsify, transposable_mask
 
 WIDTHS = (768, 1024, 1280, 1600, 2048, 3072, 4096, 6144, 8192)
 PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8's; it has no 1558M
@@ -133,7 +133,8 @@ def copy_bandwidth(device: torch.device) -> float:
 def measured_card(report, bandwidth: float) -> tuple[roofline.GPU, dict[str, float]] | None:
     """This card for the roofline, and the ratio of each GEMM, at the shapes of a report of `choose`; None without rows.
 
-    The dense times of GEMMs of different shapes differ, so they are pooled: the times of all add up as measured.
+    The dense times of GEMMs of different shapes differ, so they are pooled: the times of all add up as measured. They
+    are those of the pruned matrix, which a GPU at its power limit may multiply faster than a full one.
     """
     if report is None or not report.rows:
         return None
@@ -239,31 +240,20 @@ def _ffn_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, to
     return [(mlp, name, getattr(mlp, name)) for name in ("c_fc", "c_proj")]
 
 
-def _forward_backward(net, module, x: torch.Tensor, dy: torch.Tensor) -> Callable:
-    def call():
-        with autocast(x.device):
-            y = net(x)
-        y.backward(dy)
-        module.zero_grad(set_to_none=True)
-        x.grad = None
-
-    return call
-
-
 def dense_variant(kind, config, x, dy, settings) -> Variant:
     module = _layer(kind, config, settings.device)
-    return Variant(_forward_backward(compiled(module, settings), module, x, dy))
+    return Variant(ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16))
 
 
 def auto_variant(kind, config, x, dy, settings) -> Variant:
-    """This repo's sparse layer, with the plan that ffn.plan_ffn makes for the shape."""
+    """This repo's sparse layer, with the plan that ffn.plan_ffn makes for the shape: train.py takes it only where
+    ffn.time_ways finds it faster than the 2:4 layers one by one."""
     module = _layer(kind, config, settings.device)
     sparsify(module, "fst", lambda name, _: "attn" not in name)
     chosen, report = plan(config, x.shape[0] * x.shape[1], settings)
     ffn.set_plan(module, chosen)
-    ffn.pack_weights(module)
     return Variant(
-        _forward_backward(compiled(module, settings), module, x, dy),
+        ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16),
         functools.partial(ffn.pack_weights, module),
         functools.partial(refresh_masks, module, measure=False),
         report,
@@ -276,7 +266,7 @@ def semi_structured_variant(kind, config, x, dy, settings) -> Variant:
     for parent, name, linear in _ffn_linears(module):
         swapped = SemiStructuredLinear(linear.in_features, linear.out_features, bias=False, device="meta")
         swapped.weight = linear.weight
-        masks[swapped] = sparse_mask(linear.weight)
+        masks[swapped] = transposable_mask(linear.weight)
         setattr(parent, name, swapped)
 
     def pack():
@@ -284,15 +274,7 @@ def semi_structured_variant(kind, config, x, dy, settings) -> Variant:
             swapped.repack(mask)
 
     pack()
-    return Variant(_forward_backward(compiled(module, settings), module, x, dy), pack)
-
-
-def sparse_mask(weight: torch.Tensor) -> torch.Tensor:
-    """The transposable mask of a weight."""
-    layer = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device))
-    layer[0].weight.data = weight.detach()
-    sparsify(layer, "fst", ["0"])
-    return sparse_linears(layer)[0].mask
+    return Variant(ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16), pack)
 
 
 def torchao_variant(kind, config, x, dy, settings) -> Variant:
@@ -302,7 +284,7 @@ def torchao_variant(kind, config, x, dy, settings) -> Variant:
     module = _layer(kind, config, settings.device)
     for parent, name, linear in _ffn_linears(module):
         setattr(parent, name, SemiSparseLinear.from_dense(linear.bfloat16()))
-    return Variant(_forward_backward(compiled(module, settings), module, x, dy))
+    return Variant(ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16))
 
 
 VARIANTS = {
@@ -337,7 +319,7 @@ def layer_rows(kind: str, case: tuple[str, int, int, int], settings: Settings) -
     x, dy = (torch.randn(batch, n, d, device=settings.device, dtype=dtype) for _ in range(2))
     x.requires_grad_()
     variants, row["variants"] = {}, {}
-    names = ("dense", "auto") if settings.graph else VARIANTS  # the others wait for the GPU, which no graph can hold
+    names = ("dense", "auto") if settings.graph else VARIANTS  # the others synchronise, which no graph can hold
     for name in names:
         try:
             variant = VARIANTS[name](kind, config, x, dy, settings)
@@ -346,18 +328,13 @@ def layer_rows(kind: str, case: tuple[str, int, int, int], settings: Settings) -
             row["variants"][name] = {"host_us": host_us(variant.call, settings.device), "working_mib": mib}
             variants[name] = variant
         except FAILURES as error:
-            row["variants"][name] = {"reason": reason(error)}
+            row["variants"][name] = {"reason": spmm_choice.reason(error)}
     row |= _measure_variants(variants, row["variants"], settings)
     if "auto" in variants:
         auto = variants["auto"]
         row["plan"] = auto.plan
         row |= layer_model(kind, row, measured_card(auto.report, copy_bandwidth(settings.device)), settings)
     yield row
-
-
-def reason(error: Exception) -> str:
-    """One line that says what went wrong."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _measure_variants(variants: dict[str, Variant], rows: dict[str, dict], settings: Settings) -> dict:
@@ -411,12 +388,8 @@ class Run:
         self.optimizer = self.model.configure_optimizers(0.1, 1.5e-4, (0.9, 0.95), device.type, decay)
         self.sparse, self.report, self.plan = sparse, None, None
         if sparse:
-            self.plan, self.report = plan(config, batch * config.block_size, settings)
+            self.plan, self.report = plan(config, batch * config.block_size, replace(settings, graph=False))
             ffn.set_plan(self.model, self.plan)
-            ffn.pack_weights(self.model)
-        else:  # the fastest dense baseline there is, torch's own
-            for group in self.optimizer.param_groups:
-                group["fused"] = True
         self.net = compiled(self.model, settings) if compile else self.model
         self.tokens = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
         self.iter_num = 0
@@ -459,7 +432,7 @@ def measure_run(config: GPTConfig, sparse: bool, batch: int, settings: Settings)
     row |= {"ms": spread(ms), "tokens_per_s": speed, "mfu": run.model.estimate_mfu(speed, peak_flops(device))}
     row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     row["launches"] = count_launches(run.step, device)
-    row["host_us_per_layer"] = host_us(run.step, device) / config.n_layer
+    row["host_us"] = host_us(run.step, device)
     return row, run.report
 
 
@@ -547,7 +520,7 @@ def e2e_rows(case, settings: Settings):
         except RuntimeError as error:
             if "out of memory" not in str(error):  # compilers wrap it in errors of their own
                 raise
-            failed = {"size": size, "batch": batch, "largest": wanted is None, "reason": reason(error)}
+            failed = {"size": size, "batch": batch, "largest": wanted is None, "reason": spmm_choice.reason(error)}
         batch = 0 if wanted else batch - max(1, batch // 8)
     yield failed if wanted else {"size": size, "largest": True, "reason": "no batch fits in memory"}
 
@@ -577,4 +550,4 @@ def suite_rows(suite: str, settings: Settings) -> Iterator[dict]:
             yield from rows_of(case, settings)
         except Exception as error:  # the cases after it are worth having; bench.py ends with an error for it
             traceback.print_exc()
-            yield shown | {"reason": reason(error)}
+            yield shown | {"reason": spmm_choice.reason(error)}

@@ -1,5 +1,5 @@
-"""The feed-forward layer of a 2:4 model as one autograd function, its hidden layer feature-major (DESIGN of the paper's
-section 5.2, taken further): the six GEMMs read and write each tensor as it lies, so that nothing of size d_ff is ever
+"""The feed-forward layer of a 2:4 model as one autograd function, its hidden layer feature-major (the paper's section
+5.2, taken further): the six GEMMs read and write each tensor as it lies, so that nothing of size d_ff is ever
 transposed. X, Y (T, d) token-major; Z, A (d_ff, T) feature-major, gated Z (2 d_ff, T); C() a 2:4 operand.
 
     forward    Z  = C(W1) X^T + b1        A = f(Z)        Y = (C(W2) A)^T + b2                              Eq. 2
@@ -13,6 +13,8 @@ tokens; other inputs, the dense phase and modules without a plan take the layers
 """
 
 import copy
+import functools
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,12 +27,11 @@ from torch.autograd.function import once_differentiable
 
 import operators
 from sparse24 import Sparse24Linear, transposable_index
-from spmm import ORDERS, Choice, Gemm, compress24, matmul24
+from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, matmul24
 from spmm_choice import Report, choose, time_interleaved, wins
 
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
 _OURS = ("sm80", "sm90")  # orders that our kernels write, a weight's and its transpose's at once
-_CONVERTED = ("library", "cutlass")  # orders that a library's converter writes, from the pruned matrix
 
 
 class FFNPlan(NamedTuple):
@@ -97,32 +98,42 @@ def plan_ffn(
     return FFNPlan(config.activation, tokens, dtype, mvue, recompute, *choices), report
 
 
-def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None) -> dict:
+def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_steps: int = 1) -> dict:
     """What one FFN takes, forward and backward, taking turns: "dense"; "layers", the 2:4 layers one by one; "plan".
 
-    Each GEMM was timed alone; this is the sum, with all that lies between. mlp: one of the model's, which is copied.
-    compile_mode: torch.compile's, or None for none. Returns {"us": {way: [median, smallest, largest]}, "taken": the
-    way that sparse steps should go}: the plan, unless it is not faster than the layers by more than the noise.
+    Each GEMM was timed alone; this is the sum, with all that lies between, and for the plan its share of one packing
+    per `micro_steps` calls. mlp: one of the model's, which is copied. compile_mode: torch.compile's, or None for none.
+    Returns {"us": {way: [median, smallest, largest]}, "taken": the way that sparse steps should go}: the plan, unless
+    it is not faster than the layers by more than the noise.
     """
-    device, ways = mlp.c_fc.weight.device, ("dense", "layers", "plan")
+    device, calls = mlp.c_fc.weight.device, {}
     x, dy = (torch.randn(plan.tokens, mlp.c_fc.in_features, device=device, dtype=plan.dtype) for _ in range(2))
-    calls = [_forward_backward(mlp, plan, way, compile_mode, x.requires_grad_(), dy) for way in ways]
-    times = dict(zip(ways, time_interleaved(calls, 9, device=device), strict=True))
+    for way in ("dense", "layers", "plan"):
+        ours = copy.deepcopy(mlp).train()
+        ours.c_fc.sparse = ours.c_proj.sparse = way != "dense"
+        set_plan(ours, plan if way == "plan" else None)
+        net = torch.compile(ours, mode=compile_mode) if compile_mode else ours
+        calls[way] = forward_backward(net, ours, x.requires_grad_(), dy, plan.dtype)
+    *samples, packing = time_interleaved([*calls.values(), functools.partial(pack_weights, ours)], 9, device=device)
+    times = dict(zip(calls, samples, strict=True))
+    times["plan"] = [us + statistics.median(packing) / micro_steps for us in times["plan"]]
     taken = "plan" if wins(times["plan"], times["layers"]) else "layers"
+    del calls, ours, net  # three layers and their code are no part of the run
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return {"us": {way: [statistics.median(us), min(us), max(us)] for way, us in times.items()}, "taken": taken}
 
 
-def _forward_backward(mlp, plan: FFNPlan, way: str, compile_mode: str | None, x, dy) -> Callable[[], None]:
-    mlp = copy.deepcopy(mlp).train()
-    mlp.c_fc.sparse = mlp.c_proj.sparse = way != "dense"
-    set_plan(mlp, plan if way == "plan" else None)
-    net = torch.compile(mlp, mode=compile_mode) if compile_mode else mlp
+def forward_backward(net, module: nn.Module, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> Callable:
+    """One forward and backward of `net`, which is `module` or its compiled form, under autocast; to be timed."""
 
-    def call():
-        with torch.autocast(x.device.type, plan.dtype, enabled=mlp.c_fc.weight.dtype != plan.dtype):
+    def call() -> None:
+        with torch.autocast(x.device.type, dtype):
             y = net(x)
         y.backward(dy)
-        mlp.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         x.grad = None
 
     return call
@@ -140,7 +151,7 @@ def _packable(gemm: Gemm, choice: Choice) -> Choice:
 def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
     """A matrix with two non-zeros in each group, packed as the layers pack gradients: MVUE keeps it as it is."""
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
-    return _packed(operators.mvue24_pack(x, seed, "masked" if order in _CONVERTED else order)[0], order)
+    return _packed(operators.mvue24_pack(x, seed, "masked" if order in CONVERTED else order)[0], order)
 
 
 def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -162,11 +173,11 @@ def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor,
 
 def _packed(x: torch.Tensor, order: str) -> torch.Tensor:
     """A masked matrix as its operand where a library's converter makes it; else it is what `order` says already."""
-    return compress24(x, order) if order in _CONVERTED else x
+    return compress24(x, order) if order in CONVERTED else x
 
 
 def _pack_order(choice: Choice) -> str:
-    return "masked" if choice.order in _CONVERTED else choice.order
+    return "masked" if choice.order in CONVERTED else choice.order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,9 +194,8 @@ class _SparseFFN(torch.autograd.Function):
         a = operators.activation(z, plan.activation)
         y = matmul24(w2_24, a, b2, d_model, True, plan.y)
         ctx.plan, ctx.d_ff, ctx.w1_dtype, ctx.w2_dtype = plan, d_ff, w1.dtype, w2.dtype
-        seeds = (
-            (seed1.clone(), seed2.clone()) if plan.mvue else (None, None)
-        )  # the next micro-step may fill them already
+        # copied: the next micro-step may fill them already
+        seeds = (seed1.clone(), seed2.clone()) if plan.mvue else (None, None)
         ctx.save_for_backward(x, z, None if plan.recompute else a, w1_t_24, w2_t_24, *seeds)
         return y
 
@@ -201,7 +211,7 @@ class _SparseFFN(torch.autograd.Function):
                 dy_24, db2 = operators.mvue24_pack(dy, seed2, _pack_order(plan.dw2), True, needs_b2)
                 dy_24 = _packed(dy_24, plan.dw2.order)
             else:
-                dy_24, db2 = dy.t(), dy.sum(0)
+                dy_24, db2 = dy.t(), dy.sum(0) if needs_b2 else None
             if needs_w2:
                 a = operators.activation(z, plan.activation, again=True) if a is None else a
                 dw2 = matmul24(dy_24, a.t(), None, dy.shape[1], False, plan.dw2).to(ctx.w2_dtype)
@@ -216,7 +226,7 @@ class _SparseFFN(torch.autograd.Function):
                 dz_24 = _packed(dz_24, plan.dw1.order)
             else:
                 dz = dz_24 = operators.activation_backward(z, da, plan.activation)
-                db1 = dz.sum(1)
+                db1 = dz.sum(1) if needs_b1 else None
             da = None
             if needs_w1:
                 dw1 = matmul24(dz_24, x, None, z.shape[0], False, plan.dw1).to(ctx.w1_dtype)
@@ -278,16 +288,28 @@ def _source(layer: Sparse24Linear, order: str, order_t: str) -> tuple:
 
 
 def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
-    """Give every FFN of the model the plan, and pack their weights; None takes it back, and frees what was packed."""
+    """Give every FFN of the model the plan, and pack their weights; None takes it back, and frees what was packed.
+
+    Raises ValueError where the plan is for another activation, or draws MVUE where the layers' recipe does not.
+    """
+    for ffn in _planned(model):
+        mvue = (ffn.c_fc.recipe.mvue, ffn.c_proj.recipe.mvue)
+        if plan is not None and (ffn.activation, *mvue) != (plan.activation, plan.mvue, plan.mvue):
+            raise ValueError(
+                f"set_plan: the plan is for {plan.activation} and mvue={plan.mvue}, need this model's {ffn.activation} "
+                f"and mvue={mvue[0]}; make it with plan_ffn(model.config, ..., mvue=recipe.mvue)"
+            )
     for ffn in _planned(model):
         ffn.plan = plan
     pack_weights(model)
 
 
 def _planned(model: nn.Module) -> list[nn.Module]:
-    """The modules that can follow a plan: those with `plan`, `c_fc` and `c_proj`, both 2:4 layers."""
-    layers = (m for m in model.modules() if hasattr(m, "plan"))
-    return [m for m in layers if isinstance(m.c_fc, Sparse24Linear) and isinstance(m.c_proj, Sparse24Linear)]
+    """The modules that can follow a plan: those with `plan`, `activation`, and 2:4 layers `c_fc` and `c_proj`."""
+    modules = (m for m in model.modules() if hasattr(m, "plan") and hasattr(m, "activation"))
+    return [
+        m for m in modules if all(isinstance(getattr(m, name, None), Sparse24Linear) for name in ("c_fc", "c_proj"))
+    ]
 
 
 @torch.no_grad()
@@ -337,6 +359,6 @@ def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dt
     if w_24 is not None:
         w_24.copy_(torch.where(layer.mask, w, 0))
         for blob, x, how in zip(blobs, (w_24, w_24.t()), orders, strict=True):
-            if how in _CONVERTED:
+            if how in CONVERTED:
                 blob.copy_(compress24(x.contiguous(), how))
     layer.packed_from = source

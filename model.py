@@ -6,7 +6,8 @@
 
 Parameter names and shapes are nanoGPT's, so its checkpoints load here. The model is built dense and initialised
 dense; only then are the chosen linears swapped for sparse ones that keep the very same Parameters. Hence a dense
-and a sparse run of one seed start from the same weights, and nothing below `GPT.__init__` knows about sparsity.
+and a sparse run of one seed start from the same weights, and nothing below `GPT.__init__` knows about sparsity, but
+that MLP.forward asks whether a plan (ffn.py) multiplies both of its linears at once.
 
 Letters: B sequences, T tokens each, C = n_embd, V = vocab_size, d_ff = hidden width of the feed-forward layer.
 """
@@ -21,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ffn import sparse_ffn, takes_plan
+from operators import GATED
 from sparse24 import RECIPES, MaskedDecayAdamW, kernel_status, sparsify
 
 # n_layer, n_head, n_embd of the four published GPT-2 sizes, and what Hugging Face calls them
@@ -51,7 +53,6 @@ ACTIVATIONS = {
     "geglu": lambda h: _glu(h, F.gelu),
     "swiglu": lambda h: _glu(h, F.silu),
 }
-GATED = ("geglu", "swiglu")
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 A time is the FLOPs of the GEMMs over the rate that dense GEMMs reach, plus the bytes of everything else over the speed
 of a copy. Sparse GEMMs take 1/ratio of the dense time; 2 is what the hardware promises. Nothing overlaps, launches and
-the host cost nothing, every GEMM reaches the full rate: an upper bound for small widths. Counted as one pass each:
+the host cost nothing, every GEMM reaches the full rate, which small widths do not. Counted as one pass each:
 
     feed-forward    2-byte activations, read and written once by the activation and by its backward; in the backward A
-                    again from Z (`recompute`: neither path stores A). Sparse: what MVUE reads and writes on top, and
+                    again from Z (`recompute`: neither path stores A; dense beside dZ, at the cost of writing it).
+                    Layers and blocks leave autocast's casts out. Sparse: what MVUE reads and writes on top, and
                     per optimizer step the masters read, and their packed forms and those of their transposes written.
     block           attention's two linears, causal attention (half of the square; the backward takes 2.5 forwards), the
                     residual additions with their LayerNorms (fp32 stream), the gradient of q, k, v put together.
@@ -51,10 +52,12 @@ def gemm_seconds(gpu: GPU, flops: dict[str, float], ratio=1.0) -> float:
     return sum(work / ratios.get(name, 1.0) for name, work in flops.items()) / gpu.flops
 
 
-def activation_bytes(d_ff: int, tokens: int, activation: str, recompute: bool = True) -> float:
-    """Forward: Z read, A written. Backward: Z and dA read, dZ written; to recompute A is another forward."""
+def activation_bytes(d_ff: int, tokens: int, activation: str, recompute: bool = True, fused: bool = False) -> float:
+    """Forward: Z read, A written. Backward: Z and dA read, dZ written. To recompute A is another forward; fused, as a
+    compiler makes it beside dZ, only its writing."""
     forward, backward = (6, 10) if activation in GATED else (4, 6)
-    return float(d_ff * tokens * (forward * (2 if recompute else 1) + backward))
+    again = (2 if fused else forward) if recompute else 0
+    return float(d_ff * tokens * (forward + again + backward))
 
 
 def mvue_bytes(d: int, d_ff: int, tokens: int, activation: str, mvue: str | None = "fused") -> float:
@@ -70,10 +73,10 @@ def mvue_bytes(d: int, d_ff: int, tokens: int, activation: str, mvue: str | None
     return tokens * (d * (2 + PACKED) + first * (PACKED + (2 if mvue == "separate" else 0)))
 
 
-def pack_bytes(weights: float, mask_interval: int = 1) -> float:
-    """Per optimizer step: fp32 weights and their index read, both packed forms written; at a refresh, one kernel also
-    searches the masks and writes their index (the kernels' 101 and 102 bytes per 4x4 block)."""
-    return weights * (101 + 1 / mask_interval) / 16
+def pack_bytes(weights: float, mask_interval: int = 40) -> float:
+    """Per optimizer step: fp32 weights and their index read, the values of both packed forms written (97 bytes per 4x4
+    block); at a refresh the search reads the weights too and writes the index (65), and metadata is written (4)."""
+    return weights * (97 + (65 + 4) / mask_interval) / 16
 
 
 def ffn_weights(d: int, d_ff: int, activation: str) -> int:
@@ -82,8 +85,8 @@ def ffn_weights(d: int, d_ff: int, activation: str) -> int:
 
 
 def ffn_dense(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str = "gelu", recompute: bool = True) -> float:
-    """Seconds of one dense feed-forward layer, forward and backward."""
-    moved = activation_bytes(d_ff, tokens, activation, recompute)
+    """Seconds of one dense feed-forward layer, forward and backward, as a compiler fuses it."""
+    moved = activation_bytes(d_ff, tokens, activation, recompute, fused=True)
     return gemm_seconds(gpu, gemm_flops(d, d_ff, tokens, activation)) + moved / gpu.bandwidth
 
 
@@ -96,7 +99,7 @@ def ffn_sparse(
     ratio=2.0,
     mvue: str | None = "fused",
     accumulation: int = 1,
-    mask_interval: int = 1,
+    mask_interval: int = 40,
     recompute: bool = True,
 ) -> float:
     """Seconds of one sparse feed-forward layer, forward and backward, with its share of the packing, which is due once
@@ -117,9 +120,8 @@ def attention_seconds(gpu: GPU, d: int, tokens: int, sequence: int) -> float:
     """Seconds, forward and backward, of what a block has beside its feed-forward layer."""
     linears = 6 * tokens * 4 * d * d  # c_attn (3 d^2 weights) and c_proj, three GEMMs each
     scores = 2 * tokens * sequence * d * (1 + 2.5)
-    norms = 2 * (
-        12 + 16
-    )  # forward: x and the branch read, their sum and its norm written; backward alike, and dx twice
+    # forward: x and the branch read, their sum and its norm written; backward alike, and dx twice
+    norms = 2 * (12 + 16)
     joined = 12  # gradients of q, k and v, copied into one
     return (linears + scores / FLASH_SHARE) / gpu.flops + (norms + joined) * d * tokens / gpu.bandwidth
 
@@ -155,7 +157,7 @@ def train_step(
     parameters = matrices + block_size * n_embd
     cast = 6 * (matrices - (n_layer * ffn if sparse else 0))  # fp32 read, bf16 written; packed weights need none
     cast += 6 * matrices + 12 * parameters * (accumulation - 1) / accumulation  # gradients to fp32, and their sum
-    sparse = {"mask_interval": 40, "accumulation": accumulation} | sparse if sparse else None
+    sparse = {"accumulation": accumulation} | sparse if sparse else None
     block = block_seconds(gpu, n_embd, d_ff, tokens, block_size, activation, sparse)
     micro = {
         "blocks": n_layer * block,

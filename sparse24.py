@@ -7,7 +7,8 @@ Fully sparse training, FST (Hu et al., ICML 2024). W is (out, in), X (BT, in), Z
                db = sum over tokens of the unpruned dZ
     step       g <- clipped dW + decay * ~M * W       masked decay, before Adam's moments              Eq. 10
     refresh    M <- argmax over the 90 patterns of |W*M|_1 in each 4x4 block, every `mask_interval`    Algorithm 1
-Here the GEMMs are dense ones on pruned operands. A mask is kept as its index matrix, one uint8 per 4x4 block.
+Here the GEMMs are dense ones on pruned operands; ffn.py multiplies 2:4 ones. A mask is kept as its index matrix, one
+uint8 per 4x4 block.
 """
 
 import math

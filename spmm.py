@@ -1,4 +1,4 @@
-"""2:4 GEMMs: how a sparse left operand lies in memory, the backends that multiply it, and the choice among them.
+"""2:4 GEMMs: how a sparse left operand lies in memory, and the backends that multiply it.
 
 A packed operand of a (rows, columns) matrix with two kept elements in every group of four along its columns is one
 buffer of 9/16 of the dense size, as cuSPARSELt takes it for 16-bit types:
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 # Packed layouts
 
 ORDERS = {"sm80": (128, 64), "sm90": (64, 64), "cutlass": (32, 64)}  # what rows and columns must be multiples of
+CONVERTED = ("library", "cutlass")  # what a library's converter writes, from the pruned matrix: compress24
 
 
 def check_packable(function: str, rows: int, columns: int, order: str) -> None:
@@ -131,7 +132,7 @@ class Choice(NamedTuple):
     """How one GEMM is multiplied. The default is a dense GEMM on the pruned matrix."""
 
     backend: str = "masked"  # masked, cusparselt, cutlass or emulated
-    order: str = "masked"  # how A lies: masked (dense, with zeros), a key of ORDERS, or library (by its own compress)
+    order: str = "masked"  # how A lies: masked (dense, with zeros), a key of ORDERS, or library (cuSPARSELt's own)
     alg_id: int = 0
     split_k: int = 1
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from spmm import ORDERS, Choice, Gemm, check_packable, compress24, matmul24, pack_ref
+from spmm import CONVERTED, ORDERS, Choice, Gemm, check_packable, compress24, matmul24, pack_ref
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,23 @@ BACKENDS = {
     "emulated": Backend(lambda device: None, ("sm90", "sm80", "cutlass"), "cutlass", matmul24),
 }
 MODES = ("auto", "dense", "masked", *BACKENDS)  # what `spmm` may be set to
+_NONE = {  # what is said of the modes that measure nothing
+    "dense": "no 2:4 GEMMs: pruned matrices are multiplied, layer by layer (spmm=dense)",
+    "masked": "no 2:4 GEMMs: pruned matrices are multiplied, by the fused feed-forward layer (spmm=masked)",
+}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 Sample = tuple[torch.Tensor, torch.Tensor]  # a pruned matrix, 16-bit, and its packed operand
 _REPEATS = 4  # runs of a GEMM that must agree bit for bit
 _NO_CAPTURE = "cannot be captured in a CUDA graph"
-_NO_MORE = 16  # algorithm ids that raise, in a row, after which there are taken to be no more
+_NO_MORE = 16  # algorithm ids in a row that raise: the library has no more
+_FORMAT = 1  # of a row and of how it is measured: raise it, and earlier verdicts are measured anew
+_FIELDS = {"chosen", "dense_us", "best_us", "ratio", "reason", "faults", *Choice._fields}
 
 
 def random_24(rows: int, columns: int, device, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -83,7 +90,7 @@ def pack(x: torch.Tensor, order: str) -> torch.Tensor:
     """The packed operand of a matrix with exactly two non-zeros in every group, in any order; itself for "masked"."""
     if order == "masked":
         return x
-    return compress24(x, order) if order in ("library", "cutlass") else pack_ref(x, x != 0, order)
+    return compress24(x, order) if order in CONVERTED else pack_ref(x, x != 0, order)
 
 
 def default_samples(order: str, device: torch.device) -> list[Sample]:
@@ -101,7 +108,7 @@ def trusted_order(backend: Backend, device: torch.device, samples=default_sample
             pairs = samples(order, device)
             same = all(torch.equal(pack(x, backend.compress), ours) for _ in range(_REPEATS) for x, ours in pairs)
         except (RuntimeError, ValueError) as error:
-            wrong.append(f"{order}: {_first_line(error)}")
+            wrong.append(f"{order}: {reason(error)}")
             continue
         if same:
             return order, f"packs in order {order}, byte for byte its own compress"
@@ -125,7 +132,7 @@ def fault_of(call: Callable[[], torch.Tensor], reference: torch.Tensor) -> str |
         if not all(torch.equal(call(), first) for _ in range(_REPEATS - 1)):
             return "not the same result each time"
     except (RuntimeError, ValueError) as error:
-        return f"raises {type(error).__name__}: {_first_line(error)}"
+        return f"raises {reason(error)}"
     return None
 
 
@@ -137,7 +144,7 @@ def fault_in_graph(call: Callable[[], torch.Tensor], reference: torch.Tensor) ->
         replay()
         return None if close_to(results[0], reference) else "wrong result from a CUDA graph"
     except RuntimeError as error:
-        return f"{_NO_CAPTURE}: {_first_line(error)}"
+        return f"{_NO_CAPTURE}: {reason(error)}"
 
 
 def time_interleaved(calls: Sequence[Callable], repetitions: int, graph=False, device=None) -> list[list[float]]:
@@ -251,9 +258,9 @@ class _Trial:
             if choice.backend not in self.operands:
                 self.operands[choice.backend] = self.packer(self.a, choice.order)
         except (RuntimeError, ValueError) as error:
-            self.faults[choice] = f"raises {type(error).__name__}: {_first_line(error)}"
+            self.faults[choice] = f"raises {reason(error)}"
             return False
-        operand, converted = self.operands[choice.backend], gemm.fresh and choice.order in ("library", "cutlass")
+        operand, converted = self.operands[choice.backend], gemm.fresh and choice.order in CONVERTED
 
         def call():  # a converter's time is part of it where it runs each time; our own packers write as MVUE draws
             a = compress24(self.a, choice.order) if converted else operand
@@ -350,10 +357,51 @@ def choose(
     if mode not in MODES:
         raise ValueError(f"spmm={mode!r}, need one of {', '.join(MODES)}")
     if mode in ("dense", "masked"):
-        return Report(dict.fromkeys(gemms, Choice()), [], [f"2:4 GEMMs: none, pruned matrices are multiplied ({mode})"])
+        return Report(dict.fromkeys(gemms, Choice()), [], [_NONE[mode]])
     if mode == "emulated":
         return Report(dict.fromkeys(gemms, Choice("emulated", "sm90")), [], ["2:4 GEMMs are emulated, to test layouts"])
     timer = timer or functools.partial(time_interleaved, graph=graph, device=device)
+    usable, notes = _usable(backends, device, dtype, mode, samples)
+    verdicts, rows, kept = Verdicts(cache), [], 0
+    verdicts.known |= {row["key"]: row for row in known}
+    for gemm in gemms.values() if usable else ():
+        key = json.dumps([_FORMAT, gemm[1:], str(dtype), mode, usable, graph, *_machine(device)])
+        row = verdicts.known.get(key)
+        row = row if isinstance(row, dict) and row.keys() >= _FIELDS else None
+        if row is None or row["chosen"]:
+            trial = _Trial(gemm, usable, backends, device, dtype, packer, graph)
+            if row and not trial.is_sound(_choice_of(row)):
+                notes.append(
+                    f"{gemm.name}: {_choice_of(row)} was chosen earlier but now {trial.faults[_choice_of(row)]}"
+                )
+                row = None
+            if row is None:
+                row = _measure(trial, mode != "auto", timer)
+                if not ran_out_of_memory(row):
+                    verdicts.add(key, row)
+            else:
+                kept += 1
+            trial.sound.clear()  # its closures hold it, and gigabytes with it
+            del trial
+        else:
+            kept += 1
+        rows.append({**row, "name": gemm.name, "key": key})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if kept:
+        notes.append(
+            f"{kept} of {len(rows)} GEMMs as measured earlier, see {cache or 'the run'}: delete it to measure anew"
+        )
+    notes += verdicts.notes
+    if failed := [row for row in rows if mode != "auto" and not row["chosen"]]:
+        raise ValueError(f"spmm={mode!r}: {failed[0]['name']}: {failed[0]['reason']}; use spmm='auto'")
+    picked = [_choice_of(row) for row in rows] or [Choice()] * len(gemms)
+    return Report(dict(zip(gemms, picked, strict=True)), rows, notes)
+
+
+def _usable(backends, device, dtype, mode: str, samples) -> tuple[dict[str, str], list[str]]:
+    """(backend -> the order in which it reads operands, a line on each). Raises ValueError where `mode` names one that
+    cannot be used."""
     usable, notes = {}, []
     for name, backend in backends.items():
         if name == "emulated" or mode not in ("auto", name):
@@ -366,31 +414,12 @@ def choose(
         elif mode == name:
             raise ValueError(f"spmm={mode!r}: {why}; use spmm='auto'")
         notes.append(f"{name}: {why}")
-    verdicts, rows = Verdicts(cache), []
-    verdicts.known |= {row["key"]: row for row in known}
-    for gemm in gemms.values() if usable else ():
-        key = json.dumps([gemm[1:], str(dtype), mode, usable, graph, *_machine(device)])
-        row = verdicts.known.get(key)
-        trial = None if row and not row["chosen"] else _Trial(gemm, usable, backends, device, dtype, packer, graph)
-        if row and row["chosen"] and not trial.is_sound(_choice_of(row)):
-            notes.append(f"{gemm.name}: {_choice_of(row)} is kept on disk but fails now: measured anew")
-            row = None
-        if row is None:
-            row = _measure(trial, mode != "auto", timer)
-            if not any(
-                "OutOfMemory" in fault for fault in row["faults"].values()
-            ):  # that is the moment's, not the GEMM's
-                verdicts.add(key, row)
-        if trial:  # its closures hold it, and gigabytes with it
-            trial.sound.clear()
-        rows.append({**row, "name": gemm.name, "key": key})
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    notes += verdicts.notes
-    if failed := [row for row in rows if mode != "auto" and not row["chosen"]]:
-        raise ValueError(f"spmm={mode!r}: {failed[0]['name']}: {failed[0]['reason']}; use spmm='auto'")
-    picked = [_choice_of(row) for row in rows] or [Choice()] * len(gemms)
-    return Report(dict(zip(gemms, picked, strict=True)), rows, notes)
+    return usable, notes
+
+
+def ran_out_of_memory(row: dict) -> bool:
+    """Whether a verdict is the moment's and not the GEMM's: it is not kept."""
+    return any("OutOfMemory" in fault for fault in row["faults"].values())
 
 
 def _machine(device: torch.device) -> list:

@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_sparse.py
 
 One optimizer step is: accumulate micro-batches -> all-reduce -> unscale -> clip -> masked decay (Eq. 10) -> AdamW
--> refresh the masks every `mask_interval` steps. It is sparse while iter_num < dense_start, dense from there on.
+-> refresh the masks every `mask_interval` steps -> pack the weights. It is sparse while iter_num < dense_start, dense
+from there on.
 
 Nothing depends on history. Data, dropout and MVUE draws are functions of (seed, iteration, global micro-batch), where
 the global micro-batch is micro_step * world_size + rank, so that any number of ranks trains on the same numbers, and
@@ -46,7 +47,7 @@ from sparse24 import (
 )
 
 # ---- the run ----
-out_dir = "out"  # everything the run writes: ckpt.pt, metrics.jsonl, config.json
+out_dir = "out"  # what the run writes: ckpt.pt, metrics.jsonl, config.json, spmm.json
 init_from = "auto"  # auto (resume when out_dir holds a run, else scratch), scratch, resume, gpt2, gpt2-medium, ...
 overwrite = False  # allow init_from=scratch to delete the run that is in out_dir
 eval_only = False  # evaluate once and stop
@@ -99,7 +100,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto (bfloat16 where the GPU has it, else float16; float32 on CPU), float32, bfloat16, float16
 compile: bool | None = None  # torch.compile the model; None = on CUDA only
 compile_mode = "default"  # torch.compile's: default, reduce-overhead (CUDA graphs), max-autotune
-spmm = "auto"  # 2:4 GEMMs: auto (where measured faster, at the start), dense, masked, cusparselt, cutlass
+spmm = "auto"  # 2:4 GEMMs: auto (where faster), cusparselt, cutlass; or none: dense (by layer), masked (fused FFN)
 ffn_recompute = True  # recompute a 2:4 FFN's activation in the backward, as compiled dense ones do; False = keep it
 deterministic = False  # bit-reproducible GPU kernels, slower; CPU runs are reproducible anyway
 backend = "auto"  # torch.distributed's: auto (nccl on GPUs, gloo on CPUs), nccl, gloo
@@ -298,9 +299,9 @@ def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device) -
     answer = None
     if ranks.master:
         try:
-            answer = _measure_gemms(model, kept, dev)
-        except ValueError as error:
-            answer = error
+            answer = _measure_gemms(model, kept, ranks.world_size, dev)
+        except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer
+            answer = ValueError(str(error))
     answer = ranks.decide(answer)
     if isinstance(answer, ValueError):
         raise answer
@@ -309,24 +310,44 @@ def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device) -
     return report
 
 
-def _measure_gemms(model: GPT, path: Path | None, dev: torch.device):
+def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.device):
     """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
-    kept = {"rows": (), "whole": None}
-    try:
-        kept |= json.loads(path.read_text()) if path and path.exists() else {}
-        rows = {row["key"]: row for row in kept["rows"]}
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to measure anew") from error
+    rows, whole = read_verdicts(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
-    options = {"graph": compile and compile_mode != "default", "cache": cache, "known": rows.values()}
+    options = {"graph": compile and compile_mode != "default", "cache": cache, "known": rows}
+    if dev.type == "cuda" and spmm not in ("dense", "masked"):
+        print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
     shape = (model.config, batch_size * block_size, dev, _DTYPES[dtype])
     plan, report = plan_ffn(*shape, spmm, mvue, ffn_recompute, **options)
     if plan is not None and spmm == "auto":
-        same = kept["whole"] and rows.keys() == {row["key"] for row in report.rows}
-        mlp = model.transformer.h[0].mlp
-        report.whole = kept["whole"] if same else time_ways(mlp, plan, compile_mode if compile else None)
-        plan = plan if report.whole["taken"] == "plan" else None
+        how = {
+            "compile_mode": compile_mode if compile else None,
+            "micro_steps": gradient_accumulation_steps // world_size,
+        }
+        asked = {**how, "recompute": ffn_recompute}
+        if not whole or whole["asked"] != asked or rows != report.rows:
+            whole = time_ways(model.transformer.h[0].mlp, plan, **how) | {"asked": asked}
+        report.whole = whole
+        plan = plan if whole["taken"] == "plan" else None
     return plan, report
+
+
+def read_verdicts(path: Path | None) -> tuple[list[dict], dict | None]:
+    """(rows, whole) of a report that an earlier start has written; a file that cannot be read is measured anew."""
+    try:
+        found = json.loads(path.read_text()) if path and path.exists() else {"rows": [], "whole": None}
+        return [row for row in found["rows"] if row["key"]], found["whole"]
+    except (ValueError, LookupError, TypeError) as error:
+        print(f"{path} cannot be read ({spmm_choice.reason(error)}): GEMMs are measured anew")
+        return [], None
+
+
+def write_verdicts(report: spmm_choice.Report, path: Path) -> None:
+    """Whole or not at all: a kill may come at any time."""
+    rows = [row for row in report.rows if not spmm_choice.ran_out_of_memory(row)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"notes": report.notes, "rows": rows, "whole": report.whole}, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: Ranks, report) -> None:
@@ -347,7 +368,8 @@ def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: R
     if report and (device.startswith("cuda") or spmm != "auto"):
         print(report.text())
     if report and device.startswith("cuda") and spmm == "auto" and not report.pays():
-        print("2:4 does not pay here: --sparse=none trains faster, and to a lower loss")
+        why = "2:4 was not faster than dense" if report.rows else "no 2:4 GEMM can be used, for the reasons above"
+        print(f"{why}: --sparse=none trains at least as fast here")
 
 
 def announce_changes(before: dict, now: dict) -> None:
@@ -456,8 +478,7 @@ def main() -> None:
         text = json.dumps({**settings, "environment": environment(dev, ranks.world_size)}, indent=1)
         (folder / "config.json").write_text(text + "\n")
         if report and report.rows:
-            found = {"notes": report.notes, "rows": report.rows, "whole": report.whole}
-            (folder / "spmm.json").write_text(json.dumps(found, indent=1) + "\n")
+            write_verdicts(report, folder / "spmm.json")
         metrics = Metrics(folder, iter_num, settings)
     if ranks.master:
         announce(model, path, iter_num, switch, ranks, report)

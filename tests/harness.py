@@ -164,12 +164,12 @@ def _signal_at_refresh(undo, signal: str, count: int) -> None:
     is_last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 
     def make(refresh_masks):
-        def patched(model):
+        def patched(*args, **options):
             nonlocal calls
             calls += 1
             if calls == count and is_last:
                 _strike(signal)
-            return refresh_masks(model)
+            return refresh_masks(*args, **options)
 
         return patched
 

@@ -125,7 +125,8 @@ def test_with_mvue_it_draws_what_the_layers_draw(activation, bias, recompute):
     got = run(planned(mlp, make_plan(mlp, 96, torch.float64, recompute=recompute)), x, dy)
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12)
-    without = run(planned(mlp, make_plan(mlp, 96, torch.float64, mvue=False)), x, dy)
+    without = make_mlp(activation, bias, STE, dtype=torch.float64)
+    without = run(planned(without, make_plan(without, 96, torch.float64, mvue=False)), x, dy)
     assert not torch.allclose(without["c_fc.weight"], got["c_fc.weight"], rtol=1e-3)
     if bias:  # from the unpruned gradients
         torch.testing.assert_close(without["c_fc.bias"], got["c_fc.bias"])
@@ -514,37 +515,56 @@ def test_plans_of_the_modes():
 
 
 @pytest.mark.parametrize("fastest", ["dense", "layers", "plan"])
-def test_a_whole_layer_is_timed_each_way(monkeypatch, fastest):
-    mlp = make_mlp()
-    plan = make_plan(mlp, 64, torch.bfloat16)
+@pytest.mark.parametrize("micro_steps", [1, 10])
+def test_a_whole_layer_is_timed_each_way(monkeypatch, fastest, micro_steps):
+    """The fastest takes 1 us, the others 2; and packing 1.5 us, of which the plan pays its share."""
+    mlp, ways = make_mlp(), []
     before = copy.deepcopy(mlp.state_dict())
-    took = {"dense": "dense", "layers": "layers", "plan": "plan"}
-    real, ways = ffn._SparseFFN.apply, []
-    monkeypatch.setattr(ffn._SparseFFN, "apply", lambda *args: ways.append("plan") or real(*args))
-    linear = sparse24._MaskedLinear.apply
-    monkeypatch.setattr(sparse24._MaskedLinear, "apply", lambda *args: ways.append("layers") or linear(*args))
+    for way, function in (("plan", ffn._SparseFFN), ("layers", sparse24._MaskedLinear)):
+        real = function.apply
+        monkeypatch.setattr(function, "apply", lambda *args, way=way, real=real: ways.append(way) or real(*args))
+    pack = ffn.pack_weights
+    monkeypatch.setattr(ffn, "pack_weights", lambda model: ways.append("packing") or pack(model))
 
     def timer(calls, repetitions, device):
         out = []
         for call in calls:
             ways.clear()
             call()
-            way = ways[0] if ways else "dense"
-            out.append([(1.0 if way == fastest else 2.0) + 0.01 * i for i in range(repetitions)])
+            us = 1.5 if ways[:1] == ["packing"] else 1.0 if (ways or ["dense"])[0] == fastest else 2.0
+            out.append([us + 0.01 * i for i in range(repetitions)])
         return out
 
     monkeypatch.setattr(ffn, "time_interleaved", timer)
-    found = ffn.time_ways(mlp, plan, None)
-    assert list(found["us"]) == list(took)
-    assert found["us"][fastest] == pytest.approx([1.04, 1.0, 1.08])
-    assert found["taken"] == ("plan" if fastest == "plan" else "layers")
+    found = ffn.time_ways(mlp, make_plan(mlp, 64, torch.bfloat16), None, micro_steps)
+    expected = {way: (1.04 if way == fastest else 2.04) + (1.54 / micro_steps) * (way == "plan") for way in found["us"]}
+    assert list(found["us"]) == ["dense", "layers", "plan"]
+    assert {way: us[0] for way, us in found["us"].items()} == pytest.approx(expected)
+    assert found["us"][fastest][2] - found["us"][fastest][1] == pytest.approx(0.08)
+    assert found["taken"] == ("plan" if fastest == "plan" and micro_steps == 10 else "layers")
     report = Report({}, [], [], found)
-    assert report.pays() == (fastest != "dense" and found["taken"] == fastest)
+    assert report.pays() == (expected[found["taken"]] < expected["dense"])
     assert f"taken: {found['taken']}" in report.text()
     assert mlp.plan is None  # what was timed were copies
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in mlp.state_dict().items() if torch.is_tensor(tensor)
     )
+
+
+def test_plans_of_another_activation_or_recipe_are_refused():
+    """They would compute something else, silently."""
+    mlp = make_mlp("gelu", recipe=STE)
+    for plan in (make_plan(mlp, 64)._replace(activation="relu2", mvue=False), make_plan(mlp, 64, mvue=True)):
+        with pytest.raises(
+            ValueError, match=r"set_plan: the plan is for .* need this model's gelu and mvue=False; make"
+        ):
+            set_plan(mlp, plan)
+        assert mlp.plan is None
+    set_plan(mlp, make_plan(mlp, 64, mvue=False))
+    other = torch.nn.Module()
+    other.plan, other.activation, other.mlp = "mine", "gelu", mlp  # not ours
+    set_plan(other, None)
+    assert (other.plan, mlp.plan) == ("mine", None)
 
 
 def test_modules_that_are_not_two_sparse_layers_are_left_alone():

@@ -95,7 +95,7 @@ def test_ranks_follow_one_plan(runs, tmp_path):
     settings = {**SETTINGS, **EXACT, "dataset": make_dataset(tmp_path / "data"), "spmm": "masked"}
     done = launch(tmp_path / "out", settings, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pruned matrices are multiplied (masked)") == 1
+    assert done.stdout.count("pruned matrices are multiplied, by the fused") == 1
     for name, tensor in read_state(runs["exact", 2])["model"].items():
         if torch.is_tensor(tensor):
             torch.testing.assert_close(read_state(tmp_path / "out")["model"][name], tensor, rtol=0, atol=1e-5)

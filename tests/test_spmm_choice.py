@@ -140,7 +140,7 @@ def test_what_measures_nothing(mode):
     report = choose(GEMMS, CPU, mode, timer=None, backends={})
     assert set(report.choices.values()) == {Choice("emulated", "sm90") if mode == "emulated" else Choice()}
     assert report.rows == []
-    assert mode in report.text() or "emulated" in report.text()
+    assert f"spmm={mode}" in report.text() or "emulated" in report.text()
 
 
 def test_an_unknown_mode_is_named():
@@ -342,7 +342,7 @@ def test_other_bytes_step_down_to_the_librarys_compress(monkeypatch, what):
     assert order == "library"
     assert why.startswith("packs by its own compress")
     if what == "raises":
-        assert why.endswith("sm90: not supported; sm80: not supported")
+        assert why.endswith("sm90: RuntimeError: not supported; sm80: RuntimeError: not supported")
     elif orders:
         assert why.endswith(
             "sm90: other bytes than its own compress makes; sm80: other bytes than its own compress makes"
@@ -382,13 +382,15 @@ def test_verdicts_are_kept_and_checked_again(tmp_path):
     assert measured > 0
     library.calls.clear()
     again = decide(library, cache=cache, timer=fake_timer(library, log=log))
-    assert again == first
+    assert (again.choices, again.rows) == (first.choices, first.rows)
+    assert again.notes == [*first.notes, f"2 of 2 GEMMs as measured earlier, see {cache}: delete it to measure anew"]
     assert len(log) == measured
     assert library.calls == [(1, 1)] * 8  # the two chosen were run to be trusted again
     library.faults[(1, 1)] = "one wrong element"
     third = decide(library, cache=cache, timer=fake_timer(library, log=log))
     assert set(third.choices.values()) == {Choice("cusparselt", "sm90", 0)}
-    assert "kept on disk but fails now: measured anew" in third.notes[1]
+    assert third.notes[1].endswith("alg_id=1, split_k=1) was chosen earlier but now wrong result")
+    assert "earlier, see" not in str(third.notes)
 
 
 @pytest.mark.parametrize(
@@ -450,6 +452,15 @@ def test_a_cache_that_cannot_be_written_costs_a_note(tmp_path):
     report = decide(Library({(0, 1): 80}), cache=tmp_path / "file" / "spmm.json")
     assert report.choices["y"] == Choice("cusparselt", "sm90")
     assert sum("verdicts are not kept" in note for note in report.notes) == 1
+
+
+@pytest.mark.parametrize("row", [{}, 3, None, {"chosen": True}, [1]])
+def test_rows_of_another_form_are_measured_anew(tmp_path, row):
+    library, cache = Library({(0, 1): 80}), tmp_path / "c"
+    decide(library, cache=cache)
+    cache.write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), row)))
+    assert decide(library, cache=cache).choices["y"] == Choice("cusparselt", "sm90")
+    assert all(kept["chosen"] is True for kept in json.loads(cache.read_text()).values())
 
 
 def test_verdicts_of_other_runs_stay(tmp_path):

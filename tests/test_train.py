@@ -948,12 +948,13 @@ def test_a_planned_run_that_was_stopped_ends_in_the_same_bits(run, tmp_path, sto
 def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, tmp_path, monkeypatch):
     """With a clock and a library that are not there: rows come from ffn.plan_ffn as a GPU would give them."""
     row = {"name": "z", "m": 1, "n": 2, "k": 3, "dense_us": 10.0, "best_us": 8.0, "ratio": 1.25, "chosen": True}
-    row |= {"backend": "cusparselt", "alg_id": 4, "split_k": 1, "reason": "", "key": "k"}
+    row |= {"backend": "cusparselt", "alg_id": 4, "split_k": 1, "reason": "", "key": "k", "faults": {}}
+    short = {**row, "name": "y", "faults": {"cusparselt sm90 0/1": "raises OutOfMemoryError: CUDA"}}  # the moment's
     asked = []
 
     def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
         asked.append((tokens, str(device), dtype, spmm, mvue, recompute, [*options["known"]], options["graph"]))
-        return None, Report({}, [row], ["cusparselt: sound"])
+        return None, Report({}, [row, short], ["cusparselt: sound"])
 
     monkeypatch.setattr(train, "plan_ffn", plan)
     out = tmp_path / "out"
@@ -974,13 +975,13 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
 @pytest.mark.parametrize("taken", ["plan", "layers"])
 def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path, monkeypatch, taken):
     """GEMMs that each win may not make a layer that does. A run that is resumed does not ask again."""
-    rows, timed = [{"key": "z", "chosen": True}], []
+    rows, timed = [{"key": "z", "chosen": True, "faults": {}}], []
 
     def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
         return FFNPlan("gelu", tokens, dtype, mvue, recompute, *[Choice()] * 6), Report({}, rows, [])
 
-    def time_ways(mlp, plan, compile_mode):
-        timed.append((type(mlp).__name__, plan.tokens, compile_mode))
+    def time_ways(mlp, plan, compile_mode, micro_steps):
+        timed.append((type(mlp).__name__, plan.tokens, compile_mode, micro_steps))
         return {"us": {"dense": [3.0, 3.0, 3.0], "layers": [4.0] * 3, "plan": [2.0] * 3}, "taken": taken}
 
     monkeypatch.setattr(train, "plan_ffn", plan)
@@ -991,12 +992,23 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
     out = tmp_path / "out"
     run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1})
     run(out)
-    assert timed == [("MLP", 4 * 32, None)]
+    assert timed == [("MLP", 4 * 32, None, 4)]
     assert plans == [taken == "plan"] * 2
     assert json.loads((out / "spmm.json").read_text())["whole"]["taken"] == taken
-    rows[0] = {"key": "another", "chosen": True}  # another GPU
-    run(out, init_from="scratch", overwrite=True, max_iters=1)
-    assert len(timed) == 2
+    for count, changes in enumerate(({"ffn_recompute": False}, {"gradient_accumulation_steps": 2}), 2):
+        run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 0, "micro_batch": 0},
+            init_from="scratch", overwrite=True)  # fmt: skip
+        run(out, **changes)
+        assert len(timed) == 2 * count - 1  # a new run, and the question changed
+    run(
+        out,
+        {"kind": "signal", "signal": "SIGTERM", "iter_num": 0, "micro_batch": 0},
+        init_from="scratch",
+        overwrite=True,
+    )
+    rows[0] = {**rows[0], "alg_id": 7}  # measured anew, with another outcome
+    run(out)
+    assert len(timed) == 7
 
 
 @pytest.mark.parametrize(
@@ -1013,10 +1025,13 @@ def test_gemms_that_cannot_be_had_are_refused(refused, tmp_path, changes, messag
     assert re.search(message, refused(tmp_path / "out", **changes))
 
 
-def test_a_report_that_cannot_be_read_is_named(refused, stopped):
-    for text in ("{", "[1]", '{"rows": [{}]}', '{"rows": 1}'):
+def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped):
+    """A kill may have cut it short, on a disk that lost its end."""
+    for iter_num, text in enumerate(("{", "[1]", '{"rows": [{}]}', '{"rows": 1}'), 11):
         (stopped / "spmm.json").write_text(text)
-        assert re.search(r"spmm.json cannot be read .*delete it to measure anew", refused(stopped))
+        said = run(stopped, max_iters=iter_num, dense_start=27)
+        assert re.search(r"spmm.json cannot be read \(\w+: .*\): GEMMs are measured anew", said)
+        assert read_state(stopped)["iter_num"] == iter_num
 
 
 @pytest.mark.parametrize(
@@ -1035,7 +1050,7 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
     given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
-    train._measure_gemms(model, None, torch.device("cpu"))
+    train._measure_gemms(model, None, 1, torch.device("cpu"))
     expected = {"graph": graph, "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
     assert asked == [((model.config, 15, torch.device("cpu"), torch.bfloat16, "auto", False, True), expected)]
 
@@ -1072,6 +1087,6 @@ def test_a_run_that_goes_back_to_sparse_gets_a_plan(run, tmp_path):
     """The switch that this start asks for counts, not the checkpoint's."""
     run(tmp_path / "out", max_iters=3, dense_start=1, spmm="masked")
     text = run(tmp_path / "out", max_iters=5, dense_start=4, spmm="masked")
-    assert "pruned matrices are multiplied (masked)" in text
+    assert "no 2:4 GEMMs: pruned matrices are multiplied" in text
     text = run(tmp_path / "out", max_iters=7, dense_start=4, spmm="masked")  # dense from here on
     assert "pruned matrices are multiplied" not in text

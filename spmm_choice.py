@@ -207,6 +207,13 @@ class Report:
     notes: list[str]
     whole: dict | None = None  # ffn.time_ways: what a whole layer takes, dense and by the choices
 
+    def save(self, path: Path) -> None:
+        """Whole or not at all: a kill may come at any time. What memory did not allow to measure is the moment's."""
+        rows = [row for row in self.rows if not ran_out_of_memory(row)]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"notes": self.notes, "rows": rows, "whole": self.whole}, indent=1) + "\n")
+        os.replace(temporary, path)
+
     def pays(self) -> bool:
         """Whether a 2:4 layer was faster than a dense one; where no layer was timed, whether any of its GEMMs was."""
         if self.whole:
@@ -227,6 +234,16 @@ class Report:
             ways = ", ".join(f"{way} {us[0] / 1000:.3f} ms" for way, us in self.whole["us"].items())
             lines.append(f"one layer, forward and backward: {ways}; taken: {self.whole['taken']}")
         return "\n".join(lines)
+
+
+def read_report(path: Path | None) -> tuple[list[dict], dict | None]:
+    """(rows, whole) of a report that was saved; nothing, and a line that says so, of a file that cannot be read."""
+    try:
+        found = json.loads(path.read_text()) if path and path.exists() else {"rows": [], "whole": None}
+        return [row for row in found["rows"] if row["key"]], found["whole"]
+    except (ValueError, LookupError, TypeError) as error:
+        print(f"{path} cannot be read ({reason(error)}): GEMMs are measured anew")
+        return [], None
 
 
 class _Trial:

@@ -312,7 +312,7 @@ def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device) -
 
 def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.device):
     """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
-    rows, whole = read_verdicts(path)
+    rows, whole = spmm_choice.read_report(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
     options = {"graph": compile and compile_mode != "default", "cache": cache, "known": rows}
     if dev.type == "cuda" and spmm not in ("dense", "masked"):
@@ -330,24 +330,6 @@ def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.de
         report.whole = whole
         plan = plan if whole["taken"] == "plan" else None
     return plan, report
-
-
-def read_verdicts(path: Path | None) -> tuple[list[dict], dict | None]:
-    """(rows, whole) of a report that an earlier start has written; a file that cannot be read is measured anew."""
-    try:
-        found = json.loads(path.read_text()) if path and path.exists() else {"rows": [], "whole": None}
-        return [row for row in found["rows"] if row["key"]], found["whole"]
-    except (ValueError, LookupError, TypeError) as error:
-        print(f"{path} cannot be read ({spmm_choice.reason(error)}): GEMMs are measured anew")
-        return [], None
-
-
-def write_verdicts(report: spmm_choice.Report, path: Path) -> None:
-    """Whole or not at all: a kill may come at any time."""
-    rows = [row for row in report.rows if not spmm_choice.ran_out_of_memory(row)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"notes": report.notes, "rows": rows, "whole": report.whole}, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: Ranks, report) -> None:
@@ -478,7 +460,7 @@ def main() -> None:
         text = json.dumps({**settings, "environment": environment(dev, ranks.world_size)}, indent=1)
         (folder / "config.json").write_text(text + "\n")
         if report and report.rows:
-            write_verdicts(report, folder / "spmm.json")
+            report.save(folder / "spmm.json")
         metrics = Metrics(folder, iter_num, settings)
     if ranks.master:
         announce(model, path, iter_num, switch, ranks, report)

@@ -304,9 +304,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out_dir", help="default: results/<gpu> on a GPU, nowhere on a CPU; kernels: results")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_true", help="smaller grids: about two minutes for ffn and block together"
-    )
+    size.add_argument("--quick", action="store_true", help="smaller grids, and 60 s a suite")
     size.add_argument("--full", action="store_true", help="the whole grids, however long they take")
     parser.add_argument("--budget", type=float, help="seconds per suite after which no row is begun (e2e: four times)")
     parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=(), help="e2e: of GPT-2; default: all")

@@ -325,7 +325,8 @@ def layer_rows(kind: str, case: tuple[str, int, int, int], settings: Settings) -
             variant = VARIANTS[name](kind, config, x, dy, settings)
             variant.call()  # compiles
             mib = working_mib(variant.call, settings.device)
-            row["variants"][name] = {"host_us": host_us(variant.call, settings.device), "working_mib": mib}
+            counts = {"launches": count_launches(variant.call, settings.device), "working_mib": mib}
+            row["variants"][name] = {"host_us": host_us(variant.call, settings.device), **counts}
             variants[name] = variant
         except FAILURES as error:
             row["variants"][name] = {"reason": spmm_choice.reason(error)}

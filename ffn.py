@@ -81,7 +81,7 @@ def plan_ffn(
     graph: bool = False,
     cache: Path | None = None,
     known: Sequence[dict] = (),
-) -> tuple[FFNPlan | None, Report | None]:
+) -> tuple[FFNPlan | None, Report]:
     """Choose how the FFNs of a model multiply. config: a GPTConfig (n_embd, d_ff, activation, bias). graph, cache,
     known: as spmm_choice.choose's.
 

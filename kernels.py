@@ -8,9 +8,10 @@ registers. What a thread owns is arithmetic on n = 0..N-1, not a 2-D tile. Arith
 
 Launchers take CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, which is how the tests prove them without a GPU.
 Those on the path of a compiled model are torch custom ops with a fake beside them. Each docstring sums up the bytes (B)
-that must move and what they allow: an H200 issues 132 SMs x 4 x 32 lanes x 1.75 GHz = 2.96e13 lane-instructions/s
-beside a copy's 4.3 TB/s, so a kernel stays memory-bound below 6.8 instructions (I) per byte. What each compiles to is
-counted by bench.py, in results/kernels.md; tests/test_bench.py keeps it below its ceiling.
+that must move and what they allow: an H200 at an assumed 1.75 GHz issues 132 SMs x 4 x 32 lanes x 1.75e9 = 2.96e13
+lane-instructions/s beside a copy, taken to reach 4.3 TB/s (0.9 of the data sheet's), so a kernel stays memory-bound
+below 6.8 instructions (I) per byte. What each compiles to is counted by bench.py, in results/kernels.md;
+tests/test_bench.py keeps it below its ceiling.
 """
 
 import functools

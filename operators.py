@@ -468,9 +468,14 @@ def mvue24_pack_ref(
     over tokens before the pruning, else an empty tensor). Raises ValueError where the shape does not fit the order.
     """
     x = x.t() if token_major else x
-    sums = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32)) if bias else x.new_empty(0, dtype=torch.float32)
     values, kept = mvue24_kept_ref(x, seed)
-    return (values if order == "masked" else pack_ref(values, kept, order)), sums
+    return (values if order == "masked" else pack_ref(values, kept, order)), _token_sums(x, bias)
+
+
+def _token_sums(x: torch.Tensor, bias: bool) -> torch.Tensor:
+    """The bias gradient of dz = x (rows, tokens), in float32 (float64 for float64); empty where none is asked for."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.sum(1, dtype=dtype) if bias else x.new_empty(0, dtype=dtype)
 
 
 def activation_backward_mvue24_pack_ref(
@@ -698,8 +703,7 @@ def mvue24_pack(x, seed, order: str, token_major: bool = False, bias: bool = Fal
     if order != "masked":
         return mvue24_pack_ref(x, seed, order, token_major, bias)
     x = x.t() if token_major else x
-    sums = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32)) if bias else x.new_empty(0, dtype=torch.float32)
-    return mvue24(x, seed), sums
+    return mvue24(x, seed), _token_sums(x, bias)
 
 
 def activation_backward_mvue24_pack(z, da, seed, activation: str, order: str, bias: bool = False):

@@ -17,8 +17,8 @@ Seconds, bytes and FLOPs throughout; d = width, d_ff = hidden width, tokens = se
 
 from dataclasses import dataclass
 
-# Dense bf16 TFLOP/s and memory TB/s by NVIDIA's data sheets (SXM parts). What is reached of them is an assumption, in
-# line with the 790 TFLOP/s and 4.3 TB/s that were seen on an H200; a measured GPU(...) serves instead of any of these.
+# Dense bf16 TFLOP/s and memory TB/s by NVIDIA's data sheets (SXM parts). What is reached of them is an
+# assumption; a measured GPU(...) serves instead of any of these.
 DATA_SHEET = {"a100": (312, 2.04), "h100": (989.5, 3.35), "h200": (989.5, 4.8), "b200": (2250, 8.0)}
 GEMM_SHARE, COPY_SHARE = 0.8, 0.9
 FLASH_SHARE = 0.5  # rate of attention, of that of GEMMs: an assumption

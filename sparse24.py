@@ -429,9 +429,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         for _, p in groups:
             state = self.state[p]
             if not state:
-                state["step"] = torch.tensor(
-                    0.0, dtype=torch.float32, device="cpu"
-                )  # so that reading it waits for nothing
+                # on the CPU, so that reading it waits for nothing
+                state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             if state["step"].is_cuda:  # it comes from a fused optimizer's state
                 state["step"] = state["step"].cpu()

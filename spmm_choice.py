@@ -14,7 +14,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,9 +54,8 @@ BACKENDS = {
     # The library does not say how many algorithms there are; ids are tried until several in a row fail.
     "cusparselt": Backend(_no_cusparselt, ("sm90", "sm80"), "library", matmul24, algorithms=64, split_k=True),
     "cutlass": Backend(_no_cutlass, (), "cutlass", matmul24),
-    "emulated": Backend(lambda device: None, ("sm90", "sm80", "cutlass"), "cutlass", matmul24),
 }
-MODES = ("auto", "dense", "masked", *BACKENDS)  # what `spmm` may be set to
+MODES = ("auto", "dense", "masked", *BACKENDS, "emulated")  # what `spmm` may be set to
 _NONE = {  # what is said of the modes that measure nothing
     "dense": "no 2:4 GEMMs: pruned matrices are multiplied, layer by layer (spmm=dense)",
     "masked": "no 2:4 GEMMs: pruned matrices are multiplied, by the fused feed-forward layer (spmm=masked)",
@@ -72,6 +70,7 @@ def reason(error: Exception) -> str:
 Sample = tuple[torch.Tensor, torch.Tensor]  # a pruned matrix, 16-bit, and its packed operand
 _REPEATS = 4  # runs of a GEMM that must agree bit for bit
 _NO_CAPTURE = "cannot be captured in a CUDA graph"
+_WARM_UP = 0.2  # seconds under load before anything is timed: clocks and temperature are then those of a run
 _NO_MORE = 16  # algorithm ids in a row that raise: the library has no more
 _FORMAT = 1  # of a row and of how it is measured: raise it, and earlier verdicts are measured anew
 _FIELDS = {"chosen", "dense_us", "best_us", "ratio", "reason", "faults", *Choice._fields}
@@ -158,13 +157,18 @@ def time_interleaved(calls: Sequence[Callable], repetitions: int, graph=False, d
     bodies = [functools.partial(_repeat, call, count) for call, count in zip(calls, counts, strict=True)]
     bodies = [_captured(body) for body in bodies] if graph else bodies
     events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)] for _ in calls]
-    for i in range(-1, repetitions):  # the first round warms up
+    end = time.perf_counter() + _WARM_UP
+    while time.perf_counter() < end:
+        for body in bodies:
+            body()
+        torch.cuda.synchronize()
+    for i in range(repetitions):
         for body, pairs in zip(bodies, events, strict=True):
             if not graph:
                 torch.cuda.synchronize()
-            pairs[max(i, 0)][0].record()
+            pairs[i][0].record()
             body()
-            pairs[max(i, 0)][1].record()
+            pairs[i][1].record()
     torch.cuda.synchronize()
     return [[1000 * a.elapsed_time(b) / n for a, b in pairs] for pairs, n in zip(events, counts, strict=True)]
 
@@ -379,36 +383,17 @@ def choose(
         return Report(dict.fromkeys(gemms, Choice("emulated", "sm90")), [], ["2:4 GEMMs are emulated, to test layouts"])
     timer = timer or functools.partial(time_interleaved, graph=graph, device=device)
     usable, notes = _usable(backends, device, dtype, mode, samples)
-    verdicts, rows, kept = Verdicts(cache), [], 0
-    verdicts.known |= {row["key"]: row for row in known}
+    verdicts, rows = Verdicts(cache, known), []
     for gemm in gemms.values() if usable else ():
         key = json.dumps([_FORMAT, gemm[1:], str(dtype), mode, usable, graph, *_machine(device)])
-        row = verdicts.known.get(key)
-        row = row if isinstance(row, dict) and row.keys() >= _FIELDS else None
-        if row is None or row["chosen"]:
-            trial = _Trial(gemm, usable, backends, device, dtype, packer, graph)
-            if row and not trial.is_sound(_choice_of(row)):
-                notes.append(
-                    f"{gemm.name}: {_choice_of(row)} was chosen earlier but now {trial.faults[_choice_of(row)]}"
-                )
-                row = None
-            if row is None:
-                row = _measure(trial, mode != "auto", timer)
-                if not ran_out_of_memory(row):
-                    verdicts.add(key, row)
-            else:
-                kept += 1
-            trial.sound.clear()  # its closures hold it, and gigabytes with it
-            del trial
-        else:
-            kept += 1
+        make_trial = functools.partial(_Trial, gemm, usable, backends, device, dtype, packer, graph)
+        row = _kept_row(verdicts, key, make_trial) or _new_row(verdicts, key, make_trial, mode != "auto", timer)
         rows.append({**row, "name": gemm.name, "key": key})
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if kept:
-        notes.append(
-            f"{kept} of {len(rows)} GEMMs as measured earlier, see {cache or 'the run'}: delete it to measure anew"
-        )
+    if verdicts.kept:
+        where = f"{verdicts.kept} of {len(rows)} GEMMs as measured earlier, see {cache or 'the run'}"
+        notes.append(f"{where}: delete it to measure anew")
     notes += verdicts.notes
     if failed := [row for row in rows if mode != "auto" and not row["chosen"]]:
         raise ValueError(f"spmm={mode!r}: {failed[0]['name']}: {failed[0]['reason']}; use spmm='auto'")
@@ -416,12 +401,37 @@ def choose(
     return Report(dict(zip(gemms, picked, strict=True)), rows, notes)
 
 
+def _kept_row(verdicts, key: str, make_trial: Callable[[], _Trial]) -> dict | None:
+    """An earlier row of this GEMM, if there is one and what it chose is still sound."""
+    row = verdicts.known.get(key)
+    if not isinstance(row, dict) or not row.keys() >= _FIELDS:
+        return None
+    if row["chosen"]:
+        trial, choice = make_trial(), _choice_of(row)
+        sound = trial.is_sound(choice)
+        trial.sound.clear()  # its closures hold it, and gigabytes with it
+        if not sound:
+            verdicts.notes.append(f"{trial.gemm.name}: {choice} was chosen earlier but now {trial.faults[choice]}")
+            return None
+    verdicts.kept += 1
+    return row
+
+
+def _new_row(verdicts, key: str, make_trial: Callable[[], _Trial], forced: bool, timer) -> dict:
+    trial = make_trial()
+    row = _measure(trial, forced, timer)
+    trial.sound.clear()
+    if not ran_out_of_memory(row):
+        verdicts.add(key, row)
+    return row
+
+
 def _usable(backends, device, dtype, mode: str, samples) -> tuple[dict[str, str], list[str]]:
     """(backend -> the order in which it reads operands, a line on each). Raises ValueError where `mode` names one that
     cannot be used."""
     usable, notes = {}, []
     for name, backend in backends.items():
-        if name == "emulated" or mode not in ("auto", name):
+        if mode not in ("auto", name):
             continue
         why = backend.unavailable(device)
         if why is None and dtype != torch.bfloat16:
@@ -451,11 +461,11 @@ def _machine(device: torch.device) -> list:
 
 class Verdicts:
     """Rows of earlier choices by key, kept in a JSON file that several runs may share. A file that cannot be read or
-    written costs the measuring again, and a note, never the run."""
+    written costs the measuring again, and a note, never the run. rows: of a report, which go before the file's."""
 
-    def __init__(self, path: Path | None):
-        self.path, self.notes = path, []
-        self.known = self._read()
+    def __init__(self, path: Path | None, rows: Sequence[dict] = ()):
+        self.path, self.notes, self.kept = path, [], 0  # kept: how many rows were taken as they are
+        self.known = self._read() | {row["key"]: row for row in rows}
 
     def _read(self) -> dict:
         try:
@@ -471,11 +481,12 @@ class Verdicts:
         self.known[key] = row
         if self.path is None:
             return
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                json.dump({**self._read(), key: row}, file, indent=1)  # what another run has written since stays
-            os.replace(file.name, self.path)
+            # what another run has written since stays
+            temporary.write_text(json.dumps({**self._read(), key: row}, indent=1) + "\n")
+            os.replace(temporary, self.path)
         except OSError as error:
             self.path = None
             self.notes.append(f"verdicts are not kept: {error}")

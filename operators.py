@@ -62,6 +62,7 @@ def _kernel_tables() -> torch.Tensor:
 _TABLES = {  # per device, copied there once
     "flat": {_CPU: PATTERNS.flatten(1)},  # bool (90, 16)
     "hamming": {_CPU: (PATTERNS.flatten(1)[:, None] != PATTERNS.flatten(1)[None]).sum(-1)},  # entries that differ
+    "pairs": {_CPU: torch.tensor([[column in pair for column in range(4)] for pair in PAIRS])},  # bool (6, 4)
     "kernel": {_CPU: _kernel_tables()},  # int32 (2, 90), what kernels.py reads
 }
 
@@ -184,6 +185,27 @@ def mask24_ref(w: torch.Tensor) -> torch.Tensor:
     groups = w.detach().abs().unflatten(-1, (-1, 4))
     kept = groups.sort(dim=-1, descending=True, stable=True).indices[..., :2]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+
+
+def pair_index(x: torch.Tensor) -> torch.Tensor:
+    """`mask24` as its index: which pair of PAIRS each group of four keeps, uint8 (..., n/4), entries 0..5.
+
+    A NaN counts as infinite. Raises ValueError on other shapes.
+    """
+    _check_groups("pair_index", x)
+    a = x.detach().abs().nan_to_num(math.inf, math.inf).unflatten(-1, (-1, 4)).unbind(-1)
+    # wins[i]: how many of the others i beats; the lower index wins a tie. A pair's low element beats two at least.
+    wins = [sum((a[i] >= a[j] if i < j else a[i] > a[j]).to(torch.uint8) for j in range(4) if j != i) for i in range(4)]
+    kept = [w >= 2 for w in wins]
+    low, high = torch.where(kept[0], 0, torch.where(kept[1], 1, 2)), torch.where(kept[3], 3, torch.where(kept[2], 2, 1))
+    return (low + high - (low == 0).to(low.dtype)).to(torch.uint8)
+
+
+def expand_pairs(index: torch.Tensor) -> torch.Tensor:
+    """Index uint8 (..., n/4) of `pair_index` to mask bool (..., n), True = kept."""
+    if index.dtype != torch.uint8:
+        raise ValueError(f"expand_pairs: {index.dtype}, need the uint8 of pair_index")
+    return _table("pairs", index.device)[index.long()].flatten(-2)
 
 
 def flip_count_ref(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -375,6 +397,34 @@ def soft_threshold24_ref(w: torch.Tensor) -> torch.Tensor:
     a = _magnitude(groups)
     threshold = a.sort(dim=-1).values[..., 1:2]
     return (torch.sign(groups) * (a - threshold).clamp(min=0)).flatten(-2).to(w.dtype)
+
+
+def soft_threshold24_backward(ds: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The true gradient of S-STE's soft threshold: ds (..., n), of S(w), to dw of the same shape and dtype.
+
+    S_i = w_i - sign(w_i) t for the elements above t = |w_k|: dw_i = ds_i, and the element k that sets the threshold
+    gets -sign(w_k) times the sum of their sign(w_i) ds_i. The smallest gets nothing. Of equal magnitudes at t, one
+    sets it.
+    """
+    _check_groups("soft_threshold24_backward", w)
+    groups, ds = w.unflatten(-1, (-1, 4)), ds.unflatten(-1, (-1, 4))
+    a = _magnitude(groups)
+    order = a.sort(dim=-1, stable=True)
+    kept = a > order.values[..., 1:2]
+    signs = torch.sign(groups)
+    through = torch.where(kept, ds, 0)
+    k = order.indices[..., 1:2]
+    share = -signs.gather(-1, k) * (signs * through).sum(-1, keepdim=True)
+    return through.scatter_add(-1, k, share.to(ds.dtype)).flatten(-2)
+
+
+def simulate_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x rounded to an FP8 type (torch.float8_e4m3fn or torch.float8_e5m2) and back, scaled so that its largest
+    magnitude is the type's largest. Zeros stay zeros, also all of them; a non-finite element makes all non-finite."""
+    amax = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    largest = torch.finfo(dtype).max
+    scale = torch.where(amax > 0, (largest / amax).clamp(max=torch.finfo(torch.float32).max), 1.0)
+    return ((x.float() * scale).to(dtype).float() / scale).to(x.dtype)
 
 
 def sste_scale_ref(w: torch.Tensor) -> torch.Tensor:

@@ -10,51 +10,15 @@ masked decay by comparing a sparse run's curve with the dense run's.
 
 import argparse
 import itertools
-import json
 import math
 import os
+
+from health import smooth
+from metrics import read_config, read_metrics
 
 # Okabe and Ito's palette, less its yellow, which is too faint for a line: distinct for the colour-blind.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SKIP = 0.1  # of a run's first iterations do not set the top of the loss axis, else the start hides the end
-
-
-def read_metrics(folder):
-    """The rows of `folder`/metrics.jsonl as dicts, in file order; null becomes None.
-
-    Only the last line may be broken (a running job is writing it) and is then left out. Raises FileNotFoundError
-    where there is no folder or no file yet, ValueError with file:line for a broken line elsewhere.
-    """
-    path = os.path.join(folder, "metrics.jsonl")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"no such run folder: {folder!r}; give the out_dir of a run")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no {path} yet; train.py writes it at its first measured iteration")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.read().rstrip().split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if "iter" not in row or "phase" not in row:
-                raise ValueError("no 'iter' or no 'phase'")
-            rows.append(row)
-        except (ValueError, TypeError) as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: {error}; delete that line") from None
-    return rows
-
-
-def read_config(folder):
-    """The run's settings from `folder`/config.json; {} where there is none. Raises ValueError if it is broken."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; delete it to plot without the recipe's name") from None
 
 
 def dense_switch(rows):
@@ -67,12 +31,6 @@ def curve(rows, key):
     """(iterations, values) of the rows where `key` was measured and is finite."""
     points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
     return [iteration for iteration, _ in points], [value for _, value in points]
-
-
-def smooth(values, half):
-    """Mean of each value with up to `half` neighbours on each side."""
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [math.fsum(window) / len(window) for window in windows]
 
 
 def label_of(folder, config, unique):

@@ -1,6 +1,5 @@
 """What surrounds a run: the ranks it is spread over, the signals that stop it, and the numbers it writes."""
 
-import json
 import os
 import platform
 import signal
@@ -69,7 +68,9 @@ class Ranks:
         if self.world_size == 1:
             return
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        tensors = [p.detach() for p in model.parameters()] + [layer.index for layer in sparse_linears(model)]
+        names = ("index", "index_t", "permutation", "beta")
+        buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
+        tensors = [p.detach() for p in model.parameters()] + [b for b in buffers if b is not None]
         mine = sum(t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors).reshape(1).cpu()
         sums = [torch.zeros_like(mine) for _ in range(self.world_size)]
         dist.all_gather(sums, mine, group=self.control)
@@ -111,66 +112,6 @@ class StopSignal:
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-
-
-class Metrics:
-    """metrics.jsonl (one object a line, null = not measured at that iteration), the console and wandb."""
-
-    KEYS = (
-        *("iter", "phase", "train_loss", "val_loss", "lr", "grad_norm", "flip_rate", "decay_ratio"),
-        *("tokens_per_s", "mfu", "elapsed_s"),
-    )
-    FORMATS = {  # noqa: RUF012
-        "train_loss": "loss {:.4f}",
-        "val_loss": "val {:.4f}",
-        "lr": "lr {:.2e}",
-        "grad_norm": "|g| {:.2f}",
-        "flip_rate": "flip {:.5f}",
-        "tokens_per_s": "{:,.0f} tok/s",
-        "mfu": "mfu {:.1%}",
-    }
-
-    def __init__(self, folder: Path, first_iter: int, settings: dict):
-        self.max_iters = settings["max_iters"]
-        path = folder / "metrics.jsonl"
-        kept = []
-        if first_iter and path.exists():  # steps after the checkpoint will be done, and logged, again
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["iter"] < first_iter:
-                        kept.append(line + "\n")
-                except json.JSONDecodeError:  # a kill cut it short
-                    print(f"{path}: dropped an unfinished line, {line[:40]!r}")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  open as long as the run
-        self.wandb = None
-        if settings["wandb_log"]:
-            import wandb
-
-            where = {"project": settings["wandb_project"], "name": settings["wandb_run_name"], "dir": str(folder)}
-            self.wandb = wandb.init(**where, mode=settings["wandb_mode"], config=settings)
-
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps({key: row.get(key) for key in self.KEYS}) + "\n")
-        if self.wandb:
-            step = {key: value for key, value in row.items() if value is not None and key != "iter"}
-            self.wandb.log(step, step=row["iter"])
-
-    def show(self, row: dict) -> None:
-        """One readable line; row["s_per_iter"] gives the time left."""
-        texts = [f"iter {row['iter']:>6}/{self.max_iters}", f"{row['phase']:<6}"]
-        texts += [form.format(row[key]) for key, form in self.FORMATS.items() if row.get(key) is not None]
-        if "s_per_iter" in row:
-            eta = int((self.max_iters - row["iter"]) * row["s_per_iter"])
-            texts.append(f"eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}")
-        print("  ".join(texts), flush=True)
-
-    def close(self) -> None:
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
 def environment(device: torch.device, world_size: int) -> dict:

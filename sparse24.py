@@ -1,4 +1,5 @@
-"""2:4 sparse training of transformers: the papers' recipes, layer and optimizer. Their operators are in operators.py.
+"""2:4 sparse training of transformers: the layer and the optimizer. The papers' operators are in operators.py, their
+recipes, and what the other methods do otherwise, in recipes.py.
 
 Fully sparse training, FST (Hu et al., ICML 2024). W is (out, in), X (BT, in), Z = X W^T, M a transposable 2:4 mask:
     forward    Z  = X (W*M)^T                         2:4 along in                                     Eq. 2
@@ -11,9 +12,10 @@ Here the GEMMs are dense ones on pruned operands; ffn.py multiplies 2:4 ones. A 
 uint8 per 4x4 block.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from operators import (  # noqa: F401 (all of the operators are names of this mo
     adamw_fits,
     adamw_scalars,
     expand_index,
+    expand_pairs,
     flip_count,
     flip_count_ref,
     flip_rate,
@@ -47,8 +50,11 @@ from operators import (  # noqa: F401 (all of the operators are names of this mo
     mvue24_kept_ref,
     mvue24_ref,
     mvue24_sequential,
+    pair_index,
     philox4x32,
+    simulate_fp8,
     soft_threshold24,
+    soft_threshold24_backward,
     soft_threshold24_ref,
     sste_scale,
     sste_scale_ref,
@@ -57,166 +63,140 @@ from operators import (  # noqa: F401 (all of the operators are names of this mo
     transposable_mask,
     transposable_mask_2approx,
 )
+from recipes import PERMUTATIONS, RECIPES, Recipe, get_recipe  # noqa: F401
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes: every choice that makes one method differ from another
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One method of 2:4 training. Fractions are of max_iters, intervals in optimizer steps."""
-
-    name: str
-    mask: str = "transposable"  # "transposable", "row" (row-wise by magnitude) or "soft" (soft threshold, row-wise)
-    backward_mask: str = "same"  # dX multiplies the forward's masked W ("same") or one with its own mask ("own")
-    mvue: bool = False  # 2:4 weight-gradient GEMM through MVUE, else a dense one
-    masked_decay: float = 0.0  # the decay factor lambda itself; 0 = none
-    decay_on: str = "grad"  # "grad": Eq. 10, before Adam's moments; "weight": SR-STE's Eq. 8
-    mask_interval: int = 40  # steps between mask refreshes
-    dense_finetune: float = 0.0  # share of the steps that are dense, at the end
-    dense_pretrain: float = 0.0  # share of the steps that are dense, at the start
-    precondition: bool = False  # STEP: Adam's second moments are frozen after the dense start
-    beta: str = "none"  # scale of the pruned weights in the forward: "none", or "init" (least squares, fixed at start)
-
-    def __post_init__(self):
-        allowed = {
-            "mask": ("transposable", "row", "soft"),
-            "backward_mask": ("same", "own"),
-            "decay_on": ("grad", "weight"),
-            "beta": ("none", "init"),
-        }
-        for field, values in allowed.items():
-            if getattr(self, field) not in values:
-                raise ValueError(f"Recipe: {field}={getattr(self, field)!r}, need one of {', '.join(values)}")
-        if not self.masked_decay >= 0 or math.isinf(self.masked_decay):
-            raise ValueError(f"Recipe: masked_decay={self.masked_decay}, need a finite factor of at least 0")
-        if self.mask_interval < 1:
-            raise ValueError(f"Recipe: mask_interval={self.mask_interval}, need at least 1 step")
-        for field in ("dense_finetune", "dense_pretrain"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"Recipe: {field}={getattr(self, field)}, need a fraction of max_iters from 0 to 1")
-
-    def check_trainable(self) -> None:
-        """Raises NotImplementedError for a method whose layer or schedule is not built yet."""
-        missing = [
-            f"{field}={getattr(self, field)!r}"
-            for field, built in (
-                ("mask", "transposable"),
-                ("backward_mask", "same"),
-                ("dense_pretrain", 0.0),
-                ("precondition", False),
-                ("beta", "none"),
-            )
-            if getattr(self, field) != built
-        ]
-        if missing:
-            raise NotImplementedError(
-                f"recipe {self.name!r}: training with {', '.join(missing)} is not built yet; use 'fst' or 'ste'"
-            )
-
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("fst", mvue=True, masked_decay=6e-5, dense_finetune=1 / 6),
-        Recipe("ste"),  # FST without masked decay, MVUE and dense fine-tuning: the paper's flip-rate explosion
-        Recipe("sr_ste", mask="row", masked_decay=2e-4, decay_on="weight", mask_interval=1),
-        Recipe("s_ste", mask="soft", mvue=True, mask_interval=1, beta="init"),
-        Recipe("step", mask="row", mask_interval=1, dense_pretrain=0.1, precondition=True),
-        Recipe("bi_mask", mask="row", backward_mask="own", mask_interval=1),
-    )
-}
-
-
-def get_recipe(recipe: str | Recipe) -> Recipe:
-    """A recipe by name, or the recipe itself. Raises ValueError with the names there are."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown, need one of {', '.join(RECIPES)}")
-    return RECIPES[recipe]
-
+_PERMUTE = 4  # tag that keeps the stream of seed_words for row orders apart from MVUE's and train.py's
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layer
 
 
+def mask_index(w: torch.Tensor, kind: str) -> torch.Tensor:
+    """The mask that w (out, in) would have now, as its index matrix: "transposable" or "row"."""
+    return transposable_index(w) if kind == "transposable" else pair_index(w)
+
+
+class _How(NamedTuple):
+    """What _MaskedLinear needs to know of a recipe."""
+
+    mvue: str  # "none", "exact" or "sequential"
+    weight_gradient: str
+    fp8: bool
+
+
 class _MaskedLinear(torch.autograd.Function):
-    """Z = X w_24^T + b; dX = dZ w_24; dW = MVUE(dZ^T) X straight through to W; db from the unpruned dZ (Eq. 2-7)."""
+    """Z = X w_24^T + b; dX = dZ w_back; dW = MVUE(dZ^T) X straight through to W; db from the unpruned dZ (Eq. 2-7).
+    w_back None: w_24."""
 
     @staticmethod
-    def forward(ctx, x, weight, w_24, bias, seed, mvue):
-        # weight only receives the gradient. The seed is copied, so that the next micro-step may fill it already.
-        ctx.save_for_backward(x, w_24, seed.clone() if mvue else None)
-        ctx.mvue = mvue
+    def forward(ctx, x, weight, w_24, w_back, bias, seed, beta, how):
+        # weight only receives the gradient, but for a true one, which depends on it. The seed is copied, so that the
+        # next micro-step may fill it already.
+        if how.fp8:
+            x, w_24 = simulate_fp8(x, torch.float8_e4m3fn), simulate_fp8(w_24, torch.float8_e4m3fn)
+            w_back = None if w_back is None else simulate_fp8(w_back, torch.float8_e4m3fn)
+        w_back = w_24 if w_back is None else w_back
+        drawn, true = how.mvue != "none", how.weight_gradient == "true"
+        ctx.save_for_backward(x, w_back, seed.clone() if drawn else None, beta, weight if true else None)
+        ctx.how = how
         return F.linear(x, w_24, bias)
 
     @staticmethod
     @once_differentiable  # a second derivative would silently lack the weight's share
     def backward(ctx, dz):
-        x, w_24, seed = ctx.saved_tensors
-        dx = dw = db = None
+        x, w_back, seed, beta, weight = ctx.saved_tensors
+        how, dx, dw, db = ctx.how, None, None, None
         if ctx.needs_input_grad[0]:
-            dx = dz @ w_24
+            dx = (simulate_fp8(dz, torch.float8_e5m2) if how.fp8 else dz) @ w_back
         dz = dz.reshape(-1, dz.shape[-1])  # (BT, out)
         if ctx.needs_input_grad[1]:
             x = x.reshape(-1, x.shape[-1])  # (BT, in)
             dz_t = dz.t()
-            if ctx.mvue:
+            if how.mvue != "none":
                 padding = -dz.shape[0] % 4
                 if padding:  # zero tokens are never drawn over others and contribute nothing: exact
                     x, dz_t = F.pad(x, (0, 0, 0, padding)), F.pad(dz_t, (0, padding))
-                dz_t = mvue24(dz_t, seed)
-            dw = dz_t @ x
-        if ctx.needs_input_grad[3]:
+                dz_t = (mvue24 if how.mvue == "exact" else mvue24_sequential)(dz_t, seed)
+            dw = (simulate_fp8(dz_t, torch.float8_e5m2) if how.fp8 else dz_t) @ x
+            if how.weight_gradient != "straight":  # of beta S(W): beta times the Jacobian of S, or beta alone
+                dw = (soft_threshold24_backward(dw, weight) if how.weight_gradient == "true" else dw) * beta
+        if ctx.needs_input_grad[4]:
             db = dz.sum(0)
-        return dx, dw, None, db, None, None
+        return dx, dw, None, None, db, None, None, None
 
 
 class Sparse24Linear(nn.Linear):
-    """An nn.Linear whose weight is 2:4 sparse in the forward and the backward pass, trained straight through.
+    """An nn.Linear whose weight is 2:4 sparse in the forward and the backward pass, trained as its recipe says.
 
     `.weight` (out, in) stays dense: it is what the optimizer updates. State, all of it in state_dict:
-    `.index`   uint8 (out/4, in/4), the transposable mask, set by `refresh_masks`; `.mask` is its bool (out, in) form.
+    `.index`   the mask, set by `refresh_masks`; `.mask` is its bool (out, in) form. Transposable: uint8 (out/4, in/4)
+               of transposable_index. Row-wise: uint8 (out, in/4) of pair_index; of soft weights, what S keeps.
+    `.index_t`, `.permutation`  of an own backward mask: uint8 (in, out/4), pairs of rows, and the order that the rows
+               are taken in, int64 (out,); `.backward_mask` is what dX multiplies, bool (out, in).
+    `.beta`    float32 0-d, scale of soft weights.
     `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
     `.seed`    int64 0-d tensor that MVUE reads, set by `seed_draws`; not saved, since it is a function of the step.
     A fresh or reset layer's mask matches its weights; call `refresh_masks` after setting or loading weights alone.
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as nn.Linear's do.
-    Raises ValueError when in or out is not divisible by 4, NotImplementedError for a recipe not built yet.
+    Raises ValueError when in or out is not divisible by 4.
     """
 
     def __init__(self, in_features, out_features, bias=True, recipe="fst", device=None, dtype=None):
-        recipe = get_recipe(recipe)
-        recipe.check_trainable()
         if in_features % 4 or out_features % 4:
             raise ValueError(
                 f"Sparse24Linear: {in_features} in, {out_features} out, need both divisible by 4; "
                 "change the width or leave this layer dense"
             )
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.recipe = recipe
+        self.recipe = get_recipe(recipe)
         self.sparse = True
-        self.register_buffer("index", transposable_index(self.weight))
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """Buffers that match the weight."""
+        device = self.weight.device
+        self.register_buffer("index", self._index())
+        if self.recipe.backward_mask == "own":
+            self.register_buffer("permutation", torch.arange(self.out_features, device=device))
+            self.register_buffer("index_t", self._index_t())
+        if self.recipe.beta != "none":
+            self.register_buffer("beta", sste_scale(self.weight.detach()))
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+
+    def _index(self) -> torch.Tensor:
+        return mask_index(self.weight, self.recipe.virtual_mask)
+
+    def _index_t(self) -> torch.Tensor:
+        """Bi-Mask: of the masked weights, the two largest of four rows, taken in the permutation's order."""
+        masked = torch.where(self.mask, self.weight.detach(), 0)
+        return pair_index(masked.t()[:, self.permutation])
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute the masks from the weights, and beta where the recipe refits it. In place; waits for no GPU."""
+        self.index.copy_(self._index())
+        if self.recipe.backward_mask == "own":
+            self.index_t.copy_(self._index_t())
+        if self.recipe.beta == "refit":
+            self.beta.copy_(sste_scale(self.weight.detach()))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if "index" in self._buffers:  # not yet there when nn.Linear's __init__ comes by
-            self.index.copy_(transposable_index(self.weight))
-            self.seed.zero_()
+            self._make_state()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | Recipe) -> "Sparse24Linear":
         """A sparse layer with the very Parameters of `linear`, so an optimizer goes on; draws no random numbers."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, recipe, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer.index = transposable_index(linear.weight)
-        layer.seed = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
+        layer._make_state()
         return layer.train(linear.training)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        _table("flat", self.index.device)  # copied now, so that no forward waits for it,
+        for name in ("flat", "pairs"):
+            _table(name, self.index.device)  # copied now, so that no forward waits for it,
         if type(self.index) is torch.Tensor:  # and tested now, since a compiled forward cannot; nor can a fake tensor
             kernel_status(self.index.device)
         return self
@@ -224,7 +204,24 @@ class Sparse24Linear(nn.Linear):
     @property
     def mask(self) -> torch.Tensor:
         """The current mask, bool (out, in), True = kept."""
-        return expand_index(self.index)
+        return (expand_index if self.recipe.mask == "transposable" else expand_pairs)(self.index)
+
+    @property
+    def backward_mask(self) -> torch.Tensor:
+        """What is kept of W in dX, bool (out, in)."""
+        if self.recipe.backward_mask == "same":
+            return self.mask
+        return self.mask & expand_pairs(self.index_t).t()[torch.argsort(self.permutation)]
+
+    def pruned_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What multiplies X in the sparse phase: (out, in), 2:4 along in; W masked as the current mask says, or
+        beta S(W)."""
+        weight = self.weight.detach()
+        if self.recipe.mask == "soft":
+            soft = soft_threshold24(weight)
+            soft = soft if self.recipe.beta == "none" else soft * self.beta
+            return soft if dtype is None else soft.to(dtype)
+        return torch.where(self.mask, weight if dtype is None else weight.to(dtype), 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.sparse:
@@ -234,10 +231,15 @@ class Sparse24Linear(nn.Linear):
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)  # for all but float64, as autocast itself does
             x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-        w_24 = torch.where(self.mask, weight.detach(), 0)
+        w_24, recipe = self.pruned_weight(weight.dtype), self.recipe
+        how = _How(recipe.mvue_estimator if recipe.mvue else "none", recipe.weight_gradient, recipe.fp8)
         if not torch.is_grad_enabled():
+            if recipe.fp8:
+                x, w_24 = simulate_fp8(x, torch.float8_e4m3fn), simulate_fp8(w_24, torch.float8_e4m3fn)
             return F.linear(x, w_24, bias)
-        return _MaskedLinear.apply(x, weight, w_24, bias, self.seed, self.recipe.mvue)
+        w_back = None if recipe.backward_mask == "same" else torch.where(self.backward_mask, w_24, 0)
+        beta = None if recipe.beta == "none" else self.beta
+        return _MaskedLinear.apply(x, weight, w_24, w_back, bias, self.seed, beta, how)
 
     def get_extra_state(self) -> dict:
         return {"sparse": self.sparse}
@@ -252,6 +254,11 @@ class Sparse24Linear(nn.Linear):
 def sparse_linears(model: nn.Module) -> list[Sparse24Linear]:
     """The Sparse24Linear layers of `model`, in module order: the order that `seed_draws` numbers them in."""
     return [module for module in model.modules() if isinstance(module, Sparse24Linear)]
+
+
+def _recipe_of(name: str, recipe: Recipe) -> Recipe:
+    """The recipe of the layer of this name: MVUE may be for some alone."""
+    return recipe if not recipe.mvue or name.endswith(recipe.mvue_layers) else replace(recipe, mvue=False)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -288,8 +295,8 @@ def sparsify(
             f"sparsify: {'no nn.Linear named ' + ', '.join(unknown) if unknown else 'no nn.Linear matches'}; "
             f"the model has {', '.join(linears) or 'none'}"
         )
-    dense = dict.fromkeys(linears[name] for name in chosen if type(linears[name]) is nn.Linear)
-    layer_of = {linear: Sparse24Linear.from_linear(linear, recipe) for linear in dense}
+    dense = {linears[name]: name for name in chosen[::-1] if type(linears[name]) is nn.Linear}
+    layer_of = {linear: Sparse24Linear.from_linear(linear, _recipe_of(name, recipe)) for linear, name in dense.items()}
     swapped = [name for name, m in linears.items() if m in layer_of]  # under all of its names, where it has several
     for name in swapped:
         _replace(model, name, layer_of[linears[name]])
@@ -329,14 +336,48 @@ def refresh_masks(model: nn.Module, measure: bool = True) -> float | None:
     layers = [layer for layer in sparse_linears(model) if layer.sparse]
     before = [layer.index.clone() for layer in layers] if measure else []
     for layer in layers:
-        layer.index.copy_(transposable_index(layer.weight))
+        layer.refresh()
     return flip_rate(before, [layer.index for layer in layers]) if measure else None
 
 
 @torch.no_grad()
-def weight_indices(linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
+def weight_indices(linears: Sequence[nn.Linear], kind: str = "transposable") -> list[torch.Tensor]:
     """The masks that these weights would have now, as index matrices: for the flip rate of sparse and dense runs."""
-    return [transposable_index(linear.weight) for linear in linears]
+    return [mask_index(linear.weight, kind) for linear in linears]
+
+
+@torch.no_grad()
+def search_permutations(model: nn.Module, seed: int, iter_num: int) -> None:
+    """Bi-Mask's search, for the layers in their sparse phase whose recipe asks for it: of PERMUTATIONS random row
+    orders and the present one, that under which the backward mask keeps most of the forward's. A function of (seed,
+    iteration, layer number)."""
+    for number, layer in enumerate(sparse_linears(model)):
+        if not (layer.sparse and layer.recipe.permutation_interval):
+            continue
+        words = seed_words(1, seed, iter_num, number, _PERMUTE)
+        generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+        drawn = [torch.randperm(layer.out_features, generator=generator) for _ in range(PERMUTATIONS)]
+        candidates = torch.stack([layer.permutation, *torch.stack(drawn).to(layer.permutation.device)])
+        mask_t = layer.mask.t()
+        kept = [mask_t[:, order].unflatten(1, (-1, 4)).sum(-1).clamp(max=2).sum() for order in candidates]
+        layer.permutation.copy_(candidates[torch.stack(kept).argmax()])
+        layer.index_t.copy_(layer._index_t())
+
+
+@contextmanager
+@torch.no_grad()
+def hard_pruned(linears: Sequence[nn.Linear]):
+    """Inside, these layers compute what they would once deployed, 2:4 sparse along their inputs: those in their sparse
+    phase do so already, the weights of all others are pruned by magnitude (mask24), and put back at the end."""
+    dense = dict.fromkeys(m.weight for m in linears if not getattr(m, "sparse", False))
+    kept = [w.detach().clone() for w in dense]
+    try:
+        for w in dense:
+            w.copy_(torch.where(expand_pairs(pair_index(w)), w, 0))
+        yield
+    finally:
+        for w, before in zip(dense, kept, strict=True):
+            w.copy_(before)
 
 
 def seed_words(count: int, *key: int) -> np.ndarray:
@@ -377,19 +418,23 @@ class MaskedDecayAdamW(torch.optim.AdamW):
 
     decay_on="grad" adds Eq. 10, grad += masked_decay * ~mask * w, in place, once per step, to the gradients as they
     are then: unscaled and already clipped. "weight" is SR-STE's Eq. 8, w -= lr * masked_decay * ~mask * w, before the
-    Adam update. Layers whose `.sparse` is False are plain AdamW. Other arguments are torch.optim.AdamW's.
+    Adam update. "update" lies between: w -= lr * masked_decay * ~mask * w / (sqrt(v') + eps), scaled like Eq. 10 but
+    kept out of the moments. Layers whose `.sparse` is False are plain AdamW. Other arguments are torch.optim.AdamW's.
     `masked_decay` may be changed between steps. Raises ValueError for a negative factor or another decay_on.
 
+    Sparse layers whose recipe has `precondition` (STEP) keep the second moments that they had when they became sparse.
+    Raises RuntimeError where there are none.
+
     float32 parameters on CUDA take one step in one kernel launch, unless an option of torch's (fused, foreach, amsgrad,
-    maximize, capturable, differentiable) is asked for, also by the param_groups of a state dict that is loaded; the
-    gradients are then read only. State and checkpoints are torch's either way.
+    maximize, capturable, differentiable) is asked for, also by the param_groups of a state dict that is loaded, or a
+    method other than FST's; the gradients are then read only. State and checkpoints are torch's either way.
     """
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
-        if not masked_decay >= 0 or decay_on not in ("grad", "weight"):
+        if not masked_decay >= 0 or decay_on not in ("grad", "weight", "update"):
             raise ValueError(
                 f"MaskedDecayAdamW: masked_decay={masked_decay}, decay_on={decay_on!r}; need a factor of at least 0 "
-                "and 'grad' or 'weight'"
+                "and 'grad', 'weight' or 'update'"
             )
         super().__init__(params, *args, **kwargs)
         self.masked_decay = masked_decay
@@ -398,23 +443,54 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         # The fused kernel would unscale by itself, after the decay was added. So GradScaler unscales before step().
         self._step_supports_amp_scaling = False
 
-    def _decayed(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Weight to index matrix, for the layers that decay. A weight that layers share decays once."""
+    def _decayed(self) -> dict[torch.Tensor, Sparse24Linear]:
+        """Weight to layer, for the layers that decay. A weight that layers share decays once."""
         if not self.masked_decay:
             return {}
-        return {layer.weight: layer.index for layer in sparse_linears(self._model) if layer.sparse}
+        return {layer.weight: layer for layer in sparse_linears(self._model) if layer.sparse}
 
     @torch.no_grad()
-    def _apply_masked_decay(self) -> None:
-        indices = self._decayed()
+    def _apply_masked_decay(self) -> list[tuple]:
+        """Decays gradients or weights; returns what "update" has still to do after Adam, [(w, lr * decay * ~M * w)]."""
+        layers, later = self._decayed(), []
         for group in self.param_groups:
             for w in group["params"]:
-                if w not in indices or w.grad is None:
+                if w not in layers or w.grad is None:
                     continue
+                mask, strength = layers[w].mask, group["lr"] * self.masked_decay
                 if self.decay_on == "grad":
-                    masked_decay_(w.grad, w, indices[w], self.masked_decay)
+                    index = layers[w].index if layers[w].recipe.mask == "transposable" else mask
+                    masked_decay_(w.grad, w, index, self.masked_decay)
+                elif self.decay_on == "weight":
+                    w.sub_(torch.where(mask, 0, w.detach()), alpha=strength)
                 else:
-                    w.mul_(torch.where(expand_index(indices[w]), 1.0, 1.0 - group["lr"] * self.masked_decay))
+                    later.append((w, torch.where(mask, 0, w.detach()) * strength, group))
+        return later
+
+    @torch.no_grad()
+    def _decay_updates(self, later: list[tuple]) -> None:
+        for w, decay, group in later:
+            state = self.state[w]
+            steps = state.get("frozen_step") or int(state["step"])
+            w.sub_(decay / (state["exp_avg_sq"] / (1 - group["betas"][1] ** steps)).sqrt_().add_(group["eps"]))
+
+    def _preconditioned(self) -> list[tuple[torch.Tensor, dict]]:
+        """(weight, its group) of the layers whose second moments are frozen."""
+        frozen = {m.weight for m in sparse_linears(self._model) if m.sparse and m.recipe.precondition}
+        return [(p, g) for g in self.param_groups for p in g["params"] if p in frozen and p.grad is not None]
+
+    @torch.no_grad()
+    def _preconditioned_step(self, p: torch.Tensor, grad: torch.Tensor, group: dict) -> None:
+        """STEP's second phase: Adam with the second moments of the step at which they were frozen."""
+        state, lr, (beta1, beta2) = self.state[p], group["lr"], group["betas"]
+        if not state:
+            raise RuntimeError("MaskedDecayAdamW: precondition needs dense steps first; set dense_pretrain above 0")
+        frozen_step = state.setdefault("frozen_step", int(state["step"]))
+        state["step"] += 1
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        denominator = (state["exp_avg_sq"] / (1 - beta2**frozen_step)).sqrt_().add_(group["eps"])
+        p.mul_(1 - lr * group["weight_decay"])
+        p.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** int(state["step"])))
 
     @torch.no_grad()
     def _kernel_step(self) -> bool:
@@ -423,9 +499,12 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         special = ("amsgrad", "maximize", "capturable", "differentiable", "fused", "foreach")
         if not groups or any(group[key] for group, _ in groups for key in special):
             return False
+        layers = self._decayed()
+        if self.decay_on == "update" or any(layer.recipe.mask != "transposable" for layer in layers.values()):
+            return False
         if not adamw_fits([t for _, p in groups for t in (p, p.grad)]):
             return False
-        indices, scalars, moments = self._decayed(), [], []
+        indices, scalars, moments = {w: layer.index for w, layer in layers.items()}, [], []
         for _, p in groups:
             state = self.state[p]
             if not state:
@@ -457,11 +536,43 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._kernel_step():
+        frozen = self._preconditioned()
+        if not frozen and self._kernel_step():
             return loss
-        if self.masked_decay:
-            self._apply_masked_decay()
+        later = self._apply_masked_decay() if self.masked_decay else []
+        gradients = [p.grad for p, _ in frozen]
+        for p, _ in frozen:
+            p.grad = None  # AdamW passes over it
         # torch wraps the step of every optimizer class once it is used, to run the hooks. Ours is wrapped already.
         step = torch.optim.AdamW.step
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+        for (p, group), p.grad in zip(frozen, gradients, strict=True):
+            self._preconditioned_step(p, p.grad, group)
+        self._decay_updates(later)
         return loss
+
+
+class AutoSwitch:
+    """STEP's rule for the end of the dense start: have Adam's second moments settled?
+
+    Z_t is the mean of |v_t - v_{t-1}| over the weights of the sparse layers, (1 - beta2) |g^2 - v_{t-1}|; they have
+    when its mean over the last 1 / (1 - beta2) steps is below Adam's eps.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.weights, self.optimizer = [layer.weight for layer in sparse_linears(model)], optimizer
+        group = optimizer.param_groups[0]
+        self.beta2, self.eps = group["betas"][1], group["eps"]
+        self.length = max(1, round(1 / (1 - self.beta2)))
+        self.changes: list[float] = []
+
+    @torch.no_grad()
+    def settled(self) -> bool:
+        """Call it once a step, between clipping and the optimizer's step. Waits for the GPU."""
+        total = 0.0
+        for w in self.weights:
+            v = self.optimizer.state[w].get("exp_avg_sq", 0) if w in self.optimizer.state else 0
+            total = total + (w.grad.float().square() - v).abs_().sum(dtype=torch.float64)
+        change = (1 - self.beta2) * float(total) / sum(w.numel() for w in self.weights)
+        self.changes = [*self.changes, change][-self.length :]
+        return len(self.changes) == self.length and sum(self.changes) / self.length < self.eps

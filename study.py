@@ -1,106 +1,233 @@
-"""Compare methods: run a grid of settings and seeds through train.py, and write tables under results/.
+"""Compare methods: run a grid of recipes and seeds through train.py, and write a table and a figure under results/.
 
-    python study.py convergence --dataset=shakespeare_char         losses of dense, half, ste, fst; 15 runs
-    python study.py flip_rate --dataset=shakespeare_char           flip rates over the decay factor; 15 runs
+    python study.py methods                     losses after equal steps: dense, half and every recipe
+    python study.py equal_cost --seeds=6        losses at equal FLOPs and at equal predicted time
+    python study.py equal_cost --seeds=6 --step_ms=ms.json      and at equal measured time
+    python study.py quality --only fst s_ste    a part of a grid; the table has whatever is finished
+    python study.py flip_rate                   flip rates over the decay factor
 
-Every run is `python train.py NAME=VALUE...` in a folder of its own below --out_dir, so a study that was stopped goes on
-where it stood, and a finished one only writes its table again. Runs of one seed share initial weights and batches.
+Every run is `python train.py NAME=VALUE...` in a folder of its own below --out_dir, named by its settings, so studies
+share runs. A study that was stopped goes on where it stood; what is finished is not run again. Seeds come one after
+the other: after a stop, fewer --seeds give a whole table. Runs of one seed share initial weights and batches.
+
+Presets: cpu, nanoGPT's recipe for a CPU made smaller. gpu, GPT-2 124M on a BPE dataset, one run at a time: the number
+of iterations is a guess at what one card does in two minutes, and no card has run it. --calibrate=N times the steps of
+a study's variants by runs of N iterations and writes what --step_ms reads.
 """
 
 import argparse
+import fcntl
 import json
-import math
 import os
 import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 
-from plot import read_config, read_metrics
+import roofline
+from bench_suites import PAPER_BATCH
+from configurator import ConfigError, configure
+from loader import DATA_FOLDER, load_meta
+from metrics import read_config, read_metrics
+from study_cost import flops_of, measured_ms, predicted_ms
+from study_grids import FLIP_COMMON, FLIP_RATE, PRESETS, STUDIES, WINDOWS, words
+from study_report import draw, equal_cost_table, flip_table, loss_table, paired
 
 ROOT = Path(__file__).resolve().parent
 
-# nanoGPT's CPU recipe, but at width 64, learning rate 3e-3 and 2500 iterations, where methods separate, and evaluated
-# on the whole validation split, so that no evaluation noise is left.
-COMMON = (
-    "n_layer=4 n_head=4 n_embd=64 block_size=64 batch_size=12 gradient_accumulation_steps=1 dropout=0.0 bias=False "
-    "learning_rate=3e-3 min_lr=3e-4 warmup_iters=100 max_iters=2500 lr_decay_iters=2500 beta2=0.99 "
-    "eval_interval=500 eval_iters=0 flip_interval=50 checkpoint_interval=500 log_interval=100 device=cpu dtype=float32"
-)
-CONVERGENCE = {
-    "dense": "sparse=none",
-    "half": "sparse=none ffn_ratio=2",
-    "ste": "sparse=ste mask_interval=40",
-    "fst": "sparse=fst masked_decay=2e-4 mask_interval=40",
-    "fst, no MVUE, no dense phase": "sparse=fst masked_decay=2e-4 mask_interval=40 mvue=False dense_finetune=0",
-}
-FLIP_COMMON = (  # the first 311 iterations of nanoGPT's CPU recipe, whose schedule is laid out for 1000
-    f"{COMMON} n_embd=128 learning_rate=1e-3 min_lr=1e-4 lr_decay_iters=1000 max_iters=311 "
-    "flip_interval=1 eval_interval=0 eval_iters=20"
-)
-FLIP_RATE = {"dense": "sparse=none"} | {
-    f"lambda {decay}": f"sparse=fst masked_decay={decay} mask_interval=1 mvue=False dense_finetune=0"
-    for decay in ("0", "2e-4", "2e-3", "2e-2")
-}
-WINDOWS = (150, 200, 250, 300)  # centres t0 of windows of 20 iterations
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
 
 
-def run(folder: Path, settings: str) -> Path:
+def folder_of(root: Path, common: str, settings: str, seed: int) -> Path:
+    """A run's folder, named by the settings in which it differs from `common`, whatever a study calls it."""
+    own = sorted(words(settings).items() - words(common).items())
+    return root / ("_".join(f"{name}={value}" for name, value in own).replace("/", ":") + f"-seed{seed}")
+
+
+def is_finished(folder: Path, wanted: dict[str, str]) -> bool:
+    """Whether the run in `folder` has its last validation loss. ValueError where it was made with other settings."""
+    config = read_config(folder)
+    if not config:
+        return False
+    differing = []
+    for name, value in wanted.items():
+        try:
+            found = configure(config, [f"--{name}={value}"])[name]
+        except ConfigError:
+            found = value
+        if name not in config or found != config[name]:
+            differing.append(f"{name}={value} (there {config.get(name, 'missing')})")
+    if differing:
+        raise ValueError(f"{folder} holds another run: {', '.join(differing)}; delete it, or use another --out_dir")
+    if not (folder / "metrics.jsonl").exists():
+        return False
+    last = (read_metrics(folder) or [{"iter": -1}])[-1]
+    return last["iter"] >= int(wanted["max_iters"]) and last.get("val_loss") is not None
+
+
+def run(folder: Path, settings: dict[str, str]) -> None:
     """One run of train.py in `folder`, resumed or skipped as its state there asks. Raises RuntimeError if it fails."""
-    command = [sys.executable, "train.py", *(f"--{word}" for word in settings.split())]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log:
-        done = subprocess.run(
-            [*command, f"--out_dir={folder.resolve()}"],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed; see {folder / 'log.txt'}")
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # train.py inherits it: a second study waits, even where the first was killed
+        if is_finished(folder, settings):
+            return
+        command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run(
+                [*command, f"--out_dir={folder.resolve()}"],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock.fileno(),),
+                env=os.environ | ({"OMP_NUM_THREADS": "1"} if settings.get("device") == "cpu" else {}),
+            )
+        if done.returncode or not is_finished(folder, settings):
+            how = "failed" if done.returncode else "was stopped"
+            raise RuntimeError(f"{shlex.join(command)} {how}; see {folder / 'log.txt'}")
     print(f"done: {folder}", flush=True)
-    return folder
 
 
-def run_all(name: str, variants: dict[str, str], common: str, args) -> dict[str, list[Path]]:
-    """{variant: run folders, one per seed}, all finished, `args.jobs` at a time on one thread each."""
-    root, dataset = Path(args.out_dir) / name, f"dataset={args.dataset}"
+def planned(root: Path, common: str, settings: str, args) -> dict[Path, dict[str, str]]:
+    """{folder: settings} of a variant's runs, one per seed."""
+    runs = {}
+    for seed in range(1, args.seeds + 1):
+        wanted = words(f"{common} {settings} seed={seed} dataset={args.dataset}")
+        runs[folder_of(root, common, settings, seed)] = wanted
+    return runs
 
-    def start(pool, variant: str, seed: int):
-        folder = root / f"{variant.replace(', ', '-').replace(' ', '_')}-seed{seed}"
-        return pool.submit(run, folder, f"{common} {variants[variant]} seed={seed} {dataset}")
 
+def run_all(root: Path, common: str, variants: list[str], args) -> None:
+    """Every variant for every seed, finished, `args.jobs` at a time; all variants of a seed before the next seed."""
+    columns = zip(*(planned(root, common, settings, args).items() for settings in variants), strict=True)
+    runs = dict(run for column in columns for run in column)
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {(v, seed): start(pool, v, seed) for seed in range(1, args.seeds + 1) for v in variants}
-    return {v: [futures[v, seed].result() for seed in range(1, args.seeds + 1)] for v in variants}
+        try:
+            for future in as_completed([pool.submit(run, folder, wanted) for folder, wanted in runs.items()]):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those under way finish, or save where Ctrl-C reached them
+            raise
 
 
-def spread(values: list[float]) -> str:
-    """Mean +- sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):.4f} +- {deviation:.4f}"
+def run_and_read(variants: dict[str, str], args) -> dict[str, list[Path]]:
+    """Run what --only names; {label: run folders, one per seed} of all `variants` that are finished."""
+    root, common = Path(args.out_dir) / f"{args.preset}-{Path(args.dataset).name}", PRESETS[args.preset]
+    chosen = [settings for label, settings in variants.items() if not args.only or label.split(" @ ")[0] in args.only]
+    if not args.table_only:
+        run_all(root, common, chosen, args)
+    found = {}
+    for label, settings in variants.items():
+        runs = planned(root, common, settings, args)
+        if all(is_finished(folder, wanted) for folder, wanted in runs.items()):
+            found[label] = list(runs)
+        else:
+            print(f"not in the table, as seeds are missing: {label}")
+    return found
 
 
-def last_val_loss(folder: Path) -> float:
-    return [row["val_loss"] for row in read_metrics(folder) if row["val_loss"] is not None][-1]
+def last_row(folder: Path) -> dict:
+    return read_metrics(folder)[-1]
 
 
-def convergence(args) -> tuple[dict, list[str]]:
-    """Final validation losses, and differences to dense and to ste within each seed."""
-    folders = run_all("convergence", CONVERGENCE, COMMON, args)
-    losses = {variant: [last_val_loss(folder) for folder in runs] for variant, runs in folders.items()}
-    lines = ["| method | validation loss | minus dense | minus ste |", "|---|---|---|---|"]
-    for variant, values in sorted(losses.items(), key=lambda item: statistics.fmean(item[1])):
-        cells = [spread(values)]
-        for reference in ("dense", "ste"):
-            differences = [a - b for a, b in zip(values, losses[reference], strict=True)]
-            cells.append("" if variant == reference else spread(differences))
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+# ---------------------------------------------------------------------------------------------------------------------
+# Studies
+
+
+def compare(args) -> tuple[dict, list[str]]:
+    """Final validation losses of a grid, and differences to its references within each seed."""
+    study = STUDIES[args.study]
+    runs = run_and_read(study.variants, args)
+    rows = {label: [last_row(folder) for folder in found] for label, found in runs.items()}
+    losses = {label: [row["val_loss"] for row in found] for label, found in rows.items()}
+    pruned = {label: [row.get("val_loss_24") for row in found] for label, found in rows.items()}
+    pruned = {label: values for label, values in pruned.items() if None not in values}
+    references = [label for label in study.references if label in losses]
+    panels = {f"minus {reference}": paired_to(losses, reference) for reference in references}
     note = f"Mean +- sample standard deviation over {args.seeds} seeds; differences are taken within each seed."
-    return {"val_loss": losses, "environment": read_config(folders["dense"][0])["environment"]}, [*lines, "", note]
+    data = {"variants": study.variants, "val_loss": losses, "val_loss_24": pruned, "panels": panels}
+    return data | environment(runs), [*loss_table(losses, pruned, panels), "", note]
+
+
+def paired_to(losses: dict[str, list[float]], reference: str) -> dict:
+    return {label: paired(v, losses[reference]) for label, v in losses.items() if label != reference}
+
+
+def environment(runs: dict[str, list[Path]]) -> dict:
+    """Of the first run there is."""
+    return {"environment": next((read_config(found[0])["environment"] for found in runs.values()), None)}
+
+
+def step_costs(variants: dict[str, str], args) -> dict[str, dict[str, float]]:
+    """{"FLOPs" or "time": {label: cost of a step over the dense one's}}."""
+    common = PRESETS[args.preset]
+    vocab_size = load_meta(DATA_FOLDER / args.dataset)["vocab_size"]
+    flops = {label: flops_of(f"{common} {settings}", vocab_size) for label, settings in variants.items()}
+    if args.step_ms:
+        ms = json.loads(Path(args.step_ms).read_text())
+        if missing := sorted(variants.keys() - ms.keys()):
+            raise ValueError(f"{args.step_ms} lacks {', '.join(missing)}; measure them with --calibrate")
+    else:
+        ms = {label: predicted_ms(v, args.gpu, args.size, args.ratio) for label, v in variants.items()}
+    return {
+        name: {label: costs[label] / costs["dense"] for label in variants}
+        for name, costs in (("FLOPs", flops), ("time", ms))
+    }
+
+
+def equal_cost(args) -> tuple[dict, list[str]]:
+    """Losses where each variant takes as many steps as cost what the dense run's do, in FLOPs and in time."""
+    variants, iters = STUDIES["equal_cost"].variants, int(words(PRESETS[args.preset])["max_iters"])
+    costs = step_costs(variants, args)
+    steps = {name: {v: max(1, round(iters / cost)) for v, cost in ratios.items()} for name, ratios in costs.items()}
+    for name, counts in steps.items():
+        print(f"steps at equal {name}: {', '.join(f'{label} {n}' for label, n in counts.items())}", flush=True)
+    grid = {
+        f"{label} @ {name}": f"{settings} max_iters={steps[name][label]} lr_decay_iters={steps[name][label]}"
+        for label, settings in variants.items()
+        for name in steps
+    }
+    runs = run_and_read(grid, args)
+    losses = {name: {} for name in steps}
+    for label, found in runs.items():
+        variant, name = label.split(" @ ")
+        losses[name][variant] = [last_row(folder)["val_loss"] for folder in found]
+    differences = {name: paired_to(v, "dense") if "dense" in v else {} for name, v in losses.items()}
+    panels = {f"at equal {name}, minus dense": panel for name, panel in differences.items() if panel}
+    data = {"variants": variants, "cost": costs, "steps": steps, "val_loss": losses, "panels": panels}
+    return data | environment(runs), [*equal_cost_table(costs, steps, losses, differences), "", equal_cost_note(args)]
+
+
+def equal_cost_note(args) -> str:
+    if args.step_ms:
+        time = f"Time: step times measured in {Path(args.step_ms).name}."
+    else:
+        time = (
+            f"Time: a prediction, not a measurement: predicted step-time ratios of GPT-2 {args.size} on "
+            f"{args.gpu.upper()}, 2:4 GEMMs {args.ratio:g} x dense (roofline.py), are taken for this model's."
+        )
+    return (
+        "Every run has a schedule of its own length and costs what the dense run does. FLOPs: those of this model's "
+        f"matrix multiplications, 2:4 ones counted as half; a step's costs are means over the phases. {time} Mean +- "
+        f"sample standard deviation over {args.seeds} seeds; differences are taken within each seed, in brackets their "
+        "95 % t-interval."
+    )
+
+
+def calibrate(args) -> None:
+    """Time the steps of a study's variants by runs of --calibrate iterations, and write what --step_ms reads."""
+    variants, n = STUDIES[args.study].variants, args.calibrate
+    short = {label: f"{v} max_iters={n} lr_decay_iters={n} log_interval=10" for label, v in variants.items()}
+    args.seeds, args.jobs = 1, 1
+    ms = {label: measured_ms(found[0], variants[label]) for label, found in run_and_read(short, args).items()}
+    path = Path(args.results) / f"{result_name(args)}-step_ms.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ms, indent=1) + "\n")
+    print(f"wrote {path}: {json.dumps(ms)}")
 
 
 def window_means(folder: Path) -> list[float]:
@@ -111,46 +238,97 @@ def window_means(folder: Path) -> list[float]:
 
 def flip_rate(args) -> tuple[dict, list[str]]:
     """mu = r' / r (section 4.3): the flip rate of each decay factor over that of the dense run of the same seed."""
-    folders = run_all("flip_rate", FLIP_RATE, FLIP_COMMON, args)
-    rates = {variant: [window_means(folder) for folder in runs] for variant, runs in folders.items()}
-    lines = [f"| run | {' | '.join(f't0 = {t0}' for t0 in WINDOWS)} |", "|---|" + "---|" * len(WINDOWS)]
-    lines.append(
-        "| dense, r | " + " | ".join(f"{statistics.fmean(r):.5f}" for r in zip(*rates["dense"], strict=True)) + " |"
-    )
-    for variant in list(rates)[1:]:
-        cells = []
-        for sparse, dense in zip(zip(*rates[variant], strict=True), zip(*rates["dense"], strict=True), strict=True):
-            mu = [a / b for a, b in zip(sparse, dense, strict=True)]
-            cells.append(f"{statistics.fmean(mu):.2f} ({min(mu):.2f} to {max(mu):.2f})")
-        lines.append(f"| {variant}, mu | {' | '.join(cells)} |")
-    note = f"Means over {args.seeds} seeds (smallest to largest); each mu is against the dense run of its own seed."
-    environment = read_config(folders["dense"][0])["environment"]
-    return {"t0": WINDOWS, "flip_rate": rates, "environment": environment}, [*lines, "", note]
+    root = Path(args.out_dir) / f"flip_rate-{Path(args.dataset).name}"
+    run_all(root, FLIP_COMMON, list(FLIP_RATE.values()), args)
+    runs = {variant: list(planned(root, FLIP_COMMON, settings, args)) for variant, settings in FLIP_RATE.items()}
+    rates = {variant: [window_means(folder) for folder in found] for variant, found in runs.items()}
+    return {"variants": FLIP_RATE, "t0": WINDOWS, "flip_rate": rates} | environment(runs), flip_table(rates, WINDOWS)
 
 
-STUDIES = {"convergence": (convergence, COMMON, CONVERGENCE), "flip_rate": (flip_rate, FLIP_COMMON, FLIP_RATE)}
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--dataset", default="shakespeare_char", help="folder under data/, or a path")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="runs side by side")
-    parser.add_argument("--out_dir", default="out-study", help="where the runs are kept")
-    parser.add_argument("--results", default="results", help="where the table is written")
-    args = parser.parse_args()
-    study, common, variants = STUDIES[args.study]
-    data, lines = study(args)
+def result_name(args) -> str:
+    """Of the files below --results; dataset and preset are named where they are not the usual ones."""
     dataset = Path(args.dataset).name
-    command = f"python study.py {args.study} --dataset={dataset} --seeds={args.seeds}"
-    data = {"command": command, "dataset": dataset, "common": common, "variants": variants, **data}
-    folder = Path(args.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{args.study}.json").write_text(json.dumps(data, indent=1) + "\n")
-    table = [f"# {args.study}", "", f"`{command}`", "", *lines]
-    (folder / f"{args.study}.md").write_text("\n".join(table) + "\n")
+    parts = [args.study, *([dataset] if dataset != "shakespeare_char" else [])]
+    return "-".join([*parts, *([args.preset] if args.preset != "cpu" else [])])
+
+
+def command_of(args) -> str:
+    """The command that writes the table again."""
+    parts = [f"python study.py {args.study} --dataset={Path(args.dataset).name} --seeds={args.seeds}"]
+    named = ("preset", "gpu", "size", "ratio", "step_ms")
+    return " ".join(
+        [*parts, *(f"--{name}={getattr(args, name)}" for name in named if getattr(args, name) != USUAL[name])]
+    )
+
+
+USUAL = {"preset": "cpu", "gpu": "h200", "size": "774M", "ratio": 1.5, "step_ms": None}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=[*STUDIES, "flip_rate"])
+    parser.add_argument("--dataset", default="shakespeare_char", help="folder under data/, or a path")
+    parser.add_argument("--preset", choices=PRESETS, help="the settings that all runs share", default=USUAL["preset"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--only", nargs="+", metavar="LABEL", help="variants to run; the table has all that are finished"
+    )
+    parser.add_argument("--table_only", action="store_true", help="run nothing")
+    parser.add_argument("--jobs", type=int, help="runs side by side; default: 2, on a GPU 1")
+    parser.add_argument("--out_dir", default="out-study", help="where the runs are kept")
+    parser.add_argument("--results", default="results", help="where table and figure are written")
+    parser.add_argument(
+        "--gpu", choices=roofline.GPUS, default=USUAL["gpu"], help="equal_cost: predicted step times of"
+    )
+    parser.add_argument("--size", choices=PAPER_BATCH, default=USUAL["size"], help="equal_cost: of which GPT-2")
+    parser.add_argument("--ratio", type=float, default=USUAL["ratio"], help="equal_cost: dense over 2:4 GEMM time")
+    parser.add_argument("--step_ms", help="equal_cost: JSON of {label: measured ms of a step}, instead of predictions")
+    parser.add_argument("--calibrate", type=int, metavar="N", help="measure steps in runs of N iterations, no table")
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds={args.seeds}, need at least 1")
+    args.jobs = args.jobs or (1 if args.preset == "gpu" else 2)
+    known = [] if args.study == "flip_rate" else STUDIES[args.study].variants
+    if unknown := [label for label in args.only or () if label not in known]:
+        parser.error(
+            f"--only: {args.study} has no {', '.join(map(repr, unknown))}; it has {', '.join(map(repr, known))}"
+        )
+    return args
+
+
+def report(args) -> None:
+    """Run the study and write its table, its numbers and its figure."""
+    data, lines = {"flip_rate": flip_rate, "equal_cost": equal_cost}.get(args.study, compare)(args)
+    common = FLIP_COMMON if args.study == "flip_rate" else PRESETS[args.preset]
+    panels = data.pop("panels", {})
+    head = {"command": command_of(args), "dataset": Path(args.dataset).name, "seeds": args.seeds, "common": common}
+    path = Path(args.results) / result_name(args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    differences = {title: {k: asdict(v) for k, v in panel.items()} for title, panel in panels.items()}
+    path.with_name(f"{path.name}.json").write_text(
+        json.dumps(head | data | ({"differences": differences} if panels else {}), indent=1) + "\n"
+    )
+    table = [f"# {result_name(args)}", "", f"`{command_of(args)}`", "", *lines]
+    path.with_name(f"{path.name}.md").write_text("\n".join(table) + "\n")
+    if panels:
+        draw(panels, path.with_name(f"{path.name}.png"), result_name(args))
     print("\n".join(table))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if args.calibrate:
+            calibrate(args)
+        else:
+            report(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"study.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("study.py: stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 One optimizer step is: accumulate micro-batches -> all-reduce -> unscale -> clip -> masked decay (Eq. 10) -> AdamW
 -> refresh the masks every `mask_interval` steps -> pack the weights. It is sparse while iter_num < dense_start, dense
-from there on.
+from there on; with dense_pretrain, also before sparse_start.
 
 Nothing depends on history. Data, dropout and MVUE draws are functions of (seed, iteration, global micro-batch), where
 the global micro-batch is micro_step * world_size + rank, so that any number of ranks trains on the same numbers, and
@@ -28,19 +28,25 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import recipes
 import sparse24
 import spmm_choice
 from configurator import configure_or_exit, setting_names
 from ffn import pack_weights, plan_ffn, set_plan, time_ways
+from health import DecayController, FlipReference, FlipWatch
 from loader import DATA_FOLDER, Tokens, load_meta
+from metrics import Metrics, read_metrics
 from model import GPT, GPTConfig, peak_flops
-from runtime import Metrics, Ranks, StopSignal, environment, start_ranks
+from recipes import Recipe
+from runtime import Ranks, StopSignal, environment, start_ranks
 from sparse24 import (
-    Recipe,
+    AutoSwitch,
     decay_ratio,
     flip_rate,
+    hard_pruned,
     kernel_status,
     refresh_masks,
+    search_permutations,
     seed_draws,
     seed_words,
     sparse_linears,
@@ -77,13 +83,34 @@ bias = False  # biases in linears and layer norms
 activation = "gelu"  # gelu, relu2, geglu, swiglu (gated ones get a d_ff of 2/3, so that parameters match)
 ffn_ratio = 4.0  # d_ff / n_embd; 2 is the paper's Half baseline
 # ---- 2:4 sparsity (the defaults are fst's; another recipe brings its own unless you set them) ----
-sparse = "none"  # none, fst, ste (sr_ste, s_ste, step, bi_mask are to come)
+sparse = "none"  # none, fst, ste, sr_ste, s_ste, step, bi_mask
 sparse_layers = "ffn"  # ffn, ffn+attn (the attention projections too)
+dense_blocks = 0  # so many blocks at each end stay dense
 mask_interval = 40  # steps between mask refreshes
 masked_decay = 6e-5  # the decay factor lambda of Eq. 10; 0 = none
 mvue = True  # 2:4 weight gradients through MVUE; False = dense ones
 dense_finetune = 1 / 6  # share of max_iters that is dense, at the end
 dense_start = -1  # first dense iteration; -1 = round(max_iters * (1 - dense_finetune))
+dense_pretrain = 0.0  # share of max_iters that is dense, at the start
+# ---- what else 2:4 methods differ in (the equations are in recipes.py) ----
+mask = "transposable"  # transposable, row (by magnitude), soft (soft threshold)
+backward_mask = "same"  # the input gradient's weights: same, or own (of row masks: pruned once more, along the outputs)
+permutation_interval = 0  # steps between searches for the row order of an own backward mask; 0 = rows as they are
+mvue_estimator = "exact"  # exact (minimum variance), sequential (the predecessors')
+mvue_layers = ""  # MVUE only in the layers whose name ends so, such as c_fc; "" = in all
+decay_on = "grad"  # grad (Eq. 10), weight (SR-STE's Eq. 8), update (over Adam's denominator, not in its moments)
+decay_schedule = "constant"  # of masked_decay: constant, cosine (down to 0 at dense_start)
+precondition = False  # freeze Adam's second moments after the dense start
+autoswitch = False  # end the dense start when the second moments have settled: from dense_pretrain on, by 0.5
+beta = "none"  # scale of soft weights: none, init (fixed at the start), refit (at each refresh)
+weight_gradient = "straight"  # of soft weights: straight (through), scaled (by beta), true
+fp8 = False  # simulate FP8 GEMMs in the sparse layers: E4M3, gradients E5M2
+# ---- flip-rate health ----
+flip_mask = "auto"  # masks whose flips count: auto (the recipe's; dense runs: transposable), transposable, row
+flip_layers = False  # also log the flip rate of each layer
+flip_reference = ""  # out_dir of a dense run to compare flip rates with, as search_decay.py records one
+masked_decay_auto = False  # adjust masked_decay so that mu stays from 0.60 to 0.95; needs flip_reference
+masked_decay_auto_interval = 100  # steps between adjustments, after warmup_iters
 # ---- optimizer ----
 learning_rate = 6e-4  # peak
 max_iters = 600000  # optimizer steps, exactly
@@ -93,6 +120,7 @@ beta2 = 0.95
 grad_clip = 1.0  # largest global gradient norm; 0 = no clipping
 decay_lr = True  # linear warm-up, then cosine; False = learning_rate throughout
 warmup_iters = 2000
+rewarm_iters = 0  # steps over which the learning rate is warmed up once more, at the dense switch
 lr_decay_iters = 600000  # iteration at which min_lr is reached
 min_lr = 6e-5
 # ---- machine ----
@@ -136,8 +164,11 @@ def evaluate(model, split: Tokens, ranks: Ranks, device: torch.device, autocast)
 # Schedules: pure functions of the iteration
 
 
-def get_lr(iter_num: int) -> float:
-    """Linear warm-up over warmup_iters, cosine down to min_lr at lr_decay_iters, min_lr after that."""
+def get_lr(iter_num: int, switch: int = 0) -> float:
+    """Linear warm-up over warmup_iters, cosine down to min_lr at lr_decay_iters, min_lr after that; and from the switch
+    of a sparse run to dense on, warmed up to that once more over rewarm_iters."""
+    if rewarm_iters and switch and switch <= iter_num < switch + rewarm_iters:
+        return get_lr(iter_num) * (iter_num - switch + 1) / (rewarm_iters + 1)
     if not decay_lr:
         return learning_rate
     if iter_num < warmup_iters:
@@ -153,6 +184,18 @@ def planned_dense_start() -> int:
     if sparse == "none":
         return 0
     return dense_start if dense_start >= 0 else round(max_iters * (1 - dense_finetune))
+
+
+def planned_sparse_start() -> int | None:
+    """First iteration of the sparse phase; None where STEP's rule is to say."""
+    return None if autoswitch else round(max_iters * dense_pretrain)
+
+
+def get_decay(iter_num: int, factor: float, sparse_start: int, switch: int) -> float:
+    """The decay factor of this step of the sparse phase, which the schedule brings down from `factor`."""
+    if decay_schedule == "constant":
+        return factor
+    return factor * 0.5 * (1.0 + math.cos(math.pi * (iter_num - sparse_start) / (switch - sparse_start)))
 
 
 def set_phase(model: torch.nn.Module, is_sparse: bool) -> None:
@@ -174,7 +217,8 @@ def resolve_settings(overrides: dict) -> Recipe | None:
     for name, least in (
         *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
         *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
-        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0)),
+        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0), ("rewarm_iters", 0)),
+        *(("dense_blocks", 0), ("masked_decay_auto_interval", 1)),
     ):
         if globals()[name] < least:
             raise ValueError(f"{name}={globals()[name]}, need at least {least}")
@@ -188,14 +232,27 @@ def resolve_settings(overrides: dict) -> Recipe | None:
         raise ValueError(f"spmm={spmm!r}, need one of {', '.join(spmm_choice.MODES)}")
     if dtype not in ("auto", *_DTYPES):
         raise ValueError(f"dtype={dtype!r}, need one of auto, {', '.join(_DTYPES)}")
+    if decay_schedule not in ("constant", "cosine"):
+        raise ValueError(f"decay_schedule={decay_schedule!r}, need constant or cosine")
+    if flip_mask not in ("auto", "transposable", "row"):
+        raise ValueError(f"flip_mask={flip_mask!r}, need auto, transposable or row")
+    if masked_decay_auto and not flip_reference:
+        raise ValueError(
+            "masked_decay_auto=True needs flip_reference, a dense run's out_dir; search_decay.py records one"
+        )
     if sparse == "none":
+        if flip_reference:
+            raise ValueError(f"flip_reference={flip_reference} is for sparse runs, and sparse='none'; drop it")
+        globals()["flip_mask"] = "transposable" if flip_mask == "auto" else flip_mask
         return None
-    recipe = sparse24.get_recipe(sparse)
-    recipe.check_trainable()
-    given = {field.name: overrides[field.name] for field in fields(Recipe) if field.name in overrides}
-    recipe = replace(recipe, **given)
-    for name in ("mask_interval", "masked_decay", "mvue", "dense_finetune"):
-        globals()[name] = getattr(recipe, name)
+    names = [field.name for field in fields(Recipe) if field.name != "name"]
+    recipe = replace(sparse24.get_recipe(sparse), **{name: overrides[name] for name in names if name in overrides})
+    globals().update({name: getattr(recipe, name) for name in names})
+    if masked_decay_auto and not masked_decay:
+        raise ValueError("masked_decay_auto=True needs a masked_decay above 0 to start from")
+    if not recipe.plain and spmm not in ("auto", "dense"):
+        raise ValueError(f"spmm={spmm!r} multiplies as fst does, and these settings differ; use --spmm=auto")
+    globals()["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask
     return recipe
 
 
@@ -246,7 +303,10 @@ def find_start(folder: Path) -> Path | None:
 def check_resume(state: dict, path: Path) -> None:
     """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's."""
     saved = state["config"]
-    shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "sparse_layers")
+    shape = (
+        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "sparse_layers"),
+        *("dense_blocks", "mask", "backward_mask", "beta", "dense_pretrain", "autoswitch"),
+    )
     differing = [f"{name}={globals()[name]} (there {saved[name]})" for name in shape if globals()[name] != saved[name]]
     if differing:
         raise ValueError(
@@ -269,7 +329,9 @@ def build_model(state: dict | None, recipe: Recipe | None, vocab_size: int) -> G
         return model
     if init_from.startswith("gpt2"):
         model = GPT.from_pretrained(
-            init_from, {"dropout": dropout, "sparse": sparse, "sparse_layers": sparse_layers}, recipe
+            init_from,
+            {name: globals()[name] for name in ("dropout", "sparse", "sparse_layers", "dense_blocks")},
+            recipe,
         )
         if block_size < model.config.block_size:
             model.crop_block_size(block_size)
@@ -346,6 +408,8 @@ def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: R
         print(
             f"sparse: {sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {mask_interval} "
             f"steps, decay {masked_decay:g}, mvue={mvue}; dense from iteration {switch}"
+            + (f" and before {'its second moments have settled' if autoswitch else planned_sparse_start()}")
+            * bool(dense_pretrain)
         )
     if report and (device.startswith("cuda") or spmm != "auto"):
         print(report.text())
@@ -396,8 +460,12 @@ def main() -> None:
         optimizer = build_optimizer(model, recipe, state)
         iter_num = state["iter_num"] if state else 0
         switch = state["dense_start"] if state and dense_start < 0 else planned_dense_start()
+        sparse_start = state["sparse_start"] if state else planned_sparse_start()
         kept = folder / "spmm.json" if state else None
-        report = plan_gemms(model, kept, ranks, dev) if iter_num < switch and not eval_only else None
+        planned = recipe and recipe.plain and iter_num < switch and not eval_only
+        report = plan_gemms(model, kept, ranks, dev) if planned else None
+        settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
+        reference = FlipReference(flip_reference, settings, flip_mask) if flip_reference else None
     except (ValueError, OSError, ImportError, NotImplementedError, checkpoint.CheckpointError) as error:
         sys.exit(f"train.py: error: {error}")
 
@@ -412,7 +480,15 @@ def main() -> None:
         scaler.load_state_dict(state["scaler"])
         best_val_loss, elapsed = state["best_val_loss"], state.get("elapsed_s", 0.0)
     model_args = asdict(model.config)
-    settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
+    watch = FlipWatch(warmup_iters, lr_decay_iters if decay_lr else max_iters, reference)
+    controller = None
+    if masked_decay_auto:
+        controller = DecayController(masked_decay, reference, masked_decay_auto_interval, warmup_iters)
+        if state is not None:
+            controller.load_state_dict(state["controller"] or controller.state_dict())
+    settling = AutoSwitch(model, optimizer) if autoswitch else None
+    if settling and state is not None:
+        settling.changes = state["autoswitch"]
     net = torch.compile(model, mode=compile_mode) if compile else model
     ddp = None
     if ranks.world_size > 1:  # masks come from identical weights on every rank, so buffers need no broadcast
@@ -443,6 +519,9 @@ def main() -> None:
             "model_args": model_args,
             "config": settings,
             "dense_start": switch,
+            "sparse_start": sparse_start,
+            "autoswitch": settling.changes if settling else None,
+            "controller": controller.state_dict() if controller else None,
             "patterns_hash": sparse24.PATTERNS_HASH,
             "elapsed_s": elapsed,
         }
@@ -462,6 +541,9 @@ def main() -> None:
         if report and report.rows:
             report.save(folder / "spmm.json")
         metrics = Metrics(folder, iter_num, settings)
+        for row in read_metrics(folder) if iter_num else []:
+            if row["phase"] == "sparse" and row["flip_rate"] is not None:
+                watch.add(row["iter"], row["flip_rate"], row["lr"])
     if ranks.master:
         announce(model, path, iter_num, switch, ranks, report)
         if state is not None:
@@ -476,7 +558,8 @@ def main() -> None:
     model.train()
 
     while True:
-        is_sparse = max(0, min(iter_num, max_iters - 1)) < switch  # after the last step its phase stays
+        last_step = max(0, min(iter_num, max_iters - 1))  # after the last step its phase stays
+        is_sparse = sparse_start is not None and sparse_start <= last_step < switch
         set_phase(model, is_sparse)
         row = {"iter": iter_num, "phase": "sparse" if is_sparse else "dense", "elapsed_s": round(elapsed, 3)}
         stopping = bool(ranks.maximum(stop.received is not None)) and iter_num < max_iters
@@ -485,27 +568,38 @@ def main() -> None:
         # ---- evaluate and save ----
         if not stopping and (iter_num >= max_iters or eval_only or (eval_interval and iter_num % eval_interval == 0)):
             row["val_loss"] = evaluate(net, val_data, ranks, dev, autocast)
+            if ended and probes:  # as it would be deployed
+                with hard_pruned(probes):
+                    row["val_loss_24"] = evaluate(net, val_data, ranks, dev, autocast)
         improved = row.get("val_loss", math.inf) < best_val_loss
         best_val_loss = min(best_val_loss, row.get("val_loss", math.inf))
         if improved and not always_save_checkpoint and iter_num and not eval_only:
             save("ckpt_best.pt")
-        due = (
-            iter_num % checkpoint_interval == 0 or iter_num == switch or ("val_loss" in row and always_save_checkpoint)
-        )
+        marks = iter_num % checkpoint_interval == 0 or iter_num in (switch, sparse_start)
+        due = marks or ("val_loss" in row and always_save_checkpoint)
         if not eval_only and (ended or (due and iter_num > first_iter)):
             save()
         if ended:
             if metrics and not stopping:
                 metrics.write(row)
             if ranks.master and "val_loss" in row:
-                print(f"iter {iter_num:>6}/{max_iters}  {row['phase']:<6}  val {row['val_loss']:.4f}", flush=True)
+                pruned = f"  hard-pruned to 2:4 {row['val_loss_24']:.4f}" if "val_loss_24" in row else ""
+                print(
+                    f"iter {iter_num:>6}/{max_iters}  {row['phase']:<6}  val {row['val_loss']:.4f}{pruned}", flush=True
+                )
             break
         tick = time.perf_counter()
 
         # ---- one optimizer step ----
-        row["lr"] = get_lr(iter_num)
+        row["lr"] = get_lr(iter_num, switch)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
+        decay = 0.0
+        if is_sparse and masked_decay:
+            factor = controller.decay if controller else masked_decay
+            row["masked_decay"] = optimizer.masked_decay = decay = get_decay(iter_num, factor, sparse_start, switch)
+        if is_sparse and permutation_interval and iter_num % permutation_interval == 0:
+            search_permutations(model, seed, iter_num)
         loss_sum = torch.zeros((), device=dev)
         for micro_step in range(local_steps):
             micro_batch = micro_step * ranks.world_size + ranks.rank
@@ -523,15 +617,30 @@ def main() -> None:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row
-        measuring = bool(flip_interval and probes) and iter_num % flip_interval == 0
-        if (logging or measuring) and is_sparse and masked_decay:
-            row["decay_ratio"] = decay_ratio(model, masked_decay)
-        before = sparse24.weight_indices(probes) if measuring else []
+        steering = bool(controller) and is_sparse and controller.measures(iter_num)
+        measuring = bool(probes) and (steering or (flip_interval > 0 and iter_num % flip_interval == 0))
+        if (logging or measuring) and decay:
+            row["decay_ratio"] = decay_ratio(model, decay)
+        before = sparse24.weight_indices(probes, flip_mask) if measuring else []
+        settled = settling.settled() if settling and sparse_start is None else False
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=not keep_grads)
         if measuring:
-            row["flip_rate"] = flip_rate(before, sparse24.weight_indices(probes))
+            after = sparse24.weight_indices(probes, flip_mask)
+            row["flip_rate"] = flip_rate(before, after)
+            if flip_layers:
+                rates = map(flip_rate, before, after)
+                row["flip_rate_layers"] = dict(zip(model.sparse_names(sparse_layers), rates, strict=True))
+            if is_sparse:
+                for warning in watch.add(iter_num, row["flip_rate"], row["lr"]) if ranks.master else []:
+                    print(f"warning, iteration {iter_num}: {warning}", flush=True)
+            if steering:
+                controller.add(iter_num, row["flip_rate"], row["lr"])
+        if sparse_start is None:
+            earliest, latest = (round(max_iters * share) for share in (dense_pretrain, recipes.AUTOSWITCH_LATEST))
+            if iter_num + 1 >= (earliest if settled else latest):
+                sparse_start = iter_num + 1
         if is_sparse and (iter_num + 1) % mask_interval == 0:
             refresh_masks(model, measure=False)
         pack_weights(model)

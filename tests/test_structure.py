@@ -15,12 +15,12 @@ from model import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom, from the top down: a module may import any of those in the sets below it.
 LAYERS = [
-    {"train", "sample", "study", "bench"},
-    {"bench_suites", "bench_kernels"},
+    {"train", "sample", "study", "search_decay", "bench"},
+    {"bench_suites", "bench_kernels", "study_cost", "study_report", "study_grids"},
     {"runtime", "loader", "model", "plot", "roofline"},
-    {"ffn"},
+    {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},
-    {"operators", "baselines", "spmm_choice"},
+    {"operators", "baselines", "spmm_choice", "metrics", "recipes"},
     {"kernels_ffn", "spmm"},
     {"kernels"},
 ]

@@ -43,8 +43,8 @@ from sparse24 import RECIPES, expand_index, transposable_index
 
 MAX_ITERS = SETTINGS["max_iters"]
 KEYS = [
-    *("iter", "phase", "train_loss", "val_loss", "lr", "grad_norm", "flip_rate", "decay_ratio"),
-    *("tokens_per_s", "mfu", "elapsed_s"),
+    *("iter", "phase", "train_loss", "val_loss", "val_loss_24", "lr", "grad_norm", "flip_rate", "flip_rate_layers"),
+    *("masked_decay", "decay_ratio", "tokens_per_s", "mfu", "elapsed_s"),
 ]
 
 
@@ -202,6 +202,7 @@ def test_config_json_is_complete(reference):
     names = setting_names(vars(train))
     assert list(saved) == [*names, "environment"]
     resolved = {"device": "cpu", "dtype": "float32", "compile": False, "dense_start": DENSE_START}
+    resolved["flip_mask"] = "transposable"
     for name in names:
         default = SETTINGS.get(name, getattr(train, name))
         assert name in ("out_dir", "dataset") or saved[name] == resolved.get(name, default), name
@@ -237,8 +238,11 @@ def test_metrics_hold_what_is_measured_when_it_is_due(reference, given):
         last = i == MAX_ITERS
         assert row["phase"] == ("sparse" if i < DENSE_START else "dense")
         assert (row["val_loss"] is not None) == (i % 8 == 0 or last)
+        assert (row["val_loss_24"] is not None) == last  # as it would be deployed
+        assert row["flip_rate_layers"] is None  # not asked for
         assert (row["flip_rate"] is not None) == (i % 6 == 0 and not last)
         assert (row["decay_ratio"] is not None) == (row["phase"] == "sparse")
+        assert row["masked_decay"] == (SETTINGS["masked_decay"] if row["phase"] == "sparse" else None)
         assert row["lr"] == (None if last else train.get_lr(i))
         assert row["mfu"] is None  # the peak of a CPU is not known
         for key in ("train_loss", "grad_norm", "tokens_per_s"):
@@ -270,7 +274,7 @@ def test_the_console_shows_phase_loss_and_time_left(reference):
     line = r"^iter +{}/32  {} +loss \d\.\d{{4}}  .*lr \d\.\d\de-\d\d  \|g\| \d\.\d\d  .*tok/s  eta \d:\d\d:\d\d$"
     assert re.search(line.format(0, "sparse"), text, re.M)
     assert re.search(line.format(DENSE_START, "dense"), text, re.M)
-    assert re.search(r"^iter +32/32  dense +val \d\.\d{4}$", text, re.M)
+    assert re.search(r"^iter +32/32  dense +val \d\.\d{4}, hard-pruned to 2:4 \d\.\d{4}$", text, re.M)
     assert re.search(
         r"sparse: fst, 4 linears .* masks every 5 steps, decay 0.01, mvue=True; dense from .* 27$", text, re.M
     )
@@ -465,7 +469,7 @@ def test_eval_only_prints_the_loss_and_writes_nothing(run, reference, tmp_path):
     text = run(out, eval_only=True)
     assert contents(out) == before
     last = read_rows(out)[-1]["val_loss"]
-    assert re.search(rf"^iter +32/32  dense +val {last:.4f}$", text, re.M)
+    assert re.search(rf"^iter +32/32  dense +val {last:.4f}, hard-pruned", text, re.M)
     run(tmp_path / "new", eval_only=True)
     assert not (tmp_path / "new").exists()
 
@@ -685,8 +689,15 @@ def test_a_real_process_exits_with_status_2_and_no_traceback(tmp_path):
         ({"ffn_ratio": 0.33}, "ffn_ratio=0.33 times n_embd=32"),
         ({"activation": "tanh"}, "activation='tanh' is unknown, need one of gelu, relu2, geglu, swiglu"),
         ({"sparse": "fts"}, "'fts' is unknown, need one of fst, ste"),
-        ({"sparse": "s_ste"}, "recipe 's_ste': training with mask='soft', beta='init' is not built yet; use 'fst' or"),
-        ({"sparse": "step"}, "recipe 'step': training with .* is not built yet"),
+        ({"sparse": "s_ste", "mask_interval": 5}, "Recipe 's_ste': need mask_interval=1 for mask='soft'"),
+        ({"sparse": "step", "dense_pretrain": 0.0}, "Recipe 'step': need dense_pretrain above 0 for precondition"),
+        ({"decay_schedule": "linear"}, "decay_schedule='linear', need constant or cosine"),
+        ({"flip_mask": "soft"}, "flip_mask='soft', need auto, transposable or row"),
+        ({"masked_decay_auto": True}, "masked_decay_auto=True needs flip_reference"),
+        ({"sparse": "none", "flip_reference": "x"}, "flip_reference=x is for sparse runs"),
+        ({"flip_reference": "no/such"}, "flip_reference=no/such: sparse=None, need a dense run"),
+        ({"fp8": True, "spmm": "masked"}, "spmm='masked' multiplies as fst does, and these settings differ"),
+        ({"dense_blocks": 1, "n_layer": 2}, "dense_blocks=1, need at least 0 and fewer than half of n_layer=2"),
         ({"sparse_layers": "all"}, "sparse_layers='all' is unknown, need one of ffn, ffn\\+attn"),
         ({"sparse": "none", "sparse_layers": "all"}, "sparse_layers='all' is unknown"),
         ({"seed": -1}, "seed=-1, need at least 0"),

@@ -1,0 +1,147 @@
+"""Is the flip rate healthy (section 4.1 to 4.3)? mu = r'/r, of a sparse run's flip rate and of a dense run's at the
+same step. A run is healthy with mu from 0.60 to 0.95; above 1 its masks explode, and it should rise and fade to 0.
+
+train.py watches it against a dense run that was recorded before (`flip_reference`), warns, and with masked_decay_auto
+keeps mu in the band by itself. search_decay.py records that dense run, and finds a fixed decay factor.
+"""
+
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from metrics import read_config, read_metrics
+
+HEALTHY = (0.60, 0.95)  # section 4.3
+TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
+# What must agree for two flip rates to be compared. Seeds may differ: r differs little between them.
+COMPARABLE = (
+    *("n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers", "block_size", "batch_size"),
+    *("gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr", "weight_decay", "beta1", "beta2"),
+)
+
+
+class FlipReference:
+    """The flip rate of a dense run that was recorded, as a function of the step."""
+
+    def __init__(self, folder: str | Path, settings: dict, virtual_mask: str):
+        """folder: out_dir of the dense run. settings: of the run to compare with it. virtual_mask: the kind of masks
+        whose flips are compared, "transposable" or "row".
+
+        Raises ValueError where the folder holds no flip rates, or a run that does not compare; FileNotFoundError where
+        there is none.
+        """
+        config = read_config(folder)
+        if config.get("sparse") != "none":
+            raise ValueError(
+                f"flip_reference={folder}: sparse={config.get('sparse')!r}, need a dense run (sparse=none)"
+            )
+        differing = [f"{k}={settings[k]} (there {config.get(k)})" for k in COMPARABLE if settings[k] != config.get(k)]
+        if config.get("flip_mask") != virtual_mask:
+            differing.append(f"masks {virtual_mask} (there flip_mask={config.get('flip_mask')})")
+        if differing:
+            raise ValueError(
+                f"flip_reference={folder} does not compare with this run: {', '.join(differing)}; record another with "
+                "search_decay.py, or with train.py --sparse=none"
+            )
+        rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None]
+        if len(rows) < 5:
+            raise ValueError(
+                f"flip_reference={folder}: {len(rows)} flip rates, need 5 or more; lower flip_interval there"
+            )
+        self.iters = [row["iter"] for row in rows]
+        self.rates = smooth([row["flip_rate"] for row in rows], 2)
+        tail = rows[-max(5, len(rows) // 5) :]
+        self.per_lr = statistics.fmean(r["flip_rate"] for r in tail) / statistics.fmean(r["lr"] for r in tail)
+
+    def rate(self, iter_num: int, lr: float) -> float:
+        """r at this step; past the record's end it goes on in proportion to the learning rate."""
+        if iter_num > self.iters[-1]:
+            return self.per_lr * lr
+        return float(np.interp(iter_num, self.iters, self.rates))
+
+
+def smooth(values: list[float], half: int) -> list[float]:
+    """Mean of each value with up to `half` neighbours on each side."""
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [math.fsum(window) / len(window) for window in windows]
+
+
+class FlipWatch:
+    """Warns, once each, when the flip rate explodes or does not fade. It has no state but the flip rates it was given.
+
+    explodes    the mean of mu over the last 5 measurements, after the warm-up, is 1 or more
+    not fading  half-way from the warm-up's end to `end`, the last 5 measurements are still above 0.9 of the peak's 5
+    """
+
+    COUNT, FADED = 5, 0.9
+
+    def __init__(self, warmup_iters: int, end: int, reference: FlipReference | None = None):
+        self.warmup_iters, self.half_way, self.reference = warmup_iters, (warmup_iters + end) // 2, reference
+        self.rates: list[float] = []
+        self.mus: list[float] = []
+        self.warned: set[str] = set()
+
+    def add(self, iter_num: int, rate: float, lr: float) -> list[str]:
+        """The flip rate of a sparse step; returns what is wrong and what to do."""
+        self.rates.append(rate)
+        if self.reference and iter_num >= self.warmup_iters:
+            self.mus.append(rate / max(self.reference.rate(iter_num, lr), 1e-12))
+        found = {}
+        if len(self.mus) >= self.COUNT and (mu := statistics.fmean(self.mus[-self.COUNT :])) >= 1:
+            found["explodes"] = (
+                f"the flip rate is {mu:.2f} times the dense run's, which costs loss (section 4.1); a larger "
+                "masked_decay lowers it: python search_decay.py finds one, masked_decay_auto=True adjusts it"
+            )
+        if iter_num >= self.half_way and len(self.rates) >= 2 * self.COUNT:
+            means = smooth(self.rates, self.COUNT // 2)
+            recent, peak = statistics.fmean(self.rates[-self.COUNT :]), max(means)
+            if recent > self.FADED * peak:
+                found["not fading"] = (
+                    f"the flip rate, {recent:.5f}, has not come down from its peak of {peak:.5f}, and half of the "
+                    "schedule is over; a healthy one fades (section 4.1): raise masked_decay, or let the learning rate "
+                    "decay"
+                )
+        new = [text for kind, text in found.items() if kind not in self.warned]
+        self.warned |= found.keys()
+        return new
+
+
+class DecayController:
+    """Keeps mu in the healthy band by changing the decay factor during training: an integral controller of its log.
+
+        lambda <- lambda * clip(mu / TARGET, 1/2, 2)      every `interval` steps after the warm-up
+
+    mu is that of the last `window` steps before. Its logarithm falls by 0.2 to 0.5 for each unit of log lambda
+    (results/flip_rate.md), so each step takes away 20 to 50 % of the error and cannot overshoot. The
+    clip is for mu that is far off, where one measurement should not decide. It waits for the end of the warm-up, since
+    until then masks hardly answer to lambda, and an integrator would run away.
+    """
+
+    LIMITS = (1e-8, 10.0)  # no factor outside of these ever made sense
+
+    def __init__(self, decay: float, reference: FlipReference, interval: int, warmup_iters: int, window: int = 10):
+        self.decay, self.reference = decay, reference
+        self.interval, self.warmup_iters, self.window = interval, warmup_iters, min(window, interval)
+        self.sums = [0.0, 0.0]  # of r' and r, since the last change
+
+    def measures(self, iter_num: int) -> bool:
+        """Whether it wants the flip rate of this step."""
+        return iter_num >= self.warmup_iters and -(iter_num + 1) % self.interval < self.window
+
+    def add(self, iter_num: int, rate: float, lr: float) -> float:
+        """The flip rate of a step that it `measures`; returns the decay factor from the next step on."""
+        self.sums = [self.sums[0] + rate, self.sums[1] + self.reference.rate(iter_num, lr)]
+        if (iter_num + 1) % self.interval == 0:
+            if self.sums[1] > 0:
+                mu = self.sums[0] / self.sums[1]
+                self.decay = min(max(self.decay * min(max(mu / TARGET, 0.5), 2.0), self.LIMITS[0]), self.LIMITS[1])
+            self.sums = [0.0, 0.0]
+        return self.decay
+
+    def state_dict(self) -> dict:
+        return {"decay": self.decay, "sums": list(self.sums)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.decay, self.sums = state["decay"], list(state["sums"])

@@ -1,0 +1,488 @@
+"""Find the decay factor lambda on the warm-up stage (section 4.3, "Fast Decay Factor Determination").
+
+    python search_decay.py config/train_gpt2_sparse.py --launcher="torchrun --standalone --nproc_per_node=8"
+
+Take the training command, with its config files and settings, and write this script's name for train.py's:
+
+    dense run, then one sparse run per candidate lambda: train.py in search_dir/dense, search_dir/decay-<lambda>
+      -> mu(lambda) = mean r' / mean r over the window
+      -> no mu in [0.60, 0.95]: up to `refine` more candidates, interpolated or further out, which run too
+      -> search.json, search.png, the training command
+
+r' and r are the flip rates (Definition 4.1, fraction of mask entries per step) of the candidate and of the dense run at
+the same steps; seed, initial weights and batches are equal, so that they differ in the method alone. The recommended
+lambda is the measured one whose mu lies in the band and nearest to its middle, on a log scale.
+
+A run has 1.5 * warmup_iters steps, all of them sparse, of the schedule that the settings give (lr_decay_iters stays).
+The window is the last fifth, 1.2 to 1.5 warm-ups: until the warm-up's end masks hardly answer to lambda (the small
+model's mu at lambda 2e-3 is 0.93, 0.69, 0.60, 0.52 after 0.5, 1, 1.5, 2 warm-ups, results/flip_rate.md), and later
+steps cost more than they tell. mu goes on falling slowly, so look at it again in the real run (flip_reference).
+
+Stopped or killed, the same command goes on where it stood. A finished run keeps its metrics and loses its checkpoint.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from configurator import configure, setting_names
+from health import HEALTHY, TARGET, smooth
+from loader import DATA_FOLDER, Tokens, load_meta
+from metrics import read_config, read_metrics
+from plot import curve, finish, new_figure
+from recipes import Recipe, get_recipe
+
+ROOT = Path(__file__).resolve().parent
+OWNED = {  # settings of train.py that are refused on the command line, and what to do instead
+    "out_dir": "each run has a folder of its own; choose where with --search_dir",
+    "masked_decay": "it is what is searched for; choose the candidates with --candidates",
+    "max_iters": "--steps is the length of the search; the training run's belongs in its config file",
+    "dense_start": "a search has no dense phase; leave it out",
+    "masked_decay_auto": "a candidate's decay factor stays as it is; leave it out",
+    "flip_reference": "the search makes its own dense run; leave it out",
+}
+HARMLESS = ("log_interval", "wandb_project", "wandb_run_name", "wandb_mode")  # may change between two calls
+FACTOR = 3.0  # from the outermost candidate to the next one further out
+
+
+@dataclass
+class Search:
+    """What is asked for, and what has been measured."""
+
+    args: argparse.Namespace
+    words: list[str]  # the user's, for train.py
+    own: dict  # settings that follow them, the search's
+    settings: dict  # every setting of a candidate but out_dir and masked_decay
+    real_steps: int  # of the training run
+    refined: list[float] = field(default_factory=list)  # candidates beside those asked for
+    results: dict[float, dict] = field(default_factory=dict)  # {lambda: what `compare` returns}
+
+    @property
+    def steps(self) -> int:
+        return self.settings["max_iters"]
+
+    @property
+    def first(self) -> int:
+        """First step of the window."""
+        return self.steps - window_size(self.steps)
+
+    @property
+    def decays(self) -> list[float]:
+        return sorted({*self.args.candidates, *self.refined})
+
+    @property
+    def mus(self) -> dict[float, float]:
+        return {decay: result["mu"] for decay, result in sorted(self.results.items())}
+
+
+def window_size(steps: int) -> int:
+    return max(1, steps // 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparation: everything that can be wrong is found here, before anything is written
+
+
+def train_defaults() -> dict:
+    """train.py's settings as `configure` takes them, from its source: nobody imports train."""
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    defaults = {"__file__": str(ROOT / "train.py")}
+    exec(source.partition("# ---- the run ----")[2].partition("# ---- end of settings ----")[0], defaults)
+    return defaults
+
+
+def parse_candidates(text: str) -> list[float]:
+    try:
+        values = sorted({float(f"{float(word):g}") for word in text.split(",")})  # as the folders are named
+    except ValueError:
+        raise ValueError(f"--candidates={text}, need numbers with commas between them, as 0,6e-5,2e-4") from None
+    if not (values[0] >= 0 and 0 < values[-1] < math.inf):
+        raise ValueError(f"--candidates={text}, need finite factors of at least 0, and one above 0")
+    return values
+
+
+def check_words(typed: dict, settings: dict) -> None:
+    """typed: settings of the command line alone. settings: config files too. Raises ValueError for what cannot be."""
+    for name in OWNED.keys() & typed.keys():
+        raise ValueError(f"--{name} cannot be given: {OWNED[name]}")
+    if typed.get("sparse") == "none":
+        raise ValueError("--sparse=none: a search needs a sparse recipe, and makes the dense run itself; leave it out")
+    if settings["init_from"] not in ("auto", "scratch"):
+        raise ValueError(f"init_from={settings['init_from']}: a search starts from scratch; give --init_from=auto")
+    if settings["eval_only"]:
+        raise ValueError("eval_only=True: a search has to train; give --eval_only=False")
+
+
+def resolve_recipe(name: str, overrides: dict) -> Recipe:
+    """The recipe of the candidates: the user's, fst where the config is a dense run's."""
+    names = {field.name for field in fields(Recipe)} - {"name"}
+    given = {key: value for key, value in overrides.items() if key in names}
+    recipe = replace(get_recipe("fst" if name == "none" else name), **given)
+    if recipe.precondition or recipe.autoswitch:
+        raise ValueError(
+            f"sparse={recipe.name}: its dense start fills the warm-up, where a search samples; use another"
+        )
+    return recipe
+
+
+def own_settings(recipe: Recipe, steps: int, flip_mask: str) -> dict:
+    """What the search sets for its runs, after the user's words."""
+    own = {"sparse": recipe.name, "max_iters": steps, "dense_start": steps, "dense_pretrain": 0.0}
+    own["decay_schedule"] = "constant"  # a cosine to the end of the search would leave no decay in the window
+    own["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask  # of the dense run too
+    own["flip_interval"] = max(1, window_size(steps) // 50)  # 50 or more in the window, for a mean without noise
+    own |= {"masked_decay_auto": False, "flip_reference": "", "init_from": "auto", "wandb_log": False}
+    own |= {"eval_interval": 0, "eval_iters": 1, "always_save_checkpoint": True}
+    return own | {"checkpoint_interval": max(1, steps // 10)}
+
+
+def prepare(args: argparse.Namespace, words: list[str]) -> Search:
+    """Raises ValueError, or an OSError of the data, for whatever keeps the search from running."""
+    defaults = train_defaults()
+    overrides = configure(defaults, words)
+    settings = {name: defaults[name] for name in setting_names(defaults)} | overrides
+    check_words(configure(defaults, [word for word in words if word.startswith("-")]), settings)
+    usual = min(max(round(1.5 * settings["warmup_iters"]), 100), max(settings["max_iters"], 10))
+    steps = usual if args.steps is None else args.steps
+    if steps < 10 or args.refine < 0:
+        raise ValueError(f"--steps={steps} --refine={args.refine}, need at least 10 steps ({usual} is usual) and 0")
+    args.candidates = parse_candidates(args.candidates)
+    if not args.launcher.strip() or not shutil.which(launcher_words(args.launcher)[0]):
+        raise ValueError(f"--launcher={args.launcher}: there is no such program; give its path, or activate .venv")
+    recipe = resolve_recipe(settings["sparse"], overrides)
+    own = own_settings(recipe, steps, settings["flip_mask"])
+    data = DATA_FOLDER / settings["dataset"]
+    for split in ("train", "val"):
+        Tokens(data, split, settings["block_size"], load_meta(data)["vocab_size"])
+    real_steps, settings = settings["max_iters"], settings | asdict(recipe) | own
+    for name in ("name", "out_dir", "masked_decay"):
+        del settings[name]
+    search = Search(args, words, own, settings, real_steps)
+    read_earlier(search)
+    return search
+
+
+def read_earlier(search: Search) -> None:
+    """Take over an earlier call's further candidates. Raises ValueError where search_dir holds anything else."""
+    folder = Path(search.args.search_dir)
+    path = folder / "search.json"
+    if not path.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something else than a search; use another --search_dir")
+    if not any(folder.glob("*/metrics.jsonl")):
+        return  # no run began, so that nothing binds
+    try:
+        earlier = json.loads(path.read_text())
+        saved, refined = earlier["settings"], [c["masked_decay"] for c in earlier["candidates"] if c["refined"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is broken; delete {folder}, or use another --search_dir") from None
+    compared = [name for name in search.settings if name in saved and name not in HARMLESS]
+    differing = [f"{k}={search.settings[k]} (there {saved[k]})" for k in compared if search.settings[k] != saved[k]]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a search with other settings: {', '.join(differing)}; use those (max_iters is --steps), "
+            "or another --search_dir"
+        )
+    search.refined = [decay for decay in refined if decay not in search.args.candidates]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runs
+
+
+def launcher_words(launcher: str) -> list[str]:
+    return [sys.executable] if launcher == "python" else shlex.split(launcher)
+
+
+def run_folder(search: Search, decay: float | None) -> Path:
+    """decay: the candidate's, None for the dense run."""
+    return Path(search.args.search_dir) / ("dense" if decay is None else f"decay-{decay:g}")
+
+
+def run_command(search: Search, decay: float | None) -> list[str]:
+    changed = {"sparse": "none"} if decay is None else {"masked_decay": decay}
+    given = search.own | changed | {"out_dir": run_folder(search, decay)}
+    script = [*launcher_words(search.args.launcher), str(ROOT / "train.py")]
+    return [*script, *search.words, *(f"--{name}={value}" for name, value in given.items())]
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """train.py writes the row of the last step after it saved the checkpoint."""
+    return (folder / "metrics.jsonl").exists() and any(row["iter"] >= steps for row in read_metrics(folder))
+
+
+def run_child(command: list[str], log_path: Path) -> int:
+    """Exit status of `command`. A signal to stop waits for it, so that train.py can save.
+
+    A terminal's Ctrl-C reaches train.py by itself, and a second one would end it unsaved; a SIGTERM is passed on."""
+    with open(log_path, "a") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        received = []
+
+        def receive(number, frame):
+            received.append(number)
+            if number == signal.SIGTERM:
+                child.terminate()
+
+        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if received:
+        raise InterruptedError
+    return status
+
+
+def run(search: Search, decay: float | None) -> float:
+    """Train one run to its end, from where it stands. Returns its seconds. Raises RuntimeError if it fails."""
+    folder, begin = run_folder(search, decay), time.perf_counter()
+    if not is_finished(folder, search.steps):
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log.txt"
+        print(f"{folder}: running, log in {log}", flush=True)
+        try:
+            status = run_child(run_command(search, decay), log)
+        except InterruptedError:
+            raise RuntimeError(f"stopped; the same command goes on with {folder}") from None
+        if status or not is_finished(folder, search.steps):
+            last = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
+            raise RuntimeError(f"{folder} ended with status {status}, unfinished; the end of {log}:\n    {last}")
+        for name in ("ckpt.pt", "ckpt_prev.pt"):  # gigabytes each, and nothing reads them any more
+            (folder / name).unlink(missing_ok=True)
+    return max(time.perf_counter() - begin, read_metrics(folder)[-1].get("elapsed_s") or 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mu, and which lambda
+
+
+def window_rates(folder: Path, first: int) -> dict[int, float]:
+    """{step: flip rate} of the measured steps from `first` on."""
+    rows = [row for row in read_metrics(folder) if row["iter"] >= first and row.get("flip_rate") is not None]
+    return {row["iter"]: row["flip_rate"] for row in rows}
+
+
+def compare(sparse: dict[int, float], dense: dict[int, float]) -> dict:
+    """mu = mean r' / mean r over the same steps, and the smallest and largest r'/r of a single one."""
+    if not dense or sparse.keys() != dense.keys():
+        raise ValueError(
+            f"{len(sparse)} and {len(dense)} flip rates in the window, need the same steps, and one at least"
+        )
+    rate, dense_rate = statistics.fmean(sparse.values()), statistics.fmean(dense.values())
+    if dense_rate == 0:
+        raise ValueError("no mask of the dense run flips in the window, so there is no mu; raise --steps")
+    single = [sparse[step] / dense[step] for step in dense if dense[step]]
+    result = {"flip_rate": rate, "dense_flip_rate": dense_rate, "mu": rate / dense_rate}
+    return result | {"mu_smallest": min(single), "mu_largest": max(single)}
+
+
+def distance(mu: float) -> float:
+    """From the middle of the band, as ratios go."""
+    return abs(math.log(max(mu, 1e-9) / TARGET))
+
+
+def recommend(mus: dict[float, float]) -> float | None:
+    """The lambda with mu in the band and nearest to its middle; None where there is none."""
+    inside = [decay for decay, mu in mus.items() if HEALTHY[0] <= mu <= HEALTHY[1]]
+    return min(inside, key=lambda decay: distance(mus[decay]), default=None)
+
+
+def next_candidate(mus: dict[float, float]) -> float | None:
+    """Where no mu is in the band: the lambda to try next, or None where no further one can help.
+
+    Between the first two neighbours on either side of the band, log lambda is interpolated against log mu; a lambda
+    of 0 has no logarithm and is no neighbour. Without such a pair it goes out by FACTOR: up if the largest lambda still
+    has too many flips, else down.
+    """
+    positive = sorted(decay for decay in mus if decay > 0)
+    for a, b in itertools.pairwise(positive):
+        if mus[a] > HEALTHY[1] and mus[b] < HEALTHY[0]:
+            low, high = math.log(max(mus[b], 1e-3)), math.log(mus[a])
+            share = (high - math.log(TARGET)) / (high - low)
+            proposal = a * (b / a) ** share
+            break
+    else:
+        proposal = positive[-1] * FACTOR if mus[positive[-1]] > HEALTHY[1] else positive[0] / FACTOR
+        if proposal < positive[0] and mus.get(0.0, 1.0) < HEALTHY[0]:
+            return None  # fewer flips than the band even without decay
+    proposal = float(f"{proposal:.2g}")
+    return None if proposal in mus else proposal
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is told and written
+
+
+def describe_cost(search: Search) -> str:
+    s, folders = search.settings, [run_folder(search, decay) for decay in (None, *search.decays)]
+    total, tokens = len(folders) * search.steps, s["gradient_accumulation_steps"] * s["batch_size"] * s["block_size"]
+    share, done = total / max(1, search.real_steps), sum(is_finished(folder, search.steps) for folder in folders)
+    more = max(0, search.args.refine - len(search.refined))
+    text = (
+        f"{len(folders)} runs x {search.steps:,} steps = {total:,} steps of {tokens:,} tokens, {total * tokens:.3g} "
+        f"tokens, {100 * share:.3g} % of the training run's {search.real_steps:,} steps; {done} of them done\n"
+        f"and at most {more} more runs, if no candidate fits; recipe {s['sparse']}, seed {s['seed']}; mu is sampled at "
+        f"steps {search.first:,} to {search.steps - 1:,}, every {s['flip_interval']}"
+    )
+    if search.first < s["warmup_iters"]:
+        text += (
+            f"\nnote: that begins before the warm-up's end, {s['warmup_iters']:,}, when mu still falls with the steps; "
+            f"--steps={round(1.5 * s['warmup_iters'])} would not"
+        )
+    return text
+
+
+def training_command(search: Search, decay: float) -> str:
+    recipe = [f"--sparse={search.settings['sparse']}"]  # where the config file is a dense run's
+    words = [*shlex.split(search.args.launcher), "train.py", *search.words, *recipe, f"--masked_decay={decay:g}"]
+    return shlex.join(words)
+
+
+def write_results(search: Search) -> None:
+    best, nothing = recommend(search.mus), {"flip_rate": None, "dense_flip_rate": None, "mu": None}
+    results = {
+        "settings": search.settings,
+        "window": [search.first, search.steps],
+        "healthy": HEALTHY,
+        "candidates": [
+            {"masked_decay": decay, "refined": decay in search.refined, **search.results.get(decay, nothing)}
+            for decay in search.decays
+        ],
+        "masked_decay": best,
+        "command": None if best is None else training_command(search, best),
+        "environment": read_config(run_folder(search, None)).get("environment"),
+    }
+    folder = Path(search.args.search_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "search.json.tmp").write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(folder / "search.json.tmp", folder / "search.json")
+
+
+def draw(search: Search, path: Path) -> None:
+    """Flip rates of all runs over the steps, as the paper's Figure 1, with the healthy band and the window."""
+    from matplotlib import colormaps
+
+    figure, axes = new_figure("flip rate over the decay factor λ; μ in the window", "fraction of mask entries per step")
+    half, best = window_size(search.steps) // search.settings["flip_interval"] // 8, recommend(search.mus)
+
+    def smoothed(decay):
+        steps, rates = curve(read_metrics(run_folder(search, decay)), "flip_rate")
+        return steps, [rate or math.nan for rate in smooth(rates, half)]  # none has no logarithm
+
+    steps, dense = smoothed(None)
+    band = ([factor * rate for rate in dense] for factor in HEALTHY)
+    healthy = "healthy: {:.2f} to {:.2f} of dense".format(*HEALTHY)
+    axes.fill_between(steps, *band, color="0.85", linewidth=0, label=healthy)
+    axes.plot(steps, dense, color="black", linewidth=2.6, label="dense")
+    for i, (decay, mu) in enumerate(search.mus.items()):
+        colour = colormaps["plasma"](0.88 * i / max(1, len(search.mus) - 1))
+        label = f"λ = {decay:g}, μ = {mu:.2f}" + (" (recommended)" if decay == best else "")
+        axes.plot(*smoothed(decay), color=colour, linewidth=2.2 if decay == best else 1.2, label=label)
+    axes.axvspan(search.first, search.steps, color="#56B4E9", alpha=0.13, linewidth=0, label="window")
+    axes.set_yscale("log")
+    finish(figure, path)
+
+
+def report(search: Search) -> str:
+    """The table of mu, and what to do."""
+    best, mus = recommend(search.mus), search.mus
+    lines = [f"{'lambda':>10}  {'flip rate':>10}  {'mu':>6}  smallest to largest"]
+    for decay, r in sorted(search.results.items()):
+        mark = "  <- recommended" if decay == best else ""
+        spread = f"{r['mu_smallest']:.2f} to {r['mu_largest']:.2f}"
+        lines.append(f"{decay:>10g}  {r['flip_rate']:>10.6f}  {r['mu']:>6.3f}  {spread}{mark}")
+    if best is not None:
+        lines += [f"mu is healthy at lambda = {best:g}. Train with", f"    {training_command(search, best)}"]
+        lines.append(f"and, to watch mu in that run too, --flip_reference={run_folder(search, None)}")
+        return "\n".join(lines)
+    nearest, further = min(mus, key=lambda decay: distance(mus[decay])), next_candidate(mus)
+    lines.append(
+        f"no lambda has mu from {HEALTHY[0]:.2f} to {HEALTHY[1]:.2f}; nearest is {nearest:g} with {mus[nearest]:.3f}"
+    )
+    if further is not None:
+        lines.append(f"run it again with --refine={len(search.refined) + 2}, which goes on with lambda = {further:g}")
+    else:
+        lines.append("more candidates of that kind will not help: sample later, with --steps and another --search_dir")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure(search: Search, decay: float) -> None:
+    run(search, decay)
+    dense, sparse = (window_rates(run_folder(search, which), search.first) for which in (None, decay))
+    search.results[decay] = compare(sparse, dense)
+    write_results(search)
+    print(f"lambda = {decay:g}: mu = {search.results[decay]['mu']:.3f}", flush=True)
+
+
+def run_search(search: Search) -> None:
+    """All the runs; what is finished is only read."""
+    write_results(search)
+    seconds = run(search, None)
+    left = sum(not is_finished(run_folder(search, decay), search.steps) for decay in search.decays)
+    print(
+        f"dense run done; the other {left} take about {seconds * left / 60:.1f} minutes if they are as fast", flush=True
+    )
+    for decay in search.decays:
+        measure(search, decay)
+    while recommend(search.mus) is None and len(search.refined) < search.args.refine:
+        decay = next_candidate(search.mus)
+        if decay is None:
+            break
+        search.refined.append(decay)
+        measure(search, decay)
+
+
+def parse(argv: list[str] | None):
+    parser = argparse.ArgumentParser(
+        prog="search_decay.py",
+        usage="python search_decay.py [config/file.py ...] [--any_setting_of_train.py=value ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--candidates", default="0,2e-5,6e-5,2e-4,6e-4,2e-3,6e-3", help="decay factors, with commas")
+    parser.add_argument("--steps", type=int, help="of each run; 1.5 * warmup_iters, and at least 100, unless given")
+    parser.add_argument("--launcher", default="python", help="what starts train.py, for example torchrun and its words")
+    parser.add_argument("--search_dir", default="out-search", help="what the search writes")
+    parser.add_argument("--refine", type=int, default=2, help="most further candidates where none fits")
+    parser.add_argument("--dry_run", action="store_true", help="print the cost and the commands, and stop")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 where a decay factor is recommended, 1 where none fits."""
+    try:
+        search = prepare(*parse(argv))
+        print(describe_cost(search), flush=True)
+        if search.args.dry_run:
+            print("\n".join(shlex.join(run_command(search, decay)) for decay in (None, *search.decays)))
+            return 0
+        run_search(search)
+        print(report(search))
+        picture = Path(search.args.search_dir) / "search.png"
+        draw(search, picture)
+        print(f"wrote {picture.with_suffix('.json')} and {picture}")
+    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        sys.exit(f"search_decay.py: error: {error}")
+    except ImportError as error:
+        print(f"wrote {picture.with_suffix('.json')}, but no figure: {error}; pip install matplotlib")
+    return 0 if recommend(search.mus) is not None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What a training step of a study's variant costs: FLOPs counted, time predicted by roofline.py or read from a run.
+
+A step's cost is the mean over a run's phases. Only ratios of costs are meant to be used.
+"""
+
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import roofline
+from bench_suites import PAPER_BATCH, gpt2, predict_step
+from configurator import configure
+from metrics import read_config, read_metrics
+from model import GPT, GPTConfig
+from sparse24 import Recipe, get_recipe
+from study_grids import words
+
+
+def fitted(defaults: dict, settings: str) -> dict:
+    """`defaults` with those of `settings` that are among them, checked."""
+    return defaults | configure(defaults, [f"--{k}={v}" for k, v in words(settings).items() if k in defaults])
+
+
+def recipe_of(settings: str) -> Recipe | None:
+    """The recipe of these settings; None for a dense run. ValueError where a step's cost cannot be known before."""
+    if words(settings).get("sparse", "none") == "none":
+        return None
+    recipe = Recipe(**fitted(asdict(get_recipe(words(settings)["sparse"])), settings))
+    if getattr(recipe, "autoswitch", False) or words(settings).get("sparse_layers", "ffn") != "ffn":
+        raise ValueError(f"{settings}: equal cost needs sparse_layers=ffn and a dense phase of known length")
+    return recipe
+
+
+def sparse_gemms(recipe: Recipe) -> list[str]:
+    """Which of the six GEMMs of a feed-forward layer have a 2:4 operand: dX where its weights are pruned along out."""
+    both = recipe.mask == "transposable" or recipe.backward_mask == "own"
+    only = getattr(recipe, "mvue_layers", "")
+    weight = [name for name, layer in (("dw1", "c_fc"), ("dw2", "c_proj")) if layer.endswith(only)]
+    return ["z", "y", *(["da", "dx"] if both else []), *(weight if recipe.mvue else [])]
+
+
+def sparse_share(recipe: Recipe) -> float:
+    """Share of the steps that are sparse."""
+    return 1 - recipe.dense_finetune - recipe.dense_pretrain
+
+
+def flops_of(settings: str, vocab_size: int) -> float:
+    """Matmul FLOPs per token (GPT.flops_per_token's convention), mean over the phases, a 2:4 GEMM counted as half."""
+    padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
+    config = GPTConfig(**fitted(asdict(GPTConfig(vocab_size=padded)), settings))
+    with torch.device("meta"):
+        total = GPT(replace(config, sparse="none")).flops_per_token()
+    recipe = recipe_of(settings)
+    if recipe is None:
+        return total
+    gemms = roofline.gemm_flops(config.n_embd, config.d_ff, 1, config.activation)
+    blocks = max(0, config.n_layer - 2 * int(words(settings).get("dense_blocks", 0)))
+    return total - sparse_share(recipe) * blocks * sum(gemms[name] for name in sparse_gemms(recipe)) / 2
+
+
+def predicted_ms(settings: str, gpu: str, size: str, ratio: float) -> float:
+    """Milliseconds of a step of GPT-2 `size` with the d_ff ratio and the recipe of `settings`, mean over the phases."""
+    shape = {name: value for name, value in words(settings).items() if name in ("ffn_ratio", "activation")}
+    config = GPTConfig(**fitted(asdict(gpt2(size)), " ".join(f"{name}={value}" for name, value in shape.items())))
+    recipe, step = recipe_of(settings), (roofline.GPUS[gpu], config, PAPER_BATCH[size])
+    dense = predict_step(*step, None)["ms"]
+    if recipe is None:
+        return dense
+    if "dense_blocks" in words(settings):
+        raise ValueError(f"{settings}: roofline.train_step has no dense blocks; give --step_ms")
+    how = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": "fused" if recipe.mvue else None}
+    sparse = predict_step(*step, how | {"mask_interval": recipe.mask_interval})["ms"]
+    return dense + sparse_share(recipe) * (sparse - dense)
+
+
+def measured_ms(folder: Path, settings: str) -> float:
+    """Milliseconds of a step of a run, mean over the phases; of each the median of its rows but the first, which has
+    compiling in it."""
+    config, recipe = read_config(folder), recipe_of(settings)
+    tokens = config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"]
+    share = {"sparse": sparse_share(recipe) if recipe else 0.0}
+    share["dense"] = 1 - share["sparse"]
+    total = 0.0
+    for phase in (phase for phase in share if share[phase] > 1e-9):
+        rows = [row for row in read_metrics(folder) if row["phase"] == phase and row["tokens_per_s"]][1:]
+        if not rows:
+            raise ValueError(f"{folder} has too few {phase} rows; give --calibrate more iterations")
+        total += share[phase] * 1e3 * tokens / statistics.median(row["tokens_per_s"] for row in rows)
+    return total

@@ -1,0 +1,121 @@
+"""What study.py compares: the settings that all runs of a preset share, and the variants of each study."""
+
+from dataclasses import dataclass
+
+# cpu: nanoGPT's CPU recipe, but at width 64, learning rate 3e-3 and 2500 iterations, where methods separate, and
+# evaluated on the whole validation split, so that no evaluation noise is left.
+PRESETS = {
+    "cpu": (
+        "n_layer=4 n_head=4 n_embd=64 block_size=64 batch_size=12 gradient_accumulation_steps=1 dropout=0.0 bias=False "
+        "learning_rate=3e-3 min_lr=3e-4 warmup_iters=100 max_iters=2500 lr_decay_iters=2500 beta2=0.99 "
+        "eval_interval=500 eval_iters=0 flip_interval=50 checkpoint_interval=500 log_interval=100 "
+        "device=cpu dtype=float32"
+    ),
+    "gpu": (
+        "n_layer=12 n_head=12 n_embd=768 block_size=1024 batch_size=32 gradient_accumulation_steps=1 dropout=0.0 "
+        "bias=False learning_rate=6e-4 min_lr=6e-5 warmup_iters=100 max_iters=1200 lr_decay_iters=1200 beta2=0.95 "
+        "eval_interval=0 eval_iters=32 flip_interval=0 checkpoint_interval=100000 log_interval=10 device=cuda"
+    ),
+}
+FST = "sparse=fst masked_decay=2e-4 mask_interval=40"
+
+
+@dataclass(frozen=True)
+class Study:
+    """{label: settings} on top of a preset; differences are to the `references` within each seed."""
+
+    variants: dict[str, str]
+    references: tuple[str, ...] = ("dense",)
+
+
+STUDIES = {
+    "convergence": Study(
+        {
+            "dense": "sparse=none",
+            "half": "sparse=none ffn_ratio=2",
+            "ste": "sparse=ste",
+            "fst": FST,
+            "fst, no MVUE, no dense phase": f"{FST} mvue=False dense_finetune=0",
+        },
+        ("dense", "ste"),
+    ),
+    "methods": Study(
+        {"dense": "sparse=none", "half": "sparse=none ffn_ratio=2", "fst": FST}
+        | {name: f"sparse={name}" for name in ("ste", "sr_ste", "step", "bi_mask", "s_ste")}
+    ),
+    # The paper's Table 7: masked decay, MVUE, dense fine-tuning
+    "table7": Study(
+        {"dense": "sparse=none"}
+        | {
+            f"decay {decay}, MVUE {mvue}, dense end {end}": " ".join(
+                [
+                    FST if decay == "yes" else f"{FST} masked_decay=0",
+                    *(["mvue=False"] if mvue == "no" else []),
+                    *(["dense_finetune=0"] if end == "no" else []),
+                ]
+            )
+            for decay, mvue, end in (
+                *(("no", "no", "no"), ("yes", "no", "no"), ("yes", "yes", "no")),
+                *(("yes", "no", "yes"), ("yes", "yes", "yes")),
+            )
+        }
+    ),
+    # Its Figure 3: dense steps last or first; and mask intervals
+    "phases": Study(
+        {
+            "dense": "sparse=none",
+            "fst, last 1/6 dense": FST,
+            "fst, last 1/3 dense": f"{FST} dense_finetune=0.3333333",
+            "fst, last 1/2 dense": f"{FST} dense_finetune=0.5",
+            "fst, first 1/6 dense": f"{FST} dense_finetune=0 dense_pretrain=0.1666667",
+            "fst, first 1/3 dense": f"{FST} dense_finetune=0 dense_pretrain=0.3333333",
+            "fst, first 1/2 dense": f"{FST} dense_finetune=0 dense_pretrain=0.5",
+        }
+        | {f"fst, masks every {n}": f"{FST} mask_interval={n}" for n in (1, 10, 100)}
+    ),
+    "equal_cost": Study(
+        {
+            "dense": "sparse=none",
+            "half": "sparse=none ffn_ratio=2",
+            "fst": FST,
+            "fst, d_ff 6d": f"{FST} ffn_ratio=6",
+            "fst, d_ff 8d": f"{FST} ffn_ratio=8",
+            "s_ste": "sparse=s_ste",
+            "s_ste, d_ff 8d": "sparse=s_ste ffn_ratio=8",
+        }
+    ),
+    "quality": Study(
+        {
+            "fst": FST,  # exact MVUE
+            "fst, sequential MVUE": f"{FST} mvue_estimator=sequential",
+            "fst, dense dW": f"{FST} mvue=False",
+            "fst, MVUE on c_fc only": f"{FST} mvue_layers=c_fc",
+            "fst, MVUE on c_proj only": f"{FST} mvue_layers=c_proj",
+            "fst, row masks, own backward mask": f"{FST} mask=row backward_mask=own",
+            "fst, decay after the moments": f"{FST} decay_on=update",
+            "fst, cosine decay": f"{FST} decay_schedule=cosine",
+            "fst, re-warm-up": f"{FST} rewarm_iters=50",
+            "fst, first and last block dense": f"{FST} dense_blocks=1",
+            "s_ste": "sparse=s_ste",
+            "s_ste, beta refit": "sparse=s_ste beta=refit",
+            "s_ste, beta in the gradient": "sparse=s_ste weight_gradient=scaled",
+            "s_ste, true gradient": "sparse=s_ste weight_gradient=true",
+            "s_ste, FP8": "sparse=s_ste fp8=True",
+        },
+        ("fst", "s_ste"),
+    ),
+}
+FLIP_COMMON = (  # the first 311 iterations of nanoGPT's CPU recipe, whose schedule is laid out for 1000
+    f"{PRESETS['cpu']} n_embd=128 learning_rate=1e-3 min_lr=1e-4 lr_decay_iters=1000 max_iters=311 "
+    "flip_interval=1 eval_interval=0 eval_iters=20"
+)
+FLIP_RATE = {"dense": "sparse=none"} | {
+    f"lambda {decay}": f"sparse=fst masked_decay={decay} mask_interval=1 mvue=False dense_finetune=0"
+    for decay in ("0", "2e-4", "2e-3", "2e-2")
+}
+WINDOWS = (150, 200, 250, 300)  # centres t0 of windows of 20 iterations
+
+
+def words(settings: str) -> dict[str, str]:
+    """{name: value} of "name=value ..."; a later one wins."""
+    return dict(word.split("=", 1) for word in settings.split())

@@ -1,0 +1,407 @@
+"""search_decay.py: its runs are real and share all but the decay factor; what it recommends, refuses and writes."""
+
+import argparse
+import json
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import search_decay
+from health import TARGET
+from metrics import read_config, read_metrics
+
+TINY = [
+    *(
+        "--n_layer=1",
+        "--n_head=2",
+        "--n_embd=16",
+        "--block_size=8",
+        "--batch_size=4",
+        "--gradient_accumulation_steps=1",
+    ),
+    *("--device=cpu", "--warmup_iters=4", "--learning_rate=1e-2", "--lr_decay_iters=500"),
+    *("--sparse=fst", "--mask_interval=1"),
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    tokens = np.tile(np.arange(12, dtype="<u2"), 60)
+    for split in ("train", "val"):
+        tokens.tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "char", "vocab_size": 12, "chars": "abcdefghijkl"}))
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path, data):
+    return [*TINY, f"--dataset={data}", "--steps=20", "--candidates=0,1e-3", f"--search_dir={tmp_path / 'search'}"]
+
+
+def fake_train(monkeypatch, mu_of):
+    """Runs that cost nothing: the dense flip rate falls with the step, a candidate's is mu_of(lambda) times it.
+    Returns the folders' names, in the order in which they ran."""
+    ran = []
+
+    def run_child(command, log_path):
+        given = dict(word[2:].split("=", 1) for word in command if word.startswith("--"))
+        mu = 1.0 if given["sparse"] == "none" else mu_of(float(given["masked_decay"]))
+        steps = int(given["max_iters"])
+        rows = [{"iter": i, "phase": "sparse", "flip_rate": mu / (i + 10)} for i in range(steps)]
+        rows.append({"iter": steps, "phase": "sparse", "flip_rate": None, "elapsed_s": 3.0})
+        (log_path.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        ran.append(log_path.parent.name)
+        return 0
+
+    monkeypatch.setattr(search_decay, "run_child", run_child)
+    return ran
+
+
+def error_of(words):
+    with pytest.raises(SystemExit) as caught:
+        search_decay.main(words)
+    return str(caught.value)
+
+
+def test_a_real_search_and_its_second_call(tmp_path, words, capsys):
+    folder = tmp_path / "search"
+    status = search_decay.main([*words, "--refine=0"])
+    out, written = capsys.readouterr().out, json.loads((folder / "search.json").read_text())
+    names = ("dense", "decay-0", "decay-0.001")
+    assert "3 runs x 20 steps = 60 steps of 32 tokens" in out
+    assert "0.01 % of the training run's 600,000 steps" in out
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "search.json", "search.png"])
+
+    configs = [read_config(folder / name) for name in names]
+    assert [config["sparse"] for config in configs] == ["none", "fst", "fst"]
+    assert [config["masked_decay"] for config in configs[1:]] == [0.0, 0.001]
+    for config in configs:
+        assert (config["seed"], config["max_iters"], config["flip_mask"]) == (1337, 20, "transposable")
+    differing = {key for key in configs[1] if configs[1][key] != configs[2][key]}
+    assert differing == {"out_dir", "masked_decay"}
+    shared = ("seed", "dataset", "batch_size", "block_size", "learning_rate", "warmup_iters", "lr_decay_iters")
+    assert all(configs[0][key] == configs[1][key] for key in shared)
+    assert configs[1]["lr_decay_iters"] == 500
+    rows = [read_metrics(folder / name) for name in names]
+    assert all(row["phase"] == "sparse" for row in rows[1])
+    assert rows[0][0]["lr"] == rows[1][0]["lr"]
+    # the initial weights' loss on the first batch: the same but for the pruning, with which it is the same bit for bit
+    assert math.isclose(rows[0][0]["train_loss"], rows[1][0]["train_loss"], rel_tol=0.02)
+    assert rows[1][0]["train_loss"] == rows[2][0]["train_loss"]
+
+    flips = [[row["flip_rate"] for row in run if 16 <= row["iter"] < 20] for run in rows]
+    mus = [sum(run) / sum(flips[0]) for run in flips[1:]]
+    assert [c["mu"] for c in written["candidates"]] == pytest.approx(mus)
+    assert [c["masked_decay"] for c in written["candidates"]] == [0.0, 0.001]
+    assert written["window"] == [16, 20]
+    assert written["environment"]["torch"] == configs[0]["environment"]["torch"]
+    assert status == (0 if any(0.60 <= mu <= 0.95 for mu in mus) else 1)
+
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    assert search_decay.main([*words, "--refine=0"]) == status
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
+    assert json.loads((folder / "search.json").read_text()) == written
+    assert "3 of them done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, "saved"), (signal.SIGINT, "ended by itself")])
+def test_a_signal_waits_for_train_to_save(tmp_path, number, end):
+    """SIGTERM is passed on; Ctrl-C reaches train.py from the terminal, and is not sent a second time."""
+    code = (
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved')))\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(print('interrupted')))\n"
+        "print('ready', flush=True)\ntime.sleep(1)\nprint('ended by itself')"
+    )
+    log, main, before = tmp_path / "log.txt", threading.main_thread().ident, signal.getsignal(number)
+
+    def stop_it_when_it_runs():
+        for _ in range(400):
+            time.sleep(0.02)
+            if log.exists() and "ready" in log.read_text():
+                return signal.pthread_kill(main, number)
+        return None
+
+    thread = threading.Thread(target=stop_it_when_it_runs)
+    thread.start()
+    with pytest.raises(InterruptedError):
+        search_decay.run_child([sys.executable, "-c", code], log)
+    thread.join()
+    assert log.read_text() == f"ready\n{end}\n"
+    assert signal.getsignal(number) is before
+
+
+def test_a_stopped_search_says_so_and_goes_on_from_its_checkpoint(tmp_path, words, monkeypatch):
+    def stopped(command, log_path):
+        (log_path.parent / "metrics.jsonl").write_text('{"iter": 3, "phase": "dense"}\n')
+        (log_path.parent / "ckpt.pt").write_text("step 3")
+        raise InterruptedError
+
+    monkeypatch.setattr(search_decay, "run_child", stopped)
+    dense = tmp_path / "search" / "dense"
+    assert error_of(words).endswith(f"stopped; the same command goes on with {dense}")
+    assert (dense / "ckpt.pt").exists()
+    commands = []
+    monkeypatch.setattr(search_decay, "run_child", lambda command, log: commands.append(command) or 0)
+    (dense / "log.txt").write_text("the end\n")
+    assert "ended with status 0, unfinished" in error_of(words)
+    assert {"--init_from=auto", f"--out_dir={dense}"} <= set(commands[0])
+
+
+def test_a_failing_run_shows_its_last_lines_and_its_log(tmp_path, words):
+    message = error_of([*words, "--n_head=3"])
+    assert message.startswith("search_decay.py: error: ")
+    assert "n_embd" in message.split("\n    ", 1)[1], "train.py's own message"
+    assert str(tmp_path / "search" / "dense" / "log.txt") in message
+
+
+def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys, monkeypatch):
+    monkeypatch.setattr(search_decay.shutil, "which", lambda name: f"/bin/{name}")
+    launcher = "torchrun --standalone --nproc_per_node=8"
+    assert search_decay.main([*words, f"--launcher={launcher}", "--dry_run"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[-3:]]
+    train = str(search_decay.ROOT / "train.py")
+    assert all(line[:4] == [*launcher.split(), train] for line in lines)
+    assert all(line[4 : 4 + len(TINY)] == TINY for line in lines), "the user's words, unchanged and first"
+    assert [word for word in lines[2] if "decay=" in word] == ["--masked_decay=0.001"]
+    assert "--sparse=none" in lines[0]
+    assert not any(word.startswith("--masked_decay=") for word in lines[0])
+    assert not (tmp_path / "search").exists()
+    assert search_decay.launcher_words("python") == [sys.executable]
+
+
+@pytest.mark.parametrize(
+    ("more", "needed"),
+    [
+        *((f"--{name}=1", f"--{name} cannot be given") for name in ("max_iters", "dense_start", "masked_decay")),
+        ("--out_dir=x", "choose where with --search_dir"),
+        ("--sparse=none", "needs a sparse recipe"),
+        ("--sparse=step", "dense start fills the warm-up"),
+        ("--init_from=gpt2", "starts from scratch"),
+        ("--eval_only=True", "has to train"),
+        ("--learning_rat=1", "did you mean 'learning_rate'"),
+        ("--candidates=0,x", "need numbers with commas"),
+        ("--candidates=0", "one above 0"),
+        ("--candidates=-1,1", "at least 0"),
+        ("--steps=9", "at least 10 steps"),
+        ("--refine=-1", "--refine=-1"),
+        ("--launcher=no-such-program x", "no such program"),
+        ("--dataset=no_such_data", "does not exist"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, words, more, needed):
+    message = error_of([*words, more])
+    assert message.startswith("search_decay.py: error: ") or needed.startswith("did")
+    assert needed in message
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
+    """As every config file does; the search's own settings come later and win, a dense run's recipe becomes fst."""
+    config = tmp_path / "run.py"
+    config.write_text('out_dir = "x"\nmax_iters = 1000\nmasked_decay = 1e-3\nsparse = "none"\ndense_start = 5\n')
+    given = [word for word in words if not word.startswith(("--sparse", "--steps"))]
+    search_decay.main([str(config), *given, "--dry_run"])
+    out = capsys.readouterr().out
+    assert "3 runs x 100 steps = 300 steps of 32 tokens" in out
+    assert "30 % of the training run's 1,000 steps" in out
+    assert "recipe fst" in out
+    final = search_decay.configure(search_decay.train_defaults(), shlex.split(out.splitlines()[-1])[2:])
+    assert (final["sparse"], final["max_iters"], final["dense_start"]) == ("fst", 100, 100)
+    assert final["masked_decay"] == 1e-3
+    assert final["out_dir"] == str(tmp_path / "search" / "decay-0.001")
+
+
+def test_the_default_length_is_one_and_a_half_warm_ups(words, capsys):
+    given = [word for word in words if not word.startswith("--steps")]
+    search_decay.main([*given, "--warmup_iters=2000", "--dry_run"])
+    assert "sampled at steps 2,400 to 2,999, every 12" in capsys.readouterr().out
+    search_decay.main([*given, "--warmup_iters=2000", "--steps=1000", "--dry_run"])
+    assert "before the warm-up's end, 2,000" in capsys.readouterr().out
+
+
+def test_row_wise_recipes_are_compared_with_row_wise_masks_of_the_dense_run(words, capsys):
+    search_decay.main([*words, "--sparse=sr_ste", "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert all("--flip_mask=row" in line for line in lines)
+
+
+def test_another_setting_in_the_same_folder_is_refused_and_named(tmp_path, words, monkeypatch):
+    fake_train(monkeypatch, lambda decay: 0.8)
+    assert search_decay.main(words) == 0
+    before = (tmp_path / "search" / "search.json").read_bytes()
+    message = error_of([*words, "--learning_rate=5e-2", "--steps=30"])
+    assert "learning_rate=0.05 (there 0.01)" in message
+    assert "max_iters=30 (there 20)" in message
+    assert "seed" not in message
+    assert (tmp_path / "search" / "search.json").read_bytes() == before
+    assert search_decay.main([*words, "--log_interval=3", "--candidates=0,1e-3,2e-3"]) == 0, "these may change"
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, words):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "ckpt.pt").write_text("a run")
+    assert "holds something else than a search" in error_of(words)
+    assert [path.name for path in (tmp_path / "search").iterdir()] == ["ckpt.pt"]
+
+
+def test_no_run_has_begun_so_a_mistake_can_be_corrected(tmp_path, words, monkeypatch):
+    monkeypatch.setattr(search_decay, "run_child", lambda command, log: log.write_text("no\n") and 1)
+    error_of([*words, "--learning_rate=5e-2"])
+    fake_train(monkeypatch, lambda decay: 0.8)
+    assert search_decay.main(words) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The arithmetic
+
+
+def test_mu_is_a_ratio_of_means_over_the_window_alone(tmp_path):
+    """Planted: 1 before step 8, then 0.002 and 0.004; a step that was not measured; the last row, of evaluation."""
+    rows = [{"iter": i, "phase": "dense", "flip_rate": 1.0} for i in range(8)]
+    rows += [{"iter": i, "phase": "dense", "flip_rate": rate} for i, rate in ((8, 0.002), (9, None), (10, 0.004))]
+    rows.append({"iter": 11, "phase": "dense", "flip_rate": None})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dense = search_decay.window_rates(tmp_path, 8)
+    assert dense == {8: 0.002, 10: 0.004}
+    result = search_decay.compare({8: 0.001, 10: 0.0035}, dense)
+    assert result["mu"] == pytest.approx(0.75), "not the mean of 0.5 and 0.875"
+    assert (result["mu_smallest"], result["mu_largest"]) == pytest.approx((0.5, 0.875))
+    with pytest.raises(ValueError, match="the same steps"):
+        search_decay.compare({8: 0.001}, dense)
+    with pytest.raises(ValueError, match="the same steps"):
+        search_decay.compare({}, {})
+    with pytest.raises(ValueError, match="there is no mu"):
+        search_decay.compare({8: 0.1}, {8: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("mus", "best"),
+    [
+        ({0.0: 1.1, 1e-4: 0.94, 3e-4: 0.8, 1e-3: 0.61}, 3e-4),
+        ({1e-4: 0.60, 3e-4: 0.96}, 1e-4),  # the band's ends belong to it
+        ({1e-4: 0.5999, 3e-4: 0.9501}, None),
+        ({0.0: 0.9, 1e-4: 0.5}, 0.0),
+        ({1e-4: 0.62, 2e-4: 0.91}, 1e-4 if abs(math.log(0.62 / TARGET)) < abs(math.log(0.91 / TARGET)) else 2e-4),
+    ],
+)
+def test_recommended_is_the_healthy_one_nearest_to_the_middle(mus, best):
+    assert search_decay.recommend(mus) == best
+
+
+@pytest.mark.parametrize(
+    ("mus", "proposal"),
+    [
+        # log mu is linear in log lambda here: 1.2 at 1e-4, TARGET**2 / 1.2 at 1e-2, so TARGET in the middle
+        ({0.0: 1.2, 1e-4: 1.2, 1e-2: TARGET**2 / 1.2}, 1e-3),
+        ({1e-4: 1.1, 3e-4: 1.0}, 9e-4),  # up
+        ({0.0: 1.1, 1e-3: 0.5, 3e-3: 0.2}, 3.3e-4),  # down: 0 is no neighbour
+        ({1e-3: 0.5, 3e-3: 0.2}, 3.3e-4),
+        ({0.0: 0.5, 1e-3: 0.4}, None),  # no lambda below can help
+        ({1e-4: 0.5, 1e-3: 1.2}, 3e-3),  # the wrong way round: up
+        ({1e-4: 1.2, 2e-4: 0.5, 1e-3: 1.2}, None),  # the first crossing, whatever comes after it: see below
+        ({1e-3: 1.2, 1.01e-3: 0.0}, None),
+    ],
+)
+def test_the_next_candidate_is_interpolated_or_further_out(mus, proposal):
+    got = search_decay.next_candidate(mus)
+    if len(mus) == 3 and mus.get(2e-4) == 0.5:
+        assert 1e-4 < got < 2e-4
+    elif mus.get(1.01e-3) == 0.0:
+        assert got is None, "nothing new between the two with two digits"
+    else:
+        assert got == (proposal and pytest.approx(proposal, rel=0.02))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "scale", "refined"),
+    [("1e-4,1e-2", 1e-3, 1), ("0,1e-5,3e-5", 1e-3, 4), ("1e-1", 1e-2, 3)],  # between, upwards, downwards
+)
+def test_refinement_runs_what_it_proposes_until_one_is_inside(tmp_path, words, monkeypatch, candidates, scale, refined):
+    """mu = TARGET at `scale` and falls as lambda**-0.3 around it, 1.1 at 0."""
+    ran = fake_train(monkeypatch, lambda decay: min(1.1, TARGET * (decay / scale) ** -0.3) if decay else 1.1)
+    words = [*words, f"--candidates={candidates}"]
+    assert search_decay.main([*words, "--refine=9"]) == 0
+    written = json.loads((tmp_path / "search" / "search.json").read_text())
+    new = [c for c in written["candidates"] if c["refined"]]
+    asked = 1 + len(candidates.split(","))
+    assert 1 <= len(new) <= refined
+    assert len(ran) == asked + len(new) == len(set(ran))
+    assert 0.60 <= new[-1]["mu"] <= 0.95 or 0.60 <= new[0]["mu"] <= 0.95
+    assert f"--masked_decay={written['masked_decay']:g}" in written["command"]
+    assert search_decay.main([*words, "--refine=9"]) == 0, "the refined ones are remembered"
+    assert len(ran) == asked + len(new)
+
+
+def test_none_inside_is_said_with_what_to_do_and_still_written(tmp_path, words, monkeypatch, capsys):
+    ran = fake_train(monkeypatch, lambda decay: 1.3 - decay)
+    assert search_decay.main([*words, "--refine=1"]) == 1
+    out = capsys.readouterr().out
+    assert "no lambda has mu from 0.60 to 0.95; nearest is 0.003 with 1.297" in out
+    assert "--refine=3, which goes on with lambda = 0.009" in out
+    assert ran == ["dense", "decay-0", "decay-0.001", "decay-0.003"]
+    written = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert (written["masked_decay"], written["command"]) == (None, None)
+    assert (tmp_path / "search" / "search.png").exists()
+
+
+def test_the_advice_is_the_users_command_with_the_decay_factor(tmp_path, words, monkeypatch, capsys):
+    fake_train(monkeypatch, lambda decay: 1.1 if decay == 0 else 0.8)
+    assert search_decay.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    command = next(line for line in lines if line.startswith("    python train.py"))
+    assert shlex.split(command)[2:] == [*words[: len(TINY) + 1], "--sparse=fst", "--masked_decay=0.001"]
+    assert any(f"--flip_reference={tmp_path / 'search' / 'dense'}" in line for line in lines)
+
+
+def test_the_figure_shows_each_run_the_band_and_the_window(tmp_path, words, monkeypatch):
+    pytest.importorskip("matplotlib", reason="search_decay.py draws with matplotlib")
+    drawn = []
+    monkeypatch.setattr(search_decay, "finish", lambda figure, path: drawn.append(figure))
+    fake_train(monkeypatch, lambda decay: 1.1 if decay == 0 else 0.8)
+    search_decay.main(words)
+    [axes] = drawn[0].axes
+    labels = axes.get_legend_handles_labels()[1]
+    expected = ["dense", "λ = 0, μ = 1.10", "λ = 0.001, μ = 0.80 (recommended)", "healthy: 0.60 to 0.95 of dense"]
+    assert set(labels) == {*expected, "window"}
+    assert axes.get_yscale() == "log"
+    dense = axes.lines[labels.index("dense") - labels.index("dense")]
+    band = axes.collections[0].get_paths()[0].vertices
+    first = [y for x, y in band if x == 0]
+    assert min(first) == pytest.approx(0.60 * dense.get_ydata()[0])
+    assert max(first) == pytest.approx(0.95 * dense.get_ydata()[0])
+    assert axes.patches[-1].get_extents().width > 0
+
+
+def test_without_matplotlib_the_search_still_ends_well(tmp_path, words, monkeypatch, capsys):
+    fake_train(monkeypatch, lambda decay: 0.8)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert search_decay.main(words) == 0
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert (tmp_path / "search" / "search.json").exists()
+    assert not (tmp_path / "search" / "search.png").exists()
+
+
+def test_own_options_do_not_hide_a_setting_of_train():
+    args, rest = search_decay.parse([])
+    assert isinstance(args, argparse.Namespace)
+    assert rest == []
+    defaults = search_decay.train_defaults()
+    assert not vars(args).keys() & set(search_decay.setting_names(defaults))
+    assert set(search_decay.OWNED) <= set(search_decay.setting_names(defaults))
+
+
+def test_defaults_are_train_s():
+    import train
+
+    names = search_decay.setting_names(vars(train))
+    defaults = search_decay.train_defaults()
+    assert {name: defaults[name] for name in search_decay.setting_names(defaults)} == {n: vars(train)[n] for n in names}
+    assert search_decay.configure(defaults, ["--compile=None"]) == {"compile": None}

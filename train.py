@@ -583,7 +583,7 @@ def main() -> None:
             if metrics and not stopping:
                 metrics.write(row)
             if ranks.master and "val_loss" in row:
-                pruned = f"  hard-pruned to 2:4 {row['val_loss_24']:.4f}" if "val_loss_24" in row else ""
+                pruned = f", hard-pruned to 2:4 {row['val_loss_24']:.4f}" if "val_loss_24" in row else ""
                 print(
                     f"iter {iter_num:>6}/{max_iters}  {row['phase']:<6}  val {row['val_loss']:.4f}{pruned}", flush=True
                 )

@@ -96,7 +96,8 @@ def planned(root: Path, common: str, settings: str, args) -> dict[Path, dict[str
     """{folder: settings} of a variant's runs, one per seed."""
     runs = {}
     for seed in range(1, args.seeds + 1):
-        wanted = words(f"{common} {settings} seed={seed} dataset={args.dataset}")
+        dense = folder_of(root, common, "sparse=none", seed)
+        wanted = words(f"{common} {settings.replace('{dense}', str(dense))} seed={seed} dataset={args.dataset}")
         runs[folder_of(root, common, settings, seed)] = wanted
     return runs
 

@@ -8,7 +8,7 @@ PRESETS = {
     "cpu": (
         "n_layer=4 n_head=4 n_embd=64 block_size=64 batch_size=12 gradient_accumulation_steps=1 dropout=0.0 bias=False "
         "learning_rate=3e-3 min_lr=3e-4 warmup_iters=100 max_iters=2500 lr_decay_iters=2500 beta2=0.99 "
-        "eval_interval=500 eval_iters=0 flip_interval=50 checkpoint_interval=500 log_interval=100 "
+        "eval_interval=0 eval_iters=0 flip_interval=50 checkpoint_interval=500 log_interval=100 "
         "device=cpu dtype=float32"
     ),
     "gpu": (
@@ -22,7 +22,8 @@ FST = "sparse=fst masked_decay=2e-4 mask_interval=40"
 
 @dataclass(frozen=True)
 class Study:
-    """{label: settings} on top of a preset; differences are to the `references` within each seed."""
+    """{label: settings} on top of a preset; differences are to the `references` within each seed. {dense} in settings
+    stands for the folder of the same seed's dense run, which has to come before."""
 
     variants: dict[str, str]
     references: tuple[str, ...] = ("dense",)
@@ -101,8 +102,21 @@ STUDIES = {
             "s_ste, beta in the gradient": "sparse=s_ste weight_gradient=scaled",
             "s_ste, true gradient": "sparse=s_ste weight_gradient=true",
             "s_ste, FP8": "sparse=s_ste fp8=True",
+            "s_ste, last 1/6 dense": "sparse=s_ste dense_finetune=0.1666667",
         },
         ("fst", "s_ste"),
+    ),
+    # Section 4.3: does the factor of the best loss have its mu in the band, and does the controller find it?
+    "decay": Study(
+        {"dense": "sparse=none"}
+        | {
+            f"fst, decay {decay}": f"{FST} masked_decay={decay}"
+            for decay in ("0", "6e-5", "6e-4", "2e-3", "6e-3", "2e-2")
+        }
+        | {
+            "fst, decay 2e-4": FST,
+            "fst, decay by the controller": f"{FST} masked_decay_auto=True flip_reference={{dense}}",
+        },
     ),
 }
 FLIP_COMMON = (  # the first 311 iterations of nanoGPT's CPU recipe, whose schedule is laid out for 1000

@@ -102,6 +102,7 @@ def test_a_real_search_and_its_second_call(tmp_path, words, capsys):
     assert [c["mu"] for c in written["candidates"]] == pytest.approx(mus)
     assert [c["masked_decay"] for c in written["candidates"]] == [0.0, 0.001]
     assert written["window"] == [16, 20]
+    assert not list(folder.glob("*/*.pt")), "checkpoints of gigabytes that nothing reads"
     assert written["environment"]["torch"] == configs[0]["environment"]["torch"]
     assert status == (0 if any(0.60 <= mu <= 0.95 for mu in mus) else 1)
 
@@ -198,7 +199,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys,
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, words, more, needed):
     message = error_of([*words, more])
-    assert message.startswith("search_decay.py: error: ") or needed.startswith("did")
+    assert message.startswith("search_decay.py: error: ")
     assert needed in message
     assert not (tmp_path / "search").exists()
 
@@ -206,7 +207,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, words, m
 def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
     """As every config file does; the search's own settings come later and win, a dense run's recipe becomes fst."""
     config = tmp_path / "run.py"
-    config.write_text('out_dir = "x"\nmax_iters = 1000\nmasked_decay = 1e-3\nsparse = "none"\ndense_start = 5\n')
+    config.write_text(
+        'out_dir = "x"\nmax_iters = 1000\nmasked_decay = 1e-3\nsparse = "none"\ndense_start = 5\n'
+        'decay_schedule = "cosine"\neval_interval = 7\ndense_pretrain = 0.5\nmasked_decay_auto = True\n'
+    )
     given = [word for word in words if not word.startswith(("--sparse", "--steps"))]
     search_decay.main([str(config), *given, "--dry_run"])
     out = capsys.readouterr().out
@@ -215,7 +219,8 @@ def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
     assert "recipe fst" in out
     final = search_decay.configure(search_decay.train_defaults(), shlex.split(out.splitlines()[-1])[2:])
     assert (final["sparse"], final["max_iters"], final["dense_start"]) == ("fst", 100, 100)
-    assert final["masked_decay"] == 1e-3
+    assert (final["masked_decay"], final["decay_schedule"], final["masked_decay_auto"]) == (1e-3, "constant", False)
+    assert (final["eval_interval"], final["dense_pretrain"]) == (0, 0.0)
     assert final["out_dir"] == str(tmp_path / "search" / "decay-0.001")
 
 
@@ -289,7 +294,7 @@ def test_mu_is_a_ratio_of_means_over_the_window_alone(tmp_path):
         ({1e-4: 0.60, 3e-4: 0.96}, 1e-4),  # the band's ends belong to it
         ({1e-4: 0.5999, 3e-4: 0.9501}, None),
         ({0.0: 0.9, 1e-4: 0.5}, 0.0),
-        ({1e-4: 0.62, 2e-4: 0.91}, 1e-4 if abs(math.log(0.62 / TARGET)) < abs(math.log(0.91 / TARGET)) else 2e-4),
+        ({1e-4: 0.62, 2e-4: 0.91}, 2e-4),  # nearer by ratio (1.21 against 1.22), further by difference
     ],
 )
 def test_recommended_is_the_healthy_one_nearest_to_the_middle(mus, best):
@@ -306,18 +311,16 @@ def test_recommended_is_the_healthy_one_nearest_to_the_middle(mus, best):
         ({1e-3: 0.5, 3e-3: 0.2}, 3.3e-4),
         ({0.0: 0.5, 1e-3: 0.4}, None),  # no lambda below can help
         ({1e-4: 0.5, 1e-3: 1.2}, 3e-3),  # the wrong way round: up
-        ({1e-4: 1.2, 2e-4: 0.5, 1e-3: 1.2}, None),  # the first crossing, whatever comes after it: see below
-        ({1e-3: 1.2, 1.01e-3: 0.0}, None),
+        ({1e-4: 1.2, 4e-4: TARGET**2 / 1.2, 1e-3: 1.2, 1e-2: 0.1}, 2e-4),  # the first crossing of several
+        ({1e-3: 1.2, 1.01e-3: 0.5}, None),  # two digits leave nothing new between them
     ],
 )
 def test_the_next_candidate_is_interpolated_or_further_out(mus, proposal):
-    got = search_decay.next_candidate(mus)
-    if len(mus) == 3 and mus.get(2e-4) == 0.5:
-        assert 1e-4 < got < 2e-4
-    elif mus.get(1.01e-3) == 0.0:
-        assert got is None, "nothing new between the two with two digits"
-    else:
-        assert got == (proposal and pytest.approx(proposal, rel=0.02))
+    assert search_decay.next_candidate(mus) == proposal
+
+
+def test_a_run_without_flips_does_not_spoil_the_interpolation():
+    assert 1e-4 < search_decay.next_candidate({1e-4: 1.1, 1e-2: 0.0}) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def test_refinement_runs_what_it_proposes_until_one_is_inside(tmp_path, words, m
     assert len(ran) == asked + len(new) == len(set(ran))
     assert 0.60 <= new[-1]["mu"] <= 0.95 or 0.60 <= new[0]["mu"] <= 0.95
     assert f"--masked_decay={written['masked_decay']:g}" in written["command"]
-    assert search_decay.main([*words, "--refine=9"]) == 0, "the refined ones are remembered"
+    assert search_decay.main([*words, "--refine=0"]) == 0, "the refined ones are remembered"
     assert len(ran) == asked + len(new)
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom, from the top down: a module may import any of those in the sets below it.
 LAYERS = [
     {"train", "sample", "study", "search_decay", "bench"},
-    {"bench_suites", "bench_kernels", "study_cost", "study_report", "study_grids"},
+    {"study_cost", "study_report"},
+    {"bench_suites", "bench_kernels", "study_grids"},
     {"runtime", "loader", "model", "plot", "roofline"},
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},

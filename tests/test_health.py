@@ -1,0 +1,137 @@
+"""health.py: the dense run's curve, warnings and the controller, on planted curves."""
+
+import json
+import math
+
+import pytest
+
+import health
+from health import HEALTHY, TARGET, DecayController, FlipReference, FlipWatch, smooth
+
+SETTINGS = dict.fromkeys(health.COMPARABLE, 1)
+
+
+def record(folder, rates, lr=lambda i: 1e-3, **config):
+    folder.mkdir()
+    rows = [{"iter": i, "phase": "dense", "flip_rate": r, "lr": lr(i)} for i, r in rates]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {**SETTINGS, "sparse": "none", "flip_mask": "transposable", **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Constant:
+    """A dense run whose flip rate never changes."""
+
+    def rate(self, iter_num, lr):
+        return 0.01
+
+
+def test_the_reference_is_the_smoothed_curve_and_goes_on_with_the_learning_rate(tmp_path):
+    folder = record(
+        tmp_path / "dense", [(10 * i, 0.001 * i) for i in range(21)], lr=lambda i: 1e-3 if i < 150 else 2e-3
+    )
+    reference = FlipReference(folder, SETTINGS, "transposable")
+    assert reference.rate(100, 1e-3) == pytest.approx(0.010)
+    assert reference.rate(105, 1e-3) == pytest.approx(0.0105)
+    # The last five measurements have a mean of 0.018 at a learning rate of 2e-3.
+    assert reference.rate(201, 1e-3) == pytest.approx(0.009)
+    assert reference.rate(5000, 2e-4) == pytest.approx(0.0018)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"sparse": "fst"}, "sparse='fst', need a dense run"),
+        ({"learning_rate": 2}, r"does not compare with this run: learning_rate=1 \(there 2\)"),
+        ({"flip_mask": "row"}, r"masks transposable \(there flip_mask=row\)"),
+    ],
+)
+def test_a_reference_that_does_not_compare_is_refused(tmp_path, config, message):
+    folder = record(tmp_path / "dense", [(i, 0.01) for i in range(9)], **config)
+    with pytest.raises(ValueError, match=message):
+        FlipReference(folder, SETTINGS, "transposable")
+
+
+def test_a_reference_needs_flip_rates(tmp_path):
+    with pytest.raises(ValueError, match="4 flip rates, need 5 or more"):
+        FlipReference(record(tmp_path / "dense", [(i, 0.01) for i in range(4)]), SETTINGS, "transposable")
+
+
+def watched(rates, reference=None, warmup=10, end=110):
+    watch = FlipWatch(warmup, end, reference)
+    return {i: texts for i, r in enumerate(rates) if (texts := watch.add(i, r, 1e-3))}
+
+
+def test_an_explosion_is_told_once_after_five_measurements_past_the_warm_up():
+    found = watched([0.011] * 40, Constant())
+    assert list(found) == [14]
+    assert "1.10 times the dense run's" in found[14][0]
+    assert watched([0.0095] * 40, Constant()) == {}
+    assert watched([0.05] * 10 + [0.009] * 30, Constant()) == {}  # during the warm-up nothing counts
+    assert watched([0.011] * 40) == {}  # nothing to compare with
+
+
+def test_one_high_measurement_is_no_explosion():
+    assert watched([0.013 if i % 5 == 0 else 0.009 for i in range(40)], Constant()) == {}
+
+
+def test_a_flip_rate_that_does_not_fade_is_told_once_half_way():
+    rises = [0.01 * min(1, i / 20) for i in range(110)]
+    found = watched(rises)
+    assert list(found) == [60]
+    assert "has not come down from its peak of 0.01000" in found[60][0]
+    assert watched([0.01 * min(1, i / 20, (110 - i) / 60) for i in range(110)]) == {}
+
+
+def test_the_controller_asks_for_the_last_steps_of_each_interval_after_the_warm_up():
+    controller = DecayController(1e-4, Constant(), interval=20, warmup_iters=30, window=5)
+    assert [i for i in range(85) if controller.measures(i)] == [*range(35, 40), *range(55, 60), *range(75, 80)]
+    assert [i for i in range(8) if DecayController(1e-4, Constant(), 3, 2).measures(i)] == [*range(2, 8)]
+
+
+def test_the_controller_moves_the_factor_by_mu_over_its_target_and_never_by_more_than_two():
+    for mu, expected in (
+        (TARGET, 1.0),
+        (0.95, 0.95 / TARGET),
+        (0.60, 0.60 / TARGET),
+        (5.0, 2.0),
+        (0.1, 0.5),
+        (0.0, 0.5),
+    ):
+        controller = DecayController(1e-4, Constant(), interval=10, warmup_iters=0, window=2)
+        assert controller.add(8, 0.01 * mu, 1e-3) == 1e-4  # not before the window's end
+        assert controller.add(9, 0.01 * mu, 1e-3) == pytest.approx(1e-4 * expected)
+        assert controller.sums == [0.0, 0.0]
+
+
+def test_the_controller_brings_mu_into_the_band_for_every_plant_it_may_meet():
+    """log mu = -slope * log(lambda / lambda1), slopes as measured and beyond, from far too small and far too large."""
+    for slope in (0.2, 0.35, 0.5, 1.0):
+        for start in (1e-6, 1e-1):
+            controller = DecayController(start, Constant(), interval=10, warmup_iters=0, window=1)
+            mus = []
+            for update in range(120):
+                mus.append(min(1.2, (controller.decay / 1e-4) ** -slope))
+                controller.add(10 * update + 9, 0.01 * mus[-1], 1e-3)
+            assert all(HEALTHY[0] <= mu <= HEALTHY[1] for mu in mus[-60:]), (slope, start)
+            assert mus[-1] == pytest.approx(TARGET, rel=1e-3)
+
+
+def test_the_controllers_factor_has_limits_and_its_state_resumes():
+    controller = DecayController(9.0, Constant(), 1, 0)
+    assert [controller.add(i, 1.0, 1e-3) for i in range(3)] == [10.0, 10.0, 10.0]
+    low = DecayController(1.5e-8, Constant(), 1, 0)
+    assert [low.add(i, 0.0, 1e-3) for i in range(3)] == [1e-8, 1e-8, 1e-8]
+    first = DecayController(1e-4, Constant(), 4, 0)
+    for i in range(6):
+        first.add(i, 0.02, 1e-3)
+    second = DecayController(5.0, Constant(), 4, 0)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [first.add(i, 0.02, 1e-3) for i in (6, 7)] == [second.add(i, 0.02, 1e-3) for i in (6, 7)]
+
+
+def test_the_target_is_the_middle_of_the_papers_band():
+    assert HEALTHY == (0.60, 0.95)
+    assert math.isclose(TARGET / HEALTHY[0], HEALTHY[1] / TARGET)
+    assert smooth([1.0, 4.0, 1.0], 1) == [2.5, 2.0, 2.5]

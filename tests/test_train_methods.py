@@ -1,0 +1,234 @@
+"""train.py and the methods beside FST: phases, frozen moments, permutations, flip-rate health, the decay controller;
+stopped in the middle and resumed, they end in the same bits."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from harness import DENSE_START, SETTINGS, read_rows, read_state, row_differences, state_differences
+from test_train import data, given, refused, run  # noqa: F401 (fixtures)
+
+import train
+from sparse24 import RECIPES, expand_pairs, mask24
+
+MAX_ITERS = SETTINGS["max_iters"]
+FREE = ("mask_interval", "masked_decay", "mvue", "dense_finetune", "dense_start")  # the harness sets them for fst
+
+
+@pytest.fixture(scope="module")
+def dense(run, tmp_path_factory):
+    """The folder of a dense run that measured its flip rate at every step."""
+    out = tmp_path_factory.mktemp("dense") / "out"
+    run(out, sparse="none", flip_interval=1)
+    return out
+
+
+def as_recipe(name, **changes):
+    """Settings that leave this recipe as it is."""
+    recipe = RECIPES[name]
+    own = {field: getattr(recipe, field) for field in FREE[:-1]}
+    return {"sparse": name, **own, "dense_start": -1, **changes}
+
+
+def phases(out):
+    return [row["phase"] for row in read_rows(out)]
+
+
+METHODS = {
+    "sr_ste": as_recipe("sr_ste"),
+    "step": as_recipe("step"),
+    "bi_mask": as_recipe("bi_mask", permutation_interval=4),
+    "s_ste": as_recipe("s_ste"),
+    "s_ste, refit, true, fp8": as_recipe("s_ste", beta="refit", weight_gradient="true", fp8=True),
+    "fst, dense first and last": as_recipe("fst", dense_pretrain=0.25, mask_interval=5, masked_decay=1e-2),
+    "fst, cosine decay, re-warm-up": as_recipe("fst", decay_schedule="cosine", rewarm_iters=3, masked_decay=1e-2),
+    "fst, decay after the moments": as_recipe("fst", decay_on="update", masked_decay=1e-2, dense_blocks=0),
+}
+
+
+@pytest.mark.parametrize("stop", [5, 17, 28])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_that_was_stopped_ends_in_the_same_bits(run, tmp_path, name, stop):
+    settings = METHODS[name] | {"flip_interval": 3}
+    run(tmp_path / "whole", **settings)
+    run(tmp_path / "parts", {"kind": "signal", "signal": "SIGTERM", "iter_num": stop, "micro_batch": 1}, **settings)
+    assert read_state(tmp_path / "parts")["iter_num"] == stop + 1
+    run(tmp_path / "parts", **settings)
+    assert state_differences(read_state(tmp_path / "parts"), read_state(tmp_path / "whole")) == []
+    assert row_differences(read_rows(tmp_path / "parts"), read_rows(tmp_path / "whole")) == []
+
+
+def test_dense_start_and_dense_end_take_their_shares(run, tmp_path):
+    run(tmp_path / "out", **METHODS["fst, dense first and last"])
+    assert phases(tmp_path / "out") == ["dense"] * 8 + ["sparse"] * 19 + ["dense"] * 6
+    rows = read_rows(tmp_path / "out")
+    assert [row["masked_decay"] for row in rows] == [None] * 8 + [1e-2] * 19 + [None] * 6
+    assert read_state(tmp_path / "out")["sparse_start"] == 8
+
+
+def test_the_dense_start_of_a_sparse_run_is_the_dense_run(run, dense, tmp_path):
+    run(tmp_path / "out", **METHODS["fst, dense first and last"], flip_interval=1)
+    pairs = list(zip(read_rows(tmp_path / "out"), read_rows(dense), strict=True))
+    assert all(a["train_loss"] == b["train_loss"] and a["flip_rate"] == b["flip_rate"] for a, b in pairs[:8])
+    assert pairs[9][0]["train_loss"] != pairs[9][1]["train_loss"]
+
+
+def test_steps_rule_switches_when_moments_settle_and_by_half_time(run, tmp_path, monkeypatch):
+    run(tmp_path / "late", **METHODS["step"])  # these moments do not settle
+    assert phases(tmp_path / "late") == ["dense"] * 16 + ["sparse"] * 17
+    assert read_state(tmp_path / "late")["sparse_start"] == 16
+    calls = []
+
+    def settled(self):
+        calls.append(0)
+        return len(calls) > 9
+
+    monkeypatch.setattr(train.AutoSwitch, "settled", settled)
+    run(tmp_path / "settled", **METHODS["step"])
+    assert phases(tmp_path / "settled") == ["dense"] * 10 + ["sparse"] * 23
+    calls += [0] * 9
+    run(tmp_path / "early", **METHODS["step"] | {"dense_pretrain": 0.25})  # settled at once, but waits for this share
+    assert phases(tmp_path / "early") == ["dense"] * 8 + ["sparse"] * 25
+
+
+def test_steps_second_moments_stay_from_the_switch_on(run, tmp_path):
+    run(tmp_path / "out", **METHODS["step"])
+    state = read_state(tmp_path / "out")
+    frozen = [s for s in state["optimizer"]["state"].values() if "frozen_step" in s]
+    assert [s["frozen_step"] for s in frozen] == [16] * 4
+    assert [int(s["step"]) for s in frozen] == [MAX_ITERS] * 4
+
+
+def test_bi_mask_searches_its_permutations_at_its_interval(run, tmp_path, monkeypatch):
+    searched, search = [], train.search_permutations
+    monkeypatch.setattr(train, "search_permutations", lambda *key: (searched.append(key[1:]), search(*key)))
+    run(tmp_path / "out", **METHODS["bi_mask"])
+    assert searched == [(train.seed, i) for i in range(0, MAX_ITERS, 4)]
+    state = read_state(tmp_path / "out")["model"]
+    orders = [value for name, value in state.items() if name.endswith("permutation")]
+    assert len(orders) == 4
+    assert all(not torch.equal(order, torch.arange(len(order))) for order in orders)
+
+
+def test_blocks_at_both_ends_can_stay_dense(run, tmp_path):
+    text = run(tmp_path / "out", n_layer=3, dense_blocks=1, max_iters=2, dense_start=2)
+    assert "2 linears" in text
+    names = [name for name in read_state(tmp_path / "out")["model"] if name.endswith("index")]
+    assert names == [f"transformer.h.1.mlp.{linear}.index" for linear in ("c_fc", "c_proj")]
+
+
+def test_the_learning_rate_is_warmed_up_again_at_the_switch(given):
+    given(learning_rate=1e-3, min_lr=1e-4, warmup_iters=0, lr_decay_iters=100, decay_lr=True, rewarm_iters=0)
+    plain = [train.get_lr(i, 60) for i in range(100)]
+    given(rewarm_iters=3)
+    again = [train.get_lr(i, 60) for i in range(100)]
+    assert again[60:63] == pytest.approx([plain[60] / 4, plain[61] / 2, plain[62] * 3 / 4])
+    assert again[:60] + again[63:] == plain[:60] + plain[63:]
+    assert [train.get_lr(i, 0) for i in range(100)] == plain  # a dense run has no switch
+
+
+def test_the_decay_factor_can_follow_a_cosine(given):
+    given(decay_schedule="cosine")
+    assert train.get_decay(10, 2.0, 10, 30) == 2.0
+    assert train.get_decay(20, 2.0, 10, 30) == pytest.approx(1.0)
+    assert train.get_decay(15, 2.0, 10, 30) == pytest.approx(1 + math.sqrt(0.5))
+    assert 0 < train.get_decay(29, 2.0, 10, 30) < 0.02
+    given(decay_schedule="constant")
+    assert train.get_decay(29, 2.0, 10, 30) == 2.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As deployed
+
+
+def test_the_loss_as_deployed_is_that_of_pruned_weights_and_changes_none(run, tmp_path):
+    run(tmp_path / "out", sparse="none")
+    row, state = read_rows(tmp_path / "out")[-1], read_state(tmp_path / "out")
+    pruned = {
+        name: torch.where(mask24(w), w, 0) if ".mlp." in name and name.endswith("weight") else w
+        for name, w in state["model"].items()
+    }
+    assert row["val_loss_24"] != row["val_loss"]
+    out = tmp_path / "pruned"
+    out.mkdir()
+    train.checkpoint.save(out, state | {"model": pruned})
+    text = run(out, sparse="none", eval_only=True)
+    assert f"val {row['val_loss_24']:.4f}, hard-pruned to 2:4 {row['val_loss_24']:.4f}" in text
+
+
+def test_a_run_that_ends_sparse_is_deployed_as_it_is(run, tmp_path):
+    run(tmp_path / "out", **METHODS["s_ste"])
+    row = read_rows(tmp_path / "out")[-1]
+    assert row["val_loss_24"] == row["val_loss"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flip-rate health
+
+
+def test_flip_rates_of_each_layer_on_demand(run, tmp_path):
+    run(tmp_path / "out", flip_layers=True, flip_interval=1, max_iters=3, dense_start=3)
+    for row in read_rows(tmp_path / "out")[:-1]:
+        rates = row["flip_rate_layers"]
+        assert list(rates) == [f"transformer.h.{i}.mlp.{linear}" for i in (0, 1) for linear in ("c_fc", "c_proj")]
+        assert sum(rates.values()) / 4 == pytest.approx(row["flip_rate"])  # all four have as many weights
+
+
+def test_dense_runs_can_count_the_flips_of_row_masks(run, tmp_path):
+    rates = {}
+    for kind in ("auto", "row"):
+        run(tmp_path / kind, sparse="none", flip_mask=kind, flip_interval=1, max_iters=4)
+        rates[kind] = [row["flip_rate"] for row in read_rows(tmp_path / kind)[:-1]]
+    assert all(a != b and a > 0 < b for a, b in zip(*rates.values(), strict=True))
+    config = json.loads((tmp_path / "auto" / "config.json").read_text())
+    assert config["flip_mask"] == "transposable"
+
+
+def test_the_controller_changes_the_factor_at_its_interval_and_resumes(run, dense, tmp_path):
+    settings = {"masked_decay_auto": True, "masked_decay_auto_interval": 4, "flip_reference": str(dense)}
+    run(tmp_path / "whole", **settings)
+    rows = read_rows(tmp_path / "whole")
+    factors = [row["masked_decay"] for row in rows[:DENSE_START]]
+    changes = [i for i in range(1, DENSE_START) if factors[i] != factors[i - 1]]
+    warm = SETTINGS["warmup_iters"]
+    assert changes
+    assert all(i % 4 == 0 and i > warm for i in changes)
+    assert all(row["flip_rate"] is not None for row in rows[warm:DENSE_START])  # the window is the interval here
+    for stop in (7, 13):
+        out = tmp_path / f"parts{stop}"
+        run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": stop, "micro_batch": 1}, **settings)
+        run(out, **settings)
+        assert state_differences(read_state(out), read_state(tmp_path / "whole")) == []
+        assert row_differences(read_rows(out), rows) == []
+
+
+def test_an_exploding_flip_rate_is_warned_of_once(run, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
+    text = run(tmp_path / "out", flip_reference=str(dense), flip_interval=1)
+    found = re.findall(
+        r"^warning, iteration (\d+): the flip rate is .* times the dense run's, .*masked_decay", text, re.M
+    )
+    assert [int(i) for i in found] == [SETTINGS["warmup_iters"] + 4]
+
+
+def test_a_healthy_run_is_not_warned_of(run, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1.0)
+    text = run(tmp_path / "out", flip_reference=str(dense), flip_interval=1)
+    assert "times the dense run's" not in text
+
+
+def test_a_reference_of_another_model_is_refused(refused, dense, tmp_path):
+    message = refused(tmp_path / "out", flip_reference=str(dense), learning_rate=0.5)
+    assert re.search(r"does not compare with this run: learning_rate=0.5 \(there ", message)
+    message = refused(tmp_path / "out", flip_reference=str(dense), **METHODS["sr_ste"])
+    assert "masks row (there flip_mask=transposable)" in message
+
+
+def test_soft_masks_follow_every_step(run, tmp_path):
+    run(tmp_path / "out", **METHODS["s_ste"] | {"max_iters": 5})
+    state = read_state(tmp_path / "out")["model"]
+    for name, index in state.items():
+        if name.endswith("index"):
+            assert torch.equal(expand_pairs(index), mask24(state[name.replace("index", "weight")]))

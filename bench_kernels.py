@@ -131,6 +131,11 @@ def _soft(rows, columns, order, device, scale=False):
     return lambda: kernels.soft_threshold24(w, scale)
 
 
+def _pairs(rows, columns, order, device):
+    w = _randn(rows, columns, device=device)
+    return lambda: kernels.pair_index(w)
+
+
 def _decay(rows, columns, order, device):
     grad, w = _randn(rows, columns, device=device), _randn(rows, columns, device=device)
     index = _index(w)
@@ -205,6 +210,7 @@ CASES = [
             ("swiglu", False, 49, 245, (12, 8)),
         )
     ),
+    Case("row mask, fp32", _GROUP, 4, 17, 80, (1, 0), _pairs),
     Case("soft threshold, fp32", _GROUP, 4, 32, 80, (1, 1), _soft),
     Case("soft threshold and scale, fp32", _GROUP, 4, 32, 150, (1, 1), functools.partial(_soft, scale=True)),
     Case("masked decay", "element", 1, 12.0625, 21, (2, 1), _decay),

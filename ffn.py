@@ -56,8 +56,11 @@ class FFNPlan(NamedTuple):
         return -self.tokens % (64 if packed else 4)
 
 
-def ffn_gemms(d_model: int, d_ff: int, tokens: int, activation: str, bias: bool, mvue: bool) -> dict[str, Gemm]:
-    """The GEMMs of an FFN that may be sparse, by name: all six with MVUE, else the four that multiply weights."""
+def ffn_gemms(
+    d_model: int, d_ff: int, tokens: int, activation: str, bias: bool, mvue: bool, transposable: bool = True
+) -> dict[str, Gemm]:
+    """The GEMMs of an FFN that may be sparse, by name: the forward's z and y; with transposable masks da and dx; with
+    MVUE dw1 and dw2."""
     hidden, t = d_ff * (2 if activation in operators.GATED else 1), tokens + -tokens % 64
     gemms = [
         Gemm("z", hidden, t, d_model, True, False, bias),
@@ -67,7 +70,8 @@ def ffn_gemms(d_model: int, d_ff: int, tokens: int, activation: str, bias: bool,
         Gemm("dw1", hidden, d_model, t, False, False, False, fresh=True),
         Gemm("dw2", d_model, d_ff, t, True, False, False, fresh=True),
     ]
-    return {gemm.name: gemm for gemm in (gemms if mvue else gemms[:4])}
+    sparse = {"z", "y"} | ({"da", "dx"} if transposable else set()) | ({"dw1", "dw2"} if mvue else set())
+    return {gemm.name: gemm for gemm in gemms if gemm.name in sparse}
 
 
 def plan_ffn(
@@ -81,14 +85,16 @@ def plan_ffn(
     graph: bool = False,
     cache: Path | None = None,
     known: Sequence[dict] = (),
+    transposable: bool = True,
 ) -> tuple[FFNPlan | None, Report]:
     """Choose how the FFNs of a model multiply. config: a GPTConfig (n_embd, d_ff, activation, bias). graph, cache,
-    known: as spmm_choice.choose's.
+    known: as spmm_choice.choose's. transposable: whether the masks are; else the pruned weights are 2:4 in the forward
+    alone, and da and dx multiply them as dense matrices.
 
     Returns (None, report) where the layers had better be taken one by one: with spmm="dense", and with "auto" where no
     2:4 GEMM wins. Raises ValueError for a mode that is unknown, or asked for and impossible.
     """
-    gemms = ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, mvue)
+    gemms = ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, mvue, transposable)
     options = {"dtype": dtype, "graph": graph, "cache": cache, "known": known}
     report = choose(gemms, device, spmm, **options, samples=kernel_samples, packer=pack_matrix)
     report.choices = {name: _packable(gemms[name], choice) for name, choice in report.choices.items()}
@@ -290,7 +296,8 @@ def _source(layer: Sparse24Linear, order: str, order_t: str) -> tuple:
 def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
     """Give every FFN of the model the plan, and pack their weights; None takes it back, and frees what was packed.
 
-    Raises ValueError where the plan is for another activation, or draws MVUE where the layers' recipe does not.
+    Raises ValueError where the plan is for another activation, draws MVUE where the layers' recipe does not, or is for
+    masks that are 2:4 where theirs are not; and for a recipe that one function cannot compute (`Recipe.fused`).
     """
     for ffn in _planned(model):
         mvue = (ffn.c_fc.recipe.mvue, ffn.c_proj.recipe.mvue)
@@ -298,6 +305,14 @@ def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
             raise ValueError(
                 f"set_plan: the plan is for {plan.activation} and mvue={plan.mvue}, need this model's {ffn.activation} "
                 f"and mvue={mvue[0]}; make it with plan_ffn(model.config, ..., mvue=recipe.mvue)"
+            )
+        recipe = ffn.c_fc.recipe
+        if plan is not None and not recipe.fused:
+            raise ValueError(f"set_plan: recipe {recipe.name!r} with these fields goes layer by layer; use no plan")
+        if plan is not None and recipe.mask != "transposable" and {plan.da.order, plan.dx.order} != {"masked"}:
+            raise ValueError(
+                f"set_plan: the plan has 2:4 input gradients, which mask={recipe.mask!r} does not; make it with "
+                "plan_ffn(..., transposable=False)"
             )
     for ffn in _planned(model):
         ffn.plan = plan
@@ -346,6 +361,9 @@ def _buffer(layer: Sparse24Linear, name: str, shape: tuple | None, dtype: torch.
 def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dtype) -> None:
     """Fill what is read: packed and packed_t in these orders; w_24 where a dense GEMM or a library's converter does."""
     w, size, orders = layer.weight, (layer.weight.numel() * 9 // 16,), (order, order_t)
+    if layer.recipe.mask != "transposable":
+        _pack_forward(layer, order, dtype)
+        return
     ours = [how for how in orders if how in _OURS]
     w_24 = _buffer(layer, "w_24", tuple(w.shape) if len(ours) < 2 else None, dtype)
     blobs = [_buffer(layer, name, size if ours or how != "masked" else None, dtype)
@@ -357,8 +375,19 @@ def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dt
         assert len({*ours}) == 1, f"{ours}: one GPU reads one order"
         operators.pack_weight_(*blobs, w, layer.index, ours[0], metadata=not same_mask)
     if w_24 is not None:
-        w_24.copy_(torch.where(layer.mask, w, 0))
+        w_24.copy_(layer.pruned_weight())
         for blob, x, how in zip(blobs, (w_24, w_24.t()), orders, strict=True):
             if how in CONVERTED:
                 blob.copy_(compress24(x.contiguous(), how))
     layer.packed_from = source
+
+
+def _pack_forward(layer: Sparse24Linear, order: str, dtype: torch.dtype) -> None:
+    """As _pack_layer, where the pruned weight is 2:4 along its rows alone: w_24, and packed of it."""
+    w_24 = _buffer(layer, "w_24", tuple(layer.weight.shape), dtype)
+    packed = _buffer(layer, "packed", (w_24.numel() * 9 // 16,) if order != "masked" else None, dtype)
+    _buffer(layer, "packed_t", None, dtype)
+    w_24.copy_(layer.pruned_weight())
+    if packed is not None:
+        packed.copy_(pack_matrix(w_24, order))
+    layer.packed_from = _source(layer, order, "masked")

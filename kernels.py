@@ -409,7 +409,7 @@ def pack_weight_(packed, packed_t, w, index, tables, order, search=False, metada
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Soft threshold (S-STE)
+# Row-wise masks, and the soft threshold (S-STE)
 
 
 @triton.jit
@@ -419,13 +419,54 @@ def _bits_split(x):
 
 
 @triton.jit
+def _load_groups(w_ptr, n, columns, stride_row, stride_column, live):
+    """float32 (N, 4): groups number n of a matrix with `columns` groups a row."""
+    ptr = w_ptr + (n // columns).to(tl.int64) * stride_row + (n % columns).to(tl.int64) * (4 * stride_column)
+    return _float32(tl.load(ptr[:, None] + tl.arange(0, 4)[None, :] * stride_column, mask=live[:, None], other=0.0))
+
+
+@triton.jit
+def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_column, GROUPS: tl.constexpr):
+    n = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    live = n < groups
+    a0, a1, a2, a3 = _bits_split(_load_groups(w_ptr, n, columns, stride_row, stride_column, live))
+    INF: tl.constexpr = 0x7F800000
+    a0, a1, a2, a3 = tl.minimum(a0, INF), tl.minimum(a1, INF), tl.minimum(a2, INF), tl.minimum(a3, INF)
+    # An element is kept that loses to one other at most. Ties keep the lower index.
+    c01, c02, c03 = (a0 >= a1).to(tl.int32), (a0 >= a2).to(tl.int32), (a0 >= a3).to(tl.int32)
+    c12, c13, c23 = (a1 >= a2).to(tl.int32), (a1 >= a3).to(tl.int32), (a2 >= a3).to(tl.int32)
+    low = tl.where(c01 + c02 + c03 >= 2, 0, tl.where(c12 + c13 - c01 >= 1, 1, 2))
+    high = tl.where(c03 + c13 + c23 <= 1, 3, tl.where(c23 - c02 - c12 >= 0, 2, 1))
+    pair = tl.where(low == 0, high - 1, low + high)
+    tl.store(index_ptr + n.to(tl.int64), pair.to(tl.uint8), mask=live)
+
+
+@torch.library.custom_op("nano24::pair_index", mutates_args=())
+def pair_index(w: torch.Tensor) -> torch.Tensor:
+    """Row-wise 2:4 mask by magnitude, as the number of the pair that each group keeps. Twin: operators.pair_index_ref.
+
+    w: (rows, n), n divisible by 4, float32 or 16-bit, any strides. Returns uint8 (rows, n/4). Per group of fp32: 16 B
+    read, 1 B written.
+    """
+    index = torch.empty((w.shape[0], w.shape[1] // 4), dtype=torch.uint8, device=w.device)
+    groups = index.numel()
+    grid, how = triton.cdiv(groups, 256), {"GROUPS": 256, "num_warps": 8}
+    _launch(_pair_index_kernel, grid, w, index, w.shape[1] // 4, groups, *w.stride(), **how)
+    return index
+
+
+@pair_index.register_fake
+def _(w):
+    return w.new_empty((w.shape[0], w.shape[1] // 4), dtype=torch.uint8)
+
+
+@triton.jit
 def _soft_threshold24_kernel(
     w_ptr, out_ptr, sums_ptr, columns, groups, stride_row, stride_column, SCALE: tl.constexpr, GROUPS: tl.constexpr
 ):
     n = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = n < groups
-    ptr = w_ptr + (n // columns).to(tl.int64) * stride_row + (n % columns).to(tl.int64) * (4 * stride_column)
-    x = _float32(tl.load(ptr[:, None] + tl.arange(0, 4)[None, :] * stride_column, mask=live[:, None], other=0.0))
+    x = _load_groups(w_ptr, n, columns, stride_row, stride_column, live)
     a = _bits_split(x)
     low01, low23 = tl.minimum(a[0], a[1]), tl.minimum(a[2], a[3])
     high01, high23 = tl.maximum(a[0], a[1]), tl.maximum(a[2], a[3])

@@ -187,7 +187,7 @@ def mask24_ref(w: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
 
 
-def pair_index(x: torch.Tensor) -> torch.Tensor:
+def pair_index_ref(x: torch.Tensor) -> torch.Tensor:
     """`mask24` as its index: which pair of PAIRS each group of four keeps, uint8 (..., n/4), entries 0..5.
 
     A NaN counts as infinite. Raises ValueError on other shapes.
@@ -636,6 +636,7 @@ def kernel_mismatches(device: torch.device) -> list[str]:
         "mvue24 (whole tiles)": same(*(f(x[:, :128].contiguous(), seed) for f in (kernels_ffn.mvue24, mvue24_ref))),
         "mvue24 (token-major)": same(*(f(x[:, :128].contiguous().t(), seed) for f in (kernels_ffn.mvue24, mvue24_ref))),
         "mvue24 (transposed)": same(kernels_ffn.mvue24(x.t(), seed), mvue24_ref(x.t(), seed)),
+        "pair_index": same(kernels.pair_index(x), pair_index_ref(x)),
         "soft_threshold24": same(kernels.soft_threshold24(w, True)[0], soft_threshold24_ref(w)),
         "sste_scale": same(kernels.soft_threshold24(w, True)[1], sste_scale_ref(w), rtol=1e-5),
         "masked_decay_": same(*decayed, rtol=1e-6, atol=1e-7),
@@ -696,6 +697,15 @@ def flip_count(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 mask24 = mask24_ref
+
+
+def pair_index(x: torch.Tensor) -> torch.Tensor:
+    """pair_index_ref, by a kernel where it can."""
+    x = x.detach()
+    if _on_kernels(x):
+        _check_groups("pair_index", x)
+        return _kernels.pair_index(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    return pair_index_ref(x)
 
 
 def mvue24(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Tensor:

@@ -101,11 +101,11 @@ class Recipe:
         return "transposable" if self.mask == "transposable" else "row"
 
     @property
-    def plain(self) -> bool:
-        """Whether the layers multiply as FST's do: one transposable mask, exact MVUE in both linears or in none."""
-        return self.mask == "transposable" and not (
-            self.fp8 or (self.mvue and (self.mvue_layers or self.mvue_estimator != "exact"))
-        )
+    def fused(self) -> bool:
+        """Whether ffn.py's one function computes what two layers do: one pruned W, dW straight through and by exact
+        MVUE in both layers or in none, no FP8."""
+        own = self.backward_mask == "own" or self.weight_gradient != "straight" or self.fp8
+        return not (own or (self.mvue and (self.mvue_layers or self.mvue_estimator != "exact")))
 
 
 RECIPES = {

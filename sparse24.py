@@ -308,8 +308,8 @@ def sparsify(
 def densify(model: nn.Module, prune: bool = False) -> list[str]:
     """Swap every Sparse24Linear back for an nn.Linear, in place, for export; Parameters stay the same objects.
 
-    prune: also zero the masked weights of the layers that are in their sparse phase, so that the dense model computes
-    what the sparse one did. Returns the names swapped. Raises ValueError when the model itself is one such layer.
+    prune: also prune the weights of the layers that are in their sparse phase, so that the dense model computes what
+    the sparse one did. Returns the names swapped. Raises ValueError when the model itself is one such layer.
     """
     if isinstance(model, Sparse24Linear):
         raise ValueError("densify: the model itself is a Sparse24Linear, need a model that contains it; wrap it")
@@ -317,7 +317,7 @@ def densify(model: nn.Module, prune: bool = False) -> list[str]:
     linear_of = {}
     for layer in dict.fromkeys(layers.values()):
         if prune and layer.sparse:
-            layer.weight.masked_fill_(~layer.mask, 0)
+            layer.weight.copy_(layer.pruned_weight())
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         linear_of[layer] = linear.train(layer.training)

@@ -250,8 +250,8 @@ def resolve_settings(overrides: dict) -> Recipe | None:
     globals().update({name: getattr(recipe, name) for name in names})
     if masked_decay_auto and not masked_decay:
         raise ValueError("masked_decay_auto=True needs a masked_decay above 0 to start from")
-    if not recipe.plain and spmm not in ("auto", "dense"):
-        raise ValueError(f"spmm={spmm!r} multiplies as fst does, and these settings differ; use --spmm=auto")
+    if not recipe.fused and spmm not in ("auto", "dense"):
+        raise ValueError(f"spmm={spmm!r} cannot multiply as these settings ask; use --spmm=auto (dense GEMMs)")
     globals()["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask
     return recipe
 
@@ -380,7 +380,7 @@ def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.de
     if dev.type == "cuda" and spmm not in ("dense", "masked"):
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
     shape = (model.config, batch_size * block_size, dev, _DTYPES[dtype])
-    plan, report = plan_ffn(*shape, spmm, mvue, ffn_recompute, **options)
+    plan, report = plan_ffn(*shape, spmm, mvue, ffn_recompute, transposable=mask == "transposable", **options)
     if plan is not None and spmm == "auto":
         how = {
             "compile_mode": compile_mode if compile else None,
@@ -462,7 +462,7 @@ def main() -> None:
         switch = state["dense_start"] if state and dense_start < 0 else planned_dense_start()
         sparse_start = state["sparse_start"] if state else planned_sparse_start()
         kept = folder / "spmm.json" if state else None
-        planned = recipe and recipe.plain and iter_num < switch and not eval_only
+        planned = recipe and recipe.fused and iter_num < switch and not eval_only
         report = plan_gemms(model, kept, ranks, dev) if planned else None
         settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
         reference = FlipReference(flip_reference, settings, flip_mask) if flip_reference else None

@@ -49,7 +49,10 @@ def launched(on_kernels, monkeypatch):
         return lambda *args, **kwargs: (calls.append(name), launch(*args, **kwargs))[1]
 
     launchers = {
-        kernels: ("transposable_index", "flip_count", "masked_decay_", "adamw_", "soft_threshold24", "pack_weight_"),
+        kernels: (
+            *("transposable_index", "flip_count", "masked_decay_", "adamw_", "soft_threshold24", "pack_weight_"),
+            "pair_index",
+        ),
         kernels_ffn: (
             *("mvue24", "activation", "activation_backward"),
             *("mvue24_pack", "activation_backward_mvue24_pack"),
@@ -221,6 +224,7 @@ def test_operators_reach_the_kernels(launched):
     x = torch.randn(2, 6, 8)
     assert torch.equal(sparse24.mvue24(x, 2**64 - 1), sparse24.mvue24_ref(x, 2**64 - 1))
     assert torch.equal(sparse24.soft_threshold24(x), sparse24.soft_threshold24_ref(x))
+    assert torch.equal(sparse24.pair_index(x), operators.pair_index_ref(x))
     assert torch.allclose(sparse24.sste_scale(x), sparse24.sste_scale_ref(x))
     old, new = sparse24.transposable_index(w), sparse24.transposable_index(w.flip(0))
     assert sparse24.flip_rate(old, new) == float(
@@ -232,7 +236,7 @@ def test_operators_reach_the_kernels(launched):
     assert torch.allclose(sparse24.activation(w, "gelu"), sparse24.activation_ref(w, "gelu"), atol=1e-6)
     expected = sparse24.activation_backward_ref(w, w, "gelu")
     assert torch.allclose(sparse24.activation_backward(w, w, "gelu"), expected, atol=1e-5)
-    kinds = ["transposable_index", "mvue24", "soft_threshold24", "flip_count", "masked_decay_"]
+    kinds = ["transposable_index", "mvue24", "soft_threshold24", "pair_index", "flip_count", "masked_decay_"]
     kinds += ["activation", "activation_backward"]
     assert list(dict.fromkeys(launched)) == kinds
 
@@ -268,7 +272,7 @@ def test_no_grad_is_enough_for_a_kernel(launched):
     assert launched == ["mvue24"]
 
 
-@pytest.mark.parametrize("function", ["transposable_index", "mvue24", "soft_threshold24", "sste_scale"])
+@pytest.mark.parametrize("function", ["transposable_index", "mvue24", "soft_threshold24", "sste_scale", "pair_index"])
 def test_wrong_shapes_are_refused_before_a_launch(launched, function):
     args = (0,) if function == "mvue24" else ()
     with pytest.raises(ValueError, match=rf"{function.replace('sste_scale', 'sste_scale|soft_threshold24')}: shape"):

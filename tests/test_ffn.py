@@ -5,6 +5,7 @@ between it and the dense GEMMs on pruned matrices mean that every operand, layou
 """
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -130,6 +131,63 @@ def test_with_mvue_it_draws_what_the_layers_draw(activation, bias, recompute):
     assert not torch.allclose(without["c_fc.weight"], got["c_fc.weight"], rtol=1e-3)
     if bias:  # from the unpruned gradients
         torch.testing.assert_close(without["c_fc.bias"], got["c_fc.bias"])
+
+
+FORWARD = {"z", "y", "dw1", "dw2"}  # what is 2:4 under row-wise masks
+
+
+@pytest.mark.parametrize("name", ["sr_ste", "step", "s_ste"])
+def test_row_wise_and_soft_methods_compute_by_a_plan_what_their_layers_do(name):
+    mlp = make_mlp(recipe=RECIPES[name], dtype=torch.float64)
+    x, dy = data(96, torch.float64, batch=3)
+    got = run(planned(mlp, make_plan(mlp, 96, torch.float64, mvue=RECIPES[name].mvue)), x, dy)
+    for key, tensor in run(mlp, x, dy).items():
+        torch.testing.assert_close(got[key], tensor, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+@pytest.mark.parametrize("name", ["sr_ste", "s_ste"])
+def test_row_wise_and_soft_operands_are_packed_for_the_forward_and_follow_the_weights(name, order):
+    mlp = make_mlp(recipe=RECIPES[name])
+    x, dy = data(64, torch.bfloat16)
+    choices = {gemm: Choice("emulated", order) for gemm in FORWARD if RECIPES[name].mvue or gemm in "zy"}
+    packed = planned(mlp, make_plan(mlp, 64, torch.bfloat16, mvue=RECIPES[name].mvue, **choices))
+    masked = planned(mlp, make_plan(mlp, 64, torch.bfloat16, mvue=RECIPES[name].mvue))
+    for _ in range(2):
+        results = []
+        for mlp in (packed, masked):
+            with torch.autocast("cpu", torch.bfloat16):
+                results.append(run(mlp, x, dy))
+            with torch.no_grad():
+                for layer in (mlp.c_fc, mlp.c_proj):
+                    layer.weight.add_(torch.roll(layer.weight, 1, 1))
+            refresh_masks(mlp)
+            pack_weights(mlp)
+        assert all(torch.equal(results[0][key], tensor) for key, tensor in results[1].items())
+    assert packed.c_fc.packed is not None
+    assert packed.c_fc.packed_t is None
+
+
+def test_plans_that_do_not_fit_a_method_are_refused():
+    soft, transposable = make_mlp(recipe=RECIPES["s_ste"]), emulated("sm90")
+    with pytest.raises(ValueError, match=r"2:4 input gradients, which mask='soft' does not; .*transposable=False"):
+        set_plan(soft, make_plan(soft, 64, **transposable))
+    for recipe in (RECIPES["bi_mask"], dataclasses.replace(RECIPES["fst"], fp8=True)):
+        mlp = make_mlp(recipe=recipe)
+        with pytest.raises(ValueError, match="goes layer by layer; use no plan"):
+            set_plan(mlp, make_plan(mlp, 64, mvue=recipe.mvue))
+
+
+def test_only_what_the_masks_allow_is_measured():
+    config = GPTConfig(n_embd=D, n_head=1, n_layer=1)
+    for transposable, mvue, expected in (
+        *((True, True, set(GEMMS)), (True, False, {"z", "y", "da", "dx"})),
+        *((False, True, FORWARD), (False, False, {"z", "y"})),
+    ):
+        assert set(ffn_gemms(D, D_FF, 64, "gelu", True, mvue, transposable)) == expected
+        options = {"spmm": "emulated", "mvue": mvue, "transposable": transposable}
+        plan, _ = plan_ffn(config, 64, CPU, torch.bfloat16, **options)
+        assert {name for name in GEMMS if getattr(plan, name).backend == "emulated"} == expected
 
 
 def test_another_seed_is_another_draw_and_the_seed_may_change_before_the_backward():

@@ -48,6 +48,7 @@ def test_operators_equal_the_cpu_twins(dtype):
     assert torch.equal(sparse24.mvue24(w.cuda(), 7).cpu(), sparse24.mvue24_ref(w, 7))
     assert torch.equal(sparse24.mvue24(w.cuda().t(), 7).cpu(), sparse24.mvue24_ref(w.t(), 7))
     assert torch.equal(sparse24.soft_threshold24(w.cuda()).cpu(), sparse24.soft_threshold24_ref(w))
+    assert torch.equal(sparse24.pair_index(w.cuda()).cpu(), sparse24.pair_index(w))
     old, new = (sparse24.transposable_index(torch.randn(64, 64, device="cuda")) for _ in range(2))
     assert sparse24.flip_rate(old, new) == sparse24.flip_rate(old.cpu(), new.cpu())
 

@@ -521,6 +521,20 @@ def test_soft_threshold_equals_its_twin(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4), (20, 36), (33, 140)])
+def test_pair_index_equals_its_twin(shape, dtype):
+    w = awkward(*shape, dtype=dtype)
+    for view in layouts(w).values():
+        assert torch.equal(kernels.pair_index(view), operators.pair_index_ref(w))
+
+
+def test_pair_index_of_every_order_tie_and_value_that_is_not_finite():
+    values = [0.0, -1.0, 1.0, 2.0, -3.0, math.inf, -math.inf, math.nan]
+    w = torch.tensor(list(itertools.product(values, repeat=4)), device=DEVICE)
+    assert torch.equal(kernels.pair_index(w), operators.pair_index_ref(w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_threshold_scale(dtype):
     w = randn(132, 140, dtype=dtype)
     soft, scale = kernels.soft_threshold24(w, scale=True)
@@ -611,6 +625,7 @@ def op_calls():
         "activation": (kernels_ffn.activation, (z, "swiglu")),
         "activation_backward": (kernels_ffn.activation_backward, (z, da, "swiglu")),
         "fused": (kernels_ffn.activation_backward_mvue24_pack, (z, da, seed, "geglu", "sm90", True)),
+        "pair_index": (kernels.pair_index, (x,)),
         "soft_threshold24": (kernels.soft_threshold24, (x, True)),
         "soft_threshold24 alone": (kernels.soft_threshold24, (x.t(), False)),
     }

@@ -494,10 +494,11 @@ def test_recipes_say_which_masks_count_and_whether_a_plan_may_multiply_them():
     assert {name: r.virtual_mask for name, r in RECIPES.items()} == {
         "fst": "transposable", "ste": "transposable", "sr_ste": "row", "s_ste": "row", "step": "row", "bi_mask": "row",
     }  # fmt: skip
-    assert {name for name, r in RECIPES.items() if r.plain} == {"fst", "ste"}
+    assert {name for name, r in RECIPES.items() if not r.fused} == {"bi_mask"}
     for change in ({"fp8": True}, {"mvue_layers": "c_fc"}, {"mvue_estimator": "sequential"}):
-        assert not recipe("fst", **change).plain
-    assert recipe("ste", mvue_layers="c_fc").plain  # it draws nowhere
+        assert not recipe("fst", **change).fused
+    assert not recipe("s_ste", weight_gradient="scaled").fused
+    assert recipe("ste", mvue_layers="c_fc").fused  # it draws nowhere
 
 
 def test_hard_pruned_layers_compute_as_deployed_and_come_back():

@@ -696,7 +696,7 @@ def test_a_real_process_exits_with_status_2_and_no_traceback(tmp_path):
         ({"masked_decay_auto": True}, "masked_decay_auto=True needs flip_reference"),
         ({"sparse": "none", "flip_reference": "x"}, "flip_reference=x is for sparse runs"),
         ({"flip_reference": "no/such"}, "flip_reference=no/such: sparse=None, need a dense run"),
-        ({"fp8": True, "spmm": "masked"}, "spmm='masked' multiplies as fst does, and these settings differ"),
+        ({"fp8": True, "spmm": "masked"}, "spmm='masked' cannot multiply as these settings ask; use --spmm=auto"),
         ({"dense_blocks": 1, "n_layer": 2}, "dense_blocks=1, need at least 0 and fewer than half of n_layer=2"),
         ({"sparse_layers": "all"}, "sparse_layers='all' is unknown, need one of ffn, ffn\\+attn"),
         ({"sparse": "none", "sparse_layers": "all"}, "sparse_layers='all' is unknown"),

@@ -134,10 +134,14 @@ def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "mode", "graph"),
-    [(True, "default", False), (True, "reduce-overhead", True), (False, "max-autotune", False)],
+    ("compiled", "mode", "graph", "mask"),
+    [
+        (True, "default", False, "transposable"),
+        (True, "reduce-overhead", True, "row"),
+        (False, "max-autotune", False, "soft"),
+    ],
 )
-def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode, graph):
+def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode, graph, mask):
     asked = []
 
     def plan(*args, **options):
@@ -146,11 +150,12 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
 
     monkeypatch.setattr(train, "plan_ffn", plan)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True)
+    given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True, mask=mask)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
     train._measure_gemms(model, None, 1, torch.device("cpu"))
     expected = {"graph": graph, "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
+    expected["transposable"] = mask == "transposable"
     assert asked == [((model.config, 15, torch.device("cpu"), torch.bfloat16, "auto", False, True), expected)]
 
 

@@ -210,7 +210,7 @@ CASES = [
             ("swiglu", False, 49, 245, (12, 8)),
         )
     ),
-    Case("row mask, fp32", _GROUP, 4, 17, 80, (1, 0), _pairs),
+    Case("row mask, fp32", _GROUP, 4, 17, 90, (1, 0), _pairs),
     Case("soft threshold, fp32", _GROUP, 4, 32, 80, (1, 1), _soft),
     Case("soft threshold and scale, fp32", _GROUP, 4, 32, 150, (1, 1), functools.partial(_soft, scale=True)),
     Case("masked decay", "element", 1, 12.0625, 21, (2, 1), _decay),

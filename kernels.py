@@ -446,7 +446,7 @@ def pair_index(w: torch.Tensor) -> torch.Tensor:
     """Row-wise 2:4 mask by magnitude, as the number of the pair that each group keeps. Twin: operators.pair_index_ref.
 
     w: (rows, n), n divisible by 4, float32 or 16-bit, any strides. Returns uint8 (rows, n/4). Per group of fp32: 16 B
-    read, 1 B written.
+    read, 1 B written, at most 90 I.
     """
     index = torch.empty((w.shape[0], w.shape[1] // 4), dtype=torch.uint8, device=w.device)
     groups = index.numel()

@@ -21,10 +21,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 SKIP = 0.1  # of a run's first iterations do not set the top of the loss axis, else the start hides the end
 
 
-def dense_switch(rows):
-    """The first iteration of the dense phase that follows a sparse one, or None if the run has no such switch."""
-    pairs = itertools.pairwise(rows)
-    return next((b["iter"] for a, b in pairs if (a["phase"], b["phase"]) == ("sparse", "dense")), None)
+def switches(rows):
+    """{iteration: the phase that begins there}, the first phase left out."""
+    return {b["iter"]: b["phase"] for a, b in itertools.pairwise(rows) if a["phase"] != b["phase"]}
 
 
 def curve(rows, key):
@@ -43,7 +42,7 @@ def label_of(folder, config, unique):
 
 
 def load_runs(folders):
-    """[{label, style, rows, switch}] in the order given; raises ValueError for a run without a finished line."""
+    """[{label, style, rows, switches}] in the order given; raises ValueError for a run without a finished line."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     runs = []
     for i, (folder, name) in enumerate(zip(folders, names, strict=True)):
@@ -52,7 +51,7 @@ def load_runs(folders):
             raise ValueError(f"{os.path.join(folder, 'metrics.jsonl')} has no finished line yet; try again later")
         label = label_of(folder, read_config(folder), names.count(name) == 1)
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", ":")[i // len(COLOURS) % 2]}
-        runs.append({"label": label, "style": style, "rows": rows, "switch": dense_switch(rows)})
+        runs.append({"label": label, "style": style, "rows": rows, "switches": switches(rows)})
     return runs
 
 
@@ -73,16 +72,16 @@ def new_figure(title, ylabel):
 
 
 def mark_switches(axes, runs):
-    """A dashed line at each run's dense switch, in its colour; one grey line where several runs switch together."""
+    """A dashed line at each run's switches, in its colour; one grey line where several runs switch together."""
     at = {}
     for run in runs:
-        if run["switch"] is not None:
-            at.setdefault(run["switch"], []).append(run["style"]["color"])
-    for iteration, colours in at.items():
+        for switch in run["switches"].items():
+            at.setdefault(switch, []).append(run["style"]["color"])
+    for (iteration, phase), colours in at.items():
         colour = colours[0] if len(colours) == 1 else "0.35"
         axes.axvline(iteration, color=colour, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
         axes.annotate(
-            f"dense from {iteration:,}",
+            f"{phase} from {iteration:,}",
             xy=(iteration, 0.98),
             xycoords=("data", "axes fraction"),
             xytext=(-3, 0),

@@ -331,7 +331,7 @@ def describe_cost(search: Search) -> str:
     share, done = total / max(1, search.real_steps), sum(is_finished(folder, search.steps) for folder in folders)
     more = max(0, search.args.refine - len(search.refined))
     text = (
-        f"{len(folders)} runs x {search.steps:,} steps = {total:,} steps of {tokens:,} tokens, {total * tokens:.3g} "
+        f"{len(folders)} runs x {search.steps:,} steps = {total:,} steps of {tokens:,} tokens, {total * tokens:,} "
         f"tokens, {100 * share:.3g} % of the training run's {search.real_steps:,} steps; {done} of them done\n"
         f"and at most {more} more runs, if no candidate fits; recipe {s['sparse']}, seed {s['seed']}; mu is sampled at "
         f"steps {search.first:,} to {search.steps - 1:,}, every {s['flip_interval']}"

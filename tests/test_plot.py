@@ -89,12 +89,12 @@ def test_broken_line_elsewhere_is_refused_with_its_number(tmp_path, broken):
         plot.read_metrics(folder)
 
 
-def test_dense_switch_is_the_first_dense_row_after_a_sparse_one(tmp_path):
-    assert plot.dense_switch(plot.read_metrics(sparse_run(tmp_path / "a"))) == 160
-    assert plot.dense_switch([row(0, "dense"), row(1, "dense")]) is None
-    assert plot.dense_switch([row(0), row(1)]) is None
-    assert plot.dense_switch([row(0, "dense"), row(1), row(2, "dense")]) == 2, "dense pre-training is no switch"
-    assert plot.dense_switch([]) is None
+def test_switches_are_where_a_phase_begins(tmp_path):
+    assert plot.switches(plot.read_metrics(sparse_run(tmp_path / "a"))) == {160: "dense"}
+    assert plot.switches([row(0, "dense"), row(1, "dense")]) == {}
+    assert plot.switches([row(0), row(1)]) == {}
+    assert plot.switches([row(0, "dense"), row(1), row(2, "dense")]) == {1: "sparse", 2: "dense"}
+    assert plot.switches([]) == {}
 
 
 def test_switch_is_drawn_and_labelled_once_per_iteration(tmp_path):

@@ -24,6 +24,9 @@ KEYS = {
     "model_args",  # the fields of GPTConfig
     "config",  # every setting of the run
     "dense_start",  # first iteration of the dense phase
+    "sparse_start",  # first iteration of the sparse phase; None while STEP's rule has not said
+    "autoswitch",  # what that rule has seen
+    "controller",  # state of the decay controller
     "patterns_hash",  # of sparse24.PATTERNS, whose order gives the mask indices their meaning
 }
 

@@ -112,6 +112,8 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
     Returns {"us": {way: [median, smallest, largest]}, "taken": the way that sparse steps should go}: the plan, unless
     it is not faster than the layers by more than the noise.
     """
+    if mlp not in _planned(mlp):
+        raise ValueError("time_ways: this layer has no 2:4 linears c_fc and c_proj; give one that has")
     device, calls = mlp.c_fc.weight.device, {}
     x, dy = (torch.randn(plan.tokens, mlp.c_fc.in_features, device=device, dtype=plan.dtype) for _ in range(2))
     for way in ("dense", "layers", "plan"):

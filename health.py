@@ -17,9 +17,9 @@ HEALTHY = (0.60, 0.95)  # section 4.3
 TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
 # What must agree for two flip rates to be compared. Seeds may differ: r differs little between them.
 COMPARABLE = (
-    *("n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers", "dense_blocks"),
+    *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers", "dense_blocks"),
     *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
-    *("weight_decay", "beta1", "beta2"),
+    *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
 )
 
 
@@ -33,6 +33,7 @@ class FlipReference:
         Raises ValueError where the folder holds no flip rates, or a run that does not compare; FileNotFoundError where
         there is none.
         """
+        rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None and row["lr"] > 0]
         config = read_config(folder)
         if config.get("sparse") != "none":
             raise ValueError(
@@ -46,7 +47,6 @@ class FlipReference:
                 f"flip_reference={folder} does not compare with this run: {', '.join(differing)}; record another with "
                 "search_decay.py, or with train.py --sparse=none"
             )
-        rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None]
         if len(rows) < 5:
             raise ValueError(
                 f"flip_reference={folder}: {len(rows)} flip rates, need 5 or more; lower flip_interval there"
@@ -73,13 +73,15 @@ class FlipWatch:
     """Warns, once each, when the flip rate explodes or does not fade. It has no state but the flip rates it was given.
 
     explodes    the mean of mu over the last 5 measurements, after the warm-up, is 1 or more
-    not fading  half-way from the warm-up's end to `end`, the last 5 measurements are still above 0.9 of the peak's 5
+    not fading  half-way from the warm-up's end, or the first sparse step if that is later, to `end`, the last 5
+                measurements are still above 0.9 of the peak's 5
     """
 
     COUNT, FADED = 5, 0.9
 
     def __init__(self, warmup_iters: int, end: int, reference: FlipReference | None = None):
-        self.warmup_iters, self.half_way, self.reference = warmup_iters, (warmup_iters + end) // 2, reference
+        self.warmup_iters, self.end, self.reference = warmup_iters, end, reference
+        self.begin = None  # the later of the first step that it is told of, and the warm-up's end
         self.rates: list[float] = []
         self.mus: list[float] = []
         self.warned: set[str] = set()
@@ -87,6 +89,7 @@ class FlipWatch:
     def add(self, iter_num: int, rate: float, lr: float) -> list[str]:
         """The flip rate of a sparse step; returns what is wrong and what to do."""
         self.rates.append(rate)
+        self.begin = max(iter_num, self.warmup_iters) if self.begin is None else self.begin
         if self.reference and iter_num >= self.warmup_iters:
             self.mus.append(rate / max(self.reference.rate(iter_num, lr), 1e-12))
         found = {}
@@ -95,7 +98,7 @@ class FlipWatch:
                 f"the flip rate is {mu:.2f} times the dense run's, which costs loss (section 4.1); a larger "
                 "masked_decay lowers it: python search_decay.py finds one, masked_decay_auto=True adjusts it"
             )
-        if iter_num >= self.half_way and len(self.rates) >= 2 * self.COUNT:
+        if 2 * iter_num >= self.begin + self.end and len(self.rates) >= 2 * self.COUNT:
             means = smooth(self.rates, self.COUNT // 2)
             recent, peak = statistics.fmean(self.rates[-self.COUNT :]), max(means)
             if recent > self.FADED * peak:

@@ -100,4 +100,4 @@ def read_config(folder):
         try:
             return json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; delete it to plot without the recipe's name") from None
+            raise ValueError(f"{path}: {error}; delete it to go without the run's settings") from None

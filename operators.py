@@ -423,7 +423,7 @@ def simulate_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     magnitude is the type's largest. Zeros stay zeros, also all of them; a non-finite element makes all non-finite."""
     amax = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
     largest = torch.finfo(dtype).max
-    scale = torch.where(amax > 0, (largest / amax).clamp(max=torch.finfo(torch.float32).max), 1.0)
+    scale = torch.where(amax == 0, 1.0, (largest / amax).clamp(max=torch.finfo(torch.float32).max))
     return ((x.float() * scale).to(dtype).float() / scale).to(x.dtype)
 
 

@@ -18,12 +18,13 @@ bi_mask  Zhang et al., ICML 2023. M row-wise, and for dX a second mask B: of the
          permutation, the two largest of four along out. dX = dZ (W*M*B). Every 100 steps the permutation is the best of
          100 random ones and the present one, the one under which B keeps most. Decay as Eq. 10.
 s_ste    Hu et al., NeurIPS 2024. C(W) = beta S(W), S(w) = sign(w) max(|w| - t, 0), t the second-smallest magnitude of
-         the group: continuous in w. beta = <W, S(W)> / <S(W), S(W)> at the start, then fixed. dX multiplies the same
-         C(W) as a dense matrix. dW = MVUE(dZ^T) X reaches W as it is, without beta and without the Jacobian of S.
+         the group: continuous in w. beta = <W, S(W)> / <S(W), S(W)> when the layer becomes sparse, then fixed. dX
+         multiplies the same C(W) as a dense matrix. dW = MVUE(dZ^T) X reaches W as it is, without beta and without the
+         Jacobian of S.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 AUTOSWITCH_LATEST = 0.5  # STEP's upper clip of the switch, a share of max_iters; dense_pretrain is the lower one
 PERMUTATIONS = 100  # candidates of Bi-Mask's search
@@ -87,9 +88,15 @@ class Recipe:
             ),
             (soft or self.beta == "none", "mask='soft' for beta"),
             (soft or self.weight_gradient == "straight", "mask='soft' for weight_gradient"),
+            (self.weight_gradient != "scaled" or self.beta != "none", "a beta for weight_gradient='scaled'"),
+            (self.mvue or not self.mvue_layers, "mvue=True for mvue_layers"),
+            (self.mvue or self.mvue_estimator == "exact", "mvue=True for mvue_estimator"),
             (not soft or self.mask_interval == 1, "mask_interval=1 for mask='soft', which follows every step"),
             (not self.precondition or self.dense_pretrain > 0, "dense_pretrain above 0 for precondition"),
-            (not self.autoswitch or self.dense_pretrain > 0, "dense_pretrain above 0 for autoswitch, as its earliest"),
+            (
+                not self.autoswitch or 0 < self.dense_pretrain <= AUTOSWITCH_LATEST,
+                f"dense_pretrain above 0 and at most {AUTOSWITCH_LATEST} for autoswitch, as its earliest",
+            ),
         )
         wrong = [need for met, need in needs if not met]
         if wrong:
@@ -121,6 +128,15 @@ RECIPES = {
         ),
     )
 }
+
+
+def recipe_of(settings: dict) -> Recipe | None:
+    """The recipe of {"sparse": name, field: value...}: the named one, with every field that is given; None for "none".
+    Other keys are passed over."""
+    if settings["sparse"] == "none":
+        return None
+    names = [field.name for field in fields(Recipe) if field.name != "name"]
+    return replace(get_recipe(settings["sparse"]), **{name: settings[name] for name in names if name in settings})
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

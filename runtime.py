@@ -68,7 +68,7 @@ class Ranks:
         if self.world_size == 1:
             return
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        names = ("index", "index_t", "permutation", "beta")
+        names = ("index", "index_t", "beta")  # an order of rows has the sum of any other, but index_t is made by it
         buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
         tensors = [p.detach() for p in model.parameters()] + [b for b in buffers if b is not None]
         mine = sum(t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors).reshape(1).cpu()

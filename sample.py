@@ -15,6 +15,7 @@ import sparse24
 from configurator import configure_or_exit
 from loader import DATA_FOLDER, load_meta, load_tokenizer
 from model import GPT, GPTConfig
+from recipes import recipe_of
 
 # ---- settings ----
 out_dir = "out"  # the run's folder
@@ -36,7 +37,7 @@ def load_model() -> tuple[GPT, dict]:
     if init_from != "resume":
         return GPT.from_pretrained(init_from), {"tokenizer": "gpt2", "vocab_size": 50257}
     state = checkpoint.load(Path(out_dir) / ckpt, sparse24.PATTERNS_HASH)
-    model = GPT(GPTConfig(**state["model_args"]))
+    model = GPT(GPTConfig(**state["model_args"]), recipe_of(state["config"]))
     model.load_state_dict(state["model"])
     meta = load_meta(DATA_FOLDER / state["config"]["dataset"])
     if meta["vocab_size"] > model.config.vocab_size:

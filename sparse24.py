@@ -12,6 +12,7 @@ Here the GEMMs are dense ones on pruned operands; ffn.py multiplies 2:4 ones. A 
 uint8 per 4x4 block.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -85,26 +86,24 @@ class _How(NamedTuple):
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Z = X w_24^T + b; dX = dZ w_back; dW = MVUE(dZ^T) X straight through to W; db from the unpruned dZ (Eq. 2-7).
-    w_back None: w_24."""
+    """Z = X w_24^T + b; dX = dZ w_back; dW = MVUE(dZ^T) X to W as `how` says; db from the unpruned dZ (Eq. 2-7).
+    w_back None: w_24. master: the very weights that were pruned, for their true gradient; else None."""
 
     @staticmethod
-    def forward(ctx, x, weight, w_24, w_back, bias, seed, beta, how):
-        # weight only receives the gradient, but for a true one, which depends on it. The seed is copied, so that the
-        # next micro-step may fill it already.
+    def forward(ctx, x, weight, w_24, w_back, bias, seed, beta, master, how):
+        # weight only receives the gradient. The seed is copied, so that the next micro-step may fill it already.
         if how.fp8:
             x, w_24 = simulate_fp8(x, torch.float8_e4m3fn), simulate_fp8(w_24, torch.float8_e4m3fn)
             w_back = None if w_back is None else simulate_fp8(w_back, torch.float8_e4m3fn)
         w_back = w_24 if w_back is None else w_back
-        drawn, true = how.mvue != "none", how.weight_gradient == "true"
-        ctx.save_for_backward(x, w_back, seed.clone() if drawn else None, beta, weight if true else None)
+        ctx.save_for_backward(x, w_back, seed.clone() if how.mvue != "none" else None, beta, master)
         ctx.how = how
         return F.linear(x, w_24, bias)
 
     @staticmethod
     @once_differentiable  # a second derivative would silently lack the weight's share
     def backward(ctx, dz):
-        x, w_back, seed, beta, weight = ctx.saved_tensors
+        x, w_back, seed, beta, master = ctx.saved_tensors
         how, dx, dw, db = ctx.how, None, None, None
         if ctx.needs_input_grad[0]:
             dx = (simulate_fp8(dz, torch.float8_e5m2) if how.fp8 else dz) @ w_back
@@ -119,21 +118,22 @@ class _MaskedLinear(torch.autograd.Function):
                 dz_t = (mvue24 if how.mvue == "exact" else mvue24_sequential)(dz_t, seed)
             dw = (simulate_fp8(dz_t, torch.float8_e5m2) if how.fp8 else dz_t) @ x
             if how.weight_gradient != "straight":  # of beta S(W): beta times the Jacobian of S, or beta alone
-                dw = (soft_threshold24_backward(dw, weight) if how.weight_gradient == "true" else dw) * beta
+                dw = soft_threshold24_backward(dw, master) if how.weight_gradient == "true" else dw
+                dw = dw if beta is None else dw * beta
         if ctx.needs_input_grad[4]:
             db = dz.sum(0)
-        return dx, dw, None, None, db, None, None, None
+        return dx, dw, None, None, db, None, None, None, None
 
 
 class Sparse24Linear(nn.Linear):
-    """An nn.Linear whose weight is 2:4 sparse in the forward and the backward pass, trained as its recipe says.
+    """An nn.Linear whose weight is 2:4 sparse in the forward pass, and in the backward pass where its recipe says so.
 
     `.weight` (out, in) stays dense: it is what the optimizer updates. State, all of it in state_dict:
     `.index`   the mask, set by `refresh_masks`; `.mask` is its bool (out, in) form. Transposable: uint8 (out/4, in/4)
                of transposable_index. Row-wise: uint8 (out, in/4) of pair_index; of soft weights, what S keeps.
     `.index_t`, `.permutation`  of an own backward mask: uint8 (in, out/4), pairs of rows, and the order that the rows
                are taken in, int64 (out,); `.backward_mask` is what dX multiplies, bool (out, in).
-    `.beta`    float32 0-d, scale of soft weights.
+    `.beta`    0-d, scale of soft weights.
     `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
     `.seed`    int64 0-d tensor that MVUE reads, set by `seed_draws`; not saved, since it is a function of the step.
     A fresh or reset layer's mask matches its weights; call `refresh_masks` after setting or loading weights alone.
@@ -172,12 +172,13 @@ class Sparse24Linear(nn.Linear):
         return pair_index(masked.t()[:, self.permutation])
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Recompute the masks from the weights, and beta where the recipe refits it. In place; waits for no GPU."""
+    def refresh(self, begin: bool = False) -> None:
+        """Recompute the masks from the weights, and beta where the recipe refits it, or with `begin`, at the start of a
+        sparse phase. In place; waits for no GPU."""
         self.index.copy_(self._index())
         if self.recipe.backward_mask == "own":
             self.index_t.copy_(self._index_t())
-        if self.recipe.beta == "refit":
+        if self.recipe.beta == "refit" or (begin and self.recipe.beta == "init"):
             self.beta.copy_(sste_scale(self.weight.detach()))
 
     def reset_parameters(self) -> None:
@@ -239,7 +240,8 @@ class Sparse24Linear(nn.Linear):
             return F.linear(x, w_24, bias)
         w_back = None if recipe.backward_mask == "same" else torch.where(self.backward_mask, w_24, 0)
         beta = None if recipe.beta == "none" else self.beta
-        return _MaskedLinear.apply(x, weight, w_24, w_back, bias, self.seed, beta, how)
+        master = self.weight.detach() if recipe.weight_gradient == "true" else None
+        return _MaskedLinear.apply(x, weight, w_24, w_back, bias, self.seed, beta, master, how)
 
     def get_extra_state(self) -> dict:
         return {"sparse": self.sparse}
@@ -258,7 +260,9 @@ def sparse_linears(model: nn.Module) -> list[Sparse24Linear]:
 
 def _recipe_of(name: str, recipe: Recipe) -> Recipe:
     """The recipe of the layer of this name: MVUE may be for some alone."""
-    return recipe if not recipe.mvue or name.endswith(recipe.mvue_layers) else replace(recipe, mvue=False)
+    if not recipe.mvue or name.endswith(recipe.mvue_layers):
+        return recipe
+    return replace(recipe, mvue=False, mvue_layers="", mvue_estimator="exact")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -296,6 +300,10 @@ def sparsify(
             f"the model has {', '.join(linears) or 'none'}"
         )
     dense = {linears[name]: name for name in chosen[::-1] if type(linears[name]) is nn.Linear}
+    if recipe.mvue and not any(name.endswith(recipe.mvue_layers) for name in chosen):
+        raise ValueError(
+            f"sparsify: no layer's name ends with mvue_layers={recipe.mvue_layers!r}, need one of {', '.join(chosen)}"
+        )
     layer_of = {linear: Sparse24Linear.from_linear(linear, _recipe_of(name, recipe)) for linear, name in dense.items()}
     swapped = [name for name, m in linears.items() if m in layer_of]  # under all of its names, where it has several
     for name in swapped:
@@ -403,7 +411,8 @@ def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> 
 def decay_ratio(model: nn.Module, decay: float) -> float | None:
     """RMS(decay * ~mask * w) / RMS(grad) over the sparse weights: how strong masked decay is beside the gradient.
 
-    Call it between clipping and the optimizer's step. None where no layer is sparse or has a gradient.
+    Call it between clipping and the optimizer's step. None where no layer is sparse or has a gradient. Decay on weights
+    (Eq. 8) is not beside the gradient: it has no such ratio.
     """
     layers = [m for m in sparse_linears(model) if m.sparse and m.weight.grad is not None]
     if not layers:
@@ -457,21 +466,23 @@ class MaskedDecayAdamW(torch.optim.AdamW):
             for w in group["params"]:
                 if w not in layers or w.grad is None:
                     continue
-                mask, strength = layers[w].mask, group["lr"] * self.masked_decay
+                layer = layers[w]
                 if self.decay_on == "grad":
-                    index = layers[w].index if layers[w].recipe.mask == "transposable" else mask
+                    index = layer.index if layer.recipe.mask == "transposable" else layer.mask
                     masked_decay_(w.grad, w, index, self.masked_decay)
-                elif self.decay_on == "weight":
-                    w.sub_(torch.where(mask, 0, w.detach()), alpha=strength)
+                    continue
+                decay = torch.where(layer.mask, 0, w.detach()) * (group["lr"] * self.masked_decay)
+                if self.decay_on == "weight":
+                    w.sub_(decay)
                 else:
-                    later.append((w, torch.where(mask, 0, w.detach()) * strength, group))
+                    later.append((w, decay, group))
         return later
 
     @torch.no_grad()
     def _decay_updates(self, later: list[tuple]) -> None:
         for w, decay, group in later:
             state = self.state[w]
-            steps = state.get("frozen_step") or int(state["step"])
+            steps = state.get("frozen_step", state["step"].double())  # a tensor, so that nothing waits for a GPU
             w.sub_(decay / (state["exp_avg_sq"] / (1 - group["betas"][1] ** steps)).sqrt_().add_(group["eps"]))
 
     def _preconditioned(self) -> list[tuple[torch.Tensor, dict]]:
@@ -484,13 +495,16 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         """STEP's second phase: Adam with the second moments of the step at which they were frozen."""
         state, lr, (beta1, beta2) = self.state[p], group["lr"], group["betas"]
         if not state:
-            raise RuntimeError("MaskedDecayAdamW: precondition needs dense steps first; set dense_pretrain above 0")
-        frozen_step = state.setdefault("frozen_step", int(state["step"]))
+            raise RuntimeError("MaskedDecayAdamW: precondition needs dense steps first; raise dense_pretrain")
+        if "frozen_step" not in state:
+            state["frozen_step"] = int(state["step"])
         state["step"] += 1
         state["exp_avg"].lerp_(grad, 1 - beta1)
-        denominator = (state["exp_avg_sq"] / (1 - beta2**frozen_step)).sqrt_().add_(group["eps"])
+        denominator = (state["exp_avg_sq"] / (1 - beta2 ** state["frozen_step"])).sqrt_().add_(group["eps"])
         p.mul_(1 - lr * group["weight_decay"])
-        p.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** int(state["step"])))
+        p.sub_(
+            lr * state["exp_avg"] / (denominator * (1 - beta1 ** state["step"].double()))
+        )  # no .item(): nothing waits
 
     @torch.no_grad()
     def _kernel_step(self) -> bool:
@@ -500,7 +514,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         if not groups or any(group[key] for group, _ in groups for key in special):
             return False
         layers = self._decayed()
-        if self.decay_on == "update" or any(layer.recipe.mask != "transposable" for layer in layers.values()):
+        if layers and (self.decay_on == "update" or any(x.recipe.mask != "transposable" for x in layers.values())):
             return False
         if not adamw_fits([t for _, p in groups for t in (p, p.grad)]):
             return False
@@ -574,5 +588,6 @@ class AutoSwitch:
             v = self.optimizer.state[w].get("exp_avg_sq", 0) if w in self.optimizer.state else 0
             total = total + (w.grad.float().square() - v).abs_().sum(dtype=torch.float64)
         change = (1 - self.beta2) * float(total) / sum(w.numel() for w in self.weights)
-        self.changes = [*self.changes, change][-self.length :]
+        if math.isfinite(change):  # else GradScaler passes over this step
+            self.changes = [*self.changes, change][-self.length :]
         return len(self.changes) == self.length and sum(self.changes) / self.length < self.eps

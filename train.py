@@ -8,9 +8,10 @@ One optimizer step is: accumulate micro-batches -> all-reduce -> unscale -> clip
 -> refresh the masks every `mask_interval` steps -> pack the weights. It is sparse while iter_num < dense_start, dense
 from there on; with dense_pretrain, also before sparse_start.
 
-Nothing depends on history. Data, dropout and MVUE draws are functions of (seed, iteration, global micro-batch), where
-the global micro-batch is micro_step * world_size + rank, so that any number of ranks trains on the same numbers, and
-a run that was killed goes on from its last checkpoint to the same weights. Evaluation draws from its own numbers.
+Nothing that is drawn depends on history. Data, dropout and MVUE draws are functions of (seed, iteration, global
+micro-batch), where the global micro-batch is micro_step * world_size + rank, so that any number of ranks trains on the
+same numbers, and a run that was killed goes on from its last checkpoint to the same weights. Evaluation draws from its
+own numbers.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -188,7 +189,7 @@ def planned_dense_start() -> int:
 
 def planned_sparse_start() -> int | None:
     """First iteration of the sparse phase; None where STEP's rule is to say."""
-    return None if autoswitch else round(max_iters * dense_pretrain)
+    return None if autoswitch and sparse != "none" else round(max_iters * dense_pretrain)
 
 
 def get_decay(iter_num: int, factor: float, sparse_start: int, switch: int) -> float:
@@ -203,7 +204,8 @@ def set_phase(model: torch.nn.Module, is_sparse: bool) -> None:
     changed = [layer for layer in sparse_linears(model) if layer.sparse != is_sparse]
     for layer in changed:
         layer.sparse = is_sparse
-        refresh_masks(layer, measure=False)  # nothing in the dense phase
+        if is_sparse:
+            layer.refresh(begin=True)
     if changed:
         pack_weights(model)
 
@@ -245,11 +247,20 @@ def resolve_settings(overrides: dict) -> Recipe | None:
             raise ValueError(f"flip_reference={flip_reference} is for sparse runs, and sparse='none'; drop it")
         globals()["flip_mask"] = "transposable" if flip_mask == "auto" else flip_mask
         return None
-    names = [field.name for field in fields(Recipe) if field.name != "name"]
-    recipe = replace(sparse24.get_recipe(sparse), **{name: overrides[name] for name in names if name in overrides})
-    globals().update({name: getattr(recipe, name) for name in names})
-    if masked_decay_auto and not masked_decay:
-        raise ValueError("masked_decay_auto=True needs a masked_decay above 0 to start from")
+    recipe = recipes.recipe_of({**overrides, "sparse": sparse})
+    globals().update({field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "name"})
+    if masked_decay_auto and not (masked_decay and decay_schedule == "constant" and decay_on != "weight"):
+        raise ValueError(
+            "masked_decay_auto=True needs a masked_decay above 0 to start from, decay_schedule='constant', and a "
+            "decay_on other than 'weight', to which flip rates do not answer"
+        )
+    begin, end = round(max_iters * (recipes.AUTOSWITCH_LATEST if autoswitch else dense_pretrain)), planned_dense_start()
+    if dense_pretrain and not begin < end:
+        raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
+    if precondition and not begin:
+        raise ValueError(
+            f"dense_pretrain={dense_pretrain} of max_iters={max_iters} is no step, precondition needs some"
+        )
     if not recipe.fused and spmm not in ("auto", "dense"):
         raise ValueError(f"spmm={spmm!r} cannot multiply as these settings ask; use --spmm=auto (dense GEMMs)")
     globals()["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask
@@ -388,13 +399,13 @@ def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.de
         }
         asked = {**how, "recompute": ffn_recompute}
         if not whole or whole["asked"] != asked or rows != report.rows:
-            whole = time_ways(model.transformer.h[0].mlp, plan, **how) | {"asked": asked}
+            whole = time_ways(model.transformer.h[dense_blocks].mlp, plan, **how) | {"asked": asked}
         report.whole = whole
         plan = plan if whole["taken"] == "plan" else None
     return plan, report
 
 
-def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: Ranks, report) -> None:
+def announce(model: GPT, path: Path | None, iter_num: int, sparse_start, switch: int, ranks: Ranks, report) -> None:
     """A few lines on what is about to run. report: of `plan_gemms`, or None."""
     layers = sparse_linears(model)
     tokens = gradient_accumulation_steps * batch_size * block_size
@@ -408,9 +419,15 @@ def announce(model: GPT, path: Path | None, iter_num: int, switch: int, ranks: R
         print(
             f"sparse: {sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {mask_interval} "
             f"steps, decay {masked_decay:g}, mvue={mvue}; dense from iteration {switch}"
-            + (f" and before {'its second moments have settled' if autoswitch else planned_sparse_start()}")
-            * bool(dense_pretrain)
+            + (f" and until {'the second moments settle' if sparse_start is None else sparse_start}")
+            * (sparse_start != 0)
         )
+        own = {field.name: getattr(recipes.RECIPES[sparse], field.name) for field in fields(Recipe)}
+        changed = [
+            f"{name}={globals()[name]} ({own[name]})" for name in own if globals().get(name, own[name]) != own[name]
+        ]
+        if changed:
+            print(f"unlike {sparse}'s own: {', '.join(changed)}")
     if report and (device.startswith("cuda") or spmm != "auto"):
         print(report.text())
     if report and device.startswith("cuda") and spmm == "auto" and not report.pays():
@@ -486,7 +503,7 @@ def main() -> None:
         controller = DecayController(masked_decay, reference, masked_decay_auto_interval, warmup_iters)
         if state is not None:
             controller.load_state_dict(state["controller"] or controller.state_dict())
-    settling = AutoSwitch(model, optimizer) if autoswitch else None
+    settling = AutoSwitch(model, optimizer) if autoswitch and recipe else None
     if settling and state is not None:
         settling.changes = state["autoswitch"]
     net = torch.compile(model, mode=compile_mode) if compile else model
@@ -497,8 +514,9 @@ def main() -> None:
             keyword = "broadcast_buffers"
         ddp = DistributedDataParallel(net, device_ids=[dev] if dev.type == "cuda" else None, **{keyword: False})
         pack_weights(model)  # DDP has written every weight, rank 0's
-    probes = [model.get_submodule(name) for name in model.sparse_names(sparse_layers)]  # dense runs are measured alike,
-    probes = [m for m in probes if not (m.in_features % 4 or m.out_features % 4)]  # where a mask would fit
+    probes = {name: model.get_submodule(name) for name in model.sparse_names(sparse_layers)}  # dense runs are measured
+    probes = {name: m for name, m in probes.items() if not (m.in_features % 4 or m.out_features % 4)}  # alike, where
+    linears = [*probes.values()]  # a mask would fit
     local_steps = gradient_accumulation_steps // ranks.world_size
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     peak = peak_flops(dev)
@@ -545,7 +563,7 @@ def main() -> None:
             if row["phase"] == "sparse" and row["flip_rate"] is not None:
                 watch.add(row["iter"], row["flip_rate"], row["lr"])
     if ranks.master:
-        announce(model, path, iter_num, switch, ranks, report)
+        announce(model, path, iter_num, sparse_start, switch, ranks, report)
         if state is not None:
             announce_changes(state["config"], settings)
     del state
@@ -568,9 +586,11 @@ def main() -> None:
         # ---- evaluate and save ----
         if not stopping and (iter_num >= max_iters or eval_only or (eval_interval and iter_num % eval_interval == 0)):
             row["val_loss"] = evaluate(net, val_data, ranks, dev, autocast)
-            if ended and probes:  # as it would be deployed
-                with hard_pruned(probes):
-                    row["val_loss_24"] = evaluate(net, val_data, ranks, dev, autocast)
+            if ended and linears:  # as it would be deployed
+                row["val_loss_24"] = row["val_loss"]
+                if not all(getattr(m, "sparse", False) for m in linears):
+                    with hard_pruned(linears):
+                        row["val_loss_24"] = evaluate(net, val_data, ranks, dev, autocast)
         improved = row.get("val_loss", math.inf) < best_val_loss
         best_val_loss = min(best_val_loss, row.get("val_loss", math.inf))
         if improved and not always_save_checkpoint and iter_num and not eval_only:
@@ -618,20 +638,19 @@ def main() -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row
         steering = bool(controller) and is_sparse and controller.measures(iter_num)
-        measuring = bool(probes) and (steering or (flip_interval > 0 and iter_num % flip_interval == 0))
-        if (logging or measuring) and decay:
+        measuring = bool(linears) and (steering or (flip_interval > 0 and iter_num % flip_interval == 0))
+        if (logging or measuring) and decay and decay_on != "weight":
             row["decay_ratio"] = decay_ratio(model, decay)
-        before = sparse24.weight_indices(probes, flip_mask) if measuring else []
-        settled = settling.settled() if settling and sparse_start is None else False
+        before = sparse24.weight_indices(linears, flip_mask) if measuring else []
+        settled = sparse_start is None and bool(ranks.maximum(settling.settled()))  # ranks may round apart
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=not keep_grads)
         if measuring:
-            after = sparse24.weight_indices(probes, flip_mask)
+            after = sparse24.weight_indices(linears, flip_mask)
             row["flip_rate"] = flip_rate(before, after)
             if flip_layers:
-                rates = map(flip_rate, before, after)
-                row["flip_rate_layers"] = dict(zip(model.sparse_names(sparse_layers), rates, strict=True))
+                row["flip_rate_layers"] = dict(zip(probes, map(flip_rate, before, after), strict=True))
             if is_sparse:
                 for warning in watch.add(iter_num, row["flip_rate"], row["lr"]) if ranks.master else []:
                     print(f"warning, iteration {iter_num}: {warning}", flush=True)

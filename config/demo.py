@@ -15,9 +15,8 @@ block_size = 64
 batch_size = 6
 gradient_accumulation_steps = 2  # so that two ranks can share a step
 
-sparse = "fst"
+sparse = "fst"  # masks every 40 steps, and the last 1/6 of the steps dense
 masked_decay = 1e-3
-mask_interval = 40
 
 learning_rate = 1e-3
 min_lr = 1e-4

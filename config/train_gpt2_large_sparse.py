@@ -19,10 +19,8 @@ n_layer = 36
 n_head = 20
 n_embd = 1280
 
-sparse = "fst"
+sparse = "fst"  # masks every 40 steps, and the last 1/6 of the steps dense
 masked_decay = 2e-4
-mask_interval = 40
-dense_finetune = 1 / 6  # dense from iteration 250,000
 
 learning_rate = 1.5e-4
 min_lr = 1e-5

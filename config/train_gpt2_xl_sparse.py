@@ -19,10 +19,7 @@ n_layer = 48
 n_head = 25
 n_embd = 1600
 
-sparse = "fst"
-masked_decay = 6e-5
-mask_interval = 40
-dense_finetune = 1 / 6  # dense from iteration 250,000
+sparse = "fst"  # with its own masked_decay of 6e-5, masks every 40 steps, and the last 1/6 of the steps dense
 
 learning_rate = 1.5e-4
 min_lr = 1e-5

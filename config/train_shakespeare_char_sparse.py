@@ -15,9 +15,8 @@ n_head = 6
 n_embd = 384
 dropout = 0.2  # a million characters are soon overfitted
 
-sparse = "fst"
+sparse = "fst"  # masks every 40 steps, and the last 1/6 of the steps dense
 masked_decay = 2e-4
-mask_interval = 40
 
 learning_rate = 1e-3
 min_lr = 1e-4

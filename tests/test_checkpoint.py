@@ -27,7 +27,8 @@ def make_state(iter_num=1, seed=0):
     optimizer.step()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {}, "iter_num": iter_num}
     state |= {"best_val_loss": 1.5, "model_args": {"n_layer": 1, "sparse": "fst"}, "config": {"compile": None}}
-    return state | {"dense_start": 27, "patterns_hash": PATTERNS_HASH}
+    phases = {"dense_start": 27, "sparse_start": 0, "autoswitch": None, "controller": None}
+    return state | phases | {"patterns_hash": PATTERNS_HASH}
 
 
 def names(folder):
@@ -53,7 +54,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path):
 def test_keys_are_the_documented_ones():
     assert set(KEYS) == {
         *("model", "optimizer", "scaler", "iter_num", "best_val_loss"),
-        *("model_args", "config", "dense_start", "patterns_hash"),
+        *("model_args", "config", "dense_start", "sparse_start", "autoswitch", "controller", "patterns_hash"),
     }
 
 
@@ -346,7 +347,7 @@ def test_foreign_files_are_refused(tmp_path):
     torch.save([1, 2], path)
     assert re.search("is not a checkpoint of nano24", refusal(path))
     torch.save({"model": {}, "optimizer": {}, "iter_num": 1}, path)  # much like nanoGPT's
-    assert re.search("is not a checkpoint of nano24: it lacks best_val_loss, config", refusal(path))
+    assert re.search("is not a checkpoint of nano24: it lacks autoswitch, best_val_loss, config", refusal(path))
 
 
 def test_another_pattern_table_is_refused(tmp_path):

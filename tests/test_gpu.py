@@ -3,6 +3,7 @@
 On a GPU tests/test_kernels.py is marked gpu too, and runs the compiled kernels instead of the interpreted ones.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -65,6 +66,42 @@ def test_layer_gradients_equal_the_cpus(tokens):
     layer(x.cuda()).backward(dz.cuda())
     for p, grad in zip(layer.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad.cpu(), grad)
+
+
+VARIANTS = [
+    *((name, {}) for name in sparse24.RECIPES),
+    *(("s_ste", change) for change in ({"fp8": True}, {"weight_gradient": "true"}, {"mvue_estimator": "sequential"})),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), VARIANTS, ids=str)
+def test_every_method_trains_compiled_in_bf16(name, change):
+    """Loss falls; its layers, masks and optimizer steps are those of the CPU in float32, as far as bf16 goes."""
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(sparse24.RECIPES[name], **change)
+    args = {"block_size": 64, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64, "sparse": name}
+    model = GPT(GPTConfig(**args), recipe).cuda()
+    net = torch.compile(model, fullgraph=True)
+    decay = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on}
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cuda", **decay)
+    idx, losses, layers = torch.randint(64, (4, 64), device="cuda"), [], sparse24.sparse_linears(model)
+    for step in range(40):
+        for layer in layers:
+            layer.sparse = step >= 5 or not recipe.precondition
+        sparse24.seed_draws(model, 1, step, 0)
+        with torch.autocast("cuda", torch.bfloat16):
+            _, loss = net(idx, idx)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparse24.refresh_masks(model, measure=False)
+        if recipe.permutation_interval and step % 10 == 0:
+            sparse24.search_permutations(model, 1, step)
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    for layer in layers:
+        kept = sparse24.mask_index(layer.weight.detach().cpu(), recipe.virtual_mask)
+        assert sparse24.flip_rate(layer.index.cpu(), kept) == 0
 
 
 def test_compiled_model_trains_in_bf16_and_sees_new_seeds():

@@ -84,6 +84,14 @@ def test_a_flip_rate_that_does_not_fade_is_told_once_half_way():
     assert watched([0.01 * min(1, i / 20, (110 - i) / 60) for i in range(110)]) == {}
 
 
+def test_a_sparse_phase_that_begins_late_is_given_half_of_what_is_left():
+    watch = FlipWatch(10, 110)
+    rates = {i: 0.01 * (111 - i) / 61 for i in range(50, 111)}
+    assert not any(watch.add(i, r, 1e-3) for i, r in rates.items())
+    watch = FlipWatch(10, 110)
+    assert [i for i in rates if watch.add(i, 0.01, 1e-3)] == [80]
+
+
 def test_the_controller_asks_for_the_last_steps_of_each_interval_after_the_warm_up():
     controller = DecayController(1e-4, Constant(), interval=20, warmup_iters=30, window=5)
     assert [i for i in range(85) if controller.measures(i)] == [*range(35, 40), *range(55, 60), *range(75, 80)]

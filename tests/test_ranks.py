@@ -22,6 +22,7 @@ from harness import (
 import train
 from model import GPT, GPTConfig
 from runtime import Ranks
+from sparse24 import sparse_linears
 
 STEPS = 6
 EXACT = {"max_iters": STEPS, "mask_interval": STEPS + 1, "mvue": False, "eval_interval": 3, "eval_iters": 3}
@@ -101,6 +102,36 @@ def test_ranks_follow_one_plan(runs, tmp_path):
             torch.testing.assert_close(read_state(tmp_path / "out")["model"][name], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["step", "bi_mask", "fst by the controller"])
+def test_what_a_method_decides_is_decided_alike_on_both_ranks(tmp_path, name):
+    """STEP's switch, Bi-Mask's row orders, the controller's factor. A run whose ranks differ ends at the next save."""
+    settings = {**SETTINGS, "max_iters": 8, "dataset": make_dataset(tmp_path / "data"), "mvue": False}
+    steered = name == "fst by the controller"
+    if steered:
+        dense = tmp_path / "dense"
+        done = run_here(dense, {**settings, "sparse": "none", "flip_interval": 1})
+        assert done.returncode == 0, done.stderr
+        settings |= {"masked_decay_auto": True, "masked_decay_auto_interval": 2, "flip_reference": str(dense)}
+        settings |= {"dense_start": 8}
+    else:
+        settings |= {"sparse": name, "masked_decay": 0.0, "mask_interval": 1, "dense_finetune": 0.0, "dense_start": -1}
+    results = []
+    for ranks, run in ((1, run_here), (2, launch)):
+        done = run(tmp_path / str(ranks), settings, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        results.append(read_state(tmp_path / str(ranks)))
+    one, two = results
+    assert one["sparse_start"] == two["sparse_start"] == (4 if name == "step" else 0)
+    for key, tensor in one["model"].items():
+        if key.endswith("permutation"):
+            assert torch.equal(two["model"][key], tensor)
+            assert not torch.equal(tensor, torch.arange(len(tensor)))
+    if steered:
+        assert one["controller"]["decay"] != settings["masked_decay"]
+        # the flips of nearly equal weights
+        assert two["controller"]["decay"] == pytest.approx(one["controller"]["decay"], rel=0.2)
+
+
 def test_only_rank_0_writes_and_prints(runs):
     printed = (runs["exact", 2] / "stdout.txt").read_text()
     assert [int(n) for n in re.findall(rf"^iter +(\d+)/{STEPS}", printed, re.M)] == [*range(STEPS + 1)]
@@ -117,9 +148,10 @@ def test_a_rank_that_went_astray_ends_the_run_before_the_next_save(tmp_path):
     assert read_state(tmp_path / "out")["iter_num"] == 4
 
 
-def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch):
+@pytest.mark.parametrize(("name", "masks"), [("fst", 1), ("bi_mask", 2), ("s_ste", 1)])
+def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch, name, masks):
     """On one process, with the other rank's sum handed over in place of the gathering."""
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, bias=True, sparse="fst"))
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, bias=True, sparse=name))
     ranks, sums = Ranks(0, 0, 2), []
 
     def gather(into, mine, group):
@@ -131,7 +163,8 @@ def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch):
     ranks.check_equal(model)
     ranks.check_equal(model)
     held = [p.detach() for p in model.parameters()] + [b for b in model.buffers() if b.dtype == torch.uint8]
-    assert len(held) == 16 + 2
+    assert len(held) == 16 + 2 * masks
+    held += [layer.beta.view(1) for layer in sparse_linears(model) if hasattr(layer, "beta")]
     for tensor in held:
         bits = tensor.view(-1).view(torch.uint8)
         for place in (0, -1):

@@ -1,6 +1,7 @@
 """sample.py: decodes with the run's own vocabulary and honours the phase of the checkpoint."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import loader
@@ -37,7 +39,8 @@ def run(tmp_path):
 
     def save(**changes):
         state = dict.fromkeys(checkpoint.KEYS)
-        state |= {"model": model.state_dict(), "iter_num": 7, "model_args": args, "config": {"dataset": str(data)}}
+        config = {"dataset": str(data), "sparse": "fst"}
+        state |= {"model": model.state_dict(), "iter_num": 7, "model_args": args, "config": config}
         checkpoint.save(tmp_path, state | {"patterns_hash": sparse24.PATTERNS_HASH} | changes)
 
     save()
@@ -149,3 +152,21 @@ def test_meta_that_belongs_to_other_files_is_refused(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "char", "vocab_size": 5, "train_tokens": 11}))
     with pytest.raises(ValueError, match=r"counts 11 tokens in train.bin, which holds 10; prepare the dataset again"):
         loader.load_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "forward"),
+    [
+        ({"mask": "row", "mask_interval": 1}, lambda w: torch.where(sparse24.mask24(w), w, 0)),
+        ({"mask": "soft", "mask_interval": 1}, sparse24.soft_threshold24),
+    ],
+)
+def test_a_model_is_sampled_by_the_recipe_that_it_was_trained_with(run, monkeypatch, changes, forward):
+    folder, save, model = run
+    trained = GPT(model.config, dataclasses.replace(sparse24.RECIPES["fst"], **changes))
+    save(model=trained.state_dict(), config={"dataset": str(folder / "data"), "sparse": "fst", **changes})
+    monkeypatch.setattr(sample, "out_dir", str(folder))
+    layer = sample.load_model()[0].transformer.h[0].mlp.c_fc
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        assert torch.equal(layer(x), F.linear(x, forward(layer.weight), layer.bias))

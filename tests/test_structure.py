@@ -73,7 +73,7 @@ def test_config_names_only_settings_and_says_what_it_reproduces_and_costs(path):
 )
 def test_gpt2_configs_are_the_papers(name, size, decay):
     """Table 1's decay factors, and the schedule of the paper's runs."""
-    config = configure(vars(train), [str(ROOT / "config" / f"{name}.py")])
+    config = vars(train) | configure(vars(train), [str(ROOT / "config" / f"{name}.py")])
     assert {key: config[key] for key in PRESETS[size]} == PRESETS[size]
     assert config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"] == 524288
     assert (config["learning_rate"], config["min_lr"], config["warmup_iters"]) == (1.5e-4, 1e-5, 3000)

@@ -11,7 +11,7 @@ from harness import DENSE_START, SETTINGS, read_rows, read_state, row_difference
 from test_train import data, given, refused, run  # noqa: F401 (fixtures)
 
 import train
-from sparse24 import RECIPES, expand_pairs, mask24
+from sparse24 import RECIPES, expand_pairs, mask24, sste_scale
 
 MAX_ITERS = SETTINGS["max_iters"]
 FREE = ("mask_interval", "masked_decay", "mvue", "dense_finetune", "dense_start")  # the harness sets them for fst
@@ -44,7 +44,7 @@ METHODS = {
     "s_ste, refit, true, fp8": as_recipe("s_ste", beta="refit", weight_gradient="true", fp8=True),
     "fst, dense first and last": as_recipe("fst", dense_pretrain=0.25, mask_interval=5, masked_decay=1e-2),
     "fst, cosine decay, re-warm-up": as_recipe("fst", decay_schedule="cosine", rewarm_iters=3, masked_decay=1e-2),
-    "fst, decay after the moments": as_recipe("fst", decay_on="update", masked_decay=1e-2, dense_blocks=0),
+    "fst, decay after the moments": as_recipe("fst", decay_on="update", masked_decay=1e-2, n_layer=3, dense_blocks=1),
 }
 
 
@@ -112,6 +112,33 @@ def test_bi_mask_searches_its_permutations_at_its_interval(run, tmp_path, monkey
     assert all(not torch.equal(order, torch.arange(len(order))) for order in orders)
 
 
+def test_a_dense_start_gives_s_ste_the_beta_of_the_weights_it_begins_with(run, tmp_path, monkeypatch):
+    begun, refresh = [], train.sparse24.Sparse24Linear.refresh
+
+    def counted(layer, begin=False):
+        refresh(layer, begin)
+        if begin:
+            begun.append((float(layer.beta), float(sste_scale(layer.weight.detach()))))
+
+    monkeypatch.setattr(train.sparse24.Sparse24Linear, "refresh", counted)
+    run(tmp_path / "out", **METHODS["s_ste"] | {"dense_pretrain": 0.25})
+    assert len(begun) == 4
+    assert all(beta == fitted for beta, fitted in begun)
+    state = read_state(tmp_path / "out")["model"]
+    assert [float(v) for name, v in state.items() if name.endswith("beta")] == [beta for beta, _ in begun]
+
+
+def test_steps_settings_in_a_dense_run_are_no_switch(run, tmp_path):
+    run(tmp_path / "out", sparse="none", autoswitch=True, dense_pretrain=0.1, max_iters=3)
+    assert phases(tmp_path / "out") == ["dense"] * 4
+
+
+def test_it_is_said_what_a_recipe_is_changed_in(run, tmp_path):
+    text = run(tmp_path / "out", **METHODS["sr_ste"] | {"masked_decay": 6e-5, "mask_interval": 40, "max_iters": 1})
+    assert "unlike sr_ste's own: masked_decay=6e-05 (0.0002), mask_interval=40 (1)\n" in text
+    assert "unlike" not in run(tmp_path / "own", **METHODS["sr_ste"] | {"max_iters": 1})
+
+
 def test_blocks_at_both_ends_can_stay_dense(run, tmp_path):
     text = run(tmp_path / "out", n_layer=3, dense_blocks=1, max_iters=2, dense_start=2)
     assert "2 linears" in text
@@ -158,7 +185,11 @@ def test_the_loss_as_deployed_is_that_of_pruned_weights_and_changes_none(run, tm
     assert f"val {row['val_loss_24']:.4f}, hard-pruned to 2:4 {row['val_loss_24']:.4f}" in text
 
 
-def test_a_run_that_ends_sparse_is_deployed_as_it_is(run, tmp_path):
+def test_a_run_that_ends_sparse_is_deployed_as_it_is(run, tmp_path, monkeypatch):
+    def twice(linears):
+        raise AssertionError("nothing needs pruning")
+
+    monkeypatch.setattr(train, "hard_pruned", twice)
     run(tmp_path / "out", **METHODS["s_ste"])
     row = read_rows(tmp_path / "out")[-1]
     assert row["val_loss_24"] == row["val_loss"]
@@ -174,6 +205,14 @@ def test_flip_rates_of_each_layer_on_demand(run, tmp_path):
         rates = row["flip_rate_layers"]
         assert list(rates) == [f"transformer.h.{i}.mlp.{linear}" for i in (0, 1) for linear in ("c_fc", "c_proj")]
         assert sum(rates.values()) / 4 == pytest.approx(row["flip_rate"])  # all four have as many weights
+
+
+def test_flip_rates_of_layers_pass_over_widths_that_no_mask_fits(run, tmp_path):
+    settings = {"sparse": "none", "sparse_layers": "ffn+attn", "ffn_ratio": 66 / 32, "flip_layers": True}
+    run(tmp_path / "out", **settings, flip_interval=1, max_iters=1)
+    assert [name.split(".")[-2:] for name in read_rows(tmp_path / "out")[0]["flip_rate_layers"]] == [
+        *(["attn", "c_attn"], ["attn", "c_proj"]) * 2
+    ]
 
 
 def test_dense_runs_can_count_the_flips_of_row_masks(run, tmp_path):

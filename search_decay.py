@@ -33,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from configurator import configure, setting_names
@@ -41,7 +41,7 @@ from health import HEALTHY, TARGET, smooth
 from loader import DATA_FOLDER, Tokens, load_meta
 from metrics import read_config, read_metrics
 from plot import curve, finish, new_figure
-from recipes import Recipe, get_recipe
+from recipes import Recipe, recipe_of
 
 ROOT = Path(__file__).resolve().parent
 OWNED = {  # settings of train.py that are refused on the command line, and what to do instead
@@ -126,9 +126,7 @@ def check_words(typed: dict, settings: dict) -> None:
 
 def resolve_recipe(name: str, overrides: dict) -> Recipe:
     """The recipe of the candidates: the user's, fst where the config is a dense run's."""
-    names = {field.name for field in fields(Recipe)} - {"name"}
-    given = {key: value for key, value in overrides.items() if key in names}
-    recipe = replace(get_recipe("fst" if name == "none" else name), **given)
+    recipe = recipe_of({**overrides, "sparse": "fst" if name == "none" else name})
     if recipe.precondition or recipe.autoswitch:
         raise ValueError(
             f"sparse={recipe.name}: its dense start fills the warm-up, where a search samples; use another"

@@ -28,7 +28,7 @@ def recipe_of(settings: str) -> Recipe | None:
     if words(settings).get("sparse", "none") == "none":
         return None
     recipe = Recipe(**fitted(asdict(get_recipe(words(settings)["sparse"])), settings))
-    if getattr(recipe, "autoswitch", False) or words(settings).get("sparse_layers", "ffn") != "ffn":
+    if recipe.autoswitch or words(settings).get("sparse_layers", "ffn") != "ffn":
         raise ValueError(f"{settings}: equal cost needs sparse_layers=ffn and a dense phase of known length")
     return recipe
 
@@ -36,8 +36,7 @@ def recipe_of(settings: str) -> Recipe | None:
 def sparse_gemms(recipe: Recipe) -> list[str]:
     """Which of the six GEMMs of a feed-forward layer have a 2:4 operand: dX where its weights are pruned along out."""
     both = recipe.mask == "transposable" or recipe.backward_mask == "own"
-    only = getattr(recipe, "mvue_layers", "")
-    weight = [name for name, layer in (("dw1", "c_fc"), ("dw2", "c_proj")) if layer.endswith(only)]
+    weight = [name for name, layer in (("dw1", "c_fc"), ("dw2", "c_proj")) if layer.endswith(recipe.mvue_layers)]
     return ["z", "y", *(["da", "dx"] if both else []), *(weight if recipe.mvue else [])]
 
 

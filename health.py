@@ -2,7 +2,7 @@
 same step. A run is healthy with mu from 0.60 to 0.95; above 1 its masks explode, and it should rise and fade to 0.
 
 train.py watches it against a dense run that was recorded before (`flip_reference`), warns, and with masked_decay_auto
-keeps mu in the band by itself. search_decay.py records that dense run, and finds a fixed decay factor.
+brings mu into the band by itself. search_decay.py records that dense run, and finds a fixed decay factor.
 """
 
 import math
@@ -113,16 +113,20 @@ class FlipWatch:
 
 
 class DecayController:
-    """Keeps mu in the healthy band by changing the decay factor during training: an integral controller of its log.
+    """Adjusts the decay factor during training: an integral controller of its logarithm, every `interval` steps.
 
-        lambda <- lambda * clip(mu / TARGET, 1/2, 2)      every `interval` steps after the warm-up
+        from 1 to 5 warm-ups    lambda <- lambda * clip((mu / TARGET)^2, 1/2, 2)
+        from there on           the same with the band's upper end for TARGET, and only upwards
 
-    mu is that of the last `window` steps before. Its logarithm falls by 0.2 to 0.5 for each unit of log lambda
-    (results/flip_rate.md), so each step takes away 20 to 50 % of the error and cannot overshoot. The
-    clip is for mu that is far off, where one measurement should not decide. It waits for the end of the warm-up, since
-    until then masks hardly answer to lambda, and an integrator would run away.
+    mu is that of the last `window` steps before. Section 4.1 wants a high peak of the flip rate and a low tail, so early
+    mu has a floor and late mu has none: it falls by itself, and a controller that holds it up ends with too little decay
+    (tried: results/decay-two-sided.md). It waits for the end of the warm-up, since until then masks hardly answer to
+    lambda, and an integrator would run away. The logarithm of mu falls by 0.1 to 0.5 for each unit of log lambda
+    (results/flip_rate.md, results/decay.md), so each step of the square takes away 20 to 100 % of the error and does not
+    overshoot; the clip is for one mu that is far off.
     """
 
+    EARLY = 5  # warm-ups
     LIMITS = (1e-8, 10.0)  # no factor outside of these ever made sense
 
     def __init__(self, decay: float, reference: FlipReference, interval: int, warmup_iters: int, window: int = 10):
@@ -139,8 +143,10 @@ class DecayController:
         self.sums = [self.sums[0] + rate, self.sums[1] + self.reference.rate(iter_num, lr)]
         if (iter_num + 1) % self.interval == 0:
             if self.sums[1] > 0:
-                mu = self.sums[0] / self.sums[1]
-                self.decay = min(max(self.decay * min(max(mu / TARGET, 0.5), 2.0), self.LIMITS[0]), self.LIMITS[1])
+                early = iter_num < self.EARLY * self.warmup_iters
+                error = self.sums[0] / self.sums[1] / (TARGET if early else HEALTHY[1])
+                factor = min(max(error**2, 0.5 if early else 1.0), 2.0)
+                self.decay = min(max(self.decay * factor, self.LIMITS[0]), self.LIMITS[1])
             self.sums = [0.0, 0.0]
         return self.decay
 

@@ -17,7 +17,9 @@ PRESETS = {
         "eval_interval=0 eval_iters=32 flip_interval=0 checkpoint_interval=100000 log_interval=10 device=cuda"
     ),
 }
-FST = "sparse=fst masked_decay=2e-4 mask_interval=40"
+FST = "sparse=fst masked_decay=2e-3 mask_interval=40"  # mu is in the band after the warm-up (results/decay.md)
+
+CONTROLLER = "masked_decay_auto=True flip_reference={dense}"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ STUDIES = {
             "dense": "sparse=none",
             "half": "sparse=none ffn_ratio=2",
             "ste": "sparse=ste",
-            "fst": FST,
-            "fst, no MVUE, no dense phase": f"{FST} mvue=False dense_finetune=0",
+            "fst": "sparse=fst masked_decay=2e-4",
+            "fst, no MVUE, no dense phase": "sparse=fst masked_decay=2e-4 mvue=False dense_finetune=0",
         },
         ("dense", "ste"),
     ),
@@ -111,12 +113,9 @@ STUDIES = {
         {"dense": "sparse=none"}
         | {
             f"fst, decay {decay}": f"{FST} masked_decay={decay}"
-            for decay in ("0", "6e-5", "6e-4", "2e-3", "6e-3", "2e-2")
+            for decay in ("0", "6e-5", "2e-4", "6e-4", "2e-3", "6e-3", "2e-2")
         }
-        | {
-            "fst, decay 2e-4": FST,
-            "fst, decay by the controller": f"{FST} masked_decay_auto=True flip_reference={{dense}}",
-        },
+        | {f"fst, controller from {decay}": f"{FST} masked_decay={decay} {CONTROLLER}" for decay in ("6e-5", "2e-2")},
     ),
 }
 FLIP_COMMON = (  # the first 311 iterations of nanoGPT's CPU recipe, whose schedule is laid out for 1000

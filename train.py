@@ -110,7 +110,7 @@ fp8 = False  # simulate FP8 GEMMs in the sparse layers: E4M3, gradients E5M2
 flip_mask = "auto"  # masks whose flips count: auto (the recipe's; dense runs: transposable), transposable, row
 flip_layers = False  # also log the flip rate of each layer
 flip_reference = ""  # out_dir of a dense run to compare flip rates with, as search_decay.py records one
-masked_decay_auto = False  # adjust masked_decay so that mu stays from 0.60 to 0.95; needs flip_reference
+masked_decay_auto = False  # adjust masked_decay to bring mu into 0.60 to 0.95; needs flip_reference
 masked_decay_auto_interval = 100  # steps between adjustments, after warmup_iters
 # ---- optimizer ----
 learning_rate = 6e-4  # peak

@@ -98,26 +98,36 @@ def test_the_controller_asks_for_the_last_steps_of_each_interval_after_the_warm_
     assert [i for i in range(8) if DecayController(1e-4, Constant(), 3, 2).measures(i)] == [*range(2, 8)]
 
 
-def test_the_controller_moves_the_factor_by_mu_over_its_target_and_never_by_more_than_two():
-    for mu, expected in (
+def test_the_controller_moves_the_factor_by_the_square_of_the_error_and_never_by_more_than_two():
+    ratios = (
         (TARGET, 1.0),
-        (0.95, 0.95 / TARGET),
-        (0.60, 0.60 / TARGET),
+        (0.95, 0.95**2 / TARGET**2),
+        (0.60, 0.60**2 / TARGET**2),
         (5.0, 2.0),
         (0.1, 0.5),
         (0.0, 0.5),
-    ):
-        controller = DecayController(1e-4, Constant(), interval=10, warmup_iters=0, window=2)
+    )
+    for mu, expected in ratios:
+        controller = DecayController(1e-4, Constant(), interval=10, warmup_iters=4, window=2)
         assert controller.add(8, 0.01 * mu, 1e-3) == 1e-4  # not before the window's end
         assert controller.add(9, 0.01 * mu, 1e-3) == pytest.approx(1e-4 * expected)
         assert controller.sums == [0.0, 0.0]
 
 
+def test_after_five_warm_ups_the_controller_only_raises_and_only_above_the_band():
+    for iter_num, mu, expected in (
+        *((18, 0.7, (0.7 / TARGET) ** 2), (19, 0.7, (0.7 / TARGET) ** 2), (20, 0.7, 1.0)),
+        *((20, 0.1, 1.0), (20, 0.94, 1.0), (20, 1.0, 1 / 0.95**2), (20, 9.0, 2.0)),
+    ):
+        controller = DecayController(1e-4, Constant(), interval=1, warmup_iters=4, window=1)
+        assert controller.add(iter_num, 0.01 * mu, 1e-3) == pytest.approx(1e-4 * expected), (iter_num, mu)
+
+
 def test_the_controller_brings_mu_into_the_band_for_every_plant_it_may_meet():
     """log mu = -slope * log(lambda / lambda1), slopes as measured and beyond, from far too small and far too large."""
-    for slope in (0.2, 0.35, 0.5, 1.0):
-        for start in (1e-6, 1e-1):
-            controller = DecayController(start, Constant(), interval=10, warmup_iters=0, window=1)
+    for slope in (0.1, 0.2, 0.5, 0.9):
+        for start in (1e-6, 1e-2):
+            controller = DecayController(start, Constant(), interval=10, warmup_iters=1000, window=1)
             mus = []
             for update in range(120):
                 mus.append(min(1.2, (controller.decay / 1e-4) ** -slope))
@@ -127,14 +137,14 @@ def test_the_controller_brings_mu_into_the_band_for_every_plant_it_may_meet():
 
 
 def test_the_controllers_factor_has_limits_and_its_state_resumes():
-    controller = DecayController(9.0, Constant(), 1, 0)
+    controller = DecayController(9.0, Constant(), 1, 2)
     assert [controller.add(i, 1.0, 1e-3) for i in range(3)] == [10.0, 10.0, 10.0]
-    low = DecayController(1.5e-8, Constant(), 1, 0)
+    low = DecayController(1.5e-8, Constant(), 1, 2)
     assert [low.add(i, 0.0, 1e-3) for i in range(3)] == [1e-8, 1e-8, 1e-8]
-    first = DecayController(1e-4, Constant(), 4, 0)
+    first = DecayController(1e-4, Constant(), 4, 2)
     for i in range(6):
         first.add(i, 0.02, 1e-3)
-    second = DecayController(5.0, Constant(), 4, 0)
+    second = DecayController(5.0, Constant(), 4, 2)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [first.add(i, 0.02, 1e-3) for i in (6, 7)] == [second.add(i, 0.02, 1e-3) for i in (6, 7)]
 

@@ -118,12 +118,12 @@ class DecayController:
         from 1 to 5 warm-ups    lambda <- lambda * clip((mu / TARGET)^2, 1/2, 2)
         from there on           the same with the band's upper end for TARGET, and only upwards
 
-    mu is that of the last `window` steps before. Section 4.1 wants a high peak of the flip rate and a low tail, so early
-    mu has a floor and late mu has none: it falls by itself, and a controller that holds it up ends with too little decay
-    (tried: results/decay-two-sided.md). It waits for the end of the warm-up, since until then masks hardly answer to
-    lambda, and an integrator would run away. The logarithm of mu falls by 0.1 to 0.5 for each unit of log lambda
-    (results/flip_rate.md, results/decay.md), so each step of the square takes away 20 to 100 % of the error and does not
-    overshoot; the clip is for one mu that is far off.
+    mu is that of the last `window` steps before. Section 4.1 wants a high peak of the flip rate and a low tail, so
+    early mu has a floor and late mu has none: it falls by itself, and a controller that holds it up ends with too
+    little decay (tried: results/decay-two-sided.md). It waits for the end of the warm-up, since until then masks
+    hardly answer to lambda, and an integrator would run away. The logarithm of mu falls by 0.1 to 0.5 for each unit
+    of log lambda (results/flip_rate.md, results/decay.md), so each step of the square takes away 20 to 100 % of the
+    error and does not overshoot; the clip is for one mu that is far off.
     """
 
     EARLY = 5  # warm-ups

@@ -150,8 +150,28 @@ def compare(args) -> tuple[dict, list[str]]:
     references = [label for label in study.references if label in losses]
     panels = {f"minus {reference}": paired_to(losses, reference) for reference in references}
     note = f"Mean +- sample standard deviation over {args.seeds} seeds; differences are taken within each seed."
-    data = {"variants": study.variants, "val_loss": losses, "val_loss_24": pruned, "panels": panels}
-    return data | environment(runs), [*loss_table(losses, pruned, panels), "", note]
+    mus = {label: early_mus(found, runs["dense"]) for label, found in runs.items()} if "dense" in runs else {}
+    mus = {label: values for label, values in mus.items() if label != "dense" and None not in values}
+    if mus:
+        note += " Early mu: flip rate over the dense run's, between 1.5 and 5 warm-ups (section 4.3)."
+    data = {"variants": study.variants, "val_loss": losses, "val_loss_24": pruned, "early_mu": mus, "panels": panels}
+    return data | environment(runs), [*loss_table(losses, pruned, mus, panels), "", note]
+
+
+def early_mus(folders: list[Path], dense: list[Path]) -> list[float | None]:
+    """mu = mean r' / mean r of each seed from 1.5 to 5 warm-ups; None where masks of different kinds were counted."""
+    mus = []
+    for run, reference in zip(folders, dense, strict=True):
+        config = read_config(run)
+        first, last = (factor * config["warmup_iters"] for factor in (1.5, 5))
+        rates = [
+            {row["iter"]: row["flip_rate"] for row in read_metrics(folder) if row.get("flip_rate") is not None}
+            for folder in (run, reference)
+        ]
+        steps = [i for i in rates[0].keys() & rates[1].keys() if first <= i < last]
+        alike = steps and config["flip_mask"] == read_config(reference)["flip_mask"]
+        mus.append(sum(rates[0][i] for i in steps) / sum(rates[1][i] for i in steps) if alike else None)
+    return mus
 
 
 def paired_to(losses: dict[str, list[float]], reference: str) -> dict:

@@ -61,14 +61,16 @@ def by_mean(losses: dict[str, list[float]]) -> list[str]:
     return sorted(losses, key=lambda label: statistics.fmean(losses[label]))
 
 
-def loss_table(losses: dict, pruned: dict, panels: dict[str, dict[str, Paired]]) -> list[str]:
-    """losses, pruned: {label: one value per seed}; panels: {title: {label: difference}}, three columns each."""
-    heads = ["method", "validation loss", "pruned to 2:4"]
+def loss_table(losses: dict, pruned: dict, mus: dict, panels: dict[str, dict[str, Paired]]) -> list[str]:
+    """losses, pruned, mus: {label: one value per seed}; panels: {title: {label: difference}}, three columns each."""
+    heads = ["method", "validation loss", "pruned to 2:4", *(["early mu"] if mus else [])]
     for title in panels:
         heads += [title, "95 % interval", "lower in"]
     rows = []
     for label in by_mean(losses):
         row = [label, spread(losses[label]), f"{statistics.fmean(pruned[label]):.4f}" if label in pruned else ""]
+        if mus:
+            row.append(f"{statistics.fmean(mus[label]):.2f}" if label in mus else "")
         for panel in panels.values():
             d = panel.get(label)
             row += [spread(d.differences), interval(d), f"{d.lower} of {len(d.differences)}"] if d else [""] * 3

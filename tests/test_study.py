@@ -332,7 +332,7 @@ def test_t_quantiles_enclose_95_percent():
 def test_table_has_spread_pruned_loss_and_paired_differences_sorted_by_mean():
     losses = {"dense": [2.0, 4.0], "fst": [1.5, 3.9]}
     panels = {"minus dense": study.paired_to(losses, "dense")}
-    lines = study_report.loss_table(losses, {"fst": [2.5, 4.5]}, panels)
+    lines = study_report.loss_table(losses, {"fst": [2.5, 4.5]}, {}, panels)
     assert lines[0] == "| method | validation loss | pruned to 2:4 | minus dense | 95 % interval | lower in |"
     deviation = statistics.stdev([-0.5, -0.1])
     half = 12.706 * deviation / math.sqrt(2)
@@ -341,6 +341,24 @@ def test_table_has_spread_pruned_loss_and_paired_differences_sorted_by_mean():
         "| 2 of 2 |"
     )
     assert lines[3] == "| dense | 3.0000 +- 1.4142 |  |  |  |  |"
+    lines = study_report.loss_table(losses, {}, {"fst": [0.5, 0.9]}, panels)
+    assert lines[0].startswith("| method | validation loss | pruned to 2:4 | early mu | minus dense |")
+    assert lines[2].startswith("| fst | 2.7000 +- 1.6971 |  | 0.70 | -0.3000")
+    assert lines[3] == "| dense | 3.0000 +- 1.4142 |  |  |  |  |  |"
+
+
+def test_early_mu_is_of_the_steps_after_the_warm_up_and_of_one_kind_of_masks(tmp_path):
+    def folder(name, rates, flip_mask="transposable"):
+        (tmp_path / name).mkdir()
+        rows = [{"iter": i, "phase": "sparse", "flip_rate": rate} for i, rate in rates.items()]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "config.json").write_text(json.dumps({"warmup_iters": 10, "flip_mask": flip_mask}))
+        return tmp_path / name
+
+    dense = folder("dense", {14: 9.0, 15: 1.0, 20: 2.0, 49: 3.0, 50: 9.0})
+    sparse = folder("sparse", {14: 1.0, 15: 1.0, 20: 1.0, 30: 7.0, 49: 1.0, 50: 1.0})
+    rows = folder("rows", {15: 1.0}, "row")
+    assert study.early_mus([sparse, rows], [dense, dense]) == [pytest.approx(0.5), None]
 
 
 def test_compare_reads_the_last_rows(tmp_path, fake_training, monkeypatch):

@@ -639,6 +639,7 @@ def main() -> None:
         logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row
         steering = bool(controller) and is_sparse and controller.measures(iter_num)
         measuring = bool(linears) and (steering or (flip_interval > 0 and iter_num % flip_interval == 0))
+        measuring = measuring and math.isfinite(grad_norm)  # else GradScaler passes over this step, and nothing flips
         if (logging or measuring) and decay and decay_on != "weight":
             row["decay_ratio"] = decay_ratio(model, decay)
         before = sparse24.weight_indices(linears, flip_mask) if measuring else []

@@ -486,16 +486,19 @@ class MaskedDecayAdamW(torch.optim.AdamW):
             w.sub_(decay / (state["exp_avg_sq"] / (1 - group["betas"][1] ** steps)).sqrt_().add_(group["eps"]))
 
     def _preconditioned(self) -> list[tuple[torch.Tensor, dict]]:
-        """(weight, its group) of the layers whose second moments are frozen."""
-        frozen = {m.weight for m in sparse_linears(self._model) if m.sparse and m.recipe.precondition}
-        return [(p, g) for g in self.param_groups for p in g["params"] if p in frozen and p.grad is not None]
+        """(weight, its group) of the layers whose second moments are frozen. RuntimeError where there are none yet."""
+        layers = {m.weight: m for m in sparse_linears(self._model) if m.recipe.precondition}
+        for weight in (w for w, layer in layers.items() if not layer.sparse and w in self.state):
+            self.state[weight].pop("frozen_step", None)  # a dense phase moves them again
+        frozen = {w for w, layer in layers.items() if layer.sparse and w.grad is not None}
+        if any(not self.state.get(w) for w in frozen):
+            raise RuntimeError("MaskedDecayAdamW: precondition needs dense steps first; raise dense_pretrain")
+        return [(p, g) for g in self.param_groups for p in g["params"] if p in frozen]
 
     @torch.no_grad()
     def _preconditioned_step(self, p: torch.Tensor, grad: torch.Tensor, group: dict) -> None:
         """STEP's second phase: Adam with the second moments of the step at which they were frozen."""
         state, lr, (beta1, beta2) = self.state[p], group["lr"], group["betas"]
-        if not state:
-            raise RuntimeError("MaskedDecayAdamW: precondition needs dense steps first; raise dense_pretrain")
         if "frozen_step" not in state:
             state["frozen_step"] = int(state["step"])
         state["step"] += 1

@@ -36,7 +36,9 @@ def recipe_of(settings: str) -> Recipe | None:
 def sparse_gemms(recipe: Recipe) -> list[str]:
     """Which of the six GEMMs of a feed-forward layer have a 2:4 operand: dX where its weights are pruned along out."""
     both = recipe.mask == "transposable" or recipe.backward_mask == "own"
-    weight = [name for name, layer in (("dw1", "c_fc"), ("dw2", "c_proj")) if layer.endswith(recipe.mvue_layers)]
+    weight = [
+        name for name, layer in (("dw1", "mlp.c_fc"), ("dw2", "mlp.c_proj")) if layer.endswith(recipe.mvue_layers)
+    ]
     return ["z", "y", *(["da", "dx"] if both else []), *(weight if recipe.mvue else [])]
 
 

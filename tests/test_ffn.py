@@ -824,3 +824,29 @@ def test_a_model_of_inference_tensors_follows_a_plan():
         y = mlp(x)
         set_plan(mlp, None)
         torch.testing.assert_close(y, mlp(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that were made by hand, and that nothing above had found
+
+
+@pytest.mark.parametrize("name", ["da", "dx"])
+def test_one_2_4_input_gradient_is_one_too_many_for_row_wise_masks(name):
+    mlp = make_mlp(recipe=RECIPES["sr_ste"])
+    with pytest.raises(ValueError, match="2:4 input gradients, which mask='row' does not"):
+        set_plan(mlp, make_plan(mlp, 64, mvue=False, **{name: Choice("emulated", "sm90")}))
+    assert mlp.plan is None
+
+
+def test_mvue_in_the_second_layer_alone_is_no_plan_without_it():
+    mlp = make_mlp(recipe=dataclasses.replace(FST, mvue_layers="c_proj"))
+    with pytest.raises(ValueError, match="set_plan: the plan is for gelu and mvue=False"):
+        set_plan(mlp, make_plan(mlp, 64, mvue=False))
+
+
+def test_a_dense_layer_is_not_timed():
+    mlp = make_mlp()
+    plan = make_plan(mlp, 64)
+    densify(mlp)
+    with pytest.raises(ValueError, match="time_ways: this layer has no 2:4 linears c_fc and c_proj"):
+        ffn.time_ways(mlp, plan, None)

@@ -153,3 +153,75 @@ def test_the_target_is_the_middle_of_the_papers_band():
     assert HEALTHY == (0.60, 0.95)
     assert math.isclose(TARGET / HEALTHY[0], HEALTHY[1] / TARGET)
     assert smooth([1.0, 4.0, 1.0], 1) == [2.5, 2.0, 2.5]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that were made by hand, and that nothing above had found
+
+
+class Never:
+    """A dense run whose masks never flip."""
+
+    def rate(self, iter_num, lr):
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers", "dense_blocks"),
+        *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
+        *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
+    ],
+)
+def test_two_runs_compare_by_model_batch_and_schedule(tmp_path, name):
+    folder = record(tmp_path / "dense", [(i, 0.01) for i in range(9)], **{name: 2})
+    with pytest.raises(ValueError, match=rf": {name}=1 \(there 2\);"):
+        FlipReference(folder, {**SETTINGS, name: 1}, "transposable")
+
+
+def test_a_reference_is_continued_from_its_last_fifth_and_no_sooner(tmp_path):
+    folder = record(tmp_path / "dense", [(10 * i, 0.001 * i) for i in range(40)])
+    reference = FlipReference(folder, SETTINGS, "transposable")
+    assert reference.rate(391, 1e-3) == pytest.approx(0.0355)  # of 32 to 39
+    assert reference.rate(390, 1e-3) == pytest.approx(0.038)  # the curve's own end, of 37 to 39
+
+
+def test_a_reference_of_five_flip_rates_is_enough_and_steps_without_a_learning_rate_do_not_count(tmp_path):
+    folder = record(tmp_path / "dense", [(i, 0.01) for i in range(10)], lr=lambda i: 1e-3 if i < 5 else 0.0)
+    assert FlipReference(folder, SETTINGS, "transposable").rate(99, 2e-3) == pytest.approx(0.02)
+
+
+def test_a_flip_rate_as_high_as_the_dense_runs_is_an_explosion():
+    assert list(watched([0.01] * 20, Constant())) == [14]
+
+
+def test_an_explosion_that_comes_back_is_not_told_again():
+    assert list(watched([0.02] * 20 + [0.001] * 10 + [0.02] * 20, Constant())) == [14]
+
+
+def test_flips_beside_a_dense_run_that_has_none_are_an_explosion():
+    assert list(watched([0.01] * 20, Never())) == [14]
+
+
+def test_the_peak_is_that_of_five_and_a_tenth_below_it_is_enough():
+    spike = [0.012 if i == 30 else 0.01 for i in range(70)]
+    assert list(watched(spike)) == [60]
+    assert "from its peak of 0.01040" in watched(spike)[60][0]
+    assert list(watched([0.01] * 40 + [0.0092] * 30)) == [60]
+    assert watched([0.01] * 40 + [0.0088] * 30) == {}
+
+
+def test_nothing_is_steered_by_a_dense_run_without_flips():
+    controller = DecayController(1e-4, Never(), 1, 0)
+    assert controller.add(0, 0.5, 1e-3) == 1e-4
+
+
+def test_half_an_interval_is_resumed_with_what_it_had_measured():
+    whole, first, second = (DecayController(1e-4, Constant(), 4, 0) for _ in range(3))
+    for i, rate in enumerate((0.02, 0.02, 0.012, 0.012)):
+        whole.add(i, rate, 1e-3)
+        if i == 2:
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        (first if i < 2 else second).add(i, rate, 1e-3)
+    assert second.decay == whole.decay == 2e-4  # of all four: the last two alone would not reach the limit

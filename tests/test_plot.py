@@ -139,7 +139,7 @@ def test_first_row_alone_and_a_diverged_run_can_be_drawn(tmp_path):
         ("nowhere", r"no such run folder: .*nowhere'; give the out_dir of a run"),
         ("empty", r"no .*metrics\.jsonl yet; train\.py writes it"),
         ("starting", r"metrics\.jsonl has no finished line yet; try again later"),
-        ("config", r"config\.json: .*; delete it to plot without"),
+        ("config", r"config\.json: .*; delete it to go without the run's settings"),
     ],
 )
 def test_error_is_one_line_and_status_2(tmp_path, capsys, name, message):
@@ -157,3 +157,15 @@ def test_smooth_keeps_a_constant_and_averages_neighbours():
     assert plot.smooth([2.0] * 5, 2) == [2.0] * 5
     assert plot.smooth([0.0, 3.0, 6.0, 3.0], 1) == [1.5, 3.0, 4.0, 4.5]
     assert plot.smooth([1.0, 5.0], 0) == [1.0, 5.0]
+
+
+def test_a_switch_has_the_colour_of_its_run_and_is_grey_where_several_have_it(tmp_path):
+    late = write_run(tmp_path / "late", [row(i, "dense" if i < 20 else "sparse") for i in range(0, 60, 10)])
+    runs = plot.load_runs([sparse_run(tmp_path / "a"), sparse_run(tmp_path / "b"), late])
+    axes = plot.new_figure("t", "y")[1]
+    plot.mark_switches(axes, runs)
+    assert [(text.get_text(), text.get_color()) for text in axes.texts] == [
+        ("dense from 160", "0.35"),
+        ("sparse from 20", plot.COLOURS[2]),
+    ]
+    assert [line.get_color() for line in axes.lines] == ["0.35", plot.COLOURS[2]]

@@ -408,3 +408,30 @@ def test_defaults_are_train_s():
     defaults = search_decay.train_defaults()
     assert {name: defaults[name] for name in search_decay.setting_names(defaults)} == {n: vars(train)[n] for n in names}
     assert search_decay.configure(defaults, ["--compile=None"]) == {"compile": None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that were made by hand, and that nothing above had found
+
+
+def test_too_many_flips_lead_upwards_whatever_none_gives():
+    assert search_decay.next_candidate({0.0: 0.5, 1e-4: 1.2}) == 3e-4
+
+
+def test_the_users_choice_of_masks_is_kept(words, capsys):
+    search_decay.main([*words, "--sparse=sr_ste", "--flip_mask=transposable", "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert not any("--flip_mask=row" in line for line in lines)
+
+
+def test_a_switch_that_a_rule_decides_is_refused_also_without_frozen_moments(words):
+    needed = "dense start fills the warm-up"
+    assert needed in error_of([*words, "--sparse=sr_ste", "--autoswitch=True", "--dense_pretrain=0.1"])
+
+
+def test_a_config_files_flip_reference_is_for_the_training_run(tmp_path, words, capsys):
+    (tmp_path / "run.py").write_text('flip_reference = "out-dense"\n')
+    search_decay.main([str(tmp_path / "run.py"), *words, "--dry_run"])
+    for line in capsys.readouterr().out.splitlines()[-3:]:
+        final = search_decay.configure(search_decay.train_defaults(), shlex.split(line)[2:])
+        assert final["flip_reference"] == ""

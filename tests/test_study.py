@@ -15,7 +15,7 @@ import study
 import study_cost
 import study_grids
 import study_report
-from model import PRESETS
+from model import PRESETS, GPTConfig
 from recipes import RECIPES
 from study_grids import FST, STUDIES, Study
 from study_report import paired
@@ -422,3 +422,17 @@ def test_flip_rates_are_means_over_windows_and_mu_is_paired_by_seed(tmp_path, mo
     assert found["flip_rate"]["dense"][0] == [t0 - 0.5 for t0 in study.WINDOWS]
     assert "| lambda 0, mu | " + " | ".join(["2.50 (2.00 to 3.00)"] * len(study.WINDOWS)) + " |" in lines
     assert math.isclose(float(lines[2].split("|")[2]), 1.5 * 149.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that were made by hand, and that nothing above had found
+
+
+def test_predicted_times_know_the_activation_and_no_dense_blocks():
+    p = PRESETS["774M"]
+    width = GPTConfig(**p, activation="swiglu").d_ff
+    shape = (roofline.GPUS["h200"], p["n_layer"], 1280, width, 50304, 1024, 5)
+    gated = roofline.train_step(*shape, activation="swiglu")["ms"]
+    assert study_cost.predicted_ms("sparse=none activation=swiglu", "h200", "774M", 1.5) == gated
+    with pytest.raises(ValueError, match="has no dense blocks; give --step_ms"):
+        study_cost.predicted_ms(f"{FST} dense_blocks=1", "h200", "774M", 1.5)

@@ -12,6 +12,7 @@ import train
 from ffn import FFNPlan, plan_ffn, set_plan
 from model import GPT, GPTConfig
 from runtime import Ranks
+from sparse24 import sparse_linears
 from spmm import Choice
 from spmm_choice import Report
 
@@ -194,3 +195,19 @@ def test_a_run_that_goes_back_to_sparse_gets_a_plan(run, tmp_path):
     assert "no 2:4 GEMMs: pruned matrices are multiplied" in text
     text = run(tmp_path / "out", max_iters=7, dense_start=4, spmm="masked")  # dense from here on
     assert "pruned matrices are multiplied" not in text
+
+
+def test_a_sparse_block_is_timed_where_the_first_ones_are_dense(run, tmp_path, monkeypatch):
+    timed = []
+
+    def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
+        return FFNPlan("gelu", tokens, dtype, mvue, recompute, *[Choice()] * 6), Report({}, [], [])
+
+    def time_ways(mlp, plan, compile_mode, micro_steps):
+        timed.append(len(sparse_linears(mlp)))
+        return {"us": {way: [1.0] * 3 for way in ("dense", "layers", "plan")}, "taken": "layers"}
+
+    monkeypatch.setattr(train, "plan_ffn", plan)
+    monkeypatch.setattr(train, "time_ways", time_ways)
+    run(tmp_path / "out", n_layer=3, dense_blocks=1, max_iters=1)
+    assert timed == [2]

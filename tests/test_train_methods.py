@@ -11,7 +11,16 @@ from harness import DENSE_START, SETTINGS, read_rows, read_state, row_difference
 from test_train import data, given, refused, run  # noqa: F401 (fixtures)
 
 import train
-from sparse24 import RECIPES, expand_pairs, mask24, sste_scale
+from sparse24 import (
+    RECIPES,
+    expand_pairs,
+    flip_rate,
+    mask24,
+    search_permutations,
+    seed_draws,
+    sste_scale,
+    transposable_index,
+)
 
 MAX_ITERS = SETTINGS["max_iters"]
 FREE = ("mask_interval", "masked_decay", "mvue", "dense_finetune", "dense_start")  # the harness sets them for fst
@@ -271,3 +280,197 @@ def test_soft_masks_follow_every_step(run, tmp_path):
     for name, index in state.items():
         if name.endswith("index"):
             assert torch.equal(expand_pairs(index), mask24(state[name.replace("index", "weight")]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that were made by hand, and that nothing above had found
+
+
+def test_a_runs_learning_rate_and_decay_follow_its_own_phases(run, dense, tmp_path):
+    """Sparse from 8 to 26: the cosine spans just these, and the re-warm-up begins where they end."""
+    settings = as_recipe("fst", dense_pretrain=0.25, masked_decay=1e-2, decay_schedule="cosine", rewarm_iters=3)
+    run(tmp_path / "out", **settings)
+    rows = read_rows(tmp_path / "out")[:-1]
+    ratios = [row["lr"] / plain["lr"] for row, plain in zip(rows, read_rows(dense)[:-1], strict=True)]
+    assert ratios == pytest.approx([1] * 27 + [1 / 4, 1 / 2, 3 / 4] + [1] * 2)
+    factors = [1e-2 * (0.5 + 0.5 * math.cos(math.pi * i / 19)) for i in range(19)]
+    assert [row["masked_decay"] for row in rows] == [None] * 8 + [pytest.approx(f) for f in factors] + [None] * 5
+
+
+def test_a_constant_learning_rate_is_warmed_up_again_too(given):
+    given(learning_rate=1e-3, decay_lr=False, warmup_iters=0, rewarm_iters=3)
+    assert [train.get_lr(i, 60) for i in range(59, 64)] == pytest.approx([1e-3, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
+
+
+def test_both_switches_are_saved(run, tmp_path, monkeypatch):
+    saved, save = [], train.checkpoint.save
+    monkeypatch.setattr(
+        train.checkpoint, "save", lambda f, state, name: saved.append(state["iter_num"]) or save(f, state, name)
+    )
+    quiet = {"checkpoint_interval": 1000, "eval_interval": 0}
+    run(tmp_path / "out", **as_recipe("fst", dense_pretrain=0.25, **quiet))
+    assert saved == [8, 27, 32]
+
+
+def test_a_resumed_run_keeps_the_masks_and_phases_that_it_began_with(refused, run, tmp_path):
+    out = tmp_path / "out"
+    run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 1, "micro_batch": 1})
+    soft = {"mask": "soft", "mask_interval": 1}
+    for changes, message in (
+        ({"mask": "row"}, "mask=row (there transposable)"),
+        ({"mask": "row", "backward_mask": "own"}, "backward_mask=own (there same)"),
+        ({**soft, "beta": "init"}, "beta=init (there none)"),
+        ({"dense_pretrain": 0.1}, "dense_pretrain=0.1 (there 0.0)"),
+        ({"dense_pretrain": 0.1, "autoswitch": True}, "autoswitch=True (there False)"),
+        ({"n_layer": 3, "dense_blocks": 1}, "dense_blocks=1 (there 0)"),
+    ):
+        assert message in refused(out, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewarm_iters": -1}, "rewarm_iters=-1, need at least 0"),
+        ({"dense_blocks": -1}, "dense_blocks=-1, need at least 0"),
+        ({"masked_decay_auto_interval": 0}, "masked_decay_auto_interval=0, need at least 1"),
+        ({"dense_pretrain": 0.5, "dense_start": 16}, "dense until iteration 16 and dense from 16: no sparse phase"),
+        (as_recipe("step", dense_start=16), "dense until iteration 16 and dense from 16: no sparse phase"),
+        (as_recipe("bi_mask", spmm="cusparselt"), "spmm='cusparselt' cannot multiply as these settings ask"),
+        ({"masked_decay_auto": True, "flip_reference": "x", "masked_decay": 0.0}, "needs a masked_decay above 0"),
+    ],
+    ids=str,
+)
+def test_a_method_that_cannot_be_is_refused(refused, tmp_path, changes, message):
+    assert message in refused(tmp_path / "out", **changes)
+
+
+def test_what_takes_no_plan_may_ask_for_dense_gemms(run, tmp_path):
+    run(tmp_path / "out", **as_recipe("bi_mask", spmm="dense", max_iters=1))
+
+
+def test_sparse_runs_count_the_flips_that_are_asked_for(run, tmp_path):
+    for kind in ("auto", "row"):
+        run(tmp_path / kind, flip_mask=kind, flip_interval=1, max_iters=3, dense_start=3)
+    auto, row = (read_rows(tmp_path / kind)[:-1] for kind in ("auto", "row"))
+    assert all(a["flip_rate"] != b["flip_rate"] for a, b in zip(auto, row, strict=True))
+    assert all(a["train_loss"] == b["train_loss"] for a, b in zip(auto, row, strict=True))
+
+
+def test_decay_on_weights_has_no_ratio_to_a_gradient(run, tmp_path):
+    run(tmp_path / "out", **as_recipe("sr_ste", max_iters=2))
+    assert [row["decay_ratio"] for row in read_rows(tmp_path / "out")] == [None] * 3
+
+
+def warned(text):
+    return [int(i) for i in re.findall(r"^warning, iteration (\d+): the flip rate is ", text, re.M)]
+
+
+@pytest.mark.parametrize("stop", [5, 10, 14])
+def test_warnings_count_sparse_steps_alone_and_go_on_after_a_stop(run, dense, tmp_path, monkeypatch, stop):
+    """Sparse from 8 on, so that the fifth flip rate to compare is that of step 12."""
+    monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
+    settings = as_recipe("fst", dense_pretrain=0.25, flip_reference=str(dense), flip_interval=1)
+    fault = {"kind": "signal", "signal": "SIGTERM", "iter_num": stop, "micro_batch": 1}
+    first, second = run(tmp_path / "out", fault, **settings), run(tmp_path / "out", **settings)
+    assert (warned(first), warned(second)) == (([12], []) if stop > 12 else ([], [12]))
+
+
+def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp_path, monkeypatch):
+    made, watch = [], train.FlipWatch
+    monkeypatch.setattr(train, "FlipWatch", lambda *args: made.append(args) or watch(*args))
+    for changes in ({"lr_decay_iters": 99}, {"lr_decay_iters": 99, "decay_lr": False}):
+        run(tmp_path / str(len(made)), max_iters=1, **changes)
+    assert made == [(SETTINGS["warmup_iters"], 99, None), (SETTINGS["warmup_iters"], 1, None)]
+
+
+def test_a_run_may_be_steered_from_a_resume_on(run, dense, tmp_path):
+    run(tmp_path / "out", {"kind": "signal", "signal": "SIGTERM", "iter_num": 5, "micro_batch": 1})
+    assert read_state(tmp_path / "out")["controller"] is None
+    run(tmp_path / "out", masked_decay_auto=True, masked_decay_auto_interval=4, flip_reference=str(dense))
+    factors = [row["masked_decay"] for row in read_rows(tmp_path / "out")[:DENSE_START]]
+    assert set(factors[:8]) == {SETTINGS["masked_decay"]}
+    assert factors[8] != factors[7]
+
+
+def test_all_ranks_switch_where_one_finds_moments_settled(run, tmp_path, monkeypatch):
+    """The other rank's answer, yes, is handed over in place of a reduction; it is the only float that is reduced."""
+    monkeypatch.setattr(train.AutoSwitch, "settled", lambda self: 0.0)
+    monkeypatch.setattr(train.Ranks, "maximum", lambda self, value: 1 if isinstance(value, float) else value)
+    run(tmp_path / "out", **METHODS["step"])
+    assert read_state(tmp_path / "out")["sparse_start"] == 3
+
+
+def test_row_orders_are_a_stream_of_draws_of_their_own(monkeypatch):
+    keys, words = [], train.sparse24.seed_words
+    monkeypatch.setattr(train.sparse24, "seed_words", lambda n, *key: keys.append(key) or words(n, *key))
+    layer = train.sparse24.Sparse24Linear(8, 8, False, "bi_mask")
+    search_permutations(layer, 1, 2)
+    seed_draws(layer, 1, 2, 0)
+    others = [(1, 2, 0, tag) for tag in (train._DATA, train._DROPOUT, train._EVAL)]
+    assert len({*keys, *others}) == 2 + 3
+
+
+def test_other_ranks_than_the_first_say_and_write_nothing(run, dense, tmp_path, monkeypatch):
+    """Not even warnings."""
+    monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
+    monkeypatch.setattr(train, "start_ranks", lambda device, backend: train.Ranks(1, 0, 1))
+    monkeypatch.setattr(train, "plan_gemms", lambda *_: None)  # rank 0 would have answered
+    assert run(tmp_path / "out", flip_reference=str(dense), flip_interval=1, max_iters=12, dense_start=12) == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_the_middle_can_be_evaluated_as_deployed(run, tmp_path):
+    settings = {"sparse": "none", "max_iters": 9}
+    run(tmp_path / "out", {"kind": "signal", "signal": "SIGTERM", "iter_num": 5, "micro_batch": 1}, **settings)
+    found = re.search(r"val (\S+), hard-pruned to 2:4 (\S+)\n", run(tmp_path / "out", **settings, eval_only=True))
+    assert found[1] != found[2]
+
+
+def test_row_orders_are_searched_for_with_the_runs_own_seed(run, tmp_path, monkeypatch):
+    searched = []
+    monkeypatch.setattr(train, "search_permutations", lambda model, *key: searched.append(key))
+    run(tmp_path / "out", **METHODS["bi_mask"], seed=5, max_iters=6)
+    assert searched == [(5, 0), (5, 4)]
+
+
+@pytest.mark.parametrize(
+    ("share", "measured", "changes"),
+    [(0.25, [9, 10, 11, *range(14, 24), *range(26, 32)], [12, 24]), (0.5, [*range(16, 24), *range(26, 32)], [24])],
+)
+def test_the_controller_answers_to_its_own_measurements_alone(run, dense, tmp_path, share, measured, changes):
+    """Of the sparse phase, after the warm-up, and in the last 10 steps of each 12; not to those that are logged."""
+    reference = tmp_path / "dense"
+    reference.mkdir()
+    config = json.loads((dense / "config.json").read_text()) | {"warmup_iters": 9}
+    (reference / "config.json").write_text(json.dumps(config))
+    (reference / "metrics.jsonl").write_text((dense / "metrics.jsonl").read_text())
+    settings = as_recipe("fst", dense_pretrain=share, dense_finetune=0.0, masked_decay=1e-2, warmup_iters=9)
+    settings |= {"masked_decay_auto": True, "masked_decay_auto_interval": 12, "flip_reference": str(reference)}
+    rates, factors = [], []
+    for interval in (0, 1):
+        run(tmp_path / str(interval), **settings, flip_interval=interval)
+        rows = read_rows(tmp_path / str(interval))[:-1]
+        rates.append([row["iter"] for row in rows if row["flip_rate"] is not None])
+        factors.append([row["masked_decay"] for row in rows])
+    begin = round(32 * share)
+    assert rates == [measured, [*range(32)]]
+    assert factors[0] == factors[1]
+    assert factors[0][: begin + 1] == [None] * begin + [1e-2]
+    assert [i for i in range(begin + 1, 32) if factors[0][i] != factors[0][i - 1]] == changes
+
+
+def test_each_layers_flip_rate_is_its_own(run, tmp_path):
+    for steps in (0, 1):
+        run(tmp_path / str(steps), max_iters=steps, dense_start=9, flip_layers=True, flip_interval=1)
+    before, after = (read_state(tmp_path / str(steps))["model"] for steps in (0, 1))
+    expected = {
+        name: flip_rate(*(transposable_index(state[f"{name}.weight"]) for state in (before, after)))
+        for name in (key.removesuffix(".index") for key in after if key.endswith(".index"))
+    }
+    assert read_rows(tmp_path / "1")[0]["flip_rate_layers"] == expected
+    assert len({*expected.values()}) == 4
+
+
+def test_no_gemms_are_measured_for_what_takes_no_plan(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "plan_gemms", lambda *_: pytest.fail("measured"))
+    run(tmp_path / "out", **as_recipe("bi_mask", max_iters=1))

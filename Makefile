@@ -1,5 +1,5 @@
 # make demo   environment, data, a sparse training run on this machine, a text sample, two plots
-# make test   lint and all tests; what is skipped, and why, is listed at the end
+# make test   lint and all tests, in two halves; what is skipped, and why, is listed at the end of each
 # make gpu    the tests that need a CUDA GPU
 # make lint   ruff alone
 # make faults kill and stop training at many points, write results/faults.json (12 minutes for the one that is there)
@@ -18,8 +18,12 @@ demo: .venv/installed
 	$(PY) sample.py --out_dir=out-demo --start="def " --num_samples=1 --max_new_tokens=400
 	$(PY) plot.py out-demo
 
+# Two halves side by side, since a test uses one core; the first half's report is printed when the second has ended.
 test: lint
-	$(PY) -m pytest -q
+	@$(PY) -m pytest -q tests/test_[a-k]*.py > .pytest_half.log 2>&1 & first=$$!; \
+	$(PY) -m pytest -q tests/test_[l-z]*.py; second=$$?; \
+	wait $$first; first=$$?; cat .pytest_half.log; rm -f .pytest_half.log; \
+	test $$first -eq 0 -a $$second -eq 0
 
 gpu:
 	$(PYTHON) -m pytest -m gpu

@@ -475,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
         picture = Path(search.args.search_dir) / "search.png"
         draw(search, picture)
         print(f"wrote {picture.with_suffix('.json')} and {picture}")
-    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"search_decay.py: error: {error}")
     except ImportError as error:
         print(f"wrote {picture.with_suffix('.json')}, but no figure: {error}; pip install matplotlib")

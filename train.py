@@ -483,7 +483,7 @@ def main() -> None:
         report = plan_gemms(model, kept, ranks, dev) if planned else None
         settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
         reference = FlipReference(flip_reference, settings, flip_mask) if flip_reference else None
-    except (ValueError, OSError, ImportError, NotImplementedError, checkpoint.CheckpointError) as error:
+    except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
         sys.exit(f"train.py: error: {error}")
 
     if state is not None and state["iter_num"] >= max_iters and not eval_only:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics import read_config, read_metrics
+from metrics import read_config, read_metrics, smooth
 
 HEALTHY = (0.60, 0.95)  # section 4.3
 TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
@@ -61,12 +61,6 @@ class FlipReference:
         if iter_num > self.iters[-1]:
             return self.per_lr * lr
         return float(np.interp(iter_num, self.iters, self.rates))
-
-
-def smooth(values: list[float], half: int) -> list[float]:
-    """Mean of each value with up to `half` neighbours on each side."""
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [math.fsum(window) / len(window) for window in windows]
 
 
 class FlipWatch:
@@ -121,9 +115,9 @@ class DecayController:
     mu is that of the last `window` steps before. Section 4.1 wants a high peak of the flip rate and a low tail, so
     early mu has a floor and late mu has none: it falls by itself, and a controller that holds it up ends with too
     little decay (tried: results/decay-two-sided.md). It waits for the end of the warm-up, since until then masks
-    hardly answer to lambda, and an integrator would run away. The logarithm of mu falls by 0.1 to 0.5 for each unit
-    of log lambda (results/flip_rate.md, results/decay.md), so each step of the square takes away 20 to 100 % of the
-    error and does not overshoot; the clip is for one mu that is far off.
+    hardly answer to lambda, and an integrator would run away. In and around the band the logarithm of mu falls by 0.1
+    to 0.5 for each unit of log lambda (results/flip_rate.md, results/decay.md), so each step of the square takes away
+    20 to 100 % of the error and does not overshoot; the clip is for one mu that is far off.
     """
 
     EARLY = 5  # warm-ups

@@ -430,8 +430,8 @@ def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_col
     n = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = n < groups
     a0, a1, a2, a3 = _bits_split(_load_groups(w_ptr, n, columns, stride_row, stride_column, live))
-    INF: tl.constexpr = 0x7F800000
-    a0, a1, a2, a3 = tl.minimum(a0, INF), tl.minimum(a1, INF), tl.minimum(a2, INF), tl.minimum(a3, INF)
+    NAN: tl.constexpr = 0x7F800001  # all NaNs are one, above inf
+    a0, a1, a2, a3 = tl.minimum(a0, NAN), tl.minimum(a1, NAN), tl.minimum(a2, NAN), tl.minimum(a3, NAN)
     # An element is kept that loses to one other at most. Ties keep the lower index.
     c01, c02, c03 = (a0 >= a1).to(tl.int32), (a0 >= a2).to(tl.int32), (a0 >= a3).to(tl.int32)
     c12, c13, c23 = (a1 >= a2).to(tl.int32), (a1 >= a3).to(tl.int32), (a2 >= a3).to(tl.int32)

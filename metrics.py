@@ -1,6 +1,7 @@
 """metrics.jsonl, the numbers of a run, one object a line: writing it, and reading it and config.json back."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -101,3 +102,9 @@ def read_config(folder):
             return json.load(file)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; delete it to go without the run's settings") from None
+
+
+def smooth(values: list[float], half: int) -> list[float]:
+    """Mean of each value with up to `half` neighbours on each side."""
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [math.fsum(window) / len(window) for window in windows]

@@ -176,29 +176,17 @@ def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
     return mask.unflatten(-1, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def mask24_ref(w: torch.Tensor) -> torch.Tensor:
-    """Row-wise 2:4 mask: the two largest magnitudes of each group of four along the last dimension (section 3.1).
-
-    Ties keep the lower index. w: (..., n), n divisible by 4. Returns bool of w's shape. Raises ValueError otherwise.
-    """
-    _check_groups("mask24", w)
-    groups = w.detach().abs().unflatten(-1, (-1, 4))
-    kept = groups.sort(dim=-1, descending=True, stable=True).indices[..., :2]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
-
-
 def pair_index_ref(x: torch.Tensor) -> torch.Tensor:
-    """`mask24` as its index: which pair of PAIRS each group of four keeps, uint8 (..., n/4), entries 0..5.
+    """Row-wise 2:4 mask: which pair of PAIRS, the two largest magnitudes, each group of four along the last dimension
+    keeps (section 3.1).
 
-    A NaN counts as infinite. Raises ValueError on other shapes.
+    Ties keep the lower index; NaN counts as the largest. x: (..., n), n divisible by 4. Returns uint8 (..., n/4),
+    entries 0..5. Raises ValueError on other shapes.
     """
     _check_groups("pair_index", x)
-    a = x.detach().abs().nan_to_num(math.inf, math.inf).unflatten(-1, (-1, 4)).unbind(-1)
-    # wins[i]: how many of the others i beats; the lower index wins a tie. A pair's low element beats two at least.
-    wins = [sum((a[i] >= a[j] if i < j else a[i] > a[j]).to(torch.uint8) for j in range(4) if j != i) for i in range(4)]
-    kept = [w >= 2 for w in wins]
-    low, high = torch.where(kept[0], 0, torch.where(kept[1], 1, 2)), torch.where(kept[3], 3, torch.where(kept[2], 2, 1))
-    return (low + high - (low == 0).to(low.dtype)).to(torch.uint8)
+    groups = x.detach().abs().unflatten(-1, (-1, 4))
+    low, high = groups.sort(dim=-1, descending=True, stable=True).indices[..., :2].sort(dim=-1).values.unbind(-1)
+    return (low + high - (low == 0).long()).to(torch.uint8)
 
 
 def expand_pairs(index: torch.Tensor) -> torch.Tensor:
@@ -206,6 +194,12 @@ def expand_pairs(index: torch.Tensor) -> torch.Tensor:
     if index.dtype != torch.uint8:
         raise ValueError(f"expand_pairs: {index.dtype}, need the uint8 of pair_index")
     return _table("pairs", index.device)[index.long()].flatten(-2)
+
+
+def mask24_ref(w: torch.Tensor) -> torch.Tensor:
+    """`pair_index_ref` as its mask, bool of w's shape, True = kept. Raises ValueError on other shapes."""
+    _check_groups("mask24", w)
+    return expand_pairs(pair_index_ref(w))
 
 
 def flip_count_ref(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -696,9 +690,6 @@ def flip_count(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return flip_count_ref(before, after)
 
 
-mask24 = mask24_ref
-
-
 def pair_index(x: torch.Tensor) -> torch.Tensor:
     """pair_index_ref, by a kernel where it can."""
     x = x.detach()
@@ -706,6 +697,12 @@ def pair_index(x: torch.Tensor) -> torch.Tensor:
         _check_groups("pair_index", x)
         return _kernels.pair_index(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
     return pair_index_ref(x)
+
+
+def mask24(w: torch.Tensor) -> torch.Tensor:
+    """mask24_ref, its search by a kernel where it can."""
+    _check_groups("mask24", w)
+    return expand_pairs(pair_index(w))
 
 
 def mvue24(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,8 +13,7 @@ import itertools
 import math
 import os
 
-from health import smooth
-from metrics import read_config, read_metrics
+from metrics import read_config, read_metrics, smooth
 
 # Okabe and Ito's palette, less its yellow, which is too faint for a line: distinct for the colour-blind.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -37,9 +37,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from configurator import configure, setting_names
-from health import HEALTHY, TARGET, smooth
+from health import HEALTHY, TARGET
 from loader import DATA_FOLDER, Tokens, load_meta
-from metrics import read_config, read_metrics
+from metrics import read_config, read_metrics, smooth
 from plot import curve, finish, new_figure
 from recipes import Recipe, recipe_of
 

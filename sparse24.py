@@ -258,7 +258,7 @@ def sparse_linears(model: nn.Module) -> list[Sparse24Linear]:
     return [module for module in model.modules() if isinstance(module, Sparse24Linear)]
 
 
-def _recipe_of(name: str, recipe: Recipe) -> Recipe:
+def _layer_recipe(name: str, recipe: Recipe) -> Recipe:
     """The recipe of the layer of this name: MVUE may be for some alone."""
     if not recipe.mvue or name.endswith(recipe.mvue_layers):
         return recipe
@@ -287,7 +287,8 @@ def sparsify(
     layers: names as in named_modules(), or a predicate (name, module). Only plain nn.Linear is swapped (a predicate
     passes over everything else; attention's out_proj, say, is never called as a module). Layers that are sparse
     already stay as they are. Returns the names swapped. Raises ValueError, before anything is changed, when nothing
-    matches, when a name is no nn.Linear of the model, or when a shape is not divisible by 4.
+    matches, when a name is no nn.Linear of the model, when none has the recipe's mvue_layers, or when a shape is not
+    divisible by 4.
     """
     recipe = get_recipe(recipe)
     linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) in (nn.Linear, Sparse24Linear)}
@@ -304,7 +305,9 @@ def sparsify(
         raise ValueError(
             f"sparsify: no layer's name ends with mvue_layers={recipe.mvue_layers!r}, need one of {', '.join(chosen)}"
         )
-    layer_of = {linear: Sparse24Linear.from_linear(linear, _recipe_of(name, recipe)) for linear, name in dense.items()}
+    layer_of = {
+        linear: Sparse24Linear.from_linear(linear, _layer_recipe(name, recipe)) for linear, name in dense.items()
+    }
     swapped = [name for name, m in linears.items() if m in layer_of]  # under all of its names, where it has several
     for name in swapped:
         _replace(model, name, layer_of[linears[name]])
@@ -505,9 +508,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         state["exp_avg"].lerp_(grad, 1 - beta1)
         denominator = (state["exp_avg_sq"] / (1 - beta2 ** state["frozen_step"])).sqrt_().add_(group["eps"])
         p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(
-            lr * state["exp_avg"] / (denominator * (1 - beta1 ** state["step"].double()))
-        )  # no .item(): nothing waits
+        bias = 1 - beta1 ** state["step"].double()  # a tensor, so that nothing waits for a GPU
+        p.sub_(lr * state["exp_avg"] / (denominator * bias))
 
     @torch.no_grad()
     def _kernel_step(self) -> bool:

@@ -154,8 +154,15 @@ def compare(args) -> tuple[dict, list[str]]:
     mus = {label: values for label, values in mus.items() if label != "dense" and None not in values}
     if mus:
         note += " Early mu: flip rate over the dense run's, between 1.5 and 5 warm-ups (section 4.3)."
+    decays = {label: [last_decay(folder) for folder in found] for label, found in runs.items()}
     data = {"variants": study.variants, "val_loss": losses, "val_loss_24": pruned, "early_mu": mus, "panels": panels}
+    data["last_masked_decay"] = {label: values for label, values in decays.items() if None not in values}
     return data | environment(runs), [*loss_table(losses, pruned, mus, panels), "", note]
+
+
+def last_decay(folder: Path) -> float | None:
+    """The decay factor of the run's last sparse step, which a controller may have changed; None where none decayed."""
+    return next((row["masked_decay"] for row in read_metrics(folder)[::-1] if row.get("masked_decay")), None)
 
 
 def early_mus(folders: list[Path], dense: list[Path]) -> list[float | None]:

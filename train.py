@@ -249,10 +249,11 @@ def resolve_settings(overrides: dict) -> Recipe | None:
         return None
     recipe = recipes.recipe_of({**overrides, "sparse": sparse})
     globals().update({field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "name"})
-    if masked_decay_auto and not (masked_decay and decay_schedule == "constant" and decay_on != "weight"):
+    steers = masked_decay and warmup_iters and decay_schedule == "constant" and decay_on != "weight"
+    if masked_decay_auto and not steers:
         raise ValueError(
-            "masked_decay_auto=True needs a masked_decay above 0 to start from, decay_schedule='constant', and a "
-            "decay_on other than 'weight', to which flip rates do not answer"
+            "masked_decay_auto=True needs a masked_decay above 0 to start from, warmup_iters above 0 (it steers up to "
+            "5 of them), decay_schedule='constant', and a decay_on other than 'weight', to which no flip rate answers"
         )
     begin, end = round(max_iters * (recipes.AUTOSWITCH_LATEST if autoswitch else dense_pretrain)), planned_dense_start()
     if dense_pretrain and not begin < end:

@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
+from harness import make_dataset
 
 import search_decay
 from health import TARGET
@@ -32,13 +32,7 @@ TINY = [
 
 @pytest.fixture
 def data(tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    tokens = np.tile(np.arange(12, dtype="<u2"), 60)
-    for split in ("train", "val"):
-        tokens.tofile(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": "char", "vocab_size": 12, "chars": "abcdefghijkl"}))
-    return folder
+    return make_dataset(tmp_path / "tiny")
 
 
 @pytest.fixture

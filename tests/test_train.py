@@ -698,6 +698,7 @@ def test_a_real_process_exits_with_status_2_and_no_traceback(tmp_path):
         ({"flip_reference": "no/such"}, "no such run folder: 'no/such'; give the out_dir of a run"),
         ({"masked_decay_auto": True, "flip_reference": "x", "decay_schedule": "cosine"}, "decay_schedule='constant'"),
         ({"masked_decay_auto": True, "flip_reference": "x", "decay_on": "weight"}, "decay_on other than 'weight'"),
+        ({"masked_decay_auto": True, "flip_reference": "x", "warmup_iters": 0}, "warmup_iters above 0"),
         ({"dense_pretrain": 0.5, "dense_start": 9}, "dense until iteration 16 and dense from 9: no sparse phase"),
         ({"sparse": "step", "autoswitch": False, "dense_pretrain": 0.01}, "is no step, precondition needs some"),
         ({"mvue_layers": "c_fx"}, "no layer's name ends with mvue_layers='c_fx'"),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"train", "sample", "study", "search_decay", "bench"},
     {"study_cost", "study_report"},
-    {"bench_suites", "bench_kernels", "study_grids"},
+    {"bench_suites", "bench_kernels", "study_grids", "cluster"},
     {"runtime", "loader", "model", "plot", "roofline"},
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},

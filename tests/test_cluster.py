@@ -1,16 +1,19 @@
 """The plan for many GPUs is arithmetic that a reader can redo: parts by hand, limits, and what must not grow."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import bench
 import cluster
 import roofline
 from cluster import FREE, Layout, Network
 from model import GPT, GPTConfig
 from roofline import GPU, GPUS
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = GPTConfig(n_layer=3, n_embd=64, n_head=1, block_size=32, vocab_size=128, bias=False)
 XL, SEVEN = (cluster.MODELS[name][0] for name in ("1.5B", "7B"))
 NET = cluster.NETWORKS["h100"]
@@ -250,3 +253,23 @@ def test_youngs_interval_is_the_best():
     assert cluster.lost_share(10.0, 600.0, 1000) == pytest.approx(10 / 600 + 300 / (50 * 3600))
     best = cluster.best_interval(10.0, 1000)
     assert all(cluster.lost_share(10, best, 1000) < cluster.lost_share(10, k * best, 1000) for k in (0.8, 1.25))
+
+
+def test_results_hold_what_is_printed(capsys):
+    bench.main(["--predict", "--gpus"])
+    text = capsys.readouterr().out
+    assert (ROOT / "results" / "cluster.md").read_text() == text, (
+        "python bench.py --predict --gpus > results/cluster.md"
+    )
+    assert text.startswith("A plan for 64 and 1024 GPUs, predicted and not measured")
+    assert all(f"{name.upper()}, predicted and not measured" in text for name in GPUS)
+    for rows in (line for line in text.split("\n\n") if line.startswith("|")):
+        assert len({row.count("|") for row in rows.splitlines()}) == 1, rows
+    assert "| 1.5B | 524,288 | 1024 | cannot share 512 sequences |" in text
+
+
+def test_bench_says_what_it_cannot_plan():
+    with pytest.raises(SystemExit, match="--gpus is what --predict plans for"):
+        bench.main(["--gpus", "64"])
+    with pytest.raises(SystemExit, match=r"gpus=12, .*need whole nodes"):
+        bench.main(["--predict", "h100", "--gpus", "12"])

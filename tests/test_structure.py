@@ -21,7 +21,7 @@ LAYERS = [
     {"runtime", "loader", "model", "plot", "roofline"},
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},
-    {"operators", "baselines", "spmm_choice", "metrics", "recipes"},
+    {"operators", "baselines", "spmm_choice", "metrics", "recipes", "checkpoint_shards"},
     {"kernels_ffn", "spmm"},
     {"kernels"},
 ]

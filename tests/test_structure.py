@@ -18,7 +18,7 @@ LAYERS = [
     {"train", "sample", "study", "search_decay", "bench"},
     {"study_cost", "study_report"},
     {"bench_suites", "bench_kernels", "study_grids", "cluster"},
-    {"runtime", "loader", "model", "plot", "roofline"},
+    {"runtime", "loader", "model", "plot", "roofline", "checkpoint_writer"},
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},
     {"operators", "baselines", "spmm_choice", "metrics", "recipes", "checkpoint_shards"},

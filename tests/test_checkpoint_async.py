@@ -79,6 +79,16 @@ def test_without_hard_links_it_is_copied(tmp_path, monkeypatch):
     assert names(tmp_path) == ["ckpt.pt", "ckpt_00000020.pt", "ckpt_prev.pt"]
     assert (tmp_path / "ckpt_00000020.pt").read_bytes() == (tmp_path / "ckpt_prev.pt").read_bytes()
 
+    def die_half_way(source, target):
+        target.write_bytes(source.read_bytes()[:100])
+        raise KeyboardInterrupt  # passes through save as a kill does, without any cleaning up
+
+    monkeypatch.setattr(shutil, "copyfile", die_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, make_state(40), keep_every=20)
+    assert not (tmp_path / "ckpt_00000040.pt").exists()
+    assert iteration(tmp_path / "ckpt.pt") == 30
+
 
 def test_numbered_files_are_let_alone_without_a_rule_and_others_always(tmp_path):
     foreign = {"ckpt_best.pt", "ckpt_mine.pt", "ckpt_1.pt", "ckpt_00000010.pt.old", "notes.txt"}
@@ -224,13 +234,13 @@ def test_what_training_changes_after_a_save_does_not_reach_the_file(tmp_path, ga
 def test_a_save_waits_for_the_one_before_and_uses_its_memory(tmp_path, gate, monkeypatch):
     writer, memory, real = Writer(tmp_path), [], threading.Thread.join
 
-    def join(thread, timeout=None):  # who waits for the thread opens the gate
+    def join(thread, timeout=None):  # who waits for the thread opens the gate, for that thread
         gate.set()
         real(thread, timeout)
+        gate.clear()
 
     monkeypatch.setattr(threading.Thread, "join", join)
     for iter_num in (1, 2, 3):
-        gate.clear()
         writer.save(make_state(iter_num))
         assert gate.log == [(what, i) for i in range(1, iter_num) for what in ("begin", "end")]
         assert writer.busy

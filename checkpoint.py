@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment, and that are checked before they are trusted.
 
     save   state -> ckpt.pt.tmp, fsync -> the old ckpt.pt also becomes ckpt_prev.pt -> rename ckpt.pt.tmp to ckpt.pt
-           -> delete numbered checkpoints that are kept no longer, and folders of shards that no ckpt*.pt names
+           -> delete numbered checkpoints that are kept no longer, and folders of shards that no file names
     load   every file's CRC-32 -> torch.load(weights_only=True), which runs no code -> the keys below are all there
 
     python checkpoint.py out/ckpt.pt whole.pt        one file of a sharded checkpoint
@@ -109,10 +109,10 @@ def _delete_numbered(folder: Path, iter_num: int, keep_last: int, keep_every: in
 
 
 def delete_unnamed_shards(folder: Path) -> None:
-    """Delete the folders of shards that no ckpt*.pt names: of replaced checkpoints, and of saves that were killed."""
+    """Delete the folders of shards that no *.pt beside them names: of replaced checkpoints, and of killed saves."""
     there = list(folder.glob("ckpt_*.shards"))
     named = set()
-    for path in folder.glob("ckpt*.pt") if there else ():
+    for path in folder.glob("*.pt") if there else ():
         try:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             named.add(state["shards"]["folder"])
@@ -137,11 +137,12 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
     check_keys(state)
     path = Path(out_dir) / name
     temporary, iter_num = path.with_name(name + ".tmp"), state["iter_num"]
+    numbered = path.with_name(f"ckpt_{iter_num:08d}.pt")
     numbering = name == NAME and (keep_last > 2 or keep_every > 0)
     try:
         write(temporary, state)
         if numbering and _kept({iter_num}, iter_num, keep_last, keep_every):
-            _keep_numbered(temporary, path.with_name(f"ckpt_{iter_num:08d}.pt"))
+            _keep_numbered(temporary, numbered)
         if name == NAME and path.exists():
             _keep_previous(path, path.with_name(PREVIOUS))
         os.replace(temporary, path)
@@ -151,7 +152,8 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
         delete_unnamed_shards(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            for left in (temporary, numbered.with_name(numbered.name + ".tmp")):
+                left.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
     return path
 
@@ -240,7 +242,7 @@ def load(path: str | Path, patterns_hash: str, map_location="cpu", whole: bool =
     worst = ranks.maximum(ranks.rank + 1 if error else 0)
     if worst:
         error = error or CheckpointError(f"{path} cannot be used, and rank {worst - 1} says why")
-        raise _offer_previous(path, error) from error
+        raise _offer_previous(path, error)
     if state["patterns_hash"] != patterns_hash:
         raise CheckpointError(
             f"{path}: its masks are indices into another pattern table ({state['patterns_hash']}, here "

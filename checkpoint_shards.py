@@ -164,12 +164,12 @@ class _Folder:
     def __init__(self, path: Path, entry: dict):
         self.folder, self.files, self.opened = path.with_name(entry["folder"]), entry["files"], {}
 
-    def name(self, k: int) -> str:
-        return f"{self.folder.name}/{k}.pt"
+    def path(self, k: int) -> Path:
+        return self.folder / f"{k}.pt"
 
     def damage(self, k: int) -> str | None:
         """What is wrong with shard k's file, or None. The CRC-32 is of all its bytes, the archive's tables included."""
-        path, need = self.folder / f"{k}.pt", self.files[k]
+        path, need = self.path(k), self.files[k]
         try:
             size, crc32 = path.stat().st_size, 0
             if size != need["bytes"]:
@@ -184,7 +184,7 @@ class _Folder:
         return None if crc32 == need["crc32"] else "is corrupted, or of another save: it has another CRC-32"
 
     def tensor(self, k: int, part: str, name: str) -> torch.Tensor:
-        path = self.folder / f"{k}.pt"
+        path = self.path(k)
         try:
             if k not in self.opened:
                 self.opened[k] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -217,8 +217,12 @@ class Sharded:
             begin, end = max(start, first), min(stop, first + count)
             if begin < end:
                 part = self.folder.tensor(k, self.part, self.name)
-                if part.shape != (count, *self.shape[1:]) or part.dtype != self.dtype:
-                    raise CheckpointError(f"{self.folder.name(k)}: {self.name} is {part.dtype} {tuple(part.shape)}")
+                shape = (count, *self.shape[1:])
+                if part.shape != shape or part.dtype != self.dtype:
+                    raise CheckpointError(
+                        f"{self.folder.path(k)} cannot be used: its {self.part} {self.name} is {part.dtype} "
+                        f"{tuple(part.shape)}, need {self.dtype} {shape}"
+                    )
                 result[begin - start : end - start] = part[begin - first : end - first]
             first += count
         return result
@@ -237,18 +241,21 @@ def put_together(state: dict, path: Path, entry: dict, rank: int = 0, world_size
 
     Raises CheckpointError for a file that is missing, truncated, corrupted or of another save.
     """
-    folder = _Folder(path, entry)
-    for k in range(rank, len(folder.files), world_size):
-        damage = folder.damage(k)
-        if damage:
-            raise CheckpointError(f"{path} cannot be used: its shard {folder.folder / f'{k}.pt'} {damage}")
 
     def change(_, value):
         if not isinstance(value, dict) or MARKER not in value:
             return value
         return Sharded(folder, *value[MARKER], torch.Size(value["shape"]), value["dtype"], tuple(value["rows"]))
 
-    return rebuild(state, change)
+    try:
+        folder = _Folder(path, entry)
+        for k in range(rank, len(folder.files), world_size):
+            damage = folder.damage(k)
+            if damage:
+                raise CheckpointError(f"{path} cannot be used: its shard {folder.path(k)} {damage}")
+        return rebuild(state, change)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be used: what it says of its shards is foreign ({error!r})") from error
 
 
 def make_whole(state: dict, map_location) -> dict:

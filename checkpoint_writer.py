@@ -84,7 +84,7 @@ class Writer:
         return self._pending and (unseen or (self._thread is not None and self._thread.is_alive()))
 
     def save(self, state: dict, name: str = checkpoint.NAME) -> None:
-        """Copy `state` and begin to write it to out_dir/name, after the save before this one is on disk.
+        """Copy `state` and begin to write it to out_dir/name, a *.pt, after the save before this one is on disk.
 
         Raises CheckpointError where that one failed, and then does not begin; ValueError when `state` lacks a key, or
         holds DTensors that are sharded otherwise than FSDP2 does, see checkpoint_shards.take_apart.

@@ -14,6 +14,7 @@ from checkpoint import KEYS, CheckpointError, clear, find, load, save
 from checkpoint_writer import Writer
 
 HASH = "hash"
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def make_state(iter_num, **model):
@@ -87,6 +88,16 @@ def test_without_hard_links_it_is_copied(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, make_state(40), keep_every=20)
     assert not (tmp_path / "ckpt_00000040.pt").exists()
+    assert iteration(tmp_path / "ckpt.pt") == 30
+
+    def fill_the_disk(source, target):
+        target.write_bytes(b"half")
+        raise FULL
+
+    monkeypatch.setattr(shutil, "copyfile", fill_the_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(tmp_path, make_state(60), keep_every=20)
+    assert not [name for name in names(tmp_path) if "60" in name]
     assert iteration(tmp_path / "ckpt.pt") == 30
 
 
@@ -293,9 +304,6 @@ def fail_once(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torch, "save", patched)
-
-
-FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("sees", ["wait", "poll", "save"])

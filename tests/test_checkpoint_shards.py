@@ -298,6 +298,32 @@ def test_shards_of_another_save_are_refused(out):
     assert f"{first} " in refusal(out)
 
 
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("shards", {"folder": "../ckpt_00001200.shards"}),
+        ("shards", {"files": [{"crc32": 1}]}),
+        ("shards", {"files": 2}),
+        ("model", {"wte.weight": {MARKER: ["model"]}}),
+        ("model", {"wte.weight": {MARKER: ["model", "wte.weight"], "shape": [7, 4], "dtype": torch.float32}}),
+    ],
+)
+def test_what_is_said_of_shards_in_another_way_is_refused(out, part, changes):
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    torch.save({**state, part: {**state[part], **changes}}, out / "ckpt.pt")
+    assert "what it says of its shards is foreign" in refusal(out)
+
+
+def test_a_shard_of_another_shape_is_refused(out):
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    state["model"]["wte.weight"]["rows"] = [3, 4]
+    torch.save(state, out / "ckpt.pt")
+    with pytest.raises(
+        CheckpointError, match=r"0\.pt cannot .*wte\.weight is torch.float32 \(4, 4\), need .*\(3, 4\)$"
+    ):
+        load(out / "ckpt.pt", HASH)
+
+
 def test_damage_that_one_rank_finds_is_raised_on_both(ran):
     first, second = (seen(ran / "refuse", rank)["load"] for rank in (0, 1))
     assert re.search(r"ckpt\.pt cannot be used, and rank 1 says why", first)
@@ -321,15 +347,15 @@ def test_the_previous_one_is_offered_only_when_its_shards_are_whole(ran, tmp_pat
 
 def test_folders_of_shards_go_with_the_last_checkpoint_that_names_them(out, expected):
     """A run that goes on in one process."""
-    shutil.copy(out / "ckpt.pt", out / "ckpt_best.pt")
+    shutil.copy(out / "ckpt.pt", out / "mine.pt")
     (out / "ckpt_00001100.shards").mkdir()  # what a kill left
     (out / "other.shards").mkdir()
     save(out, {**expected, "iter_num": 1300})
     assert not (out / "ckpt_00001100.shards").exists()
     assert (out / "other.shards").exists()
     save(out, {**expected, "iter_num": 1400})
-    check_close(load(out / "ckpt_best.pt", HASH), expected)
-    (out / "ckpt_best.pt").unlink()
+    check_close(load(out / "mine.pt", HASH), expected)
+    (out / "mine.pt").unlink()
     save(out, {**expected, "iter_num": 1500})
     assert names(out) == ["ckpt.pt", "ckpt_prev.pt"]
 

@@ -8,7 +8,8 @@ transposed. X, Y (T, d) token-major; Z, A (d_ff, T) feature-major, gated Z (2 d_
                db1, db2: sums over tokens of the unpruned dZ, dY
 
 How each GEMM is multiplied is the plan's: a 2:4 kernel, or a dense one on the same pruned matrix (spmm.py). The
-weights' operands are made once per optimizer step by `pack_weights`, not per micro-step. A plan is for one number of
+weights' operands are made once per optimizer step by `pack_weights`, not per micro-step; but of weights that FSDP frees
+in between (`prune_again`), where they multiply, in the forward and again in the backward. A plan is for one number of
 tokens; other inputs, the dense phase and modules without a plan take the layers one by one, as nn.Linear would.
 """
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import operators
-from sparse24 import Sparse24Linear, transposable_index
+from sparse24 import Sparse24Linear, prune, transposable_index
 from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, matmul24
 from spmm_choice import Report, choose, time_interleaved, wins
 
@@ -196,21 +197,36 @@ class _SparseFFN(torch.autograd.Function):
     """See the top of this file. w1, w2 receive gradients only; what is multiplied are their operands."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, w1_24, w1_t_24, w2_24, w2_t_24, seed1, seed2, plan):
+    def forward(ctx, x, w1, b1, w2, b2, w1_24, w1_t_24, w2_24, w2_t_24, seed1, seed2, plan, mask):
+        # mask: of weights that are packed here and now the kind of their masks; then index and beta come as operands
+        made = (w1, w1_24, w1_t_24, w2, w2_24, w2_t_24) if mask else None
+        if mask:
+            (w1_24, _), (w2_24, _) = _SparseFFN.operands(*made, plan, mask)
+            w1_t_24 = w2_t_24 = None
         d_model, d_ff = w2.shape
         z = matmul24(w1_24, x.t(), b1, w1.shape[0], False, plan.z)
         a = operators.activation(z, plan.activation)
         y = matmul24(w2_24, a, b2, d_model, True, plan.y)
-        ctx.plan, ctx.d_ff, ctx.w1_dtype, ctx.w2_dtype = plan, d_ff, w1.dtype, w2.dtype
+        ctx.plan, ctx.mask, ctx.d_ff, ctx.w1_dtype, ctx.w2_dtype = plan, mask, d_ff, w1.dtype, w2.dtype
         # copied: the next micro-step may fill them already
         seeds = (seed1.clone(), seed2.clone()) if plan.mvue else (None, None)
-        ctx.save_for_backward(x, z, None if plan.recompute else a, w1_t_24, w2_t_24, *seeds)
+        ctx.save_for_backward(x, z, None if plan.recompute else a, *seeds, *(made or (w1_t_24, w2_t_24)))
         return y
+
+    @staticmethod
+    def operands(w1, index1, beta1, w2, index2, beta2, plan, mask):
+        """(what multiplies in the forward, what in the input's gradient) of W1 and of W2."""
+        first = _packed_now(w1, index1, beta1, mask, (plan.z.order, plan.dx.order), plan.dtype)
+        return first, _packed_now(w2, index2, beta2, mask, (plan.y.order, plan.da.order), plan.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, z, a, w1_t_24, w2_t_24, seed1, seed2 = ctx.saved_tensors
+        x, z, a, seed1, seed2, *operands = ctx.saved_tensors
+        if ctx.mask:
+            (_, w1_t_24), (_, w2_t_24) = _SparseFFN.operands(*operands, ctx.plan, ctx.mask)
+        else:
+            w1_t_24, w2_t_24 = operands
         plan, dy = ctx.plan, dy.contiguous()
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         dx = dw1 = db1 = dw2 = db2 = None
@@ -243,7 +259,7 @@ class _SparseFFN(torch.autograd.Function):
                 dx = matmul24(w1_t_24, dz, None, x.shape[1], True, plan.dx)
         db1 = db1.to(x.dtype) if needs_b1 else None
         db2 = db2.to(x.dtype) if needs_b2 else None
-        return dx, dw1, db1, dw2, db2, None, None, None, None, None, None, None
+        return dx, dw1, db1, dw2, db2, None, None, None, None, None, None, None, None
 
 
 def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: nn.Module) -> bool:
@@ -265,15 +281,20 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
     Needs `pack_weights` since the weights or masks last changed: RuntimeError otherwise, except inside torch.compile.
     """
     orders = (plan.z.order, plan.dx.order), (plan.y.order, plan.da.order)
+    mask = c_fc.recipe.mask if c_fc.prune_again else None
     for layer, order in zip((c_fc, c_proj), orders, strict=True):
-        if not torch.compiler.is_compiling() and getattr(layer, "packed_from", None) != _source(layer, *order):
+        stale = not torch.compiler.is_compiling() and getattr(layer, "packed_from", None) != _source(layer, *order)
+        if stale and not mask:
             raise RuntimeError("sparse_ffn: weights or masks changed since they were packed; call pack_weights(model)")
     shape = x.shape
     x = x.reshape(-1, shape[-1]).to(plan.dtype)
     x = F.pad(x, (0, 0, 0, plan.padding)) if plan.padding else x
     b1, b2 = (None if layer.bias is None else layer.bias.to(plan.dtype) for layer in (c_fc, c_proj))
-    operands = (*_operands(c_fc, *orders[0]), *_operands(c_proj, *orders[1]))
-    y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *operands, c_fc.seed, c_proj.seed, plan)
+    if mask:
+        operands = (t for layer in (c_fc, c_proj) for t in (layer.index, layer.scale))
+    else:
+        operands = (*_operands(c_fc, *orders[0]), *_operands(c_proj, *orders[1]))
+    y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *operands, c_fc.seed, c_proj.seed, plan, mask)
     return (y[: plan.tokens] if plan.padding else y).view(shape)  # a slice would cost the backward a copy of dY
 
 
@@ -335,7 +356,7 @@ def pack_weights(model: nn.Module) -> None:
     refresh. In the dense phase, and without a plan, free them. No synchronisation."""
     for ffn in _planned(model):
         plan = ffn.plan
-        if plan is None or not (ffn.c_fc.sparse and ffn.c_proj.sparse):
+        if plan is None or not (ffn.c_fc.sparse and ffn.c_proj.sparse) or ffn.c_fc.prune_again:
             _free(ffn.c_fc)
             _free(ffn.c_proj)
         else:
@@ -360,36 +381,50 @@ def _buffer(layer: Sparse24Linear, name: str, shape: tuple | None, dtype: torch.
     return layer._buffers[name]
 
 
-def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dtype) -> None:
-    """Fill what is read: packed and packed_t in these orders; w_24 where a dense GEMM or a library's converter does."""
-    w, size, orders = layer.weight, (layer.weight.numel() * 9 // 16,), (order, order_t)
-    if layer.recipe.mask != "transposable":
-        _pack_forward(layer, order, dtype)
+def _wanted(mask: str, orders: tuple[str, str]) -> tuple[bool, bool, bool]:
+    """Which of _BUFFERS multiplying in these orders takes: packed and packed_t, which our kernel writes together; w_24
+    where a dense GEMM or a library's converter reads it."""
+    if mask != "transposable":  # 2:4 along the rows alone
+        return True, orders[0] != "masked", False
+    ours = [order for order in orders if order in _OURS]
+    assert len({*ours}) < 2, f"{ours}: one GPU reads one order"
+    return len(ours) < 2, *(bool(ours) or order != "masked" for order in orders)
+
+
+def _write(w_24, packed, packed_t, w, index, beta, mask: str, orders: tuple[str, str], metadata: bool = True) -> None:
+    """Fill those that are not None from the weight. metadata=False: the mask is that of the last time."""
+    ours = [order for order in orders if order in _OURS]
+    if mask == "transposable" and ours:
+        operators.pack_weight_(packed, packed_t, w, index, ours[0], metadata=metadata)
+    if w_24 is None:
         return
-    ours = [how for how in orders if how in _OURS]
-    w_24 = _buffer(layer, "w_24", tuple(w.shape) if len(ours) < 2 else None, dtype)
-    blobs = [_buffer(layer, name, size if ours or how != "masked" else None, dtype)
-             for name, how in zip(_BUFFERS[1:], orders, strict=True)]  # fmt: skip
-    source = _source(layer, *orders)
-    if ours:
-        before = getattr(layer, "packed_from", None)
-        same_mask = before is not None and before[:4] == source[:4] and before[5] == source[5]
-        assert len({*ours}) == 1, f"{ours}: one GPU reads one order"
-        operators.pack_weight_(*blobs, w, layer.index, ours[0], metadata=not same_mask)
-    if w_24 is not None:
-        w_24.copy_(layer.pruned_weight())
-        for blob, x, how in zip(blobs, (w_24, w_24.t()), orders, strict=True):
-            if how in CONVERTED:
-                blob.copy_(compress24(x.contiguous(), how))
+    w_24.copy_(prune(w, index, beta, mask))
+    if mask != "transposable":
+        if packed is not None:
+            packed.copy_(pack_matrix(w_24, orders[0]))
+        return
+    for blob, x, order in zip((packed, packed_t), (w_24, w_24.t()), orders, strict=True):
+        if order in CONVERTED:
+            blob.copy_(compress24(x.contiguous(), order))
+
+
+def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dtype) -> None:
+    """Fill the layer's buffers that are read in these orders."""
+    w, mask, orders = layer.weight, layer.recipe.mask, (order, order_t)
+    shapes = (tuple(w.shape), (w.numel() * 9 // 16,), (w.numel() * 9 // 16,))
+    wanted = zip(_BUFFERS, shapes, _wanted(mask, orders), strict=True)
+    buffers = [_buffer(layer, name, shape if needed else None, dtype) for name, shape, needed in wanted]
+    before, source = getattr(layer, "packed_from", None), _source(layer, *orders)
+    same_mask = before is not None and before[:4] == source[:4] and before[5] == source[5]
+    _write(*buffers, w, layer.index, layer.scale, mask, orders, not same_mask)
     layer.packed_from = source
 
 
-def _pack_forward(layer: Sparse24Linear, order: str, dtype: torch.dtype) -> None:
-    """As _pack_layer, where the pruned weight is 2:4 along its rows alone: w_24, and packed of it."""
-    w_24 = _buffer(layer, "w_24", tuple(layer.weight.shape), dtype)
-    packed = _buffer(layer, "packed", (w_24.numel() * 9 // 16,) if order != "masked" else None, dtype)
-    _buffer(layer, "packed_t", None, dtype)
-    w_24.copy_(layer.pruned_weight())
-    if packed is not None:
-        packed.copy_(pack_matrix(w_24, order))
-    layer.packed_from = _source(layer, order, "masked")
+def _packed_now(w, index, beta, mask: str, orders: tuple[str, str], dtype: torch.dtype):
+    """What multiplies in the forward, and what in the input's gradient, in memory of their own."""
+    w = w.detach()
+    shapes = (w.shape, (w.numel() * 9 // 16,), (w.numel() * 9 // 16,))
+    wanted = zip(shapes, _wanted(mask, orders), strict=True)
+    w_24, packed, packed_t = (w.new_empty(shape, dtype=dtype) if needed else None for shape, needed in wanted)
+    _write(w_24, packed, packed_t, w, index, beta, mask, orders)
+    return w_24 if orders[0] == "masked" else packed, w_24.t() if orders[1] == "masked" else packed_t

@@ -7,6 +7,7 @@ brings mu into the band by itself. search_decay.py records that dense run, and f
 
 import math
 import statistics
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,34 @@ class FlipWatch:
         new = [text for kind, text in found.items() if kind not in self.warned]
         self.warned |= found.keys()
         return new
+
+
+class LossWatch:
+    """Finds losses that stand out: above the mean of the last COUNT by more than SIGMAS of their standard deviations,
+    or not finite. What stands out is not counted among them. Kept by each rank for its own micro-batches."""
+
+    COUNT, LEAST, SIGMAS = 200, 50, 6.0
+
+    def __init__(self):
+        self.recent: deque[float] = deque(maxlen=self.COUNT)
+        self.in_a_row = 0
+
+    def add(self, loss: float) -> str | None:
+        """The loss of one micro-batch; returns what is odd about it."""
+        if not math.isfinite(loss):
+            return f"loss {loss}"
+        if len(self.recent) >= self.LEAST:
+            mean = statistics.fmean(self.recent)
+            deviation = math.sqrt(statistics.fmean((x - mean) ** 2 for x in self.recent))
+            if loss > mean + self.SIGMAS * deviation:
+                self.in_a_row += 1
+                count = len(self.recent)
+                if self.in_a_row == self.LEAST:  # this is where the loss is now
+                    self.recent.clear()
+                return f"loss {loss:.4f}, where the last {count} were {mean:.4f} +- {deviation:.4f}"
+        self.in_a_row = 0
+        self.recent.append(loss)
+        return None
 
 
 class DecayController:

@@ -12,6 +12,13 @@ from sparse24 import seed_words
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 
 
+_EPOCH = 5  # tag that keeps the stream of seed_words for the orders of epochs apart from others
+
+
+class DataLost(RuntimeError):
+    """A dataset that was there when the run began is no longer."""
+
+
 class Tokens:
     """One split of a dataset: a memory-mapped file of uint16 tokens, checked before it is used.
 
@@ -21,6 +28,7 @@ class Tokens:
 
     def __init__(self, folder: Path, split: str, block_size: int, vocab_size: int):
         self.path, self.block_size, self.vocab_size = folder / f"{split}.bin", block_size, vocab_size
+        self._orders: dict[int, tuple[np.ndarray, int]] = {}
         self.remedy = f"prepare it with: python {os.path.relpath(folder / 'prepare.py')}"
         if not (folder / "prepare.py").exists():
             known = ", ".join(sorted(path.parent.name for path in DATA_FOLDER.glob("*/prepare.py")))
@@ -45,7 +53,16 @@ class Tokens:
             )
 
     def windows(self, starts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets int64 (B, T), the targets one token on, for windows that begin at `starts`."""
+        """Inputs and targets int64 (B, T), the targets one token on, for windows that begin at `starts`. Raises
+        DataLost when the file was deleted or cut short since, which to read on would end the process without a word."""
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise DataLost(f"dataset: {self.path} vanished while it was in use ({error}); bring it back") from error
+        if size < 2 * len(self.data):
+            raise DataLost(
+                f"dataset: {self.path} had {len(self.data)} tokens when the run began, now {size // 2}; {self.remedy}"
+            )
         rows = np.stack([self.data[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
         self._check(int(rows.max()))
         block = torch.from_numpy(rows)
@@ -55,9 +72,24 @@ class Tokens:
             block = block.to(device)
         return block[:, :-1], block[:, 1:]
 
-    def random_windows(self, count: int, device: torch.device, *key: int):
-        """`count` windows whose places are a function of `key` alone."""
-        return self.windows(seed_words(count, *key) % np.uint64(len(self.data) - self.block_size), device)
+    def random_starts(self, count: int, *key: int) -> np.ndarray:
+        """Where `count` windows begin that may lie anywhere: a function of `key` alone."""
+        return seed_words(count, *key) % np.uint64(len(self.data) - self.block_size)
+
+    def epoch_starts(self, count: int, first: int, seed: int) -> np.ndarray:
+        """Where windows `first`, `first` + 1, ... of an endless row of epochs begin. An epoch takes each of the windows
+        that lie side by side in the file once, in an order and from an offset that are functions of (seed, epoch)."""
+        windows, spare = divmod(len(self.data) - 1, self.block_size)
+        starts = []
+        for number in range(first, first + count):
+            epoch, place = divmod(number, windows)
+            if epoch not in self._orders:  # of two epochs at most is an order kept, eight bytes a window
+                self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
+                words = seed_words(windows + 1, seed, epoch, _EPOCH)
+                self._orders[epoch] = np.argsort(words[1:], kind="stable"), int(words[0] % np.uint64(spare + 1))
+            order, offset = self._orders[epoch]
+            starts.append(int(order[place]) * self.block_size + offset)
+        return np.array(starts)
 
 
 def load_meta(folder: Path) -> dict:

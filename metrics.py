@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 class Metrics:
-    """metrics.jsonl (one object a line, null = not measured at that iteration), the console and wandb."""
+    """metrics.jsonl (one object a line, null = not measured at that iteration or not finite), the console and wandb."""
 
     KEYS = (
         *("iter", "phase", "train_loss", "val_loss", "val_loss_24", "lr", "grad_norm", "flip_rate", "flip_rate_layers"),
-        *("masked_decay", "decay_ratio", "tokens_per_s", "mfu", "elapsed_s"),
+        *("masked_decay", "decay_ratio", "skipped", "tokens_per_s", "mfu", "elapsed_s"),
     )
     FORMATS = {  # noqa: RUF012
         "train_loss": "loss {:.4f}",
@@ -46,7 +46,9 @@ class Metrics:
             self.wandb = wandb.init(**where, mode=settings["wandb_mode"], config=settings)
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps({key: row.get(key) for key in self.KEYS}) + "\n")
+        numbers = {key: row.get(key) for key in self.KEYS}
+        odd = {key: None for key, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)}  # are no JSON
+        self.file.write(json.dumps(numbers | odd) + "\n")
         if self.wandb:
             step = {key: value for key, value in row.items() if value is not None and key != "iter"}
             self.wandb.log(step, step=row["iter"])
@@ -59,6 +61,11 @@ class Metrics:
             eta = int((self.max_iters - row["iter"]) * row["s_per_iter"])
             texts.append(f"eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}")
         print("  ".join(texts), flush=True)
+
+    def sync(self) -> None:
+        """Bring what was written to disk: before a checkpoint, which must not outlive its rows."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

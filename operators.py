@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from shards import local, total
 from spmm import pack_ref
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +218,8 @@ def flip_rate(before, after) -> float:
 
     before, after: two bool masks, or two uint8 index matrices, or two equally long lists of them (layers, weighed by
     their entries). Row-wise indices (0..5) may be given too: pattern p < 6 differs from q in four times the entries
-    in which pair p differs from q, of four times as many. Raises ValueError where shapes or dtypes differ.
+    in which pair p differs from q, of four times as many. Sharded masks (shards.py) are counted where they are, and the
+    counts added up. Raises ValueError where shapes or dtypes differ.
     """
     if torch.is_tensor(before):
         before, after = [before], [after]
@@ -228,13 +230,10 @@ def flip_rate(before, after) -> float:
                 f"flip_rate: {old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}, "
                 "need two bool masks or two uint8 index matrices of one shape"
             )
-        if old.dtype == torch.bool:
-            flips.append((old != new).sum())
-            entries += old.numel()
-        else:
-            flips.append(flip_count(old, new))
-            entries += 16 * old.numel()
-    return int(torch.stack(flips).sum()) / entries if entries else 0.0
+        old_rows, new_rows = local(old), local(new)
+        flips.append((old_rows != new_rows).sum() if old.dtype == torch.bool else flip_count(old_rows, new_rows))
+        entries += old.numel() * (1 if old.dtype == torch.bool else 16)
+    return int(total(torch.stack(flips).sum(), before[0])) / entries if entries else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -795,11 +794,11 @@ def adamw_fits(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether kernels.adamw_ takes all of these: one CUDA device, float32, contiguous, aligned, elements by fours."""
     first = tensors[0].detach()
     return _on_kernels(first) and all(
-        type(t) in (torch.Tensor, nn.Parameter)  # no shards, no fakes
+        type(t) in (torch.Tensor, nn.Parameter)  # no fakes
         and t.device == first.device
         and t.dtype == torch.float32
         and t.is_contiguous()
-        and t.numel() % 4 == 0
+        and t.numel() % 4 == 0 < t.numel()
         and t.data_ptr() % 16 == 0
         for t in tensors
     )

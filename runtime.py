@@ -1,9 +1,11 @@
 """What surrounds a run: the ranks it is spread over, the signals that stop it, and the numbers it writes."""
 
+import fcntl
 import os
 import platform
 import signal
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import shards
 from sparse24 import kernel_status, sparse_linears
+
+
+class RanksDiffer(RuntimeError):
+    """Ranks that must hold the same numbers do not."""
 
 
 @dataclass
@@ -64,21 +71,29 @@ class Ranks:
             dist.destroy_process_group()
 
     def check_equal(self, model: torch.nn.Module) -> None:
-        """Raises RuntimeError unless every rank holds the same weights and masks (a sum of their bits)."""
+        """Raises RanksDiffer unless all ranks hold the same weights and masks, or the same shards of them: compares
+        sums of their bits, and names the ranks that the fewest agree with."""
         if self.world_size == 1:
             return
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         names = ("index", "index_t", "beta")  # an order of rows has the sum of any other, but index_t is made by it
         buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
-        tensors = [p.detach() for p in model.parameters()] + [b for b in buffers if b is not None]
-        mine = sum(t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors).reshape(1).cpu()
-        sums = [torch.zeros_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(sums, mine, group=self.control)
-        wrong = [rank for rank, other in enumerate(sums) if int(other) != int(sums[0])]
+        tensors = [shards.local(p.detach()) for p in model.parameters()] + [b for b in buffers if b is not None]
+        mine = sum(t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors).item()
+        piece = shards.piece(next(model.parameters()))
+        found = [torch.zeros(2, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(found, torch.tensor([piece, mine]), group=self.control)
+        wrong = outvoted([tuple(pair.tolist()) for pair in found])
         if wrong:
-            raise RuntimeError(
-                f"weights or masks of ranks {wrong} differ from rank 0's; resume from the last checkpoint"
+            raise RanksDiffer(
+                f"weights or masks of ranks {wrong} differ from the others'; resume from the last checkpoint"
             )
+
+
+def outvoted(sums: list[tuple[int, int]]) -> list[int]:
+    """Of (piece, sum of its bits) per rank: the ranks whose sum is not the one that most holders of the piece have."""
+    most = {piece: Counter(s for s in sums if s[0] == piece).most_common(1)[0][0] for piece, _ in sums}
+    return [rank for rank, pair in enumerate(sums) if pair != most[pair[0]]]
 
 
 def start_ranks(device_name: str, backend_name: str) -> Ranks:
@@ -97,6 +112,68 @@ def start_ranks(device_name: str, backend_name: str) -> Ranks:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"backend={name!r} cannot be used: {error}; use --backend=auto") from error
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo"))
+
+
+def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: int, dtype, compile_mode) -> None:
+    """FSDP2, in place: the weights of each of `blocks`, and of the rest of the model, are cut by rows over
+    world_size / copies ranks, gathered in `dtype` before they multiply (on a GPU; on a CPU as they are, since its
+    autocast takes no LayerNorm of 16-bit weights), and freed after.
+
+    compile_mode: of torch.compile, or None; blocks are compiled one by one. Raises ValueError where the ranks do not
+    divide into so many copies, or where a 4x4 block of a sparse layer would lie on two ranks.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if copies < 1 or ranks.world_size % copies:
+        raise ValueError(f"fsdp_copies={copies}, need a divisor of the number of ranks, {ranks.world_size}")
+    pieces = ranks.world_size // copies
+    for layer in sparse_linears(model):
+        if not shards.fits(layer.out_features, pieces):
+            fitting = [n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
+            fitting = [n for n in fitting if all(shards.fits(m.out_features, n) for m in sparse_linears(model))]
+            raise ValueError(
+                f"parallel='fsdp': {layer.out_features} rows of a sparse layer do not lie on {pieces} ranks by fours; "
+                f"set fsdp_copies to one of {', '.join(str(ranks.world_size // n) for n in fitting)}"
+            )
+    shape, names = ((pieces,), ("shard",)) if copies == 1 else ((copies, pieces), ("copy", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    policy = {}
+    if dtype != torch.float32 and device.type == "cuda":
+        low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = {"mp_policy": low}
+    for block in blocks:
+        if compile_mode:
+            block.compile(mode=compile_mode)
+        fully_shard(block, mesh=mesh, **policy)
+    fully_shard(model, mesh=mesh)
+    for layer in sparse_linears(model):
+        layer.prune_again = True
+
+
+class FolderInUse(RuntimeError):
+    """Another run writes into the folder."""
+
+
+def hold(folder: Path):
+    """Keep other runs out of `folder` until the file that is returned is closed, or this process ends, however it does.
+
+    Raises FolderInUse where another one holds it.
+    """
+    file = open(folder / "run.lock", "a+")  # noqa: SIM115  open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise FolderInUse(f"out_dir={folder} is in use by {holder}; stop that run, or set another out_dir") from error
+    except OSError as error:  # some network file systems
+        print(f"{folder}: cannot be locked ({error}); see to it that no other run writes there", flush=True)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 class StopSignal:

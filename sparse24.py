@@ -65,6 +65,7 @@ from operators import (  # noqa: F401 (all of the operators are names of this mo
     transposable_mask_2approx,
 )
 from recipes import PERMUTATIONS, RECIPES, Recipe, get_recipe  # noqa: F401
+from shards import by_rows, local, rows_of, total, whole
 
 _PERMUTE = 4  # tag that keeps the stream of seed_words for row orders apart from MVUE's and train.py's
 
@@ -73,39 +74,61 @@ _PERMUTE = 4  # tag that keeps the stream of seed_words for row orders apart fro
 
 
 def mask_index(w: torch.Tensor, kind: str) -> torch.Tensor:
-    """The mask that w (out, in) would have now, as its index matrix: "transposable" or "row"."""
-    return transposable_index(w) if kind == "transposable" else pair_index(w)
+    """The mask that w (out, in) would have now, as its index matrix: "transposable" or "row"; sharded where w is."""
+    return by_rows(transposable_index, w, 4) if kind == "transposable" else by_rows(pair_index, w, 1)
 
 
 class _How(NamedTuple):
-    """What _MaskedLinear needs to know of a recipe."""
+    """What _MaskedLinear needs to know of a recipe, and of the layer."""
 
+    mask: str
     mvue: str  # "none", "exact" or "sequential"
     weight_gradient: str
     fp8: bool
+    again: bool  # prune the weights again in the backward, instead of keeping the pruned ones
+
+
+def prune(w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask: str) -> torch.Tensor:
+    """W*M, or beta S(W): 2:4 along the rows."""
+    if mask == "soft":
+        return soft_threshold24(w) if beta is None else soft_threshold24(w) * beta
+    return torch.where((expand_index if mask == "transposable" else expand_pairs)(index), w, 0)
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Z = X w_24^T + b; dX = dZ w_back; dW = MVUE(dZ^T) X to W as `how` says; db from the unpruned dZ (Eq. 2-7).
-    w_back None: w_24. master: the very weights that were pruned, for their true gradient; else None."""
+    """Z = X w_24^T + b; dX = dZ (w_24 * back); dW = MVUE(dZ^T) X to W as `how` says; db from the unpruned dZ (Eq. 2-7).
+    master: what is pruned, the weight itself or, of soft weights, before it was cast. back: a bool mask, or None."""
 
     @staticmethod
-    def forward(ctx, x, weight, w_24, w_back, bias, seed, beta, master, how):
-        # weight only receives the gradient. The seed is copied, so that the next micro-step may fill it already.
+    def operands(master, index, back, beta, dtype, how):
+        """What multiplies in the forward, and what in the input's gradient."""
+        w_24 = prune(master, index, beta, how.mask).to(dtype)
+        w_back = w_24 if back is None else torch.where(back, w_24, 0)
         if how.fp8:
-            x, w_24 = simulate_fp8(x, torch.float8_e4m3fn), simulate_fp8(w_24, torch.float8_e4m3fn)
-            w_back = None if w_back is None else simulate_fp8(w_back, torch.float8_e4m3fn)
-        w_back = w_24 if w_back is None else w_back
-        ctx.save_for_backward(x, w_back, seed.clone() if how.mvue != "none" else None, beta, master)
-        ctx.how = how
+            w_24 = simulate_fp8(w_24, torch.float8_e4m3fn)
+            w_back = w_24 if back is None else simulate_fp8(w_back, torch.float8_e4m3fn)
+        return w_24, w_back
+
+    @staticmethod
+    def forward(ctx, x, weight, master, index, back, bias, seed, beta, how):
+        # weight only receives the gradient. The seed is copied, so that the next micro-step may fill it already.
+        w_24, w_back = _MaskedLinear.operands(master, index, back, beta, weight.dtype, how)
+        x = simulate_fp8(x, torch.float8_e4m3fn) if how.fp8 else x
+        again = (index, back) if how.again else (None, None)
+        master = master if how.again or how.weight_gradient == "true" else None
+        seed = seed.clone() if how.mvue != "none" else None
+        ctx.save_for_backward(x, None if how.again else w_back, master, *again, seed, beta)
+        ctx.how, ctx.dtype = how, weight.dtype
         return F.linear(x, w_24, bias)
 
     @staticmethod
     @once_differentiable  # a second derivative would silently lack the weight's share
     def backward(ctx, dz):
-        x, w_back, seed, beta, master = ctx.saved_tensors
+        x, w_back, master, index, back, seed, beta = ctx.saved_tensors
         how, dx, dw, db = ctx.how, None, None, None
         if ctx.needs_input_grad[0]:
+            if how.again:
+                _, w_back = _MaskedLinear.operands(master, index, back, beta, ctx.dtype, how)
             dx = (simulate_fp8(dz, torch.float8_e5m2) if how.fp8 else dz) @ w_back
         dz = dz.reshape(-1, dz.shape[-1])  # (BT, out)
         if ctx.needs_input_grad[1]:
@@ -120,9 +143,9 @@ class _MaskedLinear(torch.autograd.Function):
             if how.weight_gradient != "straight":  # of beta S(W): beta times the Jacobian of S, or beta alone
                 dw = soft_threshold24_backward(dw, master) if how.weight_gradient == "true" else dw
                 dw = dw if beta is None else dw * beta
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[5]:
             db = dz.sum(0)
-        return dx, dw, None, None, db, None, None, None, None
+        return dx, dw, None, None, None, db, None, None, None
 
 
 class Sparse24Linear(nn.Linear):
@@ -136,7 +159,10 @@ class Sparse24Linear(nn.Linear):
     `.beta`    0-d, scale of soft weights.
     `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
     `.seed`    int64 0-d tensor that MVUE reads, set by `seed_draws`; not saved, since it is a function of the step.
+    `.prune_again`  not saved: prune in the backward once more instead of keeping the pruned weight; for FSDP, which
+               frees the weight in between.
     A fresh or reset layer's mask matches its weights; call `refresh_masks` after setting or loading weights alone.
+    Between steps of FSDP2 `.weight` is sharded; all else here is whole on every rank.
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as nn.Linear's do.
     Raises ValueError when in or out is not divisible by 4.
     """
@@ -150,6 +176,7 @@ class Sparse24Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.recipe = get_recipe(recipe)
         self.sparse = True
+        self.prune_again = False
         self._make_state()
 
     def _make_state(self) -> None:
@@ -164,22 +191,23 @@ class Sparse24Linear(nn.Linear):
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     def _index(self) -> torch.Tensor:
-        return mask_index(self.weight, self.recipe.virtual_mask)
+        return whole(mask_index(self.weight, self.recipe.virtual_mask))
 
     def _index_t(self) -> torch.Tensor:
         """Bi-Mask: of the masked weights, the two largest of four rows, taken in the permutation's order."""
-        masked = torch.where(self.mask, self.weight.detach(), 0)
+        masked = torch.where(self.mask, whole(self.weight.detach()), 0)
         return pair_index(masked.t()[:, self.permutation])
 
     @torch.no_grad()
     def refresh(self, begin: bool = False) -> None:
         """Recompute the masks from the weights, and beta where the recipe refits it, or with `begin`, at the start of a
-        sparse phase. In place; waits for no GPU."""
+        sparse phase. In place; waits for no GPU. Of sharded weights masks are gathered; for an own backward mask, or
+        beta, the weights are."""
         self.index.copy_(self._index())
         if self.recipe.backward_mask == "own":
             self.index_t.copy_(self._index_t())
         if self.recipe.beta == "refit" or (begin and self.recipe.beta == "init"):
-            self.beta.copy_(sste_scale(self.weight.detach()))
+            self.beta.copy_(sste_scale(whole(self.weight.detach())))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -217,12 +245,14 @@ class Sparse24Linear(nn.Linear):
     def pruned_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What multiplies X in the sparse phase: (out, in), 2:4 along in; W masked as the current mask says, or
         beta S(W)."""
-        weight = self.weight.detach()
-        if self.recipe.mask == "soft":
-            soft = soft_threshold24(weight)
-            soft = soft if self.recipe.beta == "none" else soft * self.beta
-            return soft if dtype is None else soft.to(dtype)
-        return torch.where(self.mask, weight if dtype is None else weight.to(dtype), 0)
+        weight, dtype = self.weight.detach(), dtype or self.weight.dtype
+        weight = weight if self.recipe.mask == "soft" else weight.to(dtype)  # S depends on more than the order
+        return prune(weight, self.index, self.scale, self.recipe.mask).to(dtype)
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """beta, where the recipe has one."""
+        return None if self.recipe.beta == "none" else self.beta
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.sparse:
@@ -232,16 +262,15 @@ class Sparse24Linear(nn.Linear):
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)  # for all but float64, as autocast itself does
             x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-        w_24, recipe = self.pruned_weight(weight.dtype), self.recipe
-        how = _How(recipe.mvue_estimator if recipe.mvue else "none", recipe.weight_gradient, recipe.fp8)
+        recipe = self.recipe
+        mvue = recipe.mvue_estimator if recipe.mvue else "none"
+        how = _How(recipe.mask, mvue, recipe.weight_gradient, recipe.fp8, self.prune_again)
+        master = (self.weight if recipe.mask == "soft" else weight).detach()
         if not torch.is_grad_enabled():
-            if recipe.fp8:
-                x, w_24 = simulate_fp8(x, torch.float8_e4m3fn), simulate_fp8(w_24, torch.float8_e4m3fn)
-            return F.linear(x, w_24, bias)
-        w_back = None if recipe.backward_mask == "same" else torch.where(self.backward_mask, w_24, 0)
-        beta = None if recipe.beta == "none" else self.beta
-        master = self.weight.detach() if recipe.weight_gradient == "true" else None
-        return _MaskedLinear.apply(x, weight, w_24, w_back, bias, self.seed, beta, master, how)
+            w_24, _ = _MaskedLinear.operands(master, self.index, None, self.scale, weight.dtype, how)
+            return F.linear(simulate_fp8(x, torch.float8_e4m3fn) if recipe.fp8 else x, w_24, bias)
+        back = None if recipe.backward_mask == "same" else self.backward_mask
+        return _MaskedLinear.apply(x, weight, master, self.index, back, bias, self.seed, self.scale, how)
 
     def get_extra_state(self) -> dict:
         return {"sparse": self.sparse}
@@ -380,7 +409,7 @@ def search_permutations(model: nn.Module, seed: int, iter_num: int) -> None:
 def hard_pruned(linears: Sequence[nn.Linear]):
     """Inside, these layers compute what they would once deployed, 2:4 sparse along their inputs: those in their sparse
     phase do so already, the weights of all others are pruned by magnitude (mask24), and put back at the end."""
-    dense = dict.fromkeys(m.weight for m in linears if not getattr(m, "sparse", False))
+    dense = dict.fromkeys(local(m.weight) for m in linears if not getattr(m, "sparse", False))
     kept = [w.detach().clone() for w in dense]
     try:
         for w in dense:
@@ -420,8 +449,11 @@ def decay_ratio(model: nn.Module, decay: float) -> float | None:
     layers = [m for m in sparse_linears(model) if m.sparse and m.weight.grad is not None]
     if not layers:
         return None
-    decayed = sum(torch.where(m.mask, 0, m.weight.detach()).float().square().sum() for m in layers)
-    gradient = sum(m.weight.grad.float().square().sum() for m in layers)
+    weights = [m.weight.detach() for m in layers]
+    masks = (rows_of(w, m.mask) for m, w in zip(layers, weights, strict=True))
+    decayed = sum(torch.where(mask, 0, local(w)).float().square().sum() for mask, w in zip(masks, weights, strict=True))
+    gradient = sum(local(m.weight.grad).float().square().sum() for m in layers)
+    decayed, gradient = total(torch.stack([decayed, gradient]), weights[0])
     return float(decay * (decayed / gradient).sqrt()) if float(gradient) > 0 else None
 
 
@@ -469,14 +501,14 @@ class MaskedDecayAdamW(torch.optim.AdamW):
             for w in group["params"]:
                 if w not in layers or w.grad is None:
                     continue
-                layer = layers[w]
+                layer, rows = layers[w], local(w)
                 if self.decay_on == "grad":
                     index = layer.index if layer.recipe.mask == "transposable" else layer.mask
-                    masked_decay_(w.grad, w, index, self.masked_decay)
+                    masked_decay_(local(w.grad), rows, rows_of(w, index), self.masked_decay)
                     continue
-                decay = torch.where(layer.mask, 0, w.detach()) * (group["lr"] * self.masked_decay)
+                decay = torch.where(rows_of(w, layer.mask), 0, rows) * (group["lr"] * self.masked_decay)
                 if self.decay_on == "weight":
-                    w.sub_(decay)
+                    rows.sub_(decay)
                 else:
                     later.append((w, decay, group))
         return later
@@ -486,7 +518,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         for w, decay, group in later:
             state = self.state[w]
             steps = state.get("frozen_step", state["step"].double())  # a tensor, so that nothing waits for a GPU
-            w.sub_(decay / (state["exp_avg_sq"] / (1 - group["betas"][1] ** steps)).sqrt_().add_(group["eps"]))
+            v = local(state["exp_avg_sq"])
+            local(w).sub_(decay / (v / (1 - group["betas"][1] ** steps)).sqrt_().add_(group["eps"]))
 
     def _preconditioned(self) -> list[tuple[torch.Tensor, dict]]:
         """(weight, its group) of the layers whose second moments are frozen. RuntimeError where there are none yet."""
@@ -505,11 +538,12 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         if "frozen_step" not in state:
             state["frozen_step"] = int(state["step"])
         state["step"] += 1
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        denominator = (state["exp_avg_sq"] / (1 - beta2 ** state["frozen_step"])).sqrt_().add_(group["eps"])
+        p, grad, m, v = (local(t) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"]))
+        m.lerp_(grad, 1 - beta1)
+        denominator = (v / (1 - beta2 ** state["frozen_step"])).sqrt_().add_(group["eps"])
         p.mul_(1 - lr * group["weight_decay"])
         bias = 1 - beta1 ** state["step"].double()  # a tensor, so that nothing waits for a GPU
-        p.sub_(lr * state["exp_avg"] / (denominator * bias))
+        p.sub_(lr * m / (denominator * bias))
 
     @torch.no_grad()
     def _kernel_step(self) -> bool:
@@ -521,9 +555,9 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         layers = self._decayed()
         if layers and (self.decay_on == "update" or any(x.recipe.mask != "transposable" for x in layers.values())):
             return False
-        if not adamw_fits([t for _, p in groups for t in (p, p.grad)]):
+        if not adamw_fits([local(t) for _, p in groups for t in (p, p.grad)]):
             return False
-        indices, scalars, moments = {w: layer.index for w, layer in layers.items()}, [], []
+        indices, scalars, moments = {w: rows_of(w, layer.index) for w, layer in layers.items()}, [], []
         for _, p in groups:
             state = self.state[p]
             if not state:
@@ -532,7 +566,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             if state["step"].is_cuda:  # it comes from a fused optimizer's state
                 state["step"] = state["step"].cpu()
-            moments.append((state["exp_avg"], state["exp_avg_sq"]))
+            moments.append((local(state["exp_avg"]), local(state["exp_avg_sq"])))
         if not adamw_fits([t for pair in moments for t in pair]):
             return False
         for group, p in groups:
@@ -541,8 +575,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
             lr, decay = float(group["lr"]), self.masked_decay * (float(group["lr"]) if self.decay_on == "weight" else 1)
             scalars.append(adamw_scalars(int(step), lr, group["betas"], group["eps"], group["weight_decay"], decay))
         adamw_(
-            [p for _, p in groups],
-            [p.grad for _, p in groups],
+            [local(p) for _, p in groups],
+            [local(p.grad) for _, p in groups],
             *(list(column) for column in zip(*moments, strict=True)),
             [indices.get(p) for _, p in groups],
             scalars,
@@ -579,7 +613,7 @@ class AutoSwitch:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.weights, self.optimizer = [layer.weight for layer in sparse_linears(model)], optimizer
+        self.layers, self.optimizer = sparse_linears(model), optimizer
         group = optimizer.param_groups[0]
         self.beta2, self.eps = group["betas"][1], group["eps"]
         self.length = max(1, round(1 / (1 - self.beta2)))
@@ -588,11 +622,13 @@ class AutoSwitch:
     @torch.no_grad()
     def settled(self) -> bool:
         """Call it once a step, between clipping and the optimizer's step. Waits for the GPU."""
-        total = 0.0
-        for w in self.weights:
-            v = self.optimizer.state[w].get("exp_avg_sq", 0) if w in self.optimizer.state else 0
-            total = total + (w.grad.float().square() - v).abs_().sum(dtype=torch.float64)
-        change = (1 - self.beta2) * float(total) / sum(w.numel() for w in self.weights)
+        weights, changes = [layer.weight for layer in self.layers], []
+        for w in weights:
+            v = self.optimizer.state[w].get("exp_avg_sq") if w in self.optimizer.state else None
+            squares = local(w.grad).float().square()
+            changes.append((squares if v is None else squares.sub_(local(v)).abs_()).sum(dtype=torch.float64))
+        change = float(total(torch.stack(changes).sum(), weights[0]))
+        change *= (1 - self.beta2) / sum(w.numel() for w in weights)
         if math.isfinite(change):  # else GradScaler passes over this step
             self.changes = [*self.changes, change][-self.length :]
         return len(self.changes) == self.length and sum(self.changes) / self.length < self.eps

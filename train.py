@@ -32,14 +32,17 @@ import checkpoint
 import recipes
 import sparse24
 import spmm_choice
+from checkpoint import like
+from checkpoint_writer import Writer
 from configurator import configure_or_exit, setting_names
 from ffn import pack_weights, plan_ffn, set_plan, time_ways
-from health import DecayController, FlipReference, FlipWatch
-from loader import DATA_FOLDER, Tokens, load_meta
+from health import DecayController, FlipReference, FlipWatch, LossWatch
+from loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from metrics import Metrics, read_metrics
 from model import GPT, GPTConfig, peak_flops
 from recipes import Recipe
-from runtime import Ranks, StopSignal, environment, start_ranks
+from runtime import FolderInUse, Ranks, RanksDiffer, StopSignal, environment, hold, shard_model, start_ranks
+from shards import whole
 from sparse24 import (
     AutoSwitch,
     decay_ratio,
@@ -65,6 +68,9 @@ eval_interval = 1000  # steps between evaluations; 0 = only at the end
 eval_iters = 200  # batches per evaluation, the same ones every time; 0 = the whole validation split, end to end
 flip_interval = 100  # steps between measurements of the flip rate (Definition 4.1); 0 = never
 checkpoint_interval = 1000  # steps between saves of ckpt.pt; also saved at the dense switch, on a stop and at the end
+keep_last = 2  # so many of the latest saves stay; beyond ckpt.pt and ckpt_prev.pt as ckpt_ITERATION.pt
+keep_every = 0  # saves at multiples of this iteration stay for good, as ckpt_ITERATION.pt; 0 = none
+checkpoint_async = True  # save in a thread: training waits only while the state is copied to host memory
 always_save_checkpoint = True  # also save at every evaluation; False: save only the best so far, as ckpt_best.pt
 wandb_log = False  # log the same numbers to Weights & Biases
 wandb_project = "nano24"
@@ -72,6 +78,7 @@ wandb_run_name = "gpt2"
 wandb_mode = "online"  # online, or offline (no network needed)
 # ---- data ----
 dataset = "openwebtext"  # folder under data/ (or a path) with train.bin, val.bin and meta.json
+sampling = "random"  # random (windows anywhere, nanoGPT's), epoch (each window once, in a new order, then all again)
 gradient_accumulation_steps = 40  # micro-batches per step over all ranks together
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
@@ -133,6 +140,11 @@ spmm = "auto"  # 2:4 GEMMs: auto (where faster), cusparselt, cutlass; or none: d
 ffn_recompute = True  # recompute a 2:4 FFN's activation in the backward, as compiled dense ones do; False = keep it
 deterministic = False  # bit-reproducible GPU kernels, slower; CPU runs are reproducible anyway
 backend = "auto"  # torch.distributed's: auto (nccl on GPUs, gloo on CPUs), nccl, gloo
+max_skipped = 20  # steps in a row with a gradient that is not finite, which are passed over, before the run gives up
+# ---- several ranks ----
+parallel = "ddp"  # ddp (each holds the model), fsdp (weights, gradients and moments in shards, for models past a card)
+check_interval = 1000  # steps between checks that all ranks hold the same weights and masks; also at saves; 0 = there
+fsdp_copies = 1  # fsdp: so many copies of the model, each in shards over its share of the ranks; the nodes, often
 # ---- end of settings ----
 
 _DATA, _DROPOUT, _EVAL = 1, 2, 3  # tags that keep the streams of seed_words apart; MVUE's has none
@@ -146,19 +158,31 @@ def evaluate(model, split: Tokens, ranks: Ranks, device: torch.device, autocast)
     count = eval_iters or -(-len(range(0, last, split.block_size)) // batch_size)
     loss_sum, sequences = 0.0, 0
     model.eval()
-    for k in range(ranks.rank, count, ranks.world_size):
+    for first in range(0, count, ranks.world_size):
+        k = min(first + ranks.rank, count - 1)  # past the end too, uncounted: shards are gathered by all ranks together
         if eval_iters:
-            x, y = split.random_windows(batch_size, device, seed, k, 0, _EVAL)
+            x, y = split.windows(split.random_starts(batch_size, seed, k, 0, _EVAL), device)
         else:
             starts = range(k * batch_size * split.block_size, last, split.block_size)[:batch_size]
             x, y = split.windows(starts, device)
         with autocast():
             _, loss = model(x, y)
-        loss_sum += loss.item() * len(x)
-        sequences += len(x)
+        counted = len(x) if first + ranks.rank < count else 0
+        loss_sum += loss.item() * counted
+        sequences += counted
     model.train()
+    if hasattr(model, "reshard"):  # FSDP keeps the outermost weights together for a backward, which does not come
+        model.reshard()
     loss_sum, sequences = ranks.total([loss_sum, sequences])
     return loss_sum / sequences
+
+
+def batch_starts(split: Tokens, iter_num: int, micro_batch: int):
+    """Where the windows of a micro-batch begin in the training split, whichever rank it falls to."""
+    if sampling == "epoch":
+        number = (iter_num * gradient_accumulation_steps + micro_batch) * batch_size
+        return split.epoch_starts(batch_size, number, seed)
+    return split.random_starts(batch_size, seed, iter_num, micro_batch, _DATA)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,7 +244,8 @@ def resolve_settings(overrides: dict) -> Recipe | None:
         *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
         *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
         *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0), ("rewarm_iters", 0)),
-        *(("dense_blocks", 0), ("masked_decay_auto_interval", 1)),
+        *(("dense_blocks", 0), ("masked_decay_auto_interval", 1), ("max_skipped", 0), ("check_interval", 0)),
+        *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
     ):
         if globals()[name] < least:
             raise ValueError(f"{name}={globals()[name]}, need at least {least}")
@@ -228,6 +253,12 @@ def resolve_settings(overrides: dict) -> Recipe | None:
         raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
     if seed >= 2**32:
         raise ValueError(f"seed={seed}, need a seed below 2**32")
+    if sampling not in ("random", "epoch"):
+        raise ValueError(f"sampling={sampling!r}, need random or epoch")
+    if parallel not in ("ddp", "fsdp"):
+        raise ValueError(f"parallel={parallel!r}, need ddp or fsdp")
+    if parallel == "fsdp" and (dtype == "float16" or compile_mode != "default"):
+        raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
     if compile_mode not in ("default", "reduce-overhead", "max-autotune"):
         raise ValueError(f"compile_mode={compile_mode!r}, need default, reduce-overhead or max-autotune")
     if spmm not in spmm_choice.MODES:
@@ -333,12 +364,10 @@ def check_resume(state: dict, path: Path) -> None:
 
 
 def build_model(state: dict | None, recipe: Recipe | None, vocab_size: int) -> GPT:
-    """The model from the checkpoint's state, from OpenAI's weights, or anew from the seed."""
+    """The model: anew from the seed, with OpenAI's weights, or to `load_weights` into."""
     torch.manual_seed(seed)
     if state is not None:
-        model = GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}), recipe)
-        model.load_state_dict(state["model"])
-        return model
+        return GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}), recipe)
     if init_from.startswith("gpt2"):
         model = GPT.from_pretrained(
             init_from,
@@ -363,13 +392,24 @@ def build_optimizer(model: GPT, recipe: Recipe | None, state: dict | None):
             {**saved, **{key: group[key] for key in ("weight_decay", "betas", "fused")}}
             for saved, group in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
         ]
-        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {
+            k: {name: like(value, params[k]) if name.startswith("exp_avg") else value for name, value in saved.items()}
+            for k, saved in state["optimizer"]["state"].items()
+        }
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return optimizer
 
 
-def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device) -> spmm_choice.Report:
-    """Give the sparse FFNs their plan: rank 0 measures, all ranks follow. kept: of a run that is resumed, its
-    spmm.json, whose verdicts it keeps."""
+def load_weights(model: GPT, saved: dict) -> None:
+    """The weights and masks of a checkpoint, each rank its own shards of them where the model lies in shards."""
+    own = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    model.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in saved.items()})
+
+
+def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device):
+    """(the plan of the sparse FFNs or None, report): rank 0 measures, all ranks follow. kept: of a run that is resumed,
+    its spmm.json, whose verdicts it keeps."""
     answer = None
     if ranks.master:
         try:
@@ -379,9 +419,7 @@ def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device) -
     answer = ranks.decide(answer)
     if isinstance(answer, ValueError):
         raise answer
-    plan, report = answer
-    set_plan(model, plan)
-    return report
+    return answer
 
 
 def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.device):
@@ -394,10 +432,9 @@ def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.de
     shape = (model.config, batch_size * block_size, dev, _DTYPES[dtype])
     plan, report = plan_ffn(*shape, spmm, mvue, ffn_recompute, transposable=mask == "transposable", **options)
     if plan is not None and spmm == "auto":
-        how = {
-            "compile_mode": compile_mode if compile else None,
-            "micro_steps": gradient_accumulation_steps // world_size,
-        }
+        # shards are packed twice in each micro-step, all else once in an optimizer step
+        uses = 0.5 if parallel == "fsdp" else gradient_accumulation_steps // world_size
+        how = {"compile_mode": compile_mode if compile else None, "micro_steps": uses}
         asked = {**how, "recompute": ffn_recompute}
         if not whole or whole["asked"] != asked or rows != report.rows:
             whole = time_ways(model.transformer.h[dense_blocks].mlp, plan, **how) | {"asked": asked}
@@ -443,17 +480,28 @@ def announce_changes(before: dict, now: dict) -> None:
         print(f"changed since the checkpoint: {', '.join(changed)}")
 
 
+class Diverged(RuntimeError):
+    """Gradients are not finite any more."""
+
+
 def main() -> None:
+    try:
+        run()
+    except (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged) as error:
+        sys.exit(f"train.py: error: {error}")
+
+
+def run() -> None:
     overrides = configure_or_exit(globals(), sys.argv[1:])
     globals().update(overrides)
     folder = Path(out_dir)
     try:
         recipe = resolve_settings(overrides)
         ranks = start_ranks(device, backend)
-        if gradient_accumulation_steps % ranks.world_size:
+        if gradient_accumulation_steps < ranks.world_size:
             raise ValueError(
-                f"gradient_accumulation_steps={gradient_accumulation_steps}, need a multiple of the number of ranks, "
-                f"{ranks.world_size}"
+                f"gradient_accumulation_steps={gradient_accumulation_steps}, need one for each of {ranks.world_size} "
+                "ranks; raise it, and lower batch_size to keep the tokens per step"
             )
         dev = pick_device(ranks)
         data_folder = DATA_FOLDER / dataset
@@ -462,7 +510,7 @@ def main() -> None:
         path = find_start(folder)
         if ranks.decide(path) != path:
             raise ValueError(f"out_dir={out_dir} is not the same folder on every rank; put it on a shared file system")
-        state = checkpoint.load(path, sparse24.PATTERNS_HASH) if path else None
+        state = checkpoint.load(path, sparse24.PATTERNS_HASH, whole=False, ranks=ranks) if path else None
         if state is not None:
             check_resume(state, path)
         torch.set_float32_matmul_precision("high")
@@ -475,13 +523,20 @@ def main() -> None:
                 f"dataset={dataset} has {meta['vocab_size']} tokens, the model {model.config.vocab_size}; "
                 "use the dataset it was made for"
             )
-        optimizer = build_optimizer(model, recipe, state)
         iter_num = state["iter_num"] if state else 0
         switch = state["dense_start"] if state and dense_start < 0 else planned_dense_start()
         sparse_start = state["sparse_start"] if state else planned_sparse_start()
         kept = folder / "spmm.json" if state else None
         planned = recipe and recipe.fused and iter_num < switch and not eval_only
-        report = plan_gemms(model, kept, ranks, dev) if planned else None
+        plan, report = plan_gemms(model, kept, ranks, dev) if planned else (None, None)
+        fsdp = parallel == "fsdp" and ranks.control is not None
+        if fsdp:
+            how = compile_mode if compile else None
+            shard_model(model, model.transformer.h, ranks, dev, fsdp_copies, _DTYPES[dtype], how)
+        if state is not None:
+            load_weights(model, state["model"])
+        set_plan(model, plan)
+        optimizer = build_optimizer(model, recipe, state)
         settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
         reference = FlipReference(flip_reference, settings, flip_mask) if flip_reference else None
     except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
@@ -493,10 +548,10 @@ def main() -> None:
         ranks.leave()
         return
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == "float16")
-    best_val_loss, elapsed = math.inf, 0.0
+    best_val_loss, elapsed, skipped = math.inf, 0.0, 0
     if state is not None:
         scaler.load_state_dict(state["scaler"])
-        best_val_loss, elapsed = state["best_val_loss"], state.get("elapsed_s", 0.0)
+        best_val_loss, elapsed, skipped = state["best_val_loss"], state["elapsed_s"], state["skipped"]
     model_args = asdict(model.config)
     watch = FlipWatch(warmup_iters, lr_decay_iters if decay_lr else max_iters, reference)
     controller = None
@@ -507,9 +562,9 @@ def main() -> None:
     settling = AutoSwitch(model, optimizer) if autoswitch and recipe else None
     if settling and state is not None:
         settling.changes = state["autoswitch"]
-    net = torch.compile(model, mode=compile_mode) if compile else model
+    net = torch.compile(model, mode=compile_mode) if compile and not fsdp else model
     ddp = None
-    if ranks.world_size > 1:  # masks come from identical weights on every rank, so buffers need no broadcast
+    if ranks.world_size > 1 and not fsdp:  # masks come from the same weights on every rank: buffers need no broadcast
         keyword = "forward_sync_buffers"  # the name since torch 2.13
         if keyword not in inspect.signature(DistributedDataParallel).parameters:
             keyword = "broadcast_buffers"
@@ -518,17 +573,20 @@ def main() -> None:
     probes = {name: model.get_submodule(name) for name in model.sparse_names(sparse_layers)}  # dense runs are measured
     probes = {name: m for name, m in probes.items() if not (m.in_features % 4 or m.out_features % 4)}  # alike, where
     linears = [*probes.values()]  # a mask would fit
-    local_steps = gradient_accumulation_steps // ranks.world_size
+    local_steps = -(-gradient_accumulation_steps // ranks.world_size)
+    share = gradient_accumulation_steps / ranks.world_size  # DDP and FSDP take the mean over the ranks
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     peak = peak_flops(dev)
 
     def autocast():
         return torch.autocast(dev.type, _DTYPES[dtype], enabled=dtype != "float32")
 
+    writer = Writer(folder, checkpoint_async, keep_last, keep_every, ranks)
+
     def save(name: str = checkpoint.NAME) -> None:
         ranks.check_equal(model)
-        if not ranks.master:
-            return
+        if metrics:
+            metrics.sync()
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -543,17 +601,17 @@ def main() -> None:
             "controller": controller.state_dict() if controller else None,
             "patterns_hash": sparse24.PATTERNS_HASH,
             "elapsed_s": elapsed,
+            "skipped": skipped,
         }
-        try:
-            checkpoint.save(folder, state, name)
-        except checkpoint.CheckpointError as error:
-            sys.exit(f"train.py: error: {error}")
+        writer.save(state, name)
 
     metrics = None
     if ranks.master and not eval_only:
         folder.mkdir(parents=True, exist_ok=True)
+        held = hold(folder)
         if path is None:
-            for stale in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "metrics.jsonl", "spmm.json"):
+            checkpoint.clear(folder)
+            for stale in ("metrics.jsonl", "spmm.json"):
                 (folder / stale).unlink(missing_ok=True)
         text = json.dumps({**settings, "environment": environment(dev, ranks.world_size)}, indent=1)
         (folder / "config.json").write_text(text + "\n")
@@ -572,7 +630,7 @@ def main() -> None:
     keep_grads = compile and compile_mode != "default"
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if keep_grads else None
-    stop = StopSignal()
+    stop, losses_so_far, in_a_row = StopSignal(), LossWatch(), 0
     first_iter, unlogged_steps, unlogged_s, tick = iter_num, 0, 0.0, time.perf_counter()
     model.train()
 
@@ -596,11 +654,15 @@ def main() -> None:
         best_val_loss = min(best_val_loss, row.get("val_loss", math.inf))
         if improved and not always_save_checkpoint and iter_num and not eval_only:
             save("ckpt_best.pt")
+        if check_interval and iter_num % check_interval == 0 and iter_num > first_iter:
+            ranks.check_equal(model)
         marks = iter_num % checkpoint_interval == 0 or iter_num in (switch, sparse_start)
         due = marks or ("val_loss" in row and always_save_checkpoint)
+        writer.poll()
         if not eval_only and (ended or (due and iter_num > first_iter)):
             save()
         if ended:
+            writer.wait()
             if metrics and not stopping:
                 metrics.write(row)
             if ranks.master and "val_loss" in row:
@@ -621,10 +683,10 @@ def main() -> None:
             row["masked_decay"] = optimizer.masked_decay = decay = get_decay(iter_num, factor, sparse_start, switch)
         if is_sparse and permutation_interval and iter_num % permutation_interval == 0:
             search_permutations(model, seed, iter_num)
-        loss_sum = torch.zeros((), device=dev)
+        losses = []
         for micro_step in range(local_steps):
             micro_batch = micro_step * ranks.world_size + ranks.rank
-            x, y = train_data.random_windows(batch_size, dev, seed, iter_num, micro_batch, _DATA)
+            x, y = train_data.windows(batch_starts(train_data, iter_num, micro_batch), dev)
             seed_draws(model, seed, iter_num, micro_batch)
             torch.manual_seed(int(seed_words(1, seed, iter_num, micro_batch, _DROPOUT)[0]))
             last = micro_step == local_steps - 1
@@ -633,19 +695,41 @@ def main() -> None:
             with ddp.no_sync() if ddp and not last else contextlib.nullcontext():
                 with autocast():
                     _, loss = (ddp or net)(x, y)
-                scaler.scale(loss / local_steps).backward()
-            loss_sum += loss.detach()
+                if micro_batch >= gradient_accumulation_steps:  # one that fills up the round, and counts for nothing
+                    loss = loss * 0
+                scaler.scale(loss / share).backward()
+            losses.append(loss.detach())
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row
+        # The host waits for the GPU here, once a step: what is not finite must not reach weights or moments.
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)).item()
+        losses = torch.stack(losses).tolist()
+        mine = range(ranks.rank, gradient_accumulation_steps, ranks.world_size)  # without one that filled up the round
+        for micro_batch, loss in zip(mine, losses, strict=False):
+            if odd := losses_so_far.add(loss):
+                starts = ", ".join(str(start) for start in batch_starts(train_data, iter_num, micro_batch)[:8])
+                place = f"iteration {iter_num}, micro-batch {micro_batch}, whose windows begin at tokens {starts}"
+                print(f"warning, rank {ranks.rank}: {odd}; {place}", flush=True)
+        finite = math.isfinite(grad_norm)
+        in_a_row = 0 if finite else in_a_row + 1
+        if not finite:
+            skipped += 1
+            if ranks.master:
+                print(f"warning, iteration {iter_num}: gradient norm {grad_norm}, step passed over", flush=True)
+        if in_a_row > max_skipped:
+            raise Diverged(
+                f"the last {in_a_row} gradients were not finite; the weights are as they were before them, the last "
+                f"checkpoint is {folder / checkpoint.NAME}; lower learning_rate, or look at the data named above"
+            )
+        logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row or not finite
         steering = bool(controller) and is_sparse and controller.measures(iter_num)
         measuring = bool(linears) and (steering or (flip_interval > 0 and iter_num % flip_interval == 0))
-        measuring = measuring and math.isfinite(grad_norm)  # else GradScaler passes over this step, and nothing flips
-        if (logging or measuring) and decay and decay_on != "weight":
+        measuring = measuring and finite  # else nothing flips
+        if (logging or measuring) and finite and decay and decay_on != "weight":
             row["decay_ratio"] = decay_ratio(model, decay)
         before = sparse24.weight_indices(linears, flip_mask) if measuring else []
         settled = sparse_start is None and bool(ranks.maximum(settling.settled()))  # ranks may round apart
-        scaler.step(optimizer)
+        if finite:
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=not keep_grads)
         if measuring:
@@ -669,8 +753,8 @@ def main() -> None:
         # ---- log ----
         unlogged_steps += 1
         if logging or measuring:
-            row["train_loss"] = ranks.total([loss_sum.item() / local_steps])[0] / ranks.world_size
-            row["grad_norm"] = grad_norm.item()
+            row["train_loss"] = ranks.total([sum(losses)])[0] / gradient_accumulation_steps
+            row["grad_norm"], row["skipped"] = grad_norm, skipped
         now = time.perf_counter()
         elapsed, unlogged_s = elapsed + now - tick, unlogged_s + now - tick
         if logging or measuring:
@@ -686,6 +770,7 @@ def main() -> None:
 
     if metrics:
         metrics.close()
+        held.close()
         how = "run the same command again" + ("" if init_from in ("auto", "resume") else " with --init_from=resume")
         if stopping:
             print(f"stopped after iteration {iter_num}, saved in {folder / checkpoint.NAME}; to go on, {how}")

@@ -233,7 +233,7 @@ def _kill_in_save(undo, point: str, count: int) -> None:
     calls = 0
 
     def make(save):
-        def patched(folder, state, name=checkpoint.NAME):
+        def patched(folder, state, name=checkpoint.NAME, **keep):
             nonlocal calls
             calls += name == checkpoint.NAME
             if calls == count:
@@ -243,7 +243,7 @@ def _kill_in_save(undo, point: str, count: int) -> None:
                     _replace(undo, os, "fsync", fsync)
                 _replace(undo, os, "link", link)
                 _replace(undo, os, "replace", replace)
-            return save(folder, state, name)
+            return save(folder, state, name, **keep)
 
         return patched
 
@@ -291,9 +291,38 @@ def _alter(undo, iter_num: int) -> None:
     _replace(undo, train, "seed_draws", make)
 
 
+def _double(undo) -> None:
+    """Train in float64."""
+    torch.set_default_dtype(torch.float64)
+    undo.callback(torch.set_default_dtype, torch.float32)
+
+
+def _nan(undo, iter_nums: list[int]) -> None:
+    """The loss of the last rank's first micro-batch of these steps is not a number."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    strike = []
+
+    def make_draws(seed_draws):
+        def patched(model, seed, i, m):
+            strike[:] = [i] if i in iter_nums and m == rank == world_size - 1 else []
+            seed_draws(model, seed, i, m)
+
+        return patched
+
+    def make_forward(forward):
+        def patched(self, idx, targets=None):
+            logits, loss = forward(self, idx, targets)
+            return logits, loss * float("nan") if strike and self.training else loss
+
+        return patched
+
+    _replace(undo, train, "seed_draws", make_draws)
+    _replace(undo, train.GPT, "forward", make_forward)
+
+
 def install(fault: dict, undo: contextlib.ExitStack) -> None:
     """fault: {"kind": one of the functions above without its underscore, ...that function's arguments}."""
-    kinds = {f.__name__[1:]: f for f in (_signal, _signal_at_refresh, _kill_in_save, _dump, _alter)}
+    kinds = {f.__name__[1:]: f for f in (_signal, _signal_at_refresh, _kill_in_save, _dump, _alter, _double, _nan)}
     kinds[fault["kind"]](undo, **{name: value for name, value in fault.items() if name != "kind"})
 
 

@@ -117,6 +117,44 @@ def test_without_mvue_it_is_autograd_on_the_pruned_matrices(activation, bias, to
         torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.parametrize("order", ["masked", "sm80", "sm90"])
+@pytest.mark.parametrize("recipe", ["fst", "sr_ste", "s_ste"])
+def test_weights_packed_where_they_multiply_are_those_packed_before(recipe, order):
+    """FSDP's way: nothing is kept, and two calls without pack_weights in between see the weights as they are."""
+    kept = make_mlp("gelu", True, recipe)
+    x, dy = data(64)
+    transposable, mvue = recipe == "fst", kept.c_fc.recipe.mvue
+    chosen = emulated(order) if order != "masked" else {}
+    if not transposable:
+        chosen = {name: choice for name, choice in chosen.items() if name not in ("da", "dx")}
+    plan = make_plan(kept, 64, torch.bfloat16, mvue, **{k: v for k, v in chosen.items() if mvue or k[:2] != "dw"})
+    again = copy.deepcopy(kept)
+    again.c_fc.prune_again = again.c_proj.prune_again = True
+    for mlp in (kept, again):
+        set_plan(mlp, plan)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, got = run(kept, x, dy.bfloat16()), run(again, x, dy.bfloat16())
+        for name, tensor in expected.items():
+            assert torch.equal(got[name], tensor), name
+        assert all(again.c_fc._buffers.get(name) is None for name in ("w_24", "packed", "packed_t"))
+        for mlp in (kept, again):
+            with torch.no_grad():
+                mlp.c_fc.weight.mul_(0.5)
+        pack_weights(kept)
+
+
+@pytest.mark.parametrize("recipe", ["fst", "sr_ste", "s_ste", "bi_mask"])
+def test_layers_that_prune_again_give_the_same_gradients(recipe):
+    kept = make_mlp("gelu", True, recipe)
+    again = copy.deepcopy(kept)
+    again.c_fc.prune_again = again.c_proj.prune_again = True
+    x, dy = data(64)
+    expected, got = run(kept, x, dy), run(again, x, dy)
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize(("activation", "bias"), EVERY)
 def test_with_mvue_it_draws_what_the_layers_draw(activation, bias, recompute):

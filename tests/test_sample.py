@@ -137,12 +137,16 @@ def test_char_tokenizer_round_trip():
 def test_windows_are_shifted_by_one_and_a_function_of_the_key(tmp_path):
     np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
     tokens = loader.Tokens(tmp_path, "train", 8, 100)
-    x, y = tokens.random_windows(6, torch.device("cpu"), 1, 2, 3)
+
+    def windows(count, *key):
+        return tokens.windows(tokens.random_starts(count, *key), torch.device("cpu"))
+
+    x, y = windows(6, 1, 2, 3)
     assert x.shape == y.shape == (6, 8)
     assert torch.equal(x + 1, y)
-    assert torch.equal(x, tokens.random_windows(6, torch.device("cpu"), 1, 2, 3)[0])
-    assert not torch.equal(x, tokens.random_windows(6, torch.device("cpu"), 1, 2, 4)[0])
-    starts = torch.cat([tokens.random_windows(64, torch.device("cpu"), 9, k)[0][:, 0] for k in range(40)])
+    assert torch.equal(x, windows(6, 1, 2, 3)[0])
+    assert not torch.equal(x, windows(6, 1, 2, 4)[0])
+    starts = torch.cat([windows(64, 9, k)[0][:, 0] for k in range(40)])
     assert starts.min() == 0
     assert starts.max() == 91  # the last window ends with the last token as target
 

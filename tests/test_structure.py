@@ -22,7 +22,7 @@ LAYERS = [
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},
     {"operators", "baselines", "spmm_choice", "metrics", "recipes", "checkpoint_shards"},
-    {"kernels_ffn", "spmm"},
+    {"kernels_ffn", "spmm", "shards"},
     {"kernels"},
 ]
 CONFIGS = sorted((ROOT / "config").glob("*.py"))

@@ -44,7 +44,7 @@ from sparse24 import RECIPES, expand_index, transposable_index
 MAX_ITERS = SETTINGS["max_iters"]
 KEYS = [
     *("iter", "phase", "train_loss", "val_loss", "val_loss_24", "lr", "grad_norm", "flip_rate", "flip_rate_layers"),
-    *("masked_decay", "decay_ratio", "tokens_per_s", "mfu", "elapsed_s"),
+    *("masked_decay", "decay_ratio", "skipped", "tokens_per_s", "mfu", "elapsed_s"),
 ]
 
 
@@ -435,9 +435,8 @@ def test_evaluation_of_the_whole_split_is_its_mean_in_the_phase_of_the_run(run, 
 def test_saves_come_at_the_interval_the_switch_and_the_end(run, tmp_path, monkeypatch):
     saved = []
     save = checkpoint.save
-    monkeypatch.setattr(
-        checkpoint, "save", lambda f, state, name: saved.append(state["iter_num"]) or save(f, state, name)
-    )
+    watched = lambda f, state, *rest, **keep: saved.append(state["iter_num"]) or save(f, state, *rest, **keep)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "save", watched)
     run(tmp_path / "out", max_iters=14, dense_start=9, checkpoint_interval=5, eval_interval=7)
     assert saved == [5, 7, 9, 10, 14]
 

@@ -1,0 +1,172 @@
+"""FSDP2 trains as DDP does: weights in shards, the same masks, the same numbers, and nothing on two ranks at once."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import SETTINGS, launch, make_dataset, read_rows, read_state, run_here
+
+import shards
+from sparse24 import transposable_index
+
+# Refreshes after steps 3 and 6, dense from 9; six micro-batches, which 4 ranks share unevenly.
+RUN = {"max_iters": 12, "dense_start": 9, "mask_interval": 3, "flip_interval": 2, "eval_interval": 5, "dropout": 0.0}
+RUN |= {"gradient_accumulation_steps": 6, "batch_size": 2, "checkpoint_interval": 100, "mvue": False}
+DOUBLE = {"kind": "double"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """Call it with settings and ranks: the folder of a float64 run, each made once."""
+    made = {}
+
+    def make(ranks: int, **changes):
+        key = (ranks, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("run") / "out"
+            how = launch if ranks > 1 else run_here
+            done = how(made[key], {**SETTINGS, **RUN, **changes, "dataset": data}, DOUBLE, ranks=ranks)
+            assert done.returncode == 0, done.stderr
+        return made[key]
+
+    return make
+
+
+def assert_same_training(one, other):
+    """Weights within 1e-9, masks exactly, and the metrics of every step."""
+    one_state, other_state = (read_state(folder)["model"] for folder in (one, other))
+    assert one_state.keys() == other_state.keys()
+    indices = 0
+    for name, tensor in one_state.items():
+        if torch.is_tensor(tensor) and tensor.is_floating_point():
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(
+                other_state[name], tensor, rtol=0, atol=1e-9, msg=lambda text, name=name: name + text
+            )
+        elif torch.is_tensor(tensor):
+            indices += name.endswith("index")
+            assert torch.equal(other_state[name], tensor), name
+    assert indices == 4
+    rows, other_rows = read_rows(one), read_rows(other)
+    assert any(row["flip_rate"] for row in rows)
+    assert {row["phase"] for row in rows} == {"sparse", "dense"}
+    for a, b in zip(rows, other_rows, strict=True):
+        for key in ("phase", "train_loss", "val_loss", "val_loss_24", "grad_norm", "flip_rate", "decay_ratio"):
+            close = 1e-6 if key == "decay_ratio" else 1e-9  # which is taken in float32
+            expected = pytest.approx(a[key], rel=close) if isinstance(a[key], float) else a[key]
+            assert b[key] == expected, (a["iter"], key)
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [(2, 1), (4, 1), (4, 2)])
+def test_shards_train_as_copies_do(run, ranks, copies):
+    """Through two refreshes and the dense switch; four ranks also share six micro-batches."""
+    assert_same_training(run(2), run(ranks, parallel="fsdp", fsdp_copies=copies))
+
+
+def test_two_copies_train_as_one_process_does(run):
+    assert_same_training(run(1), run(2))
+
+
+@pytest.mark.parametrize("recipe", ["sr_ste", "step", "bi_mask", "s_ste"])
+def test_every_recipe_trains_in_shards(run, recipe):
+    changes = {"sparse": recipe, "masked_decay": 2e-3, "dense_start": -1, "dense_finetune": 0.25, "mask_interval": 3}
+    changes |= {"dense_pretrain": 0.25} if recipe == "step" else {}
+    changes |= {"beta": "refit", "mask_interval": 1} if recipe == "s_ste" else {}
+    assert_same_training(run(1, **changes), run(2, parallel="fsdp", **changes))
+
+
+def test_draws_do_not_depend_on_shards(run):
+    """MVUE draws are functions of step, micro-batch, layer and place: the gradients are those of DDP to rounding, which
+    a draw at the border of two elements could turn over, as it does for another number of ranks too."""
+    changes = {"mvue": True, "max_iters": 3, "dense_start": 3}
+    ddp, fsdp = (read_rows(run(2, parallel=how, **changes)) for how in ("ddp", "fsdp"))
+    for a, b in zip(ddp[:3], fsdp[:3], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-6)
+    assert ddp[0]["grad_norm"] == pytest.approx(fsdp[0]["grad_norm"], rel=1e-9)
+    assert ddp[0]["grad_norm"] != pytest.approx(read_rows(run(2))[0]["grad_norm"], rel=1e-3)  # MVUE did something
+
+
+def test_fused_feed_forward_layers_train_in_shards(run):
+    assert_same_training(run(2), run(2, parallel="fsdp", spmm="masked"))
+
+
+def test_blocks_compile_in_shards(run):
+    assert_same_training(run(2), run(2, parallel="fsdp", compile=True))
+
+
+def test_bfloat16_shards_follow_bfloat16_copies(data, tmp_path):
+    rows = {}
+    for how in ("ddp", "fsdp"):
+        settings = {**SETTINGS, **RUN, "dataset": data, "dtype": "bfloat16", "parallel": how}
+        done = launch(tmp_path / how, settings, ranks=2)
+        assert done.returncode == 0, done.stderr
+        rows[how] = [row["train_loss"] for row in read_rows(tmp_path / how) if row["train_loss"]]
+        assert read_state(tmp_path / how)["model"]["transformer.wte.weight"].dtype == torch.float32
+    assert rows["fsdp"] == pytest.approx(rows["ddp"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"n_embd": 24, "n_head": 2},
+            r"24 rows of a sparse layer do not lie on 4 ranks by fours; set fsdp_copies to one of 4, 2",
+        ),
+        ({"fsdp_copies": 3}, "fsdp_copies=3, need a divisor of the number of ranks, 4"),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps=3, need one for each of 4 ranks"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(data, tmp_path, changes, message):
+    settings = {**SETTINGS, **RUN, "dataset": data, "parallel": "fsdp", **changes}
+    done = launch(tmp_path / "out", settings, ranks=4)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"compile_mode": "reduce-overhead"}])
+def test_settings_that_shards_cannot_have(data, tmp_path, changes):
+    done = run_here(tmp_path / "out", {**SETTINGS, **changes, "dataset": data, "parallel": "fsdp"})
+    assert done.returncode == 1
+    assert "parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shards.py
+
+
+def cut(w: torch.Tensor, ranks: int, rank: int):
+    """What rows_of asks of a DTensor, without a process group."""
+    pieces = w.chunk(ranks)
+    mine = pieces[rank] if rank < len(pieces) else w[:0]
+    mesh = SimpleNamespace(ndim=1, size=lambda dim: ranks, get_local_rank=lambda dim: rank)
+    return SimpleNamespace(placements=(), device_mesh=mesh, shape=w.shape, to_local=lambda: mine)
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(16, 4), (16, 5), (24, 2), (24, 3), (36, 9), (36, 5), (8, 1)])
+def test_every_rank_takes_its_rows_of_a_mask(rows, ranks):
+    assert shards.fits(rows, ranks)
+    w = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
+    index, mask = transposable_index(w), torch.rand(w.shape) < 0.5
+    for rank in range(ranks):
+        piece = cut(w, ranks, rank)
+        assert torch.equal(shards.rows_of(piece, index), transposable_index(shards.local(piece)))
+        assert torch.equal(shards.rows_of(piece, mask), mask[[*range(rows)][slice(*bounds(rows, ranks, rank))]])
+    assert shards.rows_of(w, index) is index
+
+
+def bounds(rows: int, ranks: int, rank: int) -> tuple[int, int]:
+    each = -(-rows // ranks)
+    return min(rank * each, rows), min((rank + 1) * each, rows)
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(24, 4), (16, 3), (40, 3), (12, 2), (1600, 1024)])
+def test_blocks_that_would_lie_on_two_ranks_are_found(rows, ranks):
+    assert not shards.fits(rows, ranks)
+    edges = [bounds(rows, ranks, rank)[0] for rank in range(ranks)]
+    assert any(edge % 4 for edge in edges)

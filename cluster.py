@@ -43,7 +43,7 @@ FAILURE_HOURS = 50_000
 SEARCH, METADATA, INDEX = 65 / 16, 4 / 16, 1 / 16  # bytes per sparse weight, as in roofline.pack_bytes
 PACK = 97 / 16  # both forms from fp32 masters, metadata known
 PACK_GATHERED = (2 * (16 * 2 + 1) + 32 + 4) / 16  # each form from gathered bf16 weights at its own time, with metadata
-MASK_INTERVAL, CHECK_INTERVAL = 40, 100  # steps
+MASK_INTERVAL, CHECK_INTERVAL = 40, 1000  # steps, train.py's
 
 GPT2 = {"vocab_size": 50304, "bias": False}
 # Shape, and sequences of a step: 524,288 tokens as config/train_gpt2_xl_sparse.py; twice that, since 1024 GPUs cannot

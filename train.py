@@ -692,6 +692,8 @@ def run() -> None:
             last = micro_step == local_steps - 1
             if keep_grads:
                 torch.compiler.cudagraph_mark_step_begin()
+            if fsdp:
+                model.set_requires_all_reduce(last)  # between copies; shards are summed in every micro-step
             with ddp.no_sync() if ddp and not last else contextlib.nullcontext():
                 with autocast():
                     _, loss = (ddp or net)(x, y)

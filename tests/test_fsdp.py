@@ -1,5 +1,6 @@
 """FSDP2 trains as DDP does: weights in shards, the same masks, the same numbers, and nothing on two ranks at once."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,17 @@ def test_shards_train_as_copies_do(run, ranks, copies):
 
 def test_two_copies_train_as_one_process_does(run):
     assert_same_training(run(1), run(2))
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(2, {"parallel": "fsdp"}), (2, {}), (1, {})])
+def test_shards_of_four_ranks_are_resumed_by_fewer(run, data, tmp_path, ranks, changes):
+    out = shutil.copytree(run(4, parallel="fsdp", max_iters=6), tmp_path / "out")
+    assert len(list(out.glob("ckpt_*.shards/*.pt"))) == 4
+    how = launch if ranks > 1 else run_here
+    done = how(out, {**SETTINGS, **RUN, **changes, "dataset": data}, DOUBLE, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {out / 'ckpt.pt'} at iteration 6" in done.stdout
+    assert_same_training(run(2), out)
 
 
 @pytest.mark.parametrize("recipe", ["sr_ste", "step", "bi_mask", "s_ste"])

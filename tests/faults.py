@@ -6,11 +6,14 @@ stop       SIGTERM at five points, on one process and on two: nothing done is lo
 torchrun   SIGTERM to torchrun itself, and kill -9 of one of its two ranks
 kill       kill -9 from outside at random moments of the training loop, whatever instruction it happens to be in
 save       kill -9 at each named point inside a save
+in a row   one long run, killed again and again: from outside at random moments, of two ranks a random one, and in every
+           third life at a random point inside a save; nothing is resumed by hand but with the same command
 Each case is: the run with the fault, then the plain command again; then weights, masks, optimizer and every metric
 that no clock gave are compared bit for bit with the reference's. The exit status is 1 if anything differs.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -194,6 +197,60 @@ def save_case(bench: Bench, at: str) -> dict:
     )
 
 
+def _rank_processes(process) -> list[int]:
+    """Process ids of what torchrun has started, or of the process itself."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(status.read_text().rpartition(")")[2].split()[1]) == process.pid:
+                children.append(int(status.parent.name))
+    return sorted(children) or [process.pid]
+
+
+def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int) -> dict:
+    """One run that is killed `kills` times, then left to end: the bits of one that was never touched."""
+    long = Bench(bench.folder, bench.run, bench.resume)
+    length = 12 * kills  # a life gets on by 12 steps at most, so that steps are left for the last one
+    long._count = bench._count + 1000
+    long.settings |= {"max_iters": length, "lr_decay_iters": length}
+    out, struck, lost, in_saves, lives = long.new_folder(), 0, 0, 0, 0
+    while struck < kills:
+        lives += 1
+        if lives > 3 * kills:
+            raise RuntimeError(f"kills_in_a_row_case: {lives} lives for {struck} kills; is this machine overloaded?")
+        found = checkpoint.find(out)
+        rows = (read_state(out, found.name)["iter_num"] if found else 0) + rng.randrange(1, 12)
+        if lives % 3 == 0:
+            fault = {"kind": "kill_in_save", "point": rng.choice([*SAVE_POINTS]), "count": rng.randrange(1, 3)}
+            status = long.run(out, long.settings, fault, ranks).returncode
+        else:
+            before = _inode(out / "metrics.jsonl")  # a run that is resumed makes a new file of it
+            process, deadline = start(out, long.settings, ranks=ranks), time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                if _inode(out / "metrics.jsonl") != before and _rows_written(out) >= rows:
+                    break
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.04))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(_rank_processes(process)), signal.SIGKILL)
+            status = finish(process).returncode
+        struck += status != 0
+        in_saves += (out / (checkpoint.NAME + ".tmp")).exists()
+        found = checkpoint.find(out)
+        lost += max(0, _rows_written(out) - (read_state(out, found.name)["iter_num"] if found else 0))
+        if status == 0:
+            break  # it was done before it was killed
+    outcome = long.resume_and_compare(out, ranks)
+    outcome["steps_lost"] = lost
+    outcome["problems"] += [] if struck == kills else [f"killed {struck} times, need {kills}"]
+    bench._count = long._count
+    return _case("in a row", f"{kills} kills, {in_saves} of them in a save", ranks, outcome)
+
+
+def _inode(path: Path) -> int:
+    return path.stat().st_ino if path.exists() else 0
+
+
 def summary(cases: list[dict]) -> dict:
     """Per kind: how many cases, how many with a problem, steps lost."""
     kinds = {}
@@ -216,7 +273,7 @@ def show(case: dict) -> None:
     print(f"{where} resumed at {case['resumed_at']:>2}, lost {case['steps_lost']}  {verdict}", flush=True)
 
 
-def all_cases(bench: Bench, kills: int, seed: int):
+def all_cases(bench: Bench, kills: int, in_a_row: int, seed: int):
     rng = random.Random(seed)
     for ranks in (1, 2):
         for at in STOP_POINTS:
@@ -227,11 +284,14 @@ def all_cases(bench: Bench, kills: int, seed: int):
         yield kill_case(bench, rng)
     for at in SAVE_POINTS:
         yield save_case(bench, at)
+    for ranks in (1, 2):
+        yield kills_in_a_row_case(bench, rng, in_a_row, ranks)
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="kill -9 at this many random moments")
+    parser.add_argument("--in_a_row", type=int, default=100, help="kill one run so often, on one rank and on two")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--out", type=Path, help="write the report there as JSON")
     options = parser.parse_args(argv)
@@ -239,14 +299,15 @@ def main(argv=None) -> int:
     began, cases = time.time(), []
     with tempfile.TemporaryDirectory(prefix="nano24_faults_") as folder:
         bench = Bench(folder)
-        for case in all_cases(bench, options.kills, options.seed):
+        for case in all_cases(bench, options.kills, options.in_a_row, options.seed):
             cases.append(case)
             show(case)
             for path in bench.folder.glob("run*"):
                 shutil.rmtree(path)
     failed = sum(bool(case["problems"]) for case in cases)
     report = {
-        "command": f"python tests/faults.py --kills {options.kills} --seed {options.seed}",
+        "command": "python tests/faults.py "
+        f"--kills {options.kills} --in_a_row {options.in_a_row} --seed {options.seed}",
         "environment": {**environment(torch.device("cpu"), 1), "platform": sys.platform, "cpus": os.cpu_count()},
         "settings": SETTINGS,
         "seconds": round(time.time() - began),

@@ -8,6 +8,8 @@ import torch
 from harness import SETTINGS, launch, make_dataset, read_rows, read_state, run_here
 
 import shards
+from model import GPT, GPTConfig
+from runtime import Ranks, shard_model
 from sparse24 import transposable_index
 
 # Refreshes after steps 3 and 6, dense from 9; six micro-batches, which 4 ranks share unevenly.
@@ -123,21 +125,24 @@ def test_bfloat16_shards_follow_bfloat16_copies(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("n_embd", "copies", "message"),
     [
-        (
-            {"n_embd": 24, "n_head": 2},
-            r"24 rows of a sparse layer do not lie on 4 ranks by fours; set fsdp_copies to one of 4, 2",
-        ),
-        ({"fsdp_copies": 3}, "fsdp_copies=3, need a divisor of the number of ranks, 4"),
-        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps=3, need one for each of 4 ranks"),
+        (24, 1, "24 rows of a sparse layer do not lie on 4 ranks by fours; set fsdp_copies to one of 4, 2"),
+        (32, 3, "fsdp_copies=3, need a divisor of the number of ranks, 4"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(data, tmp_path, changes, message):
-    settings = {**SETTINGS, **RUN, "dataset": data, "parallel": "fsdp", **changes}
-    done = launch(tmp_path / "out", settings, ranks=4)
+def test_ranks_that_rows_do_not_lie_on_are_refused(n_embd, copies, message):
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=n_embd, sparse="fst"))
+    weights = [*model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        shard_model(model, model.transformer.h, Ranks(0, 0, 4), torch.device("cpu"), copies, torch.float32, None)
+    assert all(p is w for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_fewer_micro_batches_than_ranks_are_refused(data, tmp_path):
+    done = launch(tmp_path / "out", {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": data}, ranks=2)
     assert done.returncode != 0
-    assert message in done.stderr
+    assert "gradient_accumulation_steps=1, need one for each of 2 ranks" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -117,11 +117,11 @@ def delete_unnamed_shards(folder: Path) -> None:
     for path in folder.glob("*.pt") if there else ():
         try:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            named.add(state["shards"]["folder"])
-        except OSError:  # it may be whole, so nothing is deleted; the next save tries again
+        except Exception as error:  # it may be whole all the same (no memory to map it, say), so nothing is deleted
+            print(f"{folder}: old shards stay, since {path.name} cannot be read ({' '.join(str(error).split())[:100]})")
             return
-        except Exception:  # it has no shards, or is damaged beyond use
-            continue
+        if isinstance(state, dict) and isinstance(state.get("shards"), dict):
+            named.add(state["shards"].get("folder"))
     for path in there:
         if path.name not in named:
             shutil.rmtree(path, ignore_errors=True)  # what is left of it goes after the next save
@@ -176,6 +176,9 @@ class OneRank:
 
     def maximum(self, value: int) -> int:
         return value
+
+    def total(self, values: list[float]) -> list[float]:
+        return values
 
     def decide(self, value):
         return value

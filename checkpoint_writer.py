@@ -174,10 +174,11 @@ class Writer:
             )
 
         def go_on():
-            files = [{"bytes": 0, "crc32": 0} for _ in range(place.shards)]
-            for k, file in enumerate(files):
-                for key in file:
-                    file[key] = self.ranks.maximum(getattr(written, key) if written and k == place.shard else 0)
+            numbers = [0.0] * (2 * place.shards)  # exact in float64, and each is one rank's
+            if written:
+                numbers[2 * place.shard : 2 * place.shard + 2] = written.bytes, written.crc32
+            numbers = self.ranks.total(numbers)
+            files = [{"bytes": int(numbers[2 * k]), "crc32": int(numbers[2 * k + 1])} for k in range(place.shards)]
             self._start((lambda: write_main(files)) if self.ranks.master else None)
 
         self._start(write_part if place.writes else None, go_on)

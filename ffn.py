@@ -201,7 +201,8 @@ class _SparseFFN(torch.autograd.Function):
         # mask: of weights that are packed here and now the kind of their masks; then index and beta come as operands
         made = (w1, w1_24, w1_t_24, w2, w2_24, w2_t_24) if mask else None
         if mask:
-            (w1_24, _), (w2_24, _) = _SparseFFN.operands(*made, plan, mask)
+            w1_24 = _packed_now(*made[:3], mask, plan.z.order, plan.dx.order, plan.dtype)
+            w2_24 = _packed_now(*made[3:], mask, plan.y.order, plan.da.order, plan.dtype)
             w1_t_24 = w2_t_24 = None
         d_model, d_ff = w2.shape
         z = matmul24(w1_24, x.t(), b1, w1.shape[0], False, plan.z)
@@ -214,20 +215,17 @@ class _SparseFFN(torch.autograd.Function):
         return y
 
     @staticmethod
-    def operands(w1, index1, beta1, w2, index2, beta2, plan, mask):
-        """(what multiplies in the forward, what in the input's gradient) of W1 and of W2."""
-        first = _packed_now(w1, index1, beta1, mask, (plan.z.order, plan.dx.order), plan.dtype)
-        return first, _packed_now(w2, index2, beta2, mask, (plan.y.order, plan.da.order), plan.dtype)
-
-    @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, z, a, seed1, seed2, *operands = ctx.saved_tensors
+        plan, dy = ctx.plan, dy.contiguous()
         if ctx.mask:
-            (_, w1_t_24), (_, w2_t_24) = _SparseFFN.operands(*operands, ctx.plan, ctx.mask)
+            w1_t_24 = _packed_again(*operands[:3], ctx.mask, plan.z.order, plan.dx.order, plan.dtype, dy)
+            w2_t_24 = _packed_again(*operands[3:], ctx.mask, plan.y.order, plan.da.order, plan.dtype, dy)
+            w1_t_24 = w1_t_24.t() if plan.dx.order == "masked" else w1_t_24
+            w2_t_24 = w2_t_24.t() if plan.da.order == "masked" else w2_t_24
         else:
             w1_t_24, w2_t_24 = operands
-        plan, dy = ctx.plan, dy.contiguous()
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         dx = dw1 = db1 = dw2 = db2 = None
         if needs_w2 or needs_b2:
@@ -283,8 +281,8 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
     orders = (plan.z.order, plan.dx.order), (plan.y.order, plan.da.order)
     mask = c_fc.recipe.mask if c_fc.prune_again else None
     for layer, order in zip((c_fc, c_proj), orders, strict=True):
-        stale = not torch.compiler.is_compiling() and getattr(layer, "packed_from", None) != _source(layer, *order)
-        if stale and not mask:
+        known = mask or torch.compiler.is_compiling() or getattr(layer, "packed_from", None) == _source(layer, *order)
+        if not known:
             raise RuntimeError("sparse_ffn: weights or masks changed since they were packed; call pack_weights(model)")
     shape = x.shape
     x = x.reshape(-1, shape[-1]).to(plan.dtype)
@@ -420,11 +418,37 @@ def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dt
     layer.packed_from = source
 
 
-def _packed_now(w, index, beta, mask: str, orders: tuple[str, str], dtype: torch.dtype):
-    """What multiplies in the forward, and what in the input's gradient, in memory of their own."""
-    w = w.detach()
+def _operand(w, index, beta, mask: str, order: str, order_t: str, dtype: torch.dtype, number: int) -> torch.Tensor:
+    """Of weights that are packed where they multiply, in new memory: operand 0, of the forward, or 1, of the input's
+    gradient, where a dense GEMM takes the transpose of what is returned."""
+    w, orders = w.detach(), (order, order_t)
     shapes = (w.shape, (w.numel() * 9 // 16,), (w.numel() * 9 // 16,))
     wanted = zip(shapes, _wanted(mask, orders), strict=True)
-    w_24, packed, packed_t = (w.new_empty(shape, dtype=dtype) if needed else None for shape, needed in wanted)
-    _write(w_24, packed, packed_t, w, index, beta, mask, orders)
-    return w_24 if orders[0] == "masked" else packed, w_24.t() if orders[1] == "masked" else packed_t
+    buffers = [w.new_empty(shape, dtype=dtype) if needed else None for shape, needed in wanted]
+    _write(*buffers, w, index, beta, mask, orders)
+    return buffers[0 if orders[number] == "masked" else 1 + number]
+
+
+def _packed_now(w, index, beta, mask: str, order: str, order_t: str, dtype: torch.dtype) -> torch.Tensor:
+    return _operand(w, index, beta, mask, order, order_t, dtype, 0)
+
+
+@torch.library.custom_op("nano24::packed_again", mutates_args=())
+def _packed_again(
+    w: torch.Tensor,
+    index: torch.Tensor,
+    beta: torch.Tensor | None,
+    mask: str,
+    order: str,
+    order_t: str,
+    dtype: torch.dtype,
+    dy: torch.Tensor,
+) -> torch.Tensor:
+    """_operand 1. A compiler that saw it would keep what the forward has made; dy, which is not used, keeps it from
+    being done early."""
+    return _operand(w, index, beta, mask, order, order_t, dtype, 1)
+
+
+@_packed_again.register_fake
+def _(w, index, beta, mask, order, order_t, dtype, dy):
+    return w.new_empty(w.shape if order_t == "masked" else (w.numel() * 9 // 16,), dtype=dtype)

@@ -231,9 +231,10 @@ def flip_rate(before, after) -> float:
                 "need two bool masks or two uint8 index matrices of one shape"
             )
         old_rows, new_rows = local(old), local(new)
-        flips.append((old_rows != new_rows).sum() if old.dtype == torch.bool else flip_count(old_rows, new_rows))
+        flipped = (old_rows != new_rows).sum() if old.dtype == torch.bool else flip_count(old_rows, new_rows)
+        flips.append(total(flipped, old))
         entries += old.numel() * (1 if old.dtype == torch.bool else 16)
-    return int(total(torch.stack(flips).sum(), before[0])) / entries if entries else 0.0
+    return int(torch.stack(flips).sum()) / entries if entries else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Ranks:
         A thread of gloo that lets go of a tensor of Python's after the interpreter began to shut down aborts the
         process ("terminate called without an active exception"). Only the control group is handed such tensors, and
         with the last reference to it, dropped here, its threads are joined."""
-        if self.world_size > 1:
+        if self.control is not None:
             dist.barrier(group=self.control)
             self.control = None
             dist.destroy_process_group()
@@ -78,15 +78,22 @@ class Ranks:
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         names = ("index", "index_t", "beta")  # an order of rows has the sum of any other, but index_t is made by it
         buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
-        tensors = [shards.local(p.detach()) for p in model.parameters()] + [b for b in buffers if b is not None]
-        mine = sum(t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors).item()
-        piece = shards.piece(next(model.parameters()))
-        found = [torch.zeros(2, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(found, torch.tensor([piece, mine]), group=self.control)
-        wrong = outvoted([tuple(pair.tolist()) for pair in found])
+        masks = [b for b in buffers if b is not None]
+        weights = [shards.local(p.detach()) for p in model.parameters()]
+        sums = [
+            sum(
+                (t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors), torch.zeros((), dtype=int)
+            )
+            for tensors in (weights, masks)
+        ]
+        mine = torch.tensor([shards.piece(next(model.parameters())), *map(int, sums)])
+        found = [torch.zeros_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(found, mine, group=self.control)
+        pieces, weights, masks = zip(*(row.tolist() for row in found), strict=True)
+        wrong = {*outvoted([*zip(pieces, weights, strict=True)]), *outvoted([(0, m) for m in masks])}
         if wrong:
             raise RanksDiffer(
-                f"weights or masks of ranks {wrong} differ from the others'; resume from the last checkpoint"
+                f"weights or masks of ranks {sorted(wrong)} differ from the others'; resume from the last checkpoint"
             )
 
 
@@ -116,8 +123,8 @@ def start_ranks(device_name: str, backend_name: str) -> Ranks:
 
 def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: int, dtype, compile_mode) -> None:
     """FSDP2, in place: the weights of each of `blocks`, and of the rest of the model, are cut by rows over
-    world_size / copies ranks, gathered in `dtype` before they multiply (on a GPU; on a CPU as they are, since its
-    autocast takes no LayerNorm of 16-bit weights), and freed after.
+    world_size / copies ranks, gathered before they multiply, and freed after. On a GPU blocks are gathered in `dtype`,
+    but for soft thresholds; on a CPU as they are, since its autocast takes no LayerNorm of 16-bit weights.
 
     compile_mode: of torch.compile, or None; blocks are compiled one by one. Raises ValueError where the ranks do not
     divide into so many copies, or where a 4x4 block of a sparse layer would lie on two ranks.
@@ -125,6 +132,8 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if dtype == torch.float16:
+        raise ValueError("parallel='fsdp' needs bfloat16 or float32; use --dtype=float32, or parallel='ddp'")
     if copies < 1 or ranks.world_size % copies:
         raise ValueError(f"fsdp_copies={copies}, need a divisor of the number of ranks, {ranks.world_size}")
     pieces = ranks.world_size // copies
@@ -138,10 +147,13 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
             )
     shape, names = ((pieces,), ("shard",)) if copies == 1 else ((copies, pieces), ("copy", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    policy = {}
-    if dtype != torch.float32 and device.type == "cuda":
+    policy, soft = {}, any(layer.recipe.mask == "soft" for layer in sparse_linears(model))  # S sees more than bf16
+    if dtype != torch.float32 and device.type == "cuda" and not soft:
         low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = {"mp_policy": low}
+    kernel_status(device)  # tested now, since a compiled forward cannot
+    if compile_mode:  # all blocks share the limit: phases, training and evaluation, a last batch of another size
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for block in blocks:
         if compile_mode:
             block.compile(mode=compile_mode)
@@ -157,8 +169,9 @@ class FolderInUse(RuntimeError):
 
 def hold(folder: Path):
     """Keep other runs out of `folder` until the file that is returned is closed, or this process ends, however it does.
+    Nothing in the folder changes but that an empty run.lock may be made, in which `sign` says who holds it.
 
-    Raises FolderInUse where another one holds it.
+    Raises FolderInUse where another one does.
     """
     file = open(folder / "run.lock", "a+")  # noqa: SIM115  open as long as the run
     try:
@@ -170,10 +183,13 @@ def hold(folder: Path):
         raise FolderInUse(f"out_dir={folder} is in use by {holder}; stop that run, or set another out_dir") from error
     except OSError as error:  # some network file systems
         print(f"{folder}: cannot be locked ({error}); see to it that no other run writes there", flush=True)
+    return file
+
+
+def sign(file) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
-    return file
 
 
 class StopSignal:

@@ -11,29 +11,29 @@ from collections.abc import Callable
 import torch
 
 
-def is_sharded(t: torch.Tensor) -> bool:
+def is_dtensor(t: torch.Tensor) -> bool:
     return hasattr(t, "placements")  # to import DTensor, to ask, takes most of a second
 
 
 def local(t: torch.Tensor) -> torch.Tensor:
     """This rank's rows; shares memory with t."""
-    return t.to_local() if is_sharded(t) else t
+    return t.to_local() if is_dtensor(t) else t
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
     """All rows, on every rank: a collective where t is sharded."""
-    return t.full_tensor() if is_sharded(t) else t
+    return t.full_tensor() if is_dtensor(t) else t
 
 
 def piece(w: torch.Tensor) -> int:
     """Number of this rank's piece."""
-    return w.device_mesh.get_local_rank(w.device_mesh.ndim - 1) if is_sharded(w) else 0  # before it come copies
+    return w.device_mesh.get_local_rank(w.device_mesh.ndim - 1) if is_dtensor(w) else 0  # before it come copies
 
 
 def rows_of(w: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The rows of `mask`, whole and with a row for each of w's, or an index matrix with one for every four, that belong
     to this rank's rows of w."""
-    if not is_sharded(w):
+    if not is_dtensor(w):
         return mask
     per_row = w.shape[0] // mask.shape[0]
     first = piece(w) * -(-w.shape[0] // w.device_mesh.size(-1))
@@ -43,7 +43,7 @@ def rows_of(w: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def by_rows(function: Callable, w: torch.Tensor, per_row: int) -> torch.Tensor:
     """function(w), whose result (out / per_row, n) has a row for every `per_row` rows of w; sharded where w is."""
     part = function(local(w))
-    if not is_sharded(w):
+    if not is_dtensor(w):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -54,7 +54,7 @@ def by_rows(function: Callable, w: torch.Tensor, per_row: int) -> torch.Tensor:
 
 def total(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The sum of `part` over the ranks that share `like`: a collective where it is sharded."""
-    if not is_sharded(like):
+    if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

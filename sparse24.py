@@ -65,7 +65,7 @@ from operators import (  # noqa: F401 (all of the operators are names of this mo
     transposable_mask_2approx,
 )
 from recipes import PERMUTATIONS, RECIPES, Recipe, get_recipe  # noqa: F401
-from shards import by_rows, local, rows_of, total, whole
+from shards import by_rows, fits, is_dtensor, local, rows_of, total, whole
 
 _PERMUTE = 4  # tag that keeps the stream of seed_words for row orders apart from MVUE's and train.py's
 
@@ -74,8 +74,13 @@ _PERMUTE = 4  # tag that keeps the stream of seed_words for row orders apart fro
 
 
 def mask_index(w: torch.Tensor, kind: str) -> torch.Tensor:
-    """The mask that w (out, in) would have now, as its index matrix: "transposable" or "row"; sharded where w is."""
-    return by_rows(transposable_index, w, 4) if kind == "transposable" else by_rows(pair_index, w, 1)
+    """The mask that w (out, in) would have now, as its index matrix: "transposable" or "row"; sharded where w is, but
+    whole where w's pieces cut through 4x4 blocks, as those of a dense run may."""
+    if kind != "transposable":
+        return by_rows(pair_index, w, 1)
+    if is_dtensor(w) and not fits(w.shape[0], w.device_mesh.size(-1)):
+        return transposable_index(whole(w))
+    return by_rows(transposable_index, w, 4)
 
 
 class _How(NamedTuple):
@@ -95,14 +100,29 @@ def prune(w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask:
     return torch.where((expand_index if mask == "transposable" else expand_pairs)(index), w, 0)
 
 
+@torch.library.custom_op("nano24::prune_again", mutates_args=())
+def _prune_again(
+    w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask: str, dz: torch.Tensor
+) -> torch.Tensor:
+    """prune, in the backward. A compiler that saw it would do it once and keep the result; dz, which is not used, keeps
+    it from being done early."""
+    return prune(w, index, beta, mask)
+
+
+@_prune_again.register_fake
+def _(w, index, beta, mask, dz):
+    return torch.empty_like(w)
+
+
 class _MaskedLinear(torch.autograd.Function):
     """Z = X w_24^T + b; dX = dZ (w_24 * back); dW = MVUE(dZ^T) X to W as `how` says; db from the unpruned dZ (Eq. 2-7).
     master: what is pruned, the weight itself or, of soft weights, before it was cast. back: a bool mask, or None."""
 
     @staticmethod
-    def operands(master, index, back, beta, dtype, how):
-        """What multiplies in the forward, and what in the input's gradient."""
-        w_24 = prune(master, index, beta, how.mask).to(dtype)
+    def operands(master, index, back, beta, dtype, how, dz=None):
+        """What multiplies in the forward, and what in the input's gradient. dz: in the backward."""
+        again = () if dz is None else (dz,)
+        w_24 = (_prune_again if again else prune)(master, index, beta, how.mask, *again).to(dtype)
         w_back = w_24 if back is None else torch.where(back, w_24, 0)
         if how.fp8:
             w_24 = simulate_fp8(w_24, torch.float8_e4m3fn)
@@ -128,7 +148,7 @@ class _MaskedLinear(torch.autograd.Function):
         how, dx, dw, db = ctx.how, None, None, None
         if ctx.needs_input_grad[0]:
             if how.again:
-                _, w_back = _MaskedLinear.operands(master, index, back, beta, ctx.dtype, how)
+                _, w_back = _MaskedLinear.operands(master, index, back, beta, ctx.dtype, how, dz)
             dx = (simulate_fp8(dz, torch.float8_e5m2) if how.fp8 else dz) @ w_back
         dz = dz.reshape(-1, dz.shape[-1])  # (BT, out)
         if ctx.needs_input_grad[1]:
@@ -162,7 +182,8 @@ class Sparse24Linear(nn.Linear):
     `.prune_again`  not saved: prune in the backward once more instead of keeping the pruned weight; for FSDP, which
                frees the weight in between.
     A fresh or reset layer's mask matches its weights; call `refresh_masks` after setting or loading weights alone.
-    Between steps of FSDP2 `.weight` is sharded; all else here is whole on every rank.
+    Between steps of FSDP2 `.weight` is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used; all else
+    here is whole on every rank.
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as nn.Linear's do.
     Raises ValueError when in or out is not divisible by 4.
     """
@@ -234,6 +255,10 @@ class Sparse24Linear(nn.Linear):
     def mask(self) -> torch.Tensor:
         """The current mask, bool (out, in), True = kept."""
         return (expand_index if self.recipe.mask == "transposable" else expand_pairs)(self.index)
+
+    def mask_rows(self) -> torch.Tensor:
+        """The rows of `.mask` that belong to this rank's rows of the weight."""
+        return (expand_index if self.recipe.mask == "transposable" else expand_pairs)(rows_of(self.weight, self.index))
 
     @property
     def backward_mask(self) -> torch.Tensor:
@@ -449,11 +474,9 @@ def decay_ratio(model: nn.Module, decay: float) -> float | None:
     layers = [m for m in sparse_linears(model) if m.sparse and m.weight.grad is not None]
     if not layers:
         return None
-    weights = [m.weight.detach() for m in layers]
-    masks = (rows_of(w, m.mask) for m, w in zip(layers, weights, strict=True))
-    decayed = sum(torch.where(mask, 0, local(w)).float().square().sum() for mask, w in zip(masks, weights, strict=True))
+    decayed = sum(torch.where(m.mask_rows(), 0, local(m.weight.detach())).float().square().sum() for m in layers)
     gradient = sum(local(m.weight.grad).float().square().sum() for m in layers)
-    decayed, gradient = total(torch.stack([decayed, gradient]), weights[0])
+    decayed, gradient = total(torch.stack([decayed, gradient]), layers[0].weight.detach())
     return float(decay * (decayed / gradient).sqrt()) if float(gradient) > 0 else None
 
 
@@ -503,10 +526,10 @@ class MaskedDecayAdamW(torch.optim.AdamW):
                     continue
                 layer, rows = layers[w], local(w)
                 if self.decay_on == "grad":
-                    index = layer.index if layer.recipe.mask == "transposable" else layer.mask
-                    masked_decay_(local(w.grad), rows, rows_of(w, index), self.masked_decay)
+                    mask = rows_of(w, layer.index) if layer.recipe.mask == "transposable" else layer.mask_rows()
+                    masked_decay_(local(w.grad), rows, mask, self.masked_decay)
                     continue
-                decay = torch.where(rows_of(w, layer.mask), 0, rows) * (group["lr"] * self.masked_decay)
+                decay = torch.where(layer.mask_rows(), 0, rows) * (group["lr"] * self.masked_decay)
                 if self.decay_on == "weight":
                     rows.sub_(decay)
                 else:

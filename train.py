@@ -15,6 +15,7 @@ own numbers.
 """
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import json
@@ -41,8 +42,8 @@ from loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from metrics import Metrics, read_metrics
 from model import GPT, GPTConfig, peak_flops
 from recipes import Recipe
-from runtime import FolderInUse, Ranks, RanksDiffer, StopSignal, environment, hold, shard_model, start_ranks
-from shards import whole
+from runtime import FolderInUse, Ranks, RanksDiffer, StopSignal, environment, hold, shard_model, sign, start_ranks
+from shards import is_dtensor, whole
 from sparse24 import (
     AutoSwitch,
     decay_ratio,
@@ -78,7 +79,7 @@ wandb_run_name = "gpt2"
 wandb_mode = "online"  # online, or offline (no network needed)
 # ---- data ----
 dataset = "openwebtext"  # folder under data/ (or a path) with train.bin, val.bin and meta.json
-sampling = "random"  # random (windows anywhere, nanoGPT's), epoch (each window once, in a new order, then all again)
+sampling = "random"  # random (windows anywhere, nanoGPT's), epoch (each window once an epoch; keep windows per step)
 gradient_accumulation_steps = 40  # micro-batches per step over all ranks together
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
@@ -223,6 +224,18 @@ def get_decay(iter_num: int, factor: float, sparse_start: int, switch: int) -> f
     return factor * 0.5 * (1.0 + math.cos(math.pi * (iter_num - sparse_start) / (switch - sparse_start)))
 
 
+def clip_gradients(model: torch.nn.Module, ranks: Ranks) -> float:
+    """Clip to grad_clip; returns the norm before. The host waits for the GPU here, once a step: what is not finite must
+    reach neither weights nor moments."""
+    params = [p for p in model.parameters() if p.grad is not None]
+    sharded = is_dtensor(params[0])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in params], foreach=True if sharded else None))
+    if sharded and fsdp_copies > 1:  # copies may sum in another order, and must not drift apart
+        norm = norm.new_tensor(ranks.total([float(norm) if ranks.master else 0.0])[0])
+    torch.nn.utils.clip_grads_with_norm_(params, grad_clip or math.inf, norm, foreach=True if sharded else None)
+    return norm.item()
+
+
 def set_phase(model: torch.nn.Module, is_sparse: bool) -> None:
     """Put every sparse layer into its phase. One that comes back from dense gets the mask of its weights."""
     changed = [layer for layer in sparse_linears(model) if layer.sparse != is_sparse]
@@ -257,6 +270,8 @@ def resolve_settings(overrides: dict) -> Recipe | None:
         raise ValueError(f"sampling={sampling!r}, need random or epoch")
     if parallel not in ("ddp", "fsdp"):
         raise ValueError(f"parallel={parallel!r}, need ddp or fsdp")
+    if parallel == "ddp" and fsdp_copies > 1:
+        raise ValueError(f"fsdp_copies={fsdp_copies} is for parallel='fsdp'; under ddp each rank has a copy")
     if parallel == "fsdp" and (dtype == "float16" or compile_mode != "default"):
         raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
     if compile_mode not in ("default", "reduce-overhead", "max-autotune"):
@@ -330,7 +345,12 @@ def find_start(folder: Path) -> Path | None:
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir={out_dir} is a file; use another out_dir")
-    existing = checkpoint.find(folder)
+    existing, others = checkpoint.find(folder), sorted(path.name for path in folder.glob("ckpt_[0-9]*.pt"))
+    if init_from == "auto" and not existing and others and not overwrite:
+        raise ValueError(
+            f"{folder} has no {checkpoint.NAME}, but {', '.join(others)}: mv one of these to {checkpoint.NAME}, to go "
+            "on from it, or use --overwrite=True to delete them"
+        )
     if init_from == "resume" and not existing:
         raise ValueError(f"init_from=resume, but {folder} holds no {checkpoint.NAME}; use init_from=scratch or auto")
     if init_from in ("auto", "resume"):
@@ -407,13 +427,13 @@ def load_weights(model: GPT, saved: dict) -> None:
     model.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in saved.items()})
 
 
-def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device):
+def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, fsdp: bool, dev: torch.device):
     """(the plan of the sparse FFNs or None, report): rank 0 measures, all ranks follow. kept: of a run that is resumed,
     its spmm.json, whose verdicts it keeps."""
     answer = None
     if ranks.master:
         try:
-            answer = _measure_gemms(model, kept, ranks.world_size, dev)
+            answer = _measure_gemms(model, kept, ranks.world_size, fsdp, dev)
         except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer
             answer = ValueError(str(error))
     answer = ranks.decide(answer)
@@ -422,7 +442,7 @@ def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, dev: torch.device):
     return answer
 
 
-def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.device):
+def _measure_gemms(model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
     """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
     rows, whole = spmm_choice.read_report(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
@@ -433,11 +453,12 @@ def _measure_gemms(model: GPT, path: Path | None, world_size: int, dev: torch.de
     plan, report = plan_ffn(*shape, spmm, mvue, ffn_recompute, transposable=mask == "transposable", **options)
     if plan is not None and spmm == "auto":
         # shards are packed twice in each micro-step, all else once in an optimizer step
-        uses = 0.5 if parallel == "fsdp" else gradient_accumulation_steps // world_size
+        uses = 0.5 if fsdp else -(-gradient_accumulation_steps // world_size)
         how = {"compile_mode": compile_mode if compile else None, "micro_steps": uses}
         asked = {**how, "recompute": ffn_recompute}
         if not whole or whole["asked"] != asked or rows != report.rows:
-            whole = time_ways(model.transformer.h[dense_blocks].mlp, plan, **how) | {"asked": asked}
+            mlp = copy.deepcopy(model.transformer.h[dense_blocks].mlp).to(dev)
+            whole = time_ways(mlp, plan, **how) | {"asked": asked}
         report.whole = whole
         plan = plan if whole["taken"] == "plan" else None
     return plan, report
@@ -447,8 +468,10 @@ def announce(model: GPT, path: Path | None, iter_num: int, sparse_start, switch:
     """A few lines on what is about to run. report: of `plan_gemms`, or None."""
     layers = sparse_linears(model)
     tokens = gradient_accumulation_steps * batch_size * block_size
+    spread = f" by {parallel}" if ranks.world_size > 1 else " alone" if parallel == "fsdp" else ""
     where = f"resuming {path} at iteration {iter_num}" if path else f"init {init_from.replace('auto', 'scratch')}"
-    print(f"{out_dir}: {where}; {ranks.world_size} x {device}, {dtype}, compile={compile}, torch {torch.__version__}")
+    machines = f"{ranks.world_size} x {device}{spread}"
+    print(f"{out_dir}: {where}; {machines}, {dtype}, compile={compile}, torch {torch.__version__}")
     if device.startswith("cuda"):
         print(f"Triton kernels: {kernel_status(next(model.parameters()).device)}")
     print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {max_iters:,} steps")
@@ -507,6 +530,8 @@ def run() -> None:
         data_folder = DATA_FOLDER / dataset
         meta = load_meta(data_folder)
         train_data, val_data = (Tokens(data_folder, name, block_size, meta["vocab_size"]) for name in ("train", "val"))
+        # Before anything is read, so that no run goes on from what another one is about to write over.
+        held = hold(folder) if ranks.master and not eval_only and (folder / "run.lock").exists() else None
         path = find_start(folder)
         if ranks.decide(path) != path:
             raise ValueError(f"out_dir={out_dir} is not the same folder on every rank; put it on a shared file system")
@@ -517,7 +542,9 @@ def run() -> None:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        model = build_model(state, recipe, meta["vocab_size"]).to(dev)
+        fsdp = parallel == "fsdp" and ranks.control is not None
+        model = build_model(state, recipe, meta["vocab_size"])
+        model = model if fsdp else model.to(dev)  # shards are moved one by one
         if meta["vocab_size"] > model.config.vocab_size:
             raise ValueError(
                 f"dataset={dataset} has {meta['vocab_size']} tokens, the model {model.config.vocab_size}; "
@@ -528,8 +555,7 @@ def run() -> None:
         sparse_start = state["sparse_start"] if state else planned_sparse_start()
         kept = folder / "spmm.json" if state else None
         planned = recipe and recipe.fused and iter_num < switch and not eval_only
-        plan, report = plan_gemms(model, kept, ranks, dev) if planned else (None, None)
-        fsdp = parallel == "fsdp" and ranks.control is not None
+        plan, report = plan_gemms(model, kept, ranks, fsdp, dev) if planned else (None, None)
         if fsdp:
             how = compile_mode if compile else None
             shard_model(model, model.transformer.h, ranks, dev, fsdp_copies, _DTYPES[dtype], how)
@@ -539,7 +565,7 @@ def run() -> None:
         optimizer = build_optimizer(model, recipe, state)
         settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
         reference = FlipReference(flip_reference, settings, flip_mask) if flip_reference else None
-    except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
+    except (ValueError, OSError, ImportError, checkpoint.CheckpointError, FolderInUse) as error:
         sys.exit(f"train.py: error: {error}")
 
     if state is not None and state["iter_num"] >= max_iters and not eval_only:
@@ -548,10 +574,10 @@ def run() -> None:
         ranks.leave()
         return
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == "float16")
-    best_val_loss, elapsed, skipped = math.inf, 0.0, 0
+    best_val_loss, elapsed, skipped, in_a_row = math.inf, 0.0, 0, 0
     if state is not None:
         scaler.load_state_dict(state["scaler"])
-        best_val_loss, elapsed, skipped = state["best_val_loss"], state["elapsed_s"], state["skipped"]
+        best_val_loss, elapsed, (skipped, in_a_row) = state["best_val_loss"], state["elapsed_s"], state["skipped"]
     model_args = asdict(model.config)
     watch = FlipWatch(warmup_iters, lr_decay_iters if decay_lr else max_iters, reference)
     controller = None
@@ -601,14 +627,15 @@ def run() -> None:
             "controller": controller.state_dict() if controller else None,
             "patterns_hash": sparse24.PATTERNS_HASH,
             "elapsed_s": elapsed,
-            "skipped": skipped,
+            "skipped": [skipped, in_a_row],
         }
         writer.save(state, name)
 
     metrics = None
     if ranks.master and not eval_only:
         folder.mkdir(parents=True, exist_ok=True)
-        held = hold(folder)
+        held = held or hold(folder)
+        sign(held)
         if path is None:
             checkpoint.clear(folder)
             for stale in ("metrics.jsonl", "spmm.json"):
@@ -630,7 +657,7 @@ def run() -> None:
     keep_grads = compile and compile_mode != "default"
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if keep_grads else None
-    stop, losses_so_far, in_a_row = StopSignal(), LossWatch(), 0
+    stop, losses_so_far = StopSignal(), LossWatch()
     first_iter, unlogged_steps, unlogged_s, tick = iter_num, 0, 0.0, time.perf_counter()
     model.train()
 
@@ -686,6 +713,9 @@ def run() -> None:
         losses = []
         for micro_step in range(local_steps):
             micro_batch = micro_step * ranks.world_size + ranks.rank
+            counts = micro_batch < gradient_accumulation_steps
+            if not counts:  # the round is filled up with what this rank has had, for nothing
+                micro_batch -= ranks.world_size
             x, y = train_data.windows(batch_starts(train_data, iter_num, micro_batch), dev)
             seed_draws(model, seed, iter_num, micro_batch)
             torch.manual_seed(int(seed_words(1, seed, iter_num, micro_batch, _DROPOUT)[0]))
@@ -697,16 +727,14 @@ def run() -> None:
             with ddp.no_sync() if ddp and not last else contextlib.nullcontext():
                 with autocast():
                     _, loss = (ddp or net)(x, y)
-                if micro_batch >= gradient_accumulation_steps:  # one that fills up the round, and counts for nothing
-                    loss = loss * 0
-                scaler.scale(loss / share).backward()
-            losses.append(loss.detach())
+                scaler.scale(loss / share if counts else loss * 0).backward()
+            if counts:
+                losses.append(loss.detach().clone())  # a CUDA graph writes the next one where this one is
         scaler.unscale_(optimizer)
-        # The host waits for the GPU here, once a step: what is not finite must not reach weights or moments.
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)).item()
+        grad_norm = clip_gradients(model, ranks)
         losses = torch.stack(losses).tolist()
-        mine = range(ranks.rank, gradient_accumulation_steps, ranks.world_size)  # without one that filled up the round
-        for micro_batch, loss in zip(mine, losses, strict=False):
+        mine = range(ranks.rank, gradient_accumulation_steps, ranks.world_size)
+        for micro_batch, loss in zip(mine, losses, strict=True):
             if odd := losses_so_far.add(loss):
                 starts = ", ".join(str(start) for start in batch_starts(train_data, iter_num, micro_batch)[:8])
                 place = f"iteration {iter_num}, micro-batch {micro_batch}, whose windows begin at tokens {starts}"
@@ -718,9 +746,10 @@ def run() -> None:
             if ranks.master:
                 print(f"warning, iteration {iter_num}: gradient norm {grad_norm}, step passed over", flush=True)
         if in_a_row > max_skipped:
+            writer.wait()
             raise Diverged(
                 f"the last {in_a_row} gradients were not finite; the weights are as they were before them, the last "
-                f"checkpoint is {folder / checkpoint.NAME}; lower learning_rate, or look at the data named above"
+                f"checkpoint is {checkpoint.find(folder)}; lower learning_rate, or look at the data named above"
             )
         logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row or not finite
         steering = bool(controller) and is_sparse and controller.measures(iter_num)

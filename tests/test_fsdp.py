@@ -78,7 +78,7 @@ def test_two_copies_train_as_one_process_does(run):
 @pytest.mark.parametrize(("ranks", "changes"), [(2, {"parallel": "fsdp"}), (2, {}), (1, {})])
 def test_shards_of_four_ranks_are_resumed_by_fewer(run, data, tmp_path, ranks, changes):
     out = shutil.copytree(run(4, parallel="fsdp", max_iters=6), tmp_path / "out")
-    assert len(list(out.glob("ckpt_*.shards/*.pt"))) == 4
+    assert len(list(out.glob("ckpt_*.shards/*.pt"))) == 4 * 2  # of ckpt.pt and of ckpt_prev.pt
     how = launch if ranks > 1 else run_here
     done = how(out, {**SETTINGS, **RUN, **changes, "dataset": data}, DOUBLE, ranks=ranks)
     assert done.returncode == 0, done.stderr
@@ -144,6 +144,21 @@ def test_fewer_micro_batches_than_ranks_are_refused(data, tmp_path):
     assert done.returncode != 0
     assert "gradient_accumulation_steps=1, need one for each of 2 ranks" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_dense_runs_of_any_width_are_measured_alike(run):
+    """24 rows on 4 ranks: pieces of 6, which cut through blocks, so that flips are counted on whole weights."""
+    changes = {"sparse": "none", "n_embd": 24, "max_iters": 5, "masked_decay": 0.0}
+    one, four = read_rows(run(1, **changes)), read_rows(run(4, parallel="fsdp", **changes))
+    assert any(row["flip_rate"] for row in one)
+    for a, b in zip(one, four, strict=True):
+        for key in ("flip_rate", "train_loss", "val_loss_24"):
+            assert b[key] == (pytest.approx(a[key], rel=1e-9) if a[key] else a[key]), (a["iter"], key)
+
+
+def test_copies_without_shards_are_refused(data, tmp_path):
+    done = run_here(tmp_path / "out", {**SETTINGS, "dataset": data, "fsdp_copies": 2})
+    assert "fsdp_copies=2 is for parallel='fsdp'" in done.stderr
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"compile_mode": "reduce-overhead"}])

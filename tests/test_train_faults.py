@@ -13,6 +13,7 @@ import torch
 from harness import (
     ROOT,
     SETTINGS,
+    contents,
     launch,
     make_dataset,
     pristine_train,
@@ -81,8 +82,8 @@ def test_the_count_goes_over_a_stop(run, tmp_path):
     run(tmp_path / "parts", fault, max_iters=5, dense_start=7)
     run(tmp_path / "parts", fault, max_iters=8, dense_start=7)
     assert [row["skipped"] for row in read_rows(tmp_path / "parts")][-2] == 2
-    assert read_state(tmp_path / "parts")["skipped"] == 2
-    assert read_state(tmp_path / "whole")["skipped"] == 2
+    assert read_state(tmp_path / "parts")["skipped"] == [2, 0]
+    assert read_state(tmp_path / "whole")["skipped"] == [2, 0]
 
 
 def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(run, tmp_path):
@@ -92,15 +93,24 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(run, tmp_path):
     assert "Traceback" not in done.stderr
     state = read_state(tmp_path / "out")
     assert state["iter_num"] == 12
-    assert state["skipped"] == 3
+    assert state["skipped"] == [3, 3]
     assert all(torch.isfinite(t).all() for t in state["model"].values() if torch.is_tensor(t))
     run(tmp_path / "out")  # and without what was wrong the run goes on
     assert read_rows(tmp_path / "out")[-2]["skipped"] == 3
 
 
+def test_a_restart_does_not_begin_the_count_anew(run, tmp_path):
+    """Saves go on meanwhile, so a job that is started again and again must not creep on."""
+    fault = nan_at(*range(9, 40))
+    run(tmp_path / "out", fault, status=1, max_skipped=5)
+    done = run(tmp_path / "out", fault, status=1, max_skipped=5)
+    assert "the last 6 gradients" in done.stderr
+    assert read_state(tmp_path / "out")["iter_num"] == 12
+
+
 def test_just_enough_in_a_row_do_not(run, tmp_path):
     run(tmp_path / "out", nan_at(4, 5, 6, 8, 9, 10), max_iters=12, max_skipped=3)
-    assert read_state(tmp_path / "out")["skipped"] == 6
+    assert read_state(tmp_path / "out")["skipped"] == [6, 0]
 
 
 def test_all_ranks_pass_over_what_one_of_them_met(data, tmp_path):
@@ -108,7 +118,7 @@ def test_all_ranks_pass_over_what_one_of_them_met(data, tmp_path):
     done = launch(tmp_path / "out", settings, nan_at(2), ranks=2)
     assert done.returncode == 0, done.stderr
     assert "warning, rank 1: loss nan; iteration 2, micro-batch 1" in done.stdout
-    assert read_state(tmp_path / "out")["skipped"] == 1
+    assert read_state(tmp_path / "out")["skipped"] == [1, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +241,20 @@ def test_chosen_checkpoints_are_kept(run, tmp_path):
     assert kept == ["ckpt.pt", *numbered, "ckpt_prev.pt"]
     for name in numbered:
         assert read_state(tmp_path / "out", name)["iter_num"] == int(name[5:13])
+
+
+def test_checkpoints_that_were_kept_are_not_deleted_unasked(run, tmp_path):
+    out = tmp_path / "out"
+    changes = {"max_iters": 6, "checkpoint_interval": 2, "keep_every": 4}
+    run(out, **changes)
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        (out / name).unlink()
+    before = contents(out)
+    done = run(out, status=1, **changes)
+    assert "has no ckpt.pt, but ckpt_00000004.pt: mv one of these to ckpt.pt" in done.stderr
+    assert contents(out) == before
+    (out / "ckpt_00000004.pt").rename(out / "ckpt.pt")
+    assert "at iteration 4" in run(out, **changes).stdout
 
 
 def test_saving_in_a_thread_changes_nothing(run, tmp_path):

@@ -75,18 +75,11 @@ class Ranks:
         sums of their bits, and names the ranks that the fewest agree with."""
         if self.world_size == 1:
             return
-        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         names = ("index", "index_t", "beta")  # an order of rows has the sum of any other, but index_t is made by it
         buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
-        masks = [b for b in buffers if b is not None]
-        weights = [shards.local(p.detach()) for p in model.parameters()]
-        sums = [
-            sum(
-                (t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors), torch.zeros((), dtype=int)
-            )
-            for tensors in (weights, masks)
-        ]
-        mine = torch.tensor([shards.piece(next(model.parameters())), *map(int, sums)])
+        masks = _sum_of_bits([b for b in buffers if b is not None])
+        weights = _sum_of_bits([shards.local(p.detach()) for p in model.parameters()])
+        mine = torch.tensor([shards.piece(next(model.parameters())), weights, masks])
         found = [torch.zeros_like(mine) for _ in range(self.world_size)]
         dist.all_gather(found, mine, group=self.control)
         pieces, weights, masks = zip(*(row.tolist() for row in found), strict=True)
@@ -95,6 +88,13 @@ class Ranks:
             raise RanksDiffer(
                 f"weights or masks of ranks {sorted(wrong)} differ from the others'; resume from the last checkpoint"
             )
+
+
+def _sum_of_bits(tensors: list[torch.Tensor]) -> int:
+    """As of integers, which wrap."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0
 
 
 def outvoted(sums: list[tuple[int, int]]) -> list[int]:

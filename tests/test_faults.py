@@ -40,6 +40,10 @@ def test_a_kill_at_a_random_moment_goes_on_from_the_last_save(bench_kills):
     assert faults.kill_case(bench_kills, random.Random(1))["problems"] == []
 
 
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(bench_kills):
+    assert faults.kills_in_a_row_case(bench_kills, random.Random(2), kills=3, ranks=1)["problems"] == []
+
+
 @pytest.mark.parametrize("at", ["half of the bytes written", "no hard links: between the two renames"])
 def test_a_kill_inside_a_save_goes_on_from_a_whole_checkpoint(bench_kills, at):
     assert faults.save_case(bench_kills, at)["problems"] == []

@@ -258,8 +258,8 @@ def _inode(path: Path) -> int:
 
 
 def nodes_case(bench: Bench) -> dict:
-    """Two agents of torchrun; the second is killed, the first goes on alone, the second comes back, and they end together.
-    Sums over one rank and over two differ in rounding, so here the losses are compared, to 1e-4."""
+    """Two agents of torchrun: the second is killed, the first goes on alone, the second comes back, both end. Sums over
+    one rank and over two differ in rounding, so here the losses are compared, to 1e-4."""
     settings = bench.settings | {"mvue": False, "dropout": 0.0, "max_iters": 900, "lr_decay_iters": 900}
     settings |= {"checkpoint_interval": 20, "eval_interval": 0, "flip_interval": 0}
     out, alone = bench.new_folder(), bench.new_folder()
@@ -286,9 +286,9 @@ def nodes_case(bench: Bench) -> dict:
         while time.monotonic() < deadline:
             config = out / "config.json"
             with contextlib.suppress(OSError, ValueError):  # it is being written
-                if json.loads(config.read_text())["environment"]["world_size"] == world_size:
-                    if _rows_written(out) >= rows:
-                        return
+                ranks = json.loads(config.read_text())["environment"]["world_size"]
+                if ranks == world_size and _rows_written(out) >= rows:
+                    return
             time.sleep(0.01)
         raise RuntimeError(f"nodes_case: no run on {world_size} ranks with {rows} steps came")
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from harness import SETTINGS, make_dataset, read_state, run_here, state_differences
+from harness import ROOT, SETTINGS, make_dataset, read_rows, read_state, run_here, state_differences, to_words
 
 import operators
 import sparse24
@@ -197,3 +197,29 @@ def test_deterministic_run_resumes_bit_for_bit(tmp_path, compile):
     for out, changes in ((whole, {}), (parts, {"max_iters": 13}), (parts, {})):
         assert run_here(out, settings | changes).returncode == 0
     assert state_differences(read_state(whole), read_state(parts)) == []
+
+
+@pytest.mark.parametrize("name", ["none", "fst", "sr_ste", "s_ste"])
+@pytest.mark.parametrize("compile", [True, False])
+def test_shards_on_one_gpu_train_as_a_copy_does(tmp_path, name, compile):
+    """FSDP2 over NCCL with one rank: weights gathered in bf16, freed, packed or pruned again in the backward; saved in
+    a thread from pinned memory, resumed."""
+    data = make_dataset(tmp_path / "data")
+    changes = {"sparse": name, "n_embd": 64, "dtype": "bfloat16", "device": "cuda", "compile": compile, "dropout": 0.0}
+    changes |= {"masked_decay": 2e-3, "mask_interval": 1 if name in ("sr_ste", "s_ste") else 5, "dense_start": 20}
+    settings = {**SETTINGS, **changes, "max_iters": 24, "dataset": data}
+    rows = {}
+    for how in ("ddp", "fsdp"):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        for length in (12, 24):
+            words = to_words(tmp_path / how, settings | {"parallel": how, "max_iters": length})
+            done = subprocess.run([*torchrun, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        rows[how] = read_rows(tmp_path / how)
+        assert all(
+            t.dtype == torch.float32 for n, t in read_state(tmp_path / how)["model"].items() if n.endswith("weight")
+        )
+    losses = {how: [row["train_loss"] for row in found if row["train_loss"]] for how, found in rows.items()}
+    assert len(losses["fsdp"]) == 24
+    assert losses["fsdp"] == pytest.approx(losses["ddp"], abs=0.02)
+    assert losses["fsdp"][-1] < losses["fsdp"][0] - 0.3

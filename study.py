@@ -34,7 +34,18 @@ from loader import DATA_FOLDER, load_meta
 from metrics import read_config, read_metrics
 from study_cost import flops_of, measured_ms, predicted_ms
 from study_grids import FLIP_COMMON, FLIP_RATE, PRESETS, STUDIES, WINDOWS, words
-from study_report import draw, equal_cost_table, flip_table, loss_table, paired
+from study_report import (
+    Paired,
+    by_mean,
+    draw,
+    equal_cost_table,
+    flip_table,
+    interval,
+    loss_table,
+    markdown,
+    paired,
+    spread,
+)
 
 ROOT = Path(__file__).resolve().parent
 
@@ -276,6 +287,33 @@ def flip_rate(args) -> tuple[dict, list[str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def pooled(args) -> None:
+    """Write a table and a figure of a study on several texts together, from the files that it has written for each.
+    Raises ValueError where one is missing, or texts have unequal numbers of seeds."""
+    tables = []
+    for text in args.texts:
+        path = Path(args.results) / f"{result_name(argparse.Namespace(**{**vars(args), 'dataset': text}))}.json"
+        if not path.exists():
+            raise ValueError(f"no {path} yet; run: python study.py {args.study} --dataset={text}")
+        tables.append(json.loads(path.read_text())["val_loss"])
+    labels = [label for label in tables[0] if all(label in table for table in tables)]
+    means = [{label: f"{paired(table[label], table['dense']).mean:.4f}" for label in labels} for table in tables]
+    every = {label: [x for table in tables for x in table[label]] for label in labels}
+    panels = {f"minus {name}": {k: paired(every[k], every[name]) for k in labels if k != name} for name in POOLED}
+    heads, rows = ["method", *(f"minus dense: {Path(text).name.removesuffix('_char')}" for text in args.texts)], []
+    for label in by_mean(every):
+        row = [label, *("" if label == "dense" else mean[label] for mean in means)]
+        for panel in panels.values():
+            d = panel.get(label)
+            row += [spread(d.differences), interval(d), f"{d.lower} of {len(d.differences)}"] if d else [""] * 3
+        rows.append(row)
+    for title in panels:
+        heads += [title, "95 % interval", "lower in"]
+    command = f"python study.py {args.study} --texts {' '.join(Path(text).name for text in args.texts)}"
+    note = "Differences within each seed and text; mean +- sample standard deviation over all of these pairs."
+    write(Path(args.results) / f"{args.study}-texts", command, [*markdown(heads, rows), "", note], panels, {})
+
+
 def result_name(args) -> str:
     """Of the files below --results; dataset and preset are named where they are not the usual ones."""
     dataset = Path(args.dataset).name
@@ -292,6 +330,7 @@ def command_of(args) -> str:
     )
 
 
+POOLED = ("dense", "half")  # what `pooled` compares with
 USUAL = {"preset": "cpu", "gpu": "h200", "size": "774M", "ratio": 1.5, "step_ms": None}
 
 
@@ -304,6 +343,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="LABEL", help="variants to run; the table has all that are finished"
     )
+    parser.add_argument("--texts", nargs="+", metavar="DATASET", help="one table of what is there for these, no runs")
     parser.add_argument("--table_only", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: 2, on a GPU 1")
     parser.add_argument("--out_dir", default="out-study", help="where the runs are kept")
@@ -332,17 +372,21 @@ def report(args) -> None:
     data, lines = {"flip_rate": flip_rate, "equal_cost": equal_cost}.get(args.study, compare)(args)
     common = FLIP_COMMON if args.study == "flip_rate" else PRESETS[args.preset]
     panels = data.pop("panels", {})
-    head = {"command": command_of(args), "dataset": Path(args.dataset).name, "seeds": args.seeds, "common": common}
-    path = Path(args.results) / result_name(args)
+    head = {"dataset": Path(args.dataset).name, "seeds": args.seeds, "common": common}
+    write(Path(args.results) / result_name(args), command_of(args), lines, panels, head | data)
+
+
+def write(path: Path, command: str, lines: list[str], panels: dict[str, dict[str, Paired]], data: dict) -> None:
+    """path.md, path.json, and, where there are differences, path.png."""
     path.parent.mkdir(parents=True, exist_ok=True)
     differences = {title: {k: asdict(v) for k, v in panel.items()} for title, panel in panels.items()}
     path.with_name(f"{path.name}.json").write_text(
-        json.dumps(head | data | ({"differences": differences} if panels else {}), indent=1) + "\n"
+        json.dumps({"command": command} | data | ({"differences": differences} if panels else {}), indent=1) + "\n"
     )
-    table = [f"# {result_name(args)}", "", f"`{command_of(args)}`", "", *lines]
+    table = [f"# {path.name}", "", f"`{command}`", "", *lines]
     path.with_name(f"{path.name}.md").write_text("\n".join(table) + "\n")
     if panels:
-        draw(panels, path.with_name(f"{path.name}.png"), result_name(args))
+        draw(panels, path.with_name(f"{path.name}.png"), path.name)
     print("\n".join(table))
 
 
@@ -351,6 +395,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.calibrate:
             calibrate(args)
+        elif args.texts:
+            pooled(args)
         else:
             report(args)
     except (ValueError, RuntimeError, OSError) as error:

@@ -106,7 +106,9 @@ def test_readme_figures_are_there():
             assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["convergence", "methods", "decay", "flip_rate", "kernels", "equal_cost", "table7"])
+@pytest.mark.parametrize(
+    "name", ["convergence", "methods", "decay", "flip_rate", "kernels", "equal_cost", "table7", "methods-texts"]
+)
 def test_readme_tables_are_those_of_the_results(name):
     table = (ROOT / "results" / f"{name}.md").read_text().split("\n\n")[2]
     assert table.startswith("|")

@@ -438,3 +438,29 @@ def test_predicted_times_know_the_activation_and_no_dense_blocks():
     assert study_cost.predicted_ms("sparse=none activation=swiglu", "h200", "774M", 1.5) == gated
     with pytest.raises(ValueError, match="has no dense blocks; give --step_ms"):
         study_cost.predicted_ms(f"{FST} dense_blocks=1", "h200", "774M", 1.5)
+
+
+def test_texts_are_put_together_pair_by_pair(tmp_path, capsys):
+    losses = {
+        "a_char": {"dense": [1.0, 1.2], "half": [1.3, 1.3], "fst": [1.1, 1.2], "alone": [0.0, 0.0]},
+        "b_char": {"dense": [2.0, 2.0], "half": [2.2, 2.4], "fst": [2.1, 2.2]},
+    }
+    for text, table in losses.items():
+        (tmp_path / f"methods-{text}.json").write_text(json.dumps({"val_loss": table}))
+    study.main(["methods", "--texts", "a_char", "b_char", f"--results={tmp_path}"])
+    rows = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines() if "|" in line}
+    assert rows.keys() == {"method", "---", "dense", "fst", "half"}  # what only one text has is left out
+    # fst minus dense: 0.1, 0.0, 0.1, 0.2; minus half: -0.2, -0.1, -0.1, -0.2
+    assert "| fst | 0.0500 | 0.1500 | 0.1000 +- 0.0816 |" in rows["fst"]
+    assert "| -0.1500 +- 0.0577 |" in rows["fst"]
+    assert rows["fst"].endswith("| 4 of 4 |")
+    data = json.loads((tmp_path / "methods-texts.json").read_text())
+    assert data["differences"]["minus dense"]["fst"]["differences"] == pytest.approx([0.1, 0.0, 0.1, 0.2])
+    assert (tmp_path / "methods-texts.png").stat().st_size > 1000
+
+
+def test_a_text_without_a_result_is_named(tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"no .*methods-a_char.json yet; run: python study.py methods --dataset=a_char"
+    ):
+        study.main(["methods", "--texts", "a_char", f"--results={tmp_path}"])

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import operators
-from sparse24 import Sparse24Linear, prune, transposable_index
+from sparse24 import Sparse24Linear, prune, through_soft, transposable_index
 from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, matmul24
 from spmm_choice import Report, choose, time_interleaved, wins
 
@@ -194,10 +194,13 @@ def _pack_order(choice: Choice) -> str:
 
 
 class _SparseFFN(torch.autograd.Function):
-    """See the top of this file. w1, w2 receive gradients only; what is multiplied are their operands."""
+    """See the top of this file. w1, w2 receive gradients only; what is multiplied are their operands. gradient: a
+    recipe's weight_gradient, which takes that of beta S(W) to W."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, w1_24, w1_t_24, w2_24, w2_t_24, seed1, seed2, plan, mask):
+    def forward(
+        ctx, x, w1, b1, w2, b2, w1_24, w1_t_24, w2_24, w2_t_24, seed1, seed2, beta1, beta2, plan, mask, gradient
+    ):
         # mask: of weights that are packed here and now the kind of their masks; then index and beta come as operands
         made = (w1, w1_24, w1_t_24, w2, w2_24, w2_t_24) if mask else None
         if mask:
@@ -211,13 +214,15 @@ class _SparseFFN(torch.autograd.Function):
         ctx.plan, ctx.mask, ctx.d_ff, ctx.w1_dtype, ctx.w2_dtype = plan, mask, d_ff, w1.dtype, w2.dtype
         # copied: the next micro-step may fill them already
         seeds = (seed1.clone(), seed2.clone()) if plan.mvue else (None, None)
-        ctx.save_for_backward(x, z, None if plan.recompute else a, *seeds, *(made or (w1_t_24, w2_t_24)))
+        through = (w1, w2, beta1, beta2) if gradient != "straight" else (None,) * 4
+        ctx.gradient, kept = gradient, (None if plan.recompute else a, *seeds, *through)
+        ctx.save_for_backward(x, z, *kept, *(made or (w1_t_24, w2_t_24)))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, z, a, seed1, seed2, *operands = ctx.saved_tensors
+        x, z, a, seed1, seed2, w1, w2, beta1, beta2, *operands = ctx.saved_tensors
         plan, dy = ctx.plan, dy.contiguous()
         if ctx.mask:
             w1_t_24 = _packed_again(*operands[:3], ctx.mask, plan.z.order, plan.dx.order, plan.dtype, dy)
@@ -237,6 +242,7 @@ class _SparseFFN(torch.autograd.Function):
             if needs_w2:
                 a = operators.activation(z, plan.activation, again=True) if a is None else a
                 dw2 = matmul24(dy_24, a.t(), None, dy.shape[1], False, plan.dw2).to(ctx.w2_dtype)
+                dw2 = through_soft(dw2, w2, beta2, ctx.gradient)
             a = dy_24 = None  # freed before the large tensors of the other half are made
         if needs_x or needs_w1 or needs_b1:
             da = matmul24(w2_t_24, dy.t(), None, ctx.d_ff, False, plan.da)
@@ -252,12 +258,13 @@ class _SparseFFN(torch.autograd.Function):
             da = None
             if needs_w1:
                 dw1 = matmul24(dz_24, x, None, z.shape[0], False, plan.dw1).to(ctx.w1_dtype)
+                dw1 = through_soft(dw1, w1, beta1, ctx.gradient)
             dz_24 = None
             if needs_x:
                 dx = matmul24(w1_t_24, dz, None, x.shape[1], True, plan.dx)
         db1 = db1.to(x.dtype) if needs_b1 else None
         db2 = db2.to(x.dtype) if needs_b2 else None
-        return dx, dw1, db1, dw2, db2, None, None, None, None, None, None, None, None
+        return dx, dw1, db1, dw2, db2, *(None,) * 11
 
 
 def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: nn.Module) -> bool:
@@ -292,7 +299,9 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
         operands = (t for layer in (c_fc, c_proj) for t in (layer.index, layer.scale))
     else:
         operands = (*_operands(c_fc, *orders[0]), *_operands(c_proj, *orders[1]))
-    y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *operands, c_fc.seed, c_proj.seed, plan, mask)
+    state = (c_fc.seed, c_proj.seed, c_fc.scale, c_proj.scale)
+    how = (plan, mask, c_fc.recipe.weight_gradient)
+    y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *operands, *state, *how)
     return (y[: plan.tokens] if plan.padding else y).view(shape)  # a slice would cost the backward a copy of dY
 
 

@@ -19,8 +19,9 @@ bi_mask  Zhang et al., ICML 2023. M row-wise, and for dX a second mask B: of the
          100 random ones and the present one, the one under which B keeps most. Decay as Eq. 10.
 s_ste    Hu et al., NeurIPS 2024. C(W) = beta S(W), S(w) = sign(w) max(|w| - t, 0), t the second-smallest magnitude of
          the group: continuous in w. beta = <W, S(W)> / <S(W), S(W)> when the layer becomes sparse, then fixed. dX
-         multiplies the same C(W) as a dense matrix. dW = MVUE(dZ^T) X reaches W as it is, without beta and without the
-         Jacobian of S.
+         multiplies the same C(W) as a dense matrix. The paper lets dC = MVUE(dZ^T) X reach W as it is, without beta and
+         without the Jacobian of S (weight_gradient="straight"). Here W gets its true gradient, beta J^T dC, which has
+         the lower loss, beyond noise (results/quality.md).
 """
 
 import math
@@ -109,9 +110,9 @@ class Recipe:
 
     @property
     def fused(self) -> bool:
-        """Whether ffn.py's one function computes what two layers do: one pruned W, dW straight through and by exact
-        MVUE in both layers or in none, no FP8."""
-        own = self.backward_mask == "own" or self.weight_gradient != "straight" or self.fp8
+        """Whether ffn.py's one function computes what two layers do: one pruned W, dW by exact MVUE in both layers or
+        in none, no FP8."""
+        own = self.backward_mask == "own" or self.fp8
         return not (own or (self.mvue and (self.mvue_layers or self.mvue_estimator != "exact")))
 
 
@@ -121,7 +122,7 @@ RECIPES = {
         Recipe("fst", mvue=True, masked_decay=6e-5, dense_finetune=1 / 6),
         Recipe("ste"),
         Recipe("sr_ste", mask="row", masked_decay=2e-4, decay_on="weight", mask_interval=1),
-        Recipe("s_ste", mask="soft", mvue=True, mask_interval=1, beta="init"),
+        Recipe("s_ste", mask="soft", mvue=True, mask_interval=1, beta="init", weight_gradient="true"),
         Recipe("step", mask="row", mask_interval=1, dense_pretrain=0.1, precondition=True, autoswitch=True),
         Recipe(
             "bi_mask", mask="row", backward_mask="own", permutation_interval=100, masked_decay=2e-4, mask_interval=1

@@ -100,6 +100,15 @@ def prune(w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask:
     return torch.where((expand_index if mask == "transposable" else expand_pairs)(index), w, 0)
 
 
+def through_soft(dw: torch.Tensor, w: torch.Tensor, beta: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """From the gradient of beta S(W) to that of W: as it is ("straight"), by beta ("scaled"), or by beta and the
+    Jacobian of S ("true")."""
+    if kind == "straight":
+        return dw
+    dw = soft_threshold24_backward(dw, w) if kind == "true" else dw
+    return dw if beta is None else dw * beta
+
+
 @torch.library.custom_op("nano24::prune_again", mutates_args=())
 def _prune_again(
     w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask: str, dz: torch.Tensor
@@ -160,9 +169,7 @@ class _MaskedLinear(torch.autograd.Function):
                     x, dz_t = F.pad(x, (0, 0, 0, padding)), F.pad(dz_t, (0, padding))
                 dz_t = (mvue24 if how.mvue == "exact" else mvue24_sequential)(dz_t, seed)
             dw = (simulate_fp8(dz_t, torch.float8_e5m2) if how.fp8 else dz_t) @ x
-            if how.weight_gradient != "straight":  # of beta S(W): beta times the Jacobian of S, or beta alone
-                dw = soft_threshold24_backward(dw, master) if how.weight_gradient == "true" else dw
-                dw = dw if beta is None else dw * beta
+            dw = through_soft(dw, master, beta, how.weight_gradient)
         if ctx.needs_input_grad[5]:
             db = dz.sum(0)
         return dx, dw, None, None, None, db, None, None, None

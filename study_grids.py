@@ -19,6 +19,7 @@ PRESETS = {
 }
 FST = "sparse=fst masked_decay=2e-3 mask_interval=40"  # mu is in the band after the warm-up (results/decay.md)
 
+STRAIGHT = "sparse=s_ste weight_gradient=straight"  # the paper's; recipes.py has the true gradient, which won
 CONTROLLER = "masked_decay_auto=True flip_reference={dense}"
 
 
@@ -45,6 +46,7 @@ STUDIES = {
     "methods": Study(
         {"dense": "sparse=none", "half": "sparse=none ffn_ratio=2", "fst": FST}
         | {name: f"sparse={name}" for name in ("ste", "sr_ste", "step", "bi_mask", "s_ste")}
+        | {"s_ste, straight through": STRAIGHT}
     ),
     # The paper's Table 7: masked decay, MVUE, dense fine-tuning
     "table7": Study(
@@ -84,7 +86,8 @@ STUDIES = {
             "fst, d_ff 6d": f"{FST} ffn_ratio=6",
             "fst, d_ff 8d": f"{FST} ffn_ratio=8",
             "s_ste": "sparse=s_ste",
-            "s_ste, d_ff 8d": "sparse=s_ste ffn_ratio=8",
+            "s_ste, straight through": STRAIGHT,
+            "s_ste, straight through, d_ff 8d": f"{STRAIGHT} ffn_ratio=8",
         }
     ),
     "quality": Study(
@@ -100,13 +103,13 @@ STUDIES = {
             "fst, re-warm-up": f"{FST} rewarm_iters=50",
             "fst, first and last block dense": f"{FST} dense_blocks=1",
             "s_ste": "sparse=s_ste",
-            "s_ste, beta refit": "sparse=s_ste beta=refit",
+            "s_ste, straight through": STRAIGHT,
+            "s_ste, straight, beta refit": f"{STRAIGHT} beta=refit",
             "s_ste, beta in the gradient": "sparse=s_ste weight_gradient=scaled",
-            "s_ste, true gradient": "sparse=s_ste weight_gradient=true",
-            "s_ste, FP8": "sparse=s_ste fp8=True",
-            "s_ste, last 1/6 dense": "sparse=s_ste dense_finetune=0.1666667",
+            "s_ste, straight, FP8": f"{STRAIGHT} fp8=True",
+            "s_ste, straight, last 1/6 dense": f"{STRAIGHT} dense_finetune=0.1666667",
         },
-        ("fst", "s_ste"),
+        ("fst", "s_ste, straight through"),
     ),
     # Section 4.3: does the factor of the best loss have its mu in the band, and does the controller find it?
     "decay": Study(

@@ -117,6 +117,23 @@ def test_without_mvue_it_is_autograd_on_the_pruned_matrices(activation, bias, to
         torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("gradient", ["straight", "scaled", "true"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_soft_weights_get_the_gradient_that_the_layers_give(activation, gradient, again):
+    recipe = dataclasses.replace(RECIPES["s_ste"], weight_gradient=gradient)
+    mlp = make_mlp(activation, True, recipe, torch.float64)
+    mlp.c_fc.prune_again = mlp.c_proj.prune_again = again
+    x, dy = data(64, torch.float64)
+    expected, got = run(mlp, x, dy), run(planned(mlp, make_plan(mlp, 64, torch.float64)), x, dy)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: name + text)
+    straight = dataclasses.replace(recipe, weight_gradient="straight")
+    straight = make_mlp(activation, True, straight, torch.float64)
+    plain = run(straight, x, dy)["c_fc.weight"]
+    assert torch.equal(plain, expected["c_fc.weight"]) == (gradient == "straight")
+
+
 @pytest.mark.parametrize("order", ["masked", "sm80", "sm90"])
 @pytest.mark.parametrize("recipe", ["fst", "sr_ste", "s_ste"])
 def test_weights_packed_where_they_multiply_are_those_packed_before(recipe, order):

@@ -70,7 +70,10 @@ def test_layer_gradients_equal_the_cpus(tokens):
 
 VARIANTS = [
     *((name, {}) for name in sparse24.RECIPES),
-    *(("s_ste", change) for change in ({"fp8": True}, {"weight_gradient": "true"}, {"mvue_estimator": "sequential"})),
+    *(
+        ("s_ste", change)
+        for change in ({"fp8": True}, {"weight_gradient": "straight"}, {"mvue_estimator": "sequential"})
+    ),
 ]
 
 

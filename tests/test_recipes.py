@@ -348,7 +348,7 @@ def test_simulated_fp8_is_safe_at_zero_and_passes_on_what_is_not_finite(dtype):
 
 
 def test_fp8_quantises_every_operand_of_the_three_gemms():
-    layer = make(recipe("s_ste", fp8=True, mvue=False))
+    layer = make(recipe("s_ste", fp8=True, mvue=False, weight_gradient="straight"))
     x, dz, z, dx, dw = run(layer)
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     w_24 = simulate_fp8(soft(layer.weight.detach()) * layer.beta, e4)
@@ -360,7 +360,7 @@ def test_fp8_quantises_every_operand_of_the_three_gemms():
 
 
 def test_fp8_draws_before_it_rounds():
-    layer = make(recipe("s_ste", fp8=True))
+    layer = make(recipe("s_ste", fp8=True, weight_gradient="straight"))
     layer.seed.fill_(3)
     x, dz, _, _, dw = run(layer)
     drawn = simulate_fp8(mvue24(dz.t(), 3), torch.float8_e5m2)
@@ -545,7 +545,7 @@ def test_recipes_say_which_masks_count_and_whether_a_plan_may_multiply_them():
     assert {name for name, r in RECIPES.items() if not r.fused} == {"bi_mask"}
     for change in ({"fp8": True}, {"mvue_layers": "c_fc"}, {"mvue_estimator": "sequential"}):
         assert not recipe("fst", **change).fused
-    assert not recipe("s_ste", weight_gradient="scaled").fused
+    assert recipe("s_ste", weight_gradient="scaled").fused
 
 
 def test_hard_pruned_layers_compute_as_deployed_and_come_back():
@@ -606,7 +606,7 @@ def test_operators_pass_through_sparse24():
         ("fst", {"mvue": True, "masked_decay": 6e-5, "dense_finetune": 1 / 6}),
         ("ste", {}),
         ("sr_ste", {"mask": "row", "masked_decay": 2e-4, "decay_on": "weight", "mask_interval": 1}),
-        ("s_ste", {"mask": "soft", "mvue": True, "mask_interval": 1, "beta": "init"}),
+        ("s_ste", {"mask": "soft", "mvue": True, "mask_interval": 1, "beta": "init", "weight_gradient": "true"}),
         (
             "step",
             {"mask": "row", "mask_interval": 1, "dense_pretrain": 0.1, "precondition": True, "autoswitch": True},
@@ -618,7 +618,7 @@ def test_operators_pass_through_sparse24():
         ),
     ],
 )
-def test_recipes_differ_from_plain_straight_through_in_what_their_papers_do(name, fields):
+def test_recipes_differ_from_plain_straight_through_in_what_recipes_py_says(name, fields):
     plain = dataclasses.asdict(Recipe(name))
     assert {k: v for k, v in dataclasses.asdict(RECIPES[name]).items() if v != plain[k]} == fields
     assert (plain["mask"], plain["decay_on"], plain["mask_interval"]) == ("transposable", "grad", 40)

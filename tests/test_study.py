@@ -264,7 +264,7 @@ def test_equal_cost_runs_as_many_steps_as_cost_the_same(tmp_path, data, fake_tra
     counts = {int(run["max_iters"]) for run in fake_training if run["sparse"] == "fst" and "ffn_ratio" not in run}
     assert counts == {found["steps"][name]["fst"] for name in ("FLOPs", "time")}
     assert all(run["max_iters"] == run["lr_decay_iters"] and run["warmup_iters"] == "100" for run in fake_training)
-    assert len(fake_training) == 2 * (2 * 7 - 1)  # the dense run is one
+    assert len(fake_training) == 2 * (2 * 8 - 1)  # the dense run is one
     assert found["val_loss"]["time"]["dense"] == found["val_loss"]["FLOPs"]["dense"]
     text = "\n".join(lines)
     assert "predicted step-time ratios of GPT-2 774M on H200, 2:4 GEMMs 1.5 x dense" in text
@@ -276,10 +276,10 @@ def test_equal_cost_runs_as_many_steps_as_cost_the_same(tmp_path, data, fake_tra
 
 def test_measured_step_times_replace_predicted_ones(tmp_path, data):
     labels = list(STUDIES["equal_cost"].variants)
-    (tmp_path / "ms.json").write_text(json.dumps(dict(zip(labels, (10, 8, 9, 11, 12, 13, 14), strict=True))))
+    (tmp_path / "ms.json").write_text(json.dumps(dict(zip(labels, (10, 8, 9, 11, 12, 13, 14, 15), strict=True))))
     args = arguments(tmp_path, "equal_cost", f"--dataset={data}", f"--step_ms={tmp_path / 'ms.json'}")
     costs = study.step_costs(STUDIES["equal_cost"].variants, args)["time"]
-    assert list(costs.values()) == [1, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4]
+    assert list(costs.values()) == [1, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5]
     assert "measured in ms.json" in study.equal_cost_note(args)
     (tmp_path / "ms.json").write_text('{"dense": 10}')
     with pytest.raises(ValueError, match=r"lacks fst, .*; measure them with --calibrate"):

@@ -50,7 +50,7 @@ METHODS = {
     "step": as_recipe("step"),
     "bi_mask": as_recipe("bi_mask", permutation_interval=4),
     "s_ste": as_recipe("s_ste"),
-    "s_ste, refit, true, fp8": as_recipe("s_ste", beta="refit", weight_gradient="true", fp8=True),
+    "s_ste, refit, scaled, fp8": as_recipe("s_ste", beta="refit", weight_gradient="scaled", fp8=True),
     "fst, dense first and last": as_recipe("fst", dense_pretrain=0.25, mask_interval=5, masked_decay=1e-2),
     "fst, cosine decay, re-warm-up": as_recipe("fst", decay_schedule="cosine", rewarm_iters=3, masked_decay=1e-2),
     "fst, decay after the moments": as_recipe("fst", decay_on="update", masked_decay=1e-2, n_layer=3, dense_blocks=1),

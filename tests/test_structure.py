@@ -107,7 +107,8 @@ def test_readme_figures_are_there():
 
 
 @pytest.mark.parametrize(
-    "name", ["convergence", "methods", "decay", "flip_rate", "kernels", "equal_cost", "table7", "methods-texts"]
+    "name",
+    ["convergence", "methods", "decay", "flip_rate", "kernels", "equal_cost", "table7", "methods-texts", "quality"],
 )
 def test_readme_tables_are_those_of_the_results(name):
     table = (ROOT / "results" / f"{name}.md").read_text().split("\n\n")[2]

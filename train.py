@@ -508,13 +508,14 @@ class Diverged(RuntimeError):
 
 
 def main() -> None:
-    try:
-        run()
-    except (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged) as error:
-        sys.exit(f"train.py: error: {error}")
+    with contextlib.ExitStack() as resources:
+        try:
+            run(resources)
+        except (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged) as error:
+            sys.exit(f"train.py: error: {error}")
 
 
-def run() -> None:
+def run(resources: contextlib.ExitStack) -> None:
     overrides = configure_or_exit(globals(), sys.argv[1:])
     globals().update(overrides)
     folder = Path(out_dir)
@@ -531,7 +532,9 @@ def run() -> None:
         meta = load_meta(data_folder)
         train_data, val_data = (Tokens(data_folder, name, block_size, meta["vocab_size"]) for name in ("train", "val"))
         # Before anything is read, so that no run goes on from what another one is about to write over.
-        held = hold(folder) if ranks.master and not eval_only and (folder / "run.lock").exists() else None
+        lock = None
+        if ranks.master and not eval_only and (folder / "run.lock").exists():
+            lock = resources.enter_context(hold(folder))
         path = find_start(folder)
         if ranks.decide(path) != path:
             raise ValueError(f"out_dir={out_dir} is not the same folder on every rank; put it on a shared file system")
@@ -634,8 +637,7 @@ def run() -> None:
     metrics = None
     if ranks.master and not eval_only:
         folder.mkdir(parents=True, exist_ok=True)
-        held = held or hold(folder)
-        sign(held)
+        sign(lock or resources.enter_context(hold(folder)))
         if path is None:
             checkpoint.clear(folder)
             for stale in ("metrics.jsonl", "spmm.json"):
@@ -801,7 +803,6 @@ def run() -> None:
 
     if metrics:
         metrics.close()
-        held.close()
         how = "run the same command again" + ("" if init_from in ("auto", "resume") else " with --init_from=resume")
         if stopping:
             print(f"stopped after iteration {iter_num}, saved in {folder / checkpoint.NAME}; to go on, {how}")

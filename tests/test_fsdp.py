@@ -139,13 +139,6 @@ def test_ranks_that_rows_do_not_lie_on_are_refused(n_embd, copies, message):
     assert all(p is w for p, w in zip(model.parameters(), weights, strict=True))
 
 
-def test_fewer_micro_batches_than_ranks_are_refused(data, tmp_path):
-    done = launch(tmp_path / "out", {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": data}, ranks=2)
-    assert done.returncode != 0
-    assert "gradient_accumulation_steps=1, need one for each of 2 ranks" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_dense_runs_of_any_width_are_measured_alike(run):
     """24 rows on 4 ranks: pieces of 6, which cut through blocks, so that flips are counted on whole weights."""
     changes = {"sparse": "none", "n_embd": 24, "max_iters": 5, "masked_decay": 0.0}

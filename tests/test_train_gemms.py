@@ -154,23 +154,20 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
     given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True, mask=mask)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
-    train._measure_gemms(model, None, 1, torch.device("cpu"))
+    train._measure_gemms(model, None, 1, False, torch.device("cpu"))
     expected = {"graph": graph, "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
     expected["transposable"] = mask == "transposable"
     assert asked == [((model.config, 15, torch.device("cpu"), torch.bfloat16, "auto", False, True), expected)]
 
 
 def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch):
-    given, answer = [], [("plan", "report")]
+    answer = [("plan", "report")]
     monkeypatch.setattr(train, "_measure_gemms", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(Ranks, "decide", lambda self, value: answer[0])
-    monkeypatch.setattr(train, "set_plan", lambda model, plan: given.append((model, plan)))
-    assert train.plan_gemms("model", tmp_path, Ranks(1, 1, 2), torch.device("cpu")) == "report"
-    assert given == [("model", "plan")]
+    assert train.plan_gemms("model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu")) == ("plan", "report")
     answer[0] = ValueError("spmm='cutlass': cannot")
     with pytest.raises(ValueError, match="cannot"):
-        train.plan_gemms("model", tmp_path, Ranks(1, 1, 2), torch.device("cpu"))
-    assert len(given) == 1
+        train.plan_gemms("model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu"))
 
 
 def test_a_phase_brings_its_operands_and_frees_them():

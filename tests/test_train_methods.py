@@ -303,9 +303,8 @@ def test_a_constant_learning_rate_is_warmed_up_again_too(given):
 
 def test_both_switches_are_saved(run, tmp_path, monkeypatch):
     saved, save = [], train.checkpoint.save
-    monkeypatch.setattr(
-        train.checkpoint, "save", lambda f, state, name: saved.append(state["iter_num"]) or save(f, state, name)
-    )
+    watched = lambda f, state, *rest, **keep: saved.append(state["iter_num"]) or save(f, state, *rest, **keep)  # noqa: E731
+    monkeypatch.setattr(train.checkpoint, "save", watched)
     quiet = {"checkpoint_interval": 1000, "eval_interval": 0}
     run(tmp_path / "out", **as_recipe("fst", dense_pretrain=0.25, **quiet))
     assert saved == [8, 27, 32]
@@ -413,7 +412,7 @@ def test_other_ranks_than_the_first_say_and_write_nothing(run, dense, tmp_path, 
     """Not even warnings."""
     monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
     monkeypatch.setattr(train, "start_ranks", lambda device, backend: train.Ranks(1, 0, 1))
-    monkeypatch.setattr(train, "plan_gemms", lambda *_: None)  # rank 0 would have answered
+    monkeypatch.setattr(train, "plan_gemms", lambda *_: (None, None))  # rank 0 would have answered
     assert run(tmp_path / "out", flip_reference=str(dense), flip_interval=1, max_iters=12, dense_start=12) == ""
     assert not (tmp_path / "out").exists()
 

@@ -204,19 +204,19 @@ def save_case(bench: Bench, at: str) -> dict:
 
 
 def _rank_processes(process) -> list[int]:
-    """Process ids of what torchrun has started, or of the process itself."""
+    """Process ids of what torchrun has started."""
     children = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
             if int(status.read_text().rpartition(")")[2].split()[1]) == process.pid:
                 children.append(int(status.parent.name))
-    return sorted(children) or [process.pid]
+    return sorted(children)
 
 
 def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int) -> dict:
     """One run that is killed `kills` times, then left to end: the bits of one that was never touched."""
     long = Bench(bench.folder, bench.run, bench.resume)
-    length = 12 * kills  # a life gets on by 12 steps at most, so that steps are left for the last one
+    length = 60 * kills  # a life gets on by 12 steps and what 40 ms take, so that steps are left for the last one
     long._count = bench._count + 1000
     long.settings |= {"max_iters": length, "lr_decay_iters": length}
     out, struck, lost, in_saves, lives = long.new_folder(), 0, 0, 0, 0
@@ -230,15 +230,15 @@ def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int
             fault = {"kind": "kill_in_save", "point": rng.choice([*SAVE_POINTS]), "count": rng.randrange(1, 3)}
             status = long.run(out, long.settings, fault, ranks).returncode
         else:
-            before = _inode(out / "metrics.jsonl")  # a run that is resumed makes a new file of it
+            before = _written(out / "config.json")  # each start writes it, and then brings metrics.jsonl up to date
             process, deadline = start(out, long.settings, ranks=ranks), time.monotonic() + 120
             while process.poll() is None and time.monotonic() < deadline:
-                if _inode(out / "metrics.jsonl") != before and _rows_written(out) >= rows:
+                if _written(out / "config.json") != before and _rows_written(out) >= rows:
                     break
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.04))
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(_rank_processes(process)), signal.SIGKILL)
+                os.kill(rng.choice(_rank_processes(process)) if ranks > 1 else process.pid, signal.SIGKILL)
             status = finish(process).returncode
         struck += status != 0
         in_saves += (out / (checkpoint.NAME + ".tmp")).exists()
@@ -253,8 +253,9 @@ def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int
     return _case("in a row", f"{kills} kills, {in_saves} of them in a save", ranks, outcome)
 
 
-def _inode(path: Path) -> int:
-    return path.stat().st_ino if path.exists() else 0
+def _written(path: Path) -> int:
+    """When, in nanoseconds."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def nodes_case(bench: Bench) -> dict:

@@ -80,7 +80,7 @@ def outcome(**changes):
 
 def test_report_counts_steps_and_fails_on_a_mismatch(monkeypatch, tmp_path, capsys):
     cases = [outcome(problems=[]), outcome(problems=["differs: /model/x"], steps_lost=1)]
-    monkeypatch.setattr(faults, "all_cases", lambda bench, kills, seed: iter(cases[: kills + 1]))
+    monkeypatch.setattr(faults, "all_cases", lambda bench, kills, in_a_row, seed: iter(cases[: kills + 1]))
     report = tmp_path / "new" / "faults.json"
     assert faults.main(["--kills", "0", "--out", str(report)]) == 0
     assert "same bits" in capsys.readouterr().out

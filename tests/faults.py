@@ -8,7 +8,6 @@ kill       kill -9 from outside at random moments of the training loop, whatever
 save       kill -9 at each named point inside a save
 in a row   one long run, killed again and again: from outside at random moments, of two ranks a random one, and in every
            third life at a random point inside a save; nothing is resumed by hand but with the same command
-nodes      two torchrun agents, as on two nodes, meet by c10d; one is killed with its rank and started again later
 Each case is: the run with the fault, then the plain command again; then weights, masks, optimizer and every metric
 that no clock gave are compared bit for bit with the reference's. The exit status is 1 if anything differs.
 """
@@ -16,15 +15,12 @@ that no clock gave are compared bit for bit with the reference's. The exit statu
 import argparse
 import contextlib
 import json
-import math
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +29,6 @@ from pathlib import Path
 import torch
 from harness import (
     DENSE_START,
-    ROOT,
     SAVE_POINTS,
     SETTINGS,
     finish,
@@ -44,7 +39,6 @@ from harness import (
     row_differences,
     start,
     state_differences,
-    to_words,
 )
 
 import checkpoint
@@ -258,65 +252,6 @@ def _written(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def nodes_case(bench: Bench) -> dict:
-    """Two agents of torchrun: the second is killed, the first goes on alone, the second comes back, both end. Sums over
-    one rank and over two differ in rounding, so here the losses are compared, to 1e-4."""
-    settings = bench.settings | {"mvue": False, "dropout": 0.0, "max_iters": 900, "lr_decay_iters": 900}
-    settings |= {"checkpoint_interval": 20, "eval_interval": 0, "flip_interval": 0}
-    out, alone = bench.new_folder(), bench.new_folder()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def agent() -> subprocess.Popen:
-        meet = [
-            f"--rdzv_endpoint=127.0.0.1:{port}",
-            "--rdzv_backend=c10d",
-            "--rdzv_id=nano24",
-            "--local_addr=127.0.0.1",
-        ]
-        meet += ["--nnodes=1:2", "--nproc_per_node=1", "--max_restarts=9", "--rdzv_conf=last_call_timeout=3"]
-        command = [sys.executable, "-m", "torch.distributed.run", *meet, "train.py", *to_words(out, settings)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
-
-    def wait_for(world_size: int, rows: int) -> None:
-        """Until a run of so many ranks has begun, and so many steps are done."""
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline:
-            config = out / "config.json"
-            with contextlib.suppress(OSError, ValueError):  # it is being written
-                ranks = json.loads(config.read_text())["environment"]["world_size"]
-                if ranks == world_size and _rows_written(out) >= rows:
-                    return
-            time.sleep(0.01)
-        raise RuntimeError(f"nodes_case: no run on {world_size} ranks with {rows} steps came")
-
-    first, second = agent(), agent()
-    wait_for(2, 60)
-    os.killpg(second.pid, signal.SIGKILL)  # the agent; its rank is in another session, and dies with the connection
-    second.communicate()
-    wait_for(1, 200)
-    second = agent()
-    wait_for(2, 300)
-    texts = [finish(process).stdout for process in (first, second)]
-    done = bench.resume(alone, settings)
-    losses = [[row["train_loss"] for row in read_rows(folder)] for folder in (out, alone)]
-    same = len(losses[0]) == len(losses[1]) == 901 and all(
-        math.isclose(a, b, rel_tol=1e-4) for a, b in zip(losses[0][:-1], losses[1][:-1], strict=True)
-    )
-    resumed = [int(text) for text in re.findall(r"resuming .* at iteration (\d+)", "".join(texts))]
-    outcome = {"resumed_at": max(resumed, default=0), "steps_lost": 0, "in_a_save": False, "problems": []}
-    return _case(
-        *("nodes", "one of two agents killed and brought back", 2, outcome),
-        (first.returncode == second.returncode == 0, f"exit {first.returncode}, {second.returncode}: {texts}"),
-        (done.returncode == 0, f"the run on one process failed: {done.stderr}"),
-        (len(resumed) >= 2, f"resumed {len(resumed)} times, need 2"),
-        (same, "losses differ from those of one process"),
-    )
-
-
 def summary(cases: list[dict]) -> dict:
     """Per kind: how many cases, how many with a problem, steps lost."""
     kinds = {}
@@ -352,7 +287,6 @@ def all_cases(bench: Bench, kills: int, in_a_row: int, seed: int):
         yield save_case(bench, at)
     for ranks in (1, 2):
         yield kills_in_a_row_case(bench, rng, in_a_row, ranks)
-    yield nodes_case(bench)
 
 
 def main(argv=None) -> int:

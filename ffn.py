@@ -204,8 +204,8 @@ class _SparseFFN(torch.autograd.Function):
         # mask: of weights that are packed here and now the kind of their masks; then index and beta come as operands
         made = (w1, w1_24, w1_t_24, w2, w2_24, w2_t_24) if mask else None
         if mask:
-            w1_24 = _packed_now(*made[:3], mask, plan.z.order, plan.dx.order, plan.dtype)
-            w2_24 = _packed_now(*made[3:], mask, plan.y.order, plan.da.order, plan.dtype)
+            w1_24 = _operand(*made[:3], mask, plan.z.order, plan.dtype, False)
+            w2_24 = _operand(*made[3:], mask, plan.y.order, plan.dtype, False)
             w1_t_24 = w2_t_24 = None
         d_model, d_ff = w2.shape
         z = matmul24(w1_24, x.t(), b1, w1.shape[0], False, plan.z)
@@ -225,8 +225,8 @@ class _SparseFFN(torch.autograd.Function):
         x, z, a, seed1, seed2, w1, w2, beta1, beta2, *operands = ctx.saved_tensors
         plan, dy = ctx.plan, dy.contiguous()
         if ctx.mask:
-            w1_t_24 = _packed_again(*operands[:3], ctx.mask, plan.z.order, plan.dx.order, plan.dtype, dy)
-            w2_t_24 = _packed_again(*operands[3:], ctx.mask, plan.y.order, plan.da.order, plan.dtype, dy)
+            w1_t_24 = _packed_again(*operands[:3], ctx.mask, plan.dx.order, plan.dtype, dy)
+            w2_t_24 = _packed_again(*operands[3:], ctx.mask, plan.da.order, plan.dtype, dy)
             w1_t_24 = w1_t_24.t() if plan.dx.order == "masked" else w1_t_24
             w2_t_24 = w2_t_24.t() if plan.da.order == "masked" else w2_t_24
         else:
@@ -388,21 +388,22 @@ def _buffer(layer: Sparse24Linear, name: str, shape: tuple | None, dtype: torch.
     return layer._buffers[name]
 
 
-def _wanted(mask: str, orders: tuple[str, str]) -> tuple[bool, bool, bool]:
-    """Which of _BUFFERS multiplying in these orders takes: packed and packed_t, which our kernel writes together; w_24
-    where a dense GEMM or a library's converter reads it."""
-    if mask != "transposable":  # 2:4 along the rows alone
-        return True, orders[0] != "masked", False
-    ours = [order for order in orders if order in _OURS]
-    assert len({*ours}) < 2, f"{ours}: one GPU reads one order"
-    return len(ours) < 2, *(bool(ours) or order != "masked" for order in orders)
+def _wanted(mask: str, orders: tuple[str | None, str | None]) -> tuple[bool, bool, bool]:
+    """Which of _BUFFERS multiplying in these orders takes, None: not at all. w_24 where a dense GEMM reads it, a
+    library's converter, or our packer of row-wise and soft masks; of these the transpose is never packed."""
+    used = [order for order in orders if order]
+    assert len({*used} & {*_OURS}) < 2, f"{used}: one GPU reads one order"
+    return mask != "transposable" or not {*used} <= {*_OURS}, *(order not in (None, "masked") for order in orders)
 
 
-def _write(w_24, packed, packed_t, w, index, beta, mask: str, orders: tuple[str, str], metadata: bool = True) -> None:
+def _write(w_24, packed, packed_t, w, index, beta, mask: str, orders: tuple, metadata: bool = True) -> None:
     """Fill those that are not None from the weight. metadata=False: the mask is that of the last time."""
-    ours = [order for order in orders if order in _OURS]
-    if mask == "transposable" and ours:
-        operators.pack_weight_(packed, packed_t, w, index, ours[0], metadata=metadata)
+    blobs = (packed, packed_t)
+    ours = [
+        blob if order in _OURS and mask == "transposable" else None for blob, order in zip(blobs, orders, strict=True)
+    ]
+    if any(blob is not None for blob in ours):
+        operators.pack_weight_(*ours, w, index, orders[ours[0] is None], metadata=metadata)
     if w_24 is None:
         return
     w_24.copy_(prune(w, index, beta, mask))
@@ -410,7 +411,7 @@ def _write(w_24, packed, packed_t, w, index, beta, mask: str, orders: tuple[str,
         if packed is not None:
             packed.copy_(pack_matrix(w_24, orders[0]))
         return
-    for blob, x, order in zip((packed, packed_t), (w_24, w_24.t()), orders, strict=True):
+    for blob, x, order in zip(blobs, (w_24, w_24.t()), orders, strict=True):
         if order in CONVERTED:
             blob.copy_(compress24(x.contiguous(), order))
 
@@ -427,19 +428,15 @@ def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dt
     layer.packed_from = source
 
 
-def _operand(w, index, beta, mask: str, order: str, order_t: str, dtype: torch.dtype, number: int) -> torch.Tensor:
-    """Of weights that are packed where they multiply, in new memory: operand 0, of the forward, or 1, of the input's
-    gradient, where a dense GEMM takes the transpose of what is returned."""
-    w, orders = w.detach(), (order, order_t)
+def _operand(w, index, beta, mask: str, order: str, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+    """Of weights that are packed where they multiply, in new memory: the operand of the forward; or, transposed, of the
+    input's gradient, where a dense GEMM takes the transpose of what is returned."""
+    w, orders = w.detach(), (None, order) if transposed else (order, None)
     shapes = (w.shape, (w.numel() * 9 // 16,), (w.numel() * 9 // 16,))
     wanted = zip(shapes, _wanted(mask, orders), strict=True)
     buffers = [w.new_empty(shape, dtype=dtype) if needed else None for shape, needed in wanted]
     _write(*buffers, w, index, beta, mask, orders)
-    return buffers[0 if orders[number] == "masked" else 1 + number]
-
-
-def _packed_now(w, index, beta, mask: str, order: str, order_t: str, dtype: torch.dtype) -> torch.Tensor:
-    return _operand(w, index, beta, mask, order, order_t, dtype, 0)
+    return buffers[0 if order == "masked" else 1 + transposed]
 
 
 @torch.library.custom_op("nano24::packed_again", mutates_args=())
@@ -449,15 +446,14 @@ def _packed_again(
     beta: torch.Tensor | None,
     mask: str,
     order: str,
-    order_t: str,
     dtype: torch.dtype,
     dy: torch.Tensor,
 ) -> torch.Tensor:
-    """_operand 1. A compiler that saw it would keep what the forward has made; dy, which is not used, keeps it from
-    being done early."""
-    return _operand(w, index, beta, mask, order, order_t, dtype, 1)
+    """_operand, transposed. A compiler that saw it would do it early and keep the result; dy, which is not used, stands
+    in the way."""
+    return _operand(w, index, beta, mask, order, dtype, True)
 
 
 @_packed_again.register_fake
-def _(w, index, beta, mask, order, order_t, dtype, dy):
-    return w.new_empty(w.shape if order_t == "masked" else (w.numel() * 9 // 16,), dtype=dtype)
+def _(w, index, beta, mask, order, dtype, dy):
+    return w.new_empty(w.shape if order == "masked" else (w.numel() * 9 // 16,), dtype=dtype)

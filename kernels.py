@@ -312,6 +312,8 @@ def _pack_weight_kernel(
     SEARCH: tl.constexpr,
     METADATA: tl.constexpr,
     ORDER: tl.constexpr,
+    WRITE: tl.constexpr,
+    WRITE_T: tl.constexpr,
 ):
     tile_row, tile_column = tl.program_id(0) // (columns // 64), tl.program_id(0) % (columns // 64)
     n = tl.arange(0, 256)
@@ -332,20 +334,24 @@ def _pack_weight_kernel(
         tl.store(index_ptr, found.to(tl.uint8))
         index = found
     bits = tl.load(tables_ptr + index)
-    x = (a, b, c, d)
-    for r in tl.static_range(4):
-        out = values_ptr + (4 * i + r).to(tl.int64) * (columns // 4) + j
-        tl.store(out, _pack_pair(x[r], bits, 4 * r, 1))
-    i_t, j_t = tile_row * 16 + n % 16, tile_column * 16 + n // 16  # its block after the transposition
-    for r in tl.static_range(4):
-        word = _pack_pair((a[r], b[r], c[r], d[r]), bits, r, 4)
-        out = values_t_ptr + (4 * j_t + r).to(tl.int64) * (rows // 4) + i_t
-        tl.store(out, _transpose_tile(word, 16))
     if METADATA:
         nibbles = tl.load(tables_ptr + 90 + index)
-        _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns, ORDER)
-        nibbles_t = _transpose_tile(nibbles >> 16, 16)
-        _store_metadata(metadata_t_ptr, nibbles_t, tile_column, tile_row, columns, rows, ORDER)
+    if WRITE:
+        x = (a, b, c, d)
+        for r in tl.static_range(4):
+            out = values_ptr + (4 * i + r).to(tl.int64) * (columns // 4) + j
+            tl.store(out, _pack_pair(x[r], bits, 4 * r, 1))
+        if METADATA:
+            _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns, ORDER)
+    if WRITE_T:
+        i_t, j_t = tile_row * 16 + n % 16, tile_column * 16 + n // 16  # its block after the transposition
+        for r in tl.static_range(4):
+            word = _pack_pair((a[r], b[r], c[r], d[r]), bits, r, 4)
+            out = values_t_ptr + (4 * j_t + r).to(tl.int64) * (rows // 4) + i_t
+            tl.store(out, _transpose_tile(word, 16))
+        if METADATA:
+            nibbles_t = _transpose_tile(nibbles >> 16, 16)
+            _store_metadata(metadata_t_ptr, nibbles_t, tile_column, tile_row, columns, rows, ORDER)
 
 
 def _packed_pointers(packed: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -364,8 +370,9 @@ def _row_multiple(function: str, order: str) -> int:
 def pack_weight_(packed, packed_t, w, index, tables, order, search=False, metadata=True, flips=None) -> None:
     """Write the packed operands of w and of w^T, from w and its index, in one pass. Twin: spmm.pack_ref on both.
 
-    packed, packed_t: 1-D bfloat16 buffers of 9/16 of w's elements. w: (out, in), rows contiguous, float32 or bfloat16;
-    index: uint8 (out/4, in/4). order: "sm80" (out and in multiples of 128) or "sm90" (of 64).
+    packed, packed_t: 1-D bfloat16 buffers of 9/16 of w's elements; one may be None and is not written. w: (out, in),
+    rows contiguous, float32 or bfloat16; index: uint8 (out/4, in/4). order: "sm80" (out and in multiples of 128) or
+    "sm90" (of 64).
     search: first replace the index by w's best patterns, adding the flips to the int64 tensor `flips`. metadata: it
     depends on the index alone, so between refreshes only the values need writing; with `search` it is always written.
     Per block of fp32 w: 64 B of w, 1 B of index, 2 x 16 B of values, at most 660 I; with 2 x 2 B of metadata 690,
@@ -378,7 +385,10 @@ def pack_weight_(packed, packed_t, w, index, tables, order, search=False, metada
             f"pack_weight_: w {tuple(w.shape)} with strides {w.stride()}, order {order} needs multiples of {multiple} "
             "and contiguous rows; multiply masked dense matrices instead"
         )
-    for buffer in (packed, packed_t):
+    written = [buffer for buffer in (packed, packed_t) if buffer is not None]
+    if not written:
+        raise ValueError("pack_weight_: packed and packed_t are both None; give the one that is to be written")
+    for buffer in written:
         if buffer.dtype != torch.bfloat16 or buffer.shape != (size,) or not buffer.is_contiguous():
             raise ValueError(f"pack_weight_: {buffer.dtype} {tuple(buffer.shape)}, need a bfloat16 buffer of ({size},)")
     if index.dtype != torch.uint8 or index.shape != (rows // 4, columns // 4) or not index.is_contiguous():
@@ -395,15 +405,17 @@ def pack_weight_(packed, packed_t, w, index, tables, order, search=False, metada
         index,
         tables,
         flips if search else index,
-        *_packed_pointers(packed, rows, columns),
-        *_packed_pointers(packed_t, columns, rows),
+        *_packed_pointers(written[0], rows, columns),
+        *_packed_pointers(written[-1], columns, rows),
         rows,
         columns,
         w.stride(0),
         SEARCH=search,
         METADATA=metadata or search,
         ORDER=int(order[2:]),
-        written=(packed, packed_t, *((index, flips) if search else ())),
+        WRITE=packed is not None,
+        WRITE_T=packed_t is not None,
+        written=(*written, *((index, flips) if search else ())),
         num_warps=8,
     )
 

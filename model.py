@@ -229,7 +229,11 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x)
-        x = self.transformer.ln_f(x)  # (B, T, C)
+        return self.head(x, targets)
+
+    def head(self, x, targets=None):
+        """What `forward` returns, from the last block's output x (B, T, C)."""
+        x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # only these are needed to sample
         logits = self.lm_head(x)  # (B, T, V)

@@ -534,10 +534,13 @@ def activation_backward_mvue24_pack_ref(
 @torch.no_grad()
 def pack_weight_ref_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
     """Write the packed operands of w (out, in) under its mask, and of the transpose, into two 16-bit buffers of 9/16 of
-    w's elements. index: uint8 (out/4, in/4). metadata=False: as long as the index is the one of the last call, the
-    values alone need writing; here both are written all the same. Raises ValueError where a shape does not fit."""
+    w's elements; one may be None and is not written. index: uint8 (out/4, in/4). metadata=False: as long as the index
+    is the one of the last call, the values alone need writing; here both are written all the same. Raises ValueError
+    where a shape does not fit."""
     mask = expand_index(index)
     for buffer, x, kept in ((packed, w, mask), (packed_t, w.t(), mask.t())):
+        if buffer is None:
+            continue
         buffer.copy_(pack_ref(x.to(buffer.dtype).contiguous(), kept.contiguous(), order))
 
 
@@ -786,7 +789,8 @@ def _packs(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: boo
 @torch.no_grad()
 def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
     """pack_weight_ref_, by one kernel where it can."""
-    if order in ("sm80", "sm90") and packed.dtype == torch.bfloat16 and w.stride(1) == 1 and _on_kernels(w.detach()):
+    dtypes = {buffer.dtype for buffer in (packed, packed_t) if buffer is not None}
+    if order in ("sm80", "sm90") and dtypes == {torch.bfloat16} and w.stride(1) == 1 and _on_kernels(w.detach()):
         tables = _table("kernel", w.device)
         return _kernels.pack_weight_(packed, packed_t, w.detach(), index, tables, order, metadata=metadata)
     return pack_weight_ref_(packed, packed_t, w, index, order, metadata)

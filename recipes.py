@@ -21,7 +21,7 @@ s_ste    Hu et al., NeurIPS 2024. C(W) = beta S(W), S(w) = sign(w) max(|w| - t, 
          the group: continuous in w. beta = <W, S(W)> / <S(W), S(W)> when the layer becomes sparse, then fixed. dX
          multiplies the same C(W) as a dense matrix. The paper lets dC = MVUE(dZ^T) X reach W as it is, without beta and
          without the Jacobian of S (weight_gradient="straight"). Here W gets its true gradient, beta J^T dC, which has
-         the lower loss, beyond noise (results/quality.md).
+         the lower loss, beyond noise (results/quality-6seeds.md).
 """
 
 import math

@@ -130,8 +130,10 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def operands(master, index, back, beta, dtype, how, dz=None):
         """What multiplies in the forward, and what in the input's gradient. dz: in the backward."""
-        again = () if dz is None else (dz,)
-        w_24 = (_prune_again if again else prune)(master, index, beta, how.mask, *again).to(dtype)
+        if dz is None:
+            w_24 = prune(master, index, beta, how.mask).to(dtype)
+        else:
+            w_24 = _prune_again(master, index, beta, how.mask, dz).to(dtype)
         w_back = w_24 if back is None else torch.where(back, w_24, 0)
         if how.fp8:
             w_24 = simulate_fp8(w_24, torch.float8_e4m3fn)
@@ -659,6 +661,6 @@ class AutoSwitch:
             changes.append((squares if v is None else squares.sub_(local(v)).abs_()).sum(dtype=torch.float64))
         change = float(total(torch.stack(changes).sum(), weights[0]))
         change *= (1 - self.beta2) / sum(w.numel() for w in weights)
-        if math.isfinite(change):  # else GradScaler passes over this step
+        if math.isfinite(change):  # else the step is passed over
             self.changes = [*self.changes, change][-self.length :]
         return len(self.changes) == self.length and sum(self.changes) / self.length < self.eps

@@ -127,6 +127,7 @@ weight_decay = 1e-1  # AdamW's decoupled decay, on matrices only
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest global gradient norm; 0 = no clipping
+max_skipped = 20  # steps in a row with a gradient that is not finite, which are passed over, before the run gives up
 decay_lr = True  # linear warm-up, then cosine; False = learning_rate throughout
 warmup_iters = 2000
 rewarm_iters = 0  # steps over which the learning rate is warmed up once more, at the dense switch
@@ -141,7 +142,6 @@ spmm = "auto"  # 2:4 GEMMs: auto (where faster), cusparselt, cutlass; or none: d
 ffn_recompute = True  # recompute a 2:4 FFN's activation in the backward, as compiled dense ones do; False = keep it
 deterministic = False  # bit-reproducible GPU kernels, slower; CPU runs are reproducible anyway
 backend = "auto"  # torch.distributed's: auto (nccl on GPUs, gloo on CPUs), nccl, gloo
-max_skipped = 20  # steps in a row with a gradient that is not finite, which are passed over, before the run gives up
 # ---- several ranks ----
 parallel = "ddp"  # ddp (each holds the model), fsdp (weights, gradients and moments in shards, for models past a card)
 check_interval = 1000  # steps between checks that all ranks hold the same weights and masks; also at saves; 0 = there
@@ -592,6 +592,8 @@ def run(resources: contextlib.ExitStack) -> None:
     if settling and state is not None:
         settling.changes = state["autoswitch"]
     net = torch.compile(model, mode=compile_mode) if compile and not fsdp else model
+    if compile and fsdp:  # blocks are compiled one by one; of what is left, logits in float32 cost most
+        model.head = torch.compile(model.head, mode=compile_mode)
     ddp = None
     if ranks.world_size > 1 and not fsdp:  # masks come from the same weights on every rank: buffers need no broadcast
         keyword = "forward_sync_buffers"  # the name since torch 2.13

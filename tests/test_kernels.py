@@ -175,6 +175,15 @@ def test_weight_pack_equals_its_twin(order, rows, columns, search, metadata, dty
         assert torch.equal(got[size:].view(torch.int16), expected[size:].view(torch.int16))
 
 
+@pytest.mark.parametrize("order", ["sm80", "sm90"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weight_pack_of_one_form_is_that_of_both(order, transposed):
+    w, index = randn(256, 128), random_index(256, 128)
+    blob = torch.zeros(256 * 128 * 9 // 16, dtype=torch.bfloat16, device=DEVICE)
+    kernels.pack_weight_(*((None, blob) if transposed else (blob, None)), w, index, TABLES, order)
+    assert torch.equal(blob.view(torch.int16), expected_packs(w, index, order)[transposed].view(torch.int16))
+
+
 def test_weight_pack_of_values_alone_leaves_the_metadata():
     index = random_index(64, 128)
     packed, packed_t = torch.zeros(2, 64 * 128 * 9 // 16, dtype=torch.bfloat16, device=DEVICE)
@@ -198,6 +207,7 @@ def test_weight_pack_refuses_what_it_would_misread():
         ({"index": index[:8]}, r"index torch.uint8 \(8, 16\), need the contiguous uint8 \(16, 16\)"),
         ({"index": index.int()}, "index torch.int32"),
         ({"search": True}, "search=True counts flips, need flips"),
+        ({"packed": None, "packed_t": None}, "packed and packed_t are both None"),
     ):
         args = {"packed": packed, "packed_t": packed_t, "w": w, "index": index, "tables": TABLES, "order": "sm90"}
         with pytest.raises(ValueError, match=f"pack_weight_: .*{message}"):

@@ -7,12 +7,11 @@
     ckpt_00001200.shards/3.pt       {"model": {"wte.weight": rows}, "optimizer": {"state.0.exp_avg": rows}} of shard 3
 
 torch.distributed.checkpoint is not used: its .metadata is a pickle that runs code, and nothing in it has a checksum.
-Rows are cut as torch.chunk cuts them, which is how FSDP2 does it, and cut anew for another number of ranks.
+Rows are cut as FSDP2 cuts them (shards.cut), and cut anew for another number of ranks.
 """
 
 import copy
 import os
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from shards import cut, is_dtensor
 
 MARKER = "nano24.sharded"  # the key that makes a dict the marker of a sharded tensor
 
@@ -94,12 +95,6 @@ def rebuild(value, change, path: tuple = ()):
     return new
 
 
-def cut(rows: int, shards: int) -> list[int]:
-    """How many of `rows` each shard holds, as torch.chunk cuts them: the last ones may have fewer, or none."""
-    step = -(-rows // shards)
-    return [max(0, min(step, rows - k * step)) for k in range(shards)]
-
-
 class Place(NamedTuple):
     """Of this rank: which of how many shards it holds, and whether it writes it (one of the replicas does)."""
 
@@ -107,11 +102,6 @@ class Place(NamedTuple):
     shards: int
     writes: bool
     ranks: int  # of the mesh
-
-
-def _is_dtensor(value) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # it takes 0.7 s to import, and who has a DTensor has done so
-    return module is not None and isinstance(value, module.DTensor)
 
 
 def _is_sharded(tensor) -> bool:
@@ -133,7 +123,7 @@ def take_apart(state: dict) -> tuple[dict, dict, Place | None]:
     parts, places = {}, set()
 
     def change(path, value):
-        if not _is_dtensor(value):
+        if not is_dtensor(value):
             return value
         if not _is_sharded(value):
             return value.to_local()
@@ -282,7 +272,7 @@ def like(source: torch.Tensor | Sharded, target: torch.Tensor) -> torch.Tensor:
     """
     if tuple(source.shape) != tuple(target.shape):
         raise ValueError(f"like: a source of shape {tuple(source.shape)}, need the target's, {tuple(target.shape)}")
-    if not _is_dtensor(target):
+    if not is_dtensor(target):
         return (source.whole() if isinstance(source, Sharded) else source).to(target.device)
     from torch.distributed.tensor import DTensor
 

@@ -3,6 +3,7 @@
     launch(out, settings)               python train.py, as a user runs it; ranks=2 goes through torchrun
     launch(out, settings, fault)        the same, but through this file: `install` patches train.py, then runs its main
     run_here(out, settings)             train.main() in this process, fast, with the same kind of result
+    Crew(2).run(out, settings)          the same on two processes, which are started once for many runs
 
 A fault is a dict, in JSON on this file's command line. Nothing here sleeps to hit a moment: a fault strikes at a
 named iteration and micro-batch, or at a named line of a save.
@@ -13,9 +14,15 @@ import io
 import json
 import os
 import random
+import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file and faults.py are also run as scripts
@@ -127,6 +134,83 @@ def run_here(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1,
             status = end.code if isinstance(end.code, int) else 1
             stderr.write("" if isinstance(end.code, int) else f"{end.code}\n")
     return subprocess.CompletedProcess(sys.argv, status, stdout.getvalue(), stderr.getvalue())
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Crew:
+    """`ranks` processes, each with one thread, that do one run after the other: a run then costs no start of Python."""
+
+    def __init__(self, ranks: int):
+        self.folder = tempfile.TemporaryDirectory(prefix="nano24_crew_")
+        self.log = open(Path(self.folder.name) / "log", "w+")  # noqa: SIM115  what C++ and threads print
+        self.processes = []
+        for rank in range(ranks):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in names.items()}}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
+            command = [sys.executable, "tests/harness.py", "serve"]
+            self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+
+    def run(self, out_dir, settings: dict, fault: dict | None = None) -> subprocess.CompletedProcess:
+        """As run_here's: rank 0's output, and the first error. After one the crew is gone, as torchrun ends all."""
+        port = free_port()
+        for process in self.processes:
+            process.stdin.write(json.dumps([port, str(out_dir), settings, fault], default=str) + "\n")
+            process.stdin.flush()
+        done, waiting = {}, list(self.processes)
+        deadline = time.monotonic() + 300
+        while waiting:
+            ready, _, _ = select.select([process.stdout for process in waiting], [], [], deadline - time.monotonic())
+            for process in [process for process in waiting if process.stdout in ready]:
+                line = process.stdout.readline()
+                status, printed, error = json.loads(line) if line else [1, "", f"the process ended: {self._log()}"]
+                done[process] = status, printed, error
+                waiting.remove(process)
+                if status:
+                    self.close()
+                    return subprocess.CompletedProcess(settings, status, printed, error)
+            if not ready:
+                self.close()
+                raise TimeoutError(f"ranks {[self.processes.index(p) for p in waiting]} do not end: {self._log()}")
+        status, printed, error = done[self.processes[0]]
+        return subprocess.CompletedProcess(settings, status, printed, error)
+
+    def _log(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+        self.log.close()
+        self.folder.cleanup()
+
+
+def serve() -> None:
+    """What a process of a crew does: runs as they come, a line each, answered by a line."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        port, *arguments = json.loads(line)
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            done = run_here(*arguments)
+            answer = [done.returncode, done.stdout, done.stderr]
+        except Exception:
+            answer = [1, "", traceback.format_exc()]
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,6 +452,37 @@ def row_differences(one: list[dict], other: list[dict]) -> list[str]:
     return differences(*([{k: v for k, v in row.items() if k not in TIMED} for row in rows] for rows in (one, other)))
 
 
+@contextlib.contextmanager
+def photographs(folder: Path, album: Path):
+    """Copy `folder` into `album`, which is made, before and after every change of a name or folder by this process:
+    what a kill at each of these points would leave."""
+    album.mkdir()
+    copying = False
+
+    def take():
+        nonlocal copying
+        copying = True
+        shutil.copytree(folder, album / f"{len(list(album.iterdir())):03d}")
+        copying = False
+
+    def make(real):
+        def patched(*args, **options):
+            if copying:
+                return real(*args, **options)
+            take()
+            try:
+                return real(*args, **options)
+            finally:
+                take()
+
+        return patched
+
+    with contextlib.ExitStack() as undo:
+        for name in ("link", "replace", "unlink", "rmdir", "mkdir", "fsync"):
+            _replace(undo, os, name, make)
+        yield
+
+
 def contents(folder: Path) -> dict | None:
     """{file name: bytes} of a folder, None when there is none: to see that it was left untouched."""
     if not folder.exists():
@@ -375,7 +490,9 @@ def contents(folder: Path) -> dict | None:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["serve"]:
+    serve()
+elif __name__ == "__main__":
     with contextlib.ExitStack() as never_undone:
         install(json.loads(sys.argv[1]), never_undone)
         del sys.argv[1]

@@ -4,12 +4,12 @@ after the other, on so many gloo ranks; every rank leaves what it saw in folder/
 import contextlib
 import errno
 import os
-import shutil
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from harness import photographs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -224,7 +224,7 @@ def disk_full(folder, ranks):
 def kill(folder, ranks):
     """Rank 0 copies the folder around each change of a name or folder: what a kill of all ranks there would leave."""
     model, optimizer = make(flat_mesh())
-    run, album, copying = folder / "run", folder / "album", False
+    run, album = folder / "run", folder / "album"
     (run if ranks.master else folder).mkdir(exist_ok=True)
     ranks.maximum(0)
     writer = Writer(run, keep_last=3, ranks=ranks)
@@ -232,29 +232,7 @@ def kill(folder, ranks):
         writer.save(state_of(model, optimizer, iter_num))
     writer.wait()
 
-    def take():
-        nonlocal copying
-        copying = True
-        shutil.copytree(run, album / f"{len(list(album.glob('*'))):03d}")
-        copying = False
-
-    def around(real):
-        def patched(*args, **options):
-            if copying:
-                return real(*args, **options)
-            take()
-            try:
-                return real(*args, **options)
-            finally:
-                take()
-
-        return patched
-
-    with contextlib.ExitStack() as patches:
-        if ranks.master:
-            album.mkdir()
-            for name in ("link", "replace", "unlink", "rmdir", "mkdir", "fsync"):
-                patches.enter_context(mock.patch(f"os.{name}", around(getattr(os, name))))
+    with photographs(run, album) if ranks.master else contextlib.nullcontext():
         writer.save(state_of(model, optimizer, 4))
         finish(writer)
     return {}

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from harness import contents, differences
+from harness import contents, differences, photographs
 
 import checkpoint
 from checkpoint import KEYS, CheckpointError, clear, find, load, save
@@ -122,33 +122,6 @@ def test_clear_deletes_the_checkpoints_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["ckpt_mine.pt", "metrics.jsonl"]
 
 
-def photograph(monkeypatch, folder, album):
-    """Copy `folder` before and after every change of its names: what a kill at that point would leave."""
-    album.mkdir()
-    copying = False
-
-    def take():
-        nonlocal copying
-        copying = True
-        shutil.copytree(folder, album / f"{len(names(album)):03d}")
-        copying = False
-
-    def make(real):
-        def patched(*args, **options):
-            if copying:
-                return real(*args, **options)
-            take()
-            try:
-                return real(*args, **options)
-            finally:
-                take()
-
-        return patched
-
-    for name in ("link", "replace", "unlink", "rmdir", "mkdir", "fsync"):
-        monkeypatch.setattr(os, name, make(getattr(os, name)))
-
-
 @pytest.mark.parametrize("links", [True, False])
 def test_a_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch, links):
     run, album = tmp_path / "run", tmp_path / "album"
@@ -162,10 +135,10 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch, li
     with monkeypatch.context() as patch:
         if not links:
             patch.setattr(os, "link", refuse)
-        photograph(patch, run, album)
-        writer = Writer(run, keep_last=3)
-        writer.save(make_state(4))
-        writer.wait()
+        with photographs(run, album):
+            writer = Writer(run, keep_last=3)
+            writer.save(make_state(4))
+            writer.wait()
     found = [iteration(find(photo)) for photo in sorted(album.iterdir())]
     assert len(found) >= 10
     assert found == sorted(found)

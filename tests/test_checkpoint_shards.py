@@ -16,7 +16,7 @@ from shard_ranks import HASH, make, state_of
 
 import checkpoint
 from checkpoint import CheckpointError, Sharded, find, like, load, save
-from checkpoint_shards import MARKER, cut, rebuild
+from checkpoint_shards import MARKER, rebuild
 
 FILES = ["ckpt_00001200.shards/0.pt", "ckpt_00001200.shards/1.pt"]
 
@@ -188,13 +188,6 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint_with_its_shards(ran):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading on other numbers of ranks
-
-
-def test_rows_are_cut_as_torch_cuts_them():
-    for rows in range(9):
-        for shards in range(1, 6):
-            chunks = [len(chunk) for chunk in torch.empty(rows, 2).chunk(shards)] if rows else []
-            assert cut(rows, shards) == chunks + [0] * (shards - len(chunks))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

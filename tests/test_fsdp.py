@@ -1,16 +1,18 @@
 """FSDP2 trains as DDP does: weights in shards, the same masks, the same numbers, and nothing on two ranks at once."""
 
+import contextlib
+import functools
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import SETTINGS, launch, make_dataset, read_rows, read_state, run_here
+from harness import SETTINGS, Crew, free_port, make_dataset, read_rows, read_state, run_here
 
 import shards
 from model import GPT, GPTConfig
 from runtime import Ranks, shard_model
-from sparse24 import transposable_index
+from sparse24 import sparse_linears, transposable_index
 
 # Refreshes after steps 3 and 6, dense from 9; six micro-batches, which 4 ranks share unevenly.
 RUN = {"max_iters": 12, "dense_start": 9, "mask_interval": 3, "flip_interval": 2, "eval_interval": 5, "dropout": 0.0}
@@ -24,7 +26,22 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
+def train_on(data):
+    """train_on(ranks, out_dir, fault, **changes): a run of RUN, which must succeed; returns what it printed."""
+    with contextlib.ExitStack() as crews:
+        crew = functools.cache(lambda ranks: crews.enter_context(Crew(ranks)))
+
+        def train(ranks, out, fault=None, **changes):
+            run = crew(ranks).run if ranks > 1 else run_here
+            done = run(out, {**SETTINGS, **RUN, "dataset": data, **changes}, fault)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        yield train
+
+
+@pytest.fixture(scope="module")
+def run(train_on, tmp_path_factory):
     """Call it with settings and ranks: the folder of a float64 run, each made once."""
     made = {}
 
@@ -32,9 +49,7 @@ def run(data, tmp_path_factory):
         key = (ranks, *sorted(changes.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("run") / "out"
-            how = launch if ranks > 1 else run_here
-            done = how(made[key], {**SETTINGS, **RUN, **changes, "dataset": data}, DOUBLE, ranks=ranks)
-            assert done.returncode == 0, done.stderr
+            train_on(ranks, made[key], DOUBLE, **changes)
         return made[key]
 
     return make
@@ -76,13 +91,10 @@ def test_two_copies_train_as_one_process_does(run):
 
 
 @pytest.mark.parametrize(("ranks", "changes"), [(2, {"parallel": "fsdp"}), (2, {}), (1, {})])
-def test_shards_of_four_ranks_are_resumed_by_fewer(run, data, tmp_path, ranks, changes):
+def test_shards_of_four_ranks_are_resumed_by_fewer(run, train_on, tmp_path, ranks, changes):
     out = shutil.copytree(run(4, parallel="fsdp", max_iters=6), tmp_path / "out")
     assert len(list(out.glob("ckpt_*.shards/*.pt"))) == 4 * 2  # of ckpt.pt and of ckpt_prev.pt
-    how = launch if ranks > 1 else run_here
-    done = how(out, {**SETTINGS, **RUN, **changes, "dataset": data}, DOUBLE, ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    assert f"resuming {out / 'ckpt.pt'} at iteration 6" in done.stdout
+    assert f"resuming {out / 'ckpt.pt'} at iteration 6" in train_on(ranks, out, DOUBLE, **changes)
     assert_same_training(run(2), out)
 
 
@@ -113,12 +125,25 @@ def test_blocks_compile_in_shards(run):
     assert_same_training(run(2), run(2, parallel="fsdp", compile=True))
 
 
-def test_bfloat16_shards_follow_bfloat16_copies(data, tmp_path):
+def test_every_block_and_the_head_are_compiled(data, tmp_path, monkeypatch):
+    compiled, settings = [], {**SETTINGS, **RUN, "dataset": data, "parallel": "fsdp", "compile": True, "max_iters": 1}
+    monkeypatch.setattr(torch, "compile", lambda call, **how: compiled.append((call, how)) or call)
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    assert run_here(tmp_path / "out", settings).returncode == 0
+    assert [call.__name__ for call, _ in compiled] == ["_call_impl"] * SETTINGS["n_layer"] + ["head"]
+    model = compiled[-1][0].__self__
+    assert [call.__self__ for call, _ in compiled[:-1]] == [*model.transformer.h]
+    assert all(how == {"mode": "default"} for _, how in compiled)
+    assert all(layer.prune_again for layer in sparse_linears(model))
+    assert all(shards.is_dtensor(p) for p in model.parameters())
+
+
+def test_bfloat16_shards_follow_bfloat16_copies(train_on, tmp_path):
     rows = {}
     for how in ("ddp", "fsdp"):
-        settings = {**SETTINGS, **RUN, "dataset": data, "dtype": "bfloat16", "parallel": how}
-        done = launch(tmp_path / how, settings, ranks=2)
-        assert done.returncode == 0, done.stderr
+        train_on(2, tmp_path / how, dtype="bfloat16", parallel=how)
         rows[how] = [row["train_loss"] for row in read_rows(tmp_path / how) if row["train_loss"]]
         assert read_state(tmp_path / how)["model"]["transformer.wte.weight"].dtype == torch.float32
     assert rows["fsdp"] == pytest.approx(rows["ddp"], abs=0.01)
@@ -165,7 +190,14 @@ def test_settings_that_shards_cannot_have(data, tmp_path, changes):
 # shards.py
 
 
-def cut(w: torch.Tensor, ranks: int, rank: int):
+def test_rows_are_cut_as_torch_cuts_them():
+    for rows in range(9):
+        for ranks in range(1, 6):
+            chunks = [len(chunk) for chunk in torch.empty(rows, 2).chunk(ranks)] if rows else []
+            assert shards.cut(rows, ranks) == chunks + [0] * (ranks - len(chunks))
+
+
+def piece_of(w: torch.Tensor, ranks: int, rank: int):
     """What rows_of asks of a DTensor, without a process group."""
     pieces = w.chunk(ranks)
     mine = pieces[rank] if rank < len(pieces) else w[:0]
@@ -179,7 +211,7 @@ def test_every_rank_takes_its_rows_of_a_mask(rows, ranks):
     w = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
     index, mask = transposable_index(w), torch.rand(w.shape) < 0.5
     for rank in range(ranks):
-        piece = cut(w, ranks, rank)
+        piece = piece_of(w, ranks, rank)
         assert torch.equal(shards.rows_of(piece, index), transposable_index(shards.local(piece)))
         assert torch.equal(shards.rows_of(piece, mask), mask[[*range(rows)][slice(*bounds(rows, ranks, rank))]])
     assert shards.rows_of(w, index) is index

@@ -24,6 +24,7 @@ from harness import (
     state_differences,
     to_words,
 )
+from test_train import data  # noqa: F401 (a fixture)
 
 import loader
 import runtime
@@ -31,11 +32,6 @@ import train
 from health import LossWatch
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,13 @@ stop       SIGTERM at five points, on one process and on two: nothing done is lo
 torchrun   SIGTERM to torchrun itself, and kill -9 of one of its two ranks
 kill       kill -9 from outside at random moments of the training loop, whatever instruction it happens to be in
 save       kill -9 at each named point inside a save
+flip       a bit flipped in random bytes of a checkpoint, in one file and in shards: refused, or loaded as it was saved
+nodes      two torchrun agents, as on two nodes, meet by c10d; one is killed with its rank, the other goes on alone, and
+           the lost one comes back; compared in float64 with one process, since sums over ranks differ in rounding
 in a row   one long run, killed again and again: from outside at random moments, of two ranks a random one, and in every
            third life at a random point inside a save; nothing is resumed by hand but with the same command
-Each case is: the run with the fault, then the plain command again; then weights, masks, optimizer and every metric
-that no clock gave are compared bit for bit with the reference's. The exit status is 1 if anything differs.
+Each other case is: the run with the fault, then the plain command again; then weights, masks, optimizer and every
+metric that no clock gave are compared bit for bit with the reference's. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +33,12 @@ from pathlib import Path
 import torch
 from harness import (
     DENSE_START,
+    ROOT,
     SAVE_POINTS,
     SETTINGS,
+    differences,
     finish,
+    free_port,
     launch,
     make_dataset,
     read_rows,
@@ -39,6 +46,7 @@ from harness import (
     row_differences,
     start,
     state_differences,
+    to_words,
 )
 
 import checkpoint
@@ -252,6 +260,109 @@ def _written(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+def flip_case(bench: Bench, rng: random.Random, flips: int, ranks: int) -> dict:
+    """One flipped bit at a time, in a random byte of a random file of a checkpoint, in proportion to their sizes."""
+    out = bench.new_folder()
+    sharded = {"parallel": "fsdp"} if ranks > 1 else {}
+    done = bench.run(out, {**bench.settings, **sharded, "max_iters": 12, "dense_start": 12}, ranks=ranks)
+    files = [out / checkpoint.NAME, *out.glob(f"{checkpoint.NAME[:-3]}_00000012.shards/*.pt")]
+    state, sizes, wrong, refused = read_state(out), [path.stat().st_size for path in files], [], 0
+    for _ in range(flips):
+        path = rng.choices(files, sizes)[0]
+        place, bit = rng.randrange(path.stat().st_size), rng.randrange(8)
+        _flip(path, place, bit)
+        try:
+            wrong += [f"{path.name}, byte {place}, bit {bit}: loaded as another state"] * (
+                differences(read_state(out), state) != []
+            )
+        except checkpoint.CheckpointError:
+            refused += 1
+        _flip(path, place, bit)
+    outcome = {"resumed_at": 12, "steps_lost": 0, "in_a_save": False, "problems": wrong}
+    return _case(
+        *("flip", f"{flips} bits in {len(files)} files, {refused} refused, {flips - refused} harmless", ranks, outcome),
+        (done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"),
+        (len(files) == (1 if ranks == 1 else 1 + ranks), f"{len(files)} files"),
+        (refused > 0, "no flip was seen"),
+        (differences(read_state(out), state) == [], "the flips were not taken back"),
+    )
+
+
+def _flip(path: Path, place: int, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def _agent(out: Path, settings: dict, port: int, hosts: bool) -> subprocess.Popen:
+    """A node: torchrun with one rank. hosts: the rendezvous, which by the address all nodes of one machine would."""
+    meet = {"rdzv_backend": "c10d", "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_id": "nano24", "nnodes": "1:2"}
+    meet |= {"nproc_per_node": 1, "max_restarts": 9, "local_addr": "127.0.0.1"}
+    meet |= {"rdzv_conf": f"last_call_timeout=2,is_host={hosts}"}
+    script = ["tests/harness.py", json.dumps({"kind": "double"}), *to_words(out, settings)]
+    command = [sys.executable, "-m", "torch.distributed.run", *(f"--{key}={meet[key]}" for key in meet), *script]
+    # without this variable an agent that stayed waits in torch 2.13 for what the one that came back does not write
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def nodes_case(bench: Bench) -> dict:
+    """Two nodes; one is lost, the other goes on alone; the lost one comes back; both are stopped."""
+    settings = bench.settings | {"mvue": False, "dropout": 0.0, "log_interval": 1, "eval_interval": 0}
+    settings |= dict.fromkeys(("max_iters", "lr_decay_iters", "dense_start"), 10**6)
+    out, alone, port = bench.new_folder(), bench.new_folder(), free_port()
+
+    def wait_for(world_size: int, steps: int) -> int:
+        """Until a run on so many ranks has begun and `steps` more steps are done; how many there are then."""
+        deadline, first = time.monotonic() + 120, None
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError):  # it is being written
+                ranks = json.loads((out / "config.json").read_text())["environment"]["world_size"]
+                if ranks == world_size:
+                    first = _rows_written(out) if first is None else first
+                    if _rows_written(out) >= first + steps:
+                        return _rows_written(out)
+            time.sleep(0.01)
+        for process in agents:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise RuntimeError(f"nodes_case: no run on {world_size} ranks came: {[p.communicate()[0] for p in agents]}")
+
+    agents = [_agent(out, settings, port, hosts) for hosts in (True, False)]
+    wait_for(2, 30)
+    for victim in (agents[1].pid, *_rank_processes(agents[1])):
+        os.kill(victim, signal.SIGKILL)
+    agents[1].communicate()
+    at_loss = _rows_written(out)
+    wait_for(1, 20)
+    agents[1] = _agent(out, settings, port, False)
+    wait_for(2, 30)
+    for process in agents:
+        process.terminate()
+    texts = [finish(process).stdout for process in agents]
+    state = read_state(out)
+    steps = state["iter_num"]
+    done = bench.run(alone, {**settings, "max_iters": steps}, {"kind": "double"})
+    other = read_state(alone)["model"]
+    problems = [
+        f"differs: {name}"
+        for name, tensor in state["model"].items()
+        if torch.is_tensor(tensor) and not torch.allclose(tensor.double(), other[name].double(), rtol=0, atol=1e-6)
+    ]
+    resumed = [int(text) for text in re.findall(r"resuming .* at iteration (\d+); (?:1|2) x", "".join(texts))]
+    lost = max(0, at_loss - resumed[0]) if resumed else at_loss
+    outcome = {"resumed_at": max(resumed, default=0), "steps_lost": lost, "in_a_save": False, "problems": problems}
+    return _case(
+        *("nodes", f"one of two lost at step {at_loss}, back, {steps} steps", 2, outcome),
+        (done.returncode == 0, f"the run on one process failed: {done.stderr}"),
+        (len(resumed) == 2, f"resumed {len(resumed)} times, need 2: {texts}"),
+        (lost <= INTERVAL, f"{lost} steps lost, with a save every {INTERVAL}"),
+        (len(read_rows(out)) == steps, f"{len(read_rows(out))} rows of {steps} steps"),
+    )
+
+
 def summary(cases: list[dict]) -> dict:
     """Per kind: how many cases, how many with a problem, steps lost."""
     kinds = {}
@@ -274,7 +385,7 @@ def show(case: dict) -> None:
     print(f"{where} resumed at {case['resumed_at']:>2}, lost {case['steps_lost']}  {verdict}", flush=True)
 
 
-def all_cases(bench: Bench, kills: int, in_a_row: int, seed: int):
+def all_cases(bench: Bench, kills: int, in_a_row: int, flips: int, seed: int):
     rng = random.Random(seed)
     for ranks in (1, 2):
         for at in STOP_POINTS:
@@ -286,6 +397,9 @@ def all_cases(bench: Bench, kills: int, in_a_row: int, seed: int):
     for at in SAVE_POINTS:
         yield save_case(bench, at)
     for ranks in (1, 2):
+        yield flip_case(bench, rng, flips, ranks)
+    yield nodes_case(bench)
+    for ranks in (1, 2):
         yield kills_in_a_row_case(bench, rng, in_a_row, ranks)
 
 
@@ -293,6 +407,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="kill -9 at this many random moments")
     parser.add_argument("--in_a_row", type=int, default=100, help="kill one run so often, on one rank and on two")
+    parser.add_argument("--flips", type=int, default=200, help="flip this many bits of a checkpoint, one at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--out", type=Path, help="write the report there as JSON")
     options = parser.parse_args(argv)
@@ -300,7 +415,7 @@ def main(argv=None) -> int:
     began, cases = time.time(), []
     with tempfile.TemporaryDirectory(prefix="nano24_faults_") as folder:
         bench = Bench(folder)
-        for case in all_cases(bench, options.kills, options.in_a_row, options.seed):
+        for case in all_cases(bench, options.kills, options.in_a_row, options.flips, options.seed):
             cases.append(case)
             show(case)
             for path in bench.folder.glob("run*"):
@@ -308,7 +423,7 @@ def main(argv=None) -> int:
     failed = sum(bool(case["problems"]) for case in cases)
     report = {
         "command": "python tests/faults.py "
-        f"--kills {options.kills} --in_a_row {options.in_a_row} --seed {options.seed}",
+        f"--kills {options.kills} --in_a_row {options.in_a_row} --flips {options.flips} --seed {options.seed}",
         "environment": {**environment(torch.device("cpu"), 1), "platform": sys.platform, "cpus": os.cpu_count()},
         "settings": SETTINGS,
         "seconds": round(time.time() - began),

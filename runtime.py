@@ -75,11 +75,7 @@ class Ranks:
         sums of their bits, and names the ranks that the fewest agree with."""
         if self.world_size == 1:
             return
-        names = ("index", "index_t", "beta")  # an order of rows has the sum of any other, but index_t is made by it
-        buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
-        masks = _sum_of_bits([b for b in buffers if b is not None])
-        weights = _sum_of_bits([shards.local(p.detach()) for p in model.parameters()])
-        mine = torch.tensor([shards.piece(next(model.parameters())), weights, masks])
+        mine = torch.tensor([shards.piece(next(model.parameters())), *fingerprint(model)])
         found = [torch.zeros_like(mine) for _ in range(self.world_size)]
         dist.all_gather(found, mine, group=self.control)
         pieces, weights, masks = zip(*(row.tolist() for row in found), strict=True)
@@ -88,6 +84,14 @@ class Ranks:
             raise RanksDiffer(
                 f"weights or masks of ranks {sorted(wrong)} differ from the others'; resume from the last checkpoint"
             )
+
+
+def fingerprint(model: torch.nn.Module) -> tuple[int, int]:
+    """(sum of the bits of this rank's weights, of all masks). Waits for the GPU."""
+    names = ("index", "index_t", "beta")  # an order of rows has the sum of any other, but index_t is made by it
+    buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
+    weights = _sum_of_bits([shards.local(p.detach()) for p in model.parameters()])
+    return weights, _sum_of_bits([b for b in buffers if b is not None])
 
 
 def _sum_of_bits(tensors: list[torch.Tensor]) -> int:

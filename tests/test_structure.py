@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"train", "sample", "study", "search_decay", "bench"},
     {"study_cost", "study_report"},
-    {"bench_suites", "bench_kernels", "study_grids", "cluster"},
+    {"bench_suites", "bench_kernels", "study_grids"},
+    {"cluster"},
     {"runtime", "loader", "model", "plot", "roofline", "checkpoint_writer"},
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},

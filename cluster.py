@@ -5,6 +5,7 @@ What one GPU computes is roofline.py's training step; what many have on top is c
     layouts   DDP: every GPU holds everything. FSDP2 within groups of `shards` GPUs, HSDP where there are several groups
               (a node of 8 each): masters, gradients and moments in shards; blocks are gathered in bf16 for the forward
               and again for the backward of every micro-step, packed then and freed after, gradients scattered in fp32.
+              What is outside of blocks is gathered once, in fp32, since the residual stream begins with it.
     overlap   Gathers of the forward hide behind all of the forward, gathers and scatters of the backward behind all of
               the backward, two thirds of a micro-step. Gradients are reduced between replicas once, behind the last
               backward: beside its gathers and scatters where these stay within nodes and it does not (FSDP2 gives
@@ -169,8 +170,9 @@ def activation_memory(config: GPTConfig, micro_batch: int) -> float:
 
 
 def memory(config: GPTConfig, layout: Layout, micro_batch: int, sparse: bool) -> dict[str, float]:
-    """Bytes on every GPU, by part. Of shards, two blocks are gathered at a time and what is outside of blocks always;
-    buffers hold gradients on their way: DDP's buckets all of them, FSDP's those of two blocks and of the outside."""
+    """Bytes on every GPU, by part. Weights in use are bf16; of shards, two blocks are gathered at a time and what is
+    outside of blocks always, in fp32 beside autocast's bf16. Buffers hold gradients on their way: DDP's buckets all of
+    them, FSDP's those of two blocks and of the outside."""
     w, shards, sharded = count(config), layout.shards, layout.shards > 1
     at_once = 2 * w.block + w.root
     packed = w.sparse * (2 / w.n_layer if sharded else 1) if sparse else 0
@@ -178,7 +180,7 @@ def memory(config: GPTConfig, layout: Layout, micro_batch: int, sparse: bool) ->
         "masters": 4 * w.parameters / shards,
         "gradients": 4 * w.parameters / shards,
         "moments": 8 * w.parameters / shards,
-        "bf16 weights": 2.0 * (at_once if sharded else w.matrices - packed),
+        "weights in use": 4.0 * w.block + 6.0 * w.root if sharded else 2.0 * (w.matrices - packed),
         "packed": 2 * roofline.PACKED * packed,
         "mask index": INDEX * w.sparse if sparse else 0.0,
         "buffers": 4.0 * (at_once if sharded else w.parameters) if layout.gpus > 1 else 0.0,
@@ -205,7 +207,8 @@ def largest_micro_batch(config: GPTConfig, layout: Layout, sequences: int, capac
 
 
 def communication(net: Network, config: GPTConfig, layout: Layout) -> dict[str, tuple[float, float]]:
-    """(bytes that a GPU sends, seconds): "gather" twice and "scatter" once per micro-step, "all_reduce" per step."""
+    """(bytes that a GPU sends, seconds): "gather" twice and "scatter" once per micro-step, "all_reduce" per step. What
+    is outside of blocks, gathered once in fp32, is counted as twice in bf16."""
     w, shards, replicas = count(config), layout.shard_group, layout.replica_group
     state = 4 * w.parameters / layout.shards
     calls = config.n_layer + 1 if layout.shards > 1 else math.ceil(state / BUCKET)

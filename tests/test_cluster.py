@@ -81,24 +81,24 @@ def test_memory_by_hand():
         "masters": 4 * P,
         "gradients": 4 * P,
         "moments": 8 * P,
-        "bf16 weights": 2 * (matrices - SPARSE),
+        "weights in use": 2 * (matrices - SPARSE),
         "packed": 2.25 * SPARSE,
         "mask index": SPARSE / 16,
         "buffers": 4 * P,
         "activations": activations,
     }
     hsdp = cluster.memory(TINY, Layout(64, 8), 2, sparse=True)
-    gathered = 2 * BLOCK + ROOT_WEIGHTS
+    gathered = 2 * BLOCK + ROOT_WEIGHTS  # the root's in fp32, and once more in bf16
     assert [hsdp[name] for name in ("masters", "gradients", "moments")] == [P / 2, P / 2, P]
-    assert (hsdp["bf16 weights"], hsdp["buffers"], hsdp["packed"]) == (
-        2 * gathered,
+    assert (hsdp["weights in use"], hsdp["buffers"], hsdp["packed"]) == (
+        2 * 2 * BLOCK + (4 + 2) * ROOT_WEIGHTS,
         4 * gathered,
         2.25 * SPARSE * 2 / 3,
     )
     assert hsdp["mask index"] == SPARSE / 16  # whole on every GPU
     dense = cluster.memory(TINY, Layout(1), 2, sparse=False)
     assert (dense["packed"], dense["mask index"], dense["buffers"]) == (0, 0, 0)
-    assert dense["bf16 weights"] == 2 * matrices
+    assert dense["weights in use"] == 2 * matrices
 
 
 def test_micro_batch_is_the_largest_that_fits():

@@ -15,33 +15,30 @@ own numbers.
 """
 
 import contextlib
-import copy
-import importlib.util
 import inspect
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import prepare
 import recipes
 import sparse24
-import spmm_choice
-from checkpoint import like
 from checkpoint_writer import Writer
 from configurator import configure_or_exit, setting_names
-from ffn import pack_weights, plan_ffn, set_plan, time_ways
+from ffn import pack_weights, set_plan
 from health import DecayController, FlipReference, FlipWatch, LossWatch
 from loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from metrics import Metrics, read_metrics
-from model import GPT, GPTConfig, peak_flops
-from recipes import Recipe
+from model import peak_flops
 from runtime import FolderInUse, Ranks, RanksDiffer, StopSignal, environment, hold, shard_model, sign, start_ranks
 from shards import is_dtensor, whole
 from sparse24 import (
@@ -49,7 +46,6 @@ from sparse24 import (
     decay_ratio,
     flip_rate,
     hard_pruned,
-    kernel_status,
     refresh_masks,
     search_permutations,
     seed_draws,
@@ -149,7 +145,6 @@ fsdp_copies = 1  # fsdp: so many copies of the model, each in shards over its sh
 # ---- end of settings ----
 
 _DATA, _DROPOUT, _EVAL = 1, 2, 3  # tags that keep the streams of seed_words apart; MVUE's has none
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @torch.no_grad()
@@ -205,18 +200,6 @@ def get_lr(iter_num: int, switch: int = 0) -> float:
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-def planned_dense_start() -> int:
-    """First iteration of the dense phase (section 4.4); 0 for a dense run."""
-    if sparse == "none":
-        return 0
-    return dense_start if dense_start >= 0 else round(max_iters * (1 - dense_finetune))
-
-
-def planned_sparse_start() -> int | None:
-    """First iteration of the sparse phase; None where STEP's rule is to say."""
-    return None if autoswitch and sparse != "none" else round(max_iters * dense_pretrain)
-
-
 def get_decay(iter_num: int, factor: float, sparse_start: int, switch: int) -> float:
     """The decay factor of this step of the sparse phase, which the schedule brings down from `factor`."""
     if decay_schedule == "constant":
@@ -248,259 +231,7 @@ def set_phase(model: torch.nn.Module, is_sparse: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Preparation: everything that can be wrong is found here, before anything is written
-
-
-def resolve_settings(overrides: dict) -> Recipe | None:
-    """Check the settings and fill in what the recipe and "auto" stand for. Returns the recipe, None for a dense run."""
-    for name, least in (
-        *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
-        *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
-        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0), ("rewarm_iters", 0)),
-        *(("dense_blocks", 0), ("masked_decay_auto_interval", 1), ("max_skipped", 0), ("check_interval", 0)),
-        *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
-    ):
-        if globals()[name] < least:
-            raise ValueError(f"{name}={globals()[name]}, need at least {least}")
-    if wandb_log and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
-    if seed >= 2**32:
-        raise ValueError(f"seed={seed}, need a seed below 2**32")
-    if sampling not in ("random", "epoch"):
-        raise ValueError(f"sampling={sampling!r}, need random or epoch")
-    if parallel not in ("ddp", "fsdp"):
-        raise ValueError(f"parallel={parallel!r}, need ddp or fsdp")
-    if parallel == "ddp" and fsdp_copies > 1:
-        raise ValueError(f"fsdp_copies={fsdp_copies} is for parallel='fsdp'; under ddp each rank has a copy")
-    if parallel == "fsdp" and (dtype == "float16" or compile_mode != "default"):
-        raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
-    if compile_mode not in ("default", "reduce-overhead", "max-autotune"):
-        raise ValueError(f"compile_mode={compile_mode!r}, need default, reduce-overhead or max-autotune")
-    if spmm not in spmm_choice.MODES:
-        raise ValueError(f"spmm={spmm!r}, need one of {', '.join(spmm_choice.MODES)}")
-    if dtype not in ("auto", *_DTYPES):
-        raise ValueError(f"dtype={dtype!r}, need one of auto, {', '.join(_DTYPES)}")
-    if decay_schedule not in ("constant", "cosine"):
-        raise ValueError(f"decay_schedule={decay_schedule!r}, need constant or cosine")
-    if flip_mask not in ("auto", "transposable", "row"):
-        raise ValueError(f"flip_mask={flip_mask!r}, need auto, transposable or row")
-    if masked_decay_auto and not flip_reference:
-        raise ValueError(
-            "masked_decay_auto=True needs flip_reference, a dense run's out_dir; search_decay.py records one"
-        )
-    if sparse == "none":
-        if flip_reference:
-            raise ValueError(f"flip_reference={flip_reference} is for sparse runs, and sparse='none'; drop it")
-        globals()["flip_mask"] = "transposable" if flip_mask == "auto" else flip_mask
-        return None
-    recipe = recipes.recipe_of({**overrides, "sparse": sparse})
-    globals().update({field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "name"})
-    steers = masked_decay and warmup_iters and decay_schedule == "constant" and decay_on != "weight"
-    if masked_decay_auto and not steers:
-        raise ValueError(
-            "masked_decay_auto=True needs a masked_decay above 0 to start from, warmup_iters above 0 (it steers up to "
-            "5 of them), decay_schedule='constant', and a decay_on other than 'weight', to which no flip rate answers"
-        )
-    begin, end = round(max_iters * (recipes.AUTOSWITCH_LATEST if autoswitch else dense_pretrain)), planned_dense_start()
-    if dense_pretrain and not begin < end:
-        raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
-    if precondition and not begin:
-        raise ValueError(
-            f"dense_pretrain={dense_pretrain} of max_iters={max_iters} is no step, precondition needs some"
-        )
-    if not recipe.fused and spmm not in ("auto", "dense"):
-        raise ValueError(f"spmm={spmm!r} cannot multiply as these settings ask; use --spmm=auto (dense GEMMs)")
-    globals()["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask
-    return recipe
-
-
-def pick_device(ranks: Ranks) -> torch.device:
-    """The device of this rank; sets `device`, `dtype` and `compile` to what "auto" and None stand for."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
-    try:
-        chosen = torch.device(f"cuda:{ranks.local_rank}" if name == "cuda" and ranks.world_size > 1 else name)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device={device!r} cannot be used: {reason}; use --device=cpu") from error
-    best = "float32"
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        best = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    globals().update(
-        device=chosen.type,
-        dtype=best if dtype == "auto" else dtype,
-        compile=chosen.type == "cuda" if compile is None else compile,
-    )
-    return chosen
-
-
-def find_start(folder: Path) -> Path | None:
-    """The checkpoint to resume from, or None to begin anew. Raises ValueError where init_from and out_dir disagree."""
-    if init_from not in ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        raise ValueError(
-            f"init_from={init_from!r}, need auto, scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out_dir={out_dir} is a file; use another out_dir")
-    existing, others = checkpoint.find(folder), sorted(path.name for path in folder.glob("ckpt_[0-9]*.pt"))
-    if init_from == "auto" and not existing and others and not overwrite:
-        raise ValueError(
-            f"{folder} has no {checkpoint.NAME}, but {', '.join(others)}: mv one of these to {checkpoint.NAME}, to go "
-            "on from it, or use --overwrite=True to delete them"
-        )
-    if init_from == "resume" and not existing:
-        raise ValueError(f"init_from=resume, but {folder} holds no {checkpoint.NAME}; use init_from=scratch or auto")
-    if init_from in ("auto", "resume"):
-        return existing
-    if not overwrite and (existing or (folder / "metrics.jsonl").exists()):
-        raise ValueError(
-            f"init_from={init_from}, but {folder} holds a run already; use --init_from=resume to go on with it, "
-            "another out_dir, or --overwrite=True to delete it"
-        )
-    return None
-
-
-def check_resume(state: dict, path: Path) -> None:
-    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's."""
-    saved = state["config"]
-    shape = (
-        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "sparse_layers"),
-        *("dense_blocks", "mask", "backward_mask", "beta", "dense_pretrain", "autoswitch"),
-    )
-    differing = [f"{name}={globals()[name]} (there {saved[name]})" for name in shape if globals()[name] != saved[name]]
-    if differing:
-        raise ValueError(
-            f"resume: {path} holds another model than these settings: {', '.join(differing)}; "
-            "use its settings, or another out_dir"
-        )
-    if dense_start < 0 and planned_dense_start() != state["dense_start"]:
-        raise ValueError(
-            f"resume: {path} switches to dense at iteration {state['dense_start']} of {saved['max_iters']}, these "
-            f"settings at {planned_dense_start()} of {max_iters}; say which with --dense_start=..."
-        )
-
-
-def build_model(state: dict | None, recipe: Recipe | None, vocab_size: int) -> GPT:
-    """The model: anew from the seed, with OpenAI's weights, or to `load_weights` into."""
-    torch.manual_seed(seed)
-    if state is not None:
-        return GPT(GPTConfig(**{**state["model_args"], "dropout": dropout}), recipe)
-    if init_from.startswith("gpt2"):
-        model = GPT.from_pretrained(
-            init_from,
-            {name: globals()[name] for name in ("dropout", "sparse", "sparse_layers", "dense_blocks")},
-            recipe,
-        )
-        if block_size < model.config.block_size:
-            model.crop_block_size(block_size)
-        return model
-    padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64  # tensor cores like multiples of 64
-    settings = {field.name: globals()[field.name] for field in fields(GPTConfig) if field.name in globals()}
-    return GPT(GPTConfig(**{**settings, "vocab_size": padded}), recipe)
-
-
-def build_optimizer(model: GPT, recipe: Recipe | None, state: dict | None):
-    """AdamW with masked decay, with its state from the checkpoint and the hyperparameters of this start."""
-    decay = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on} if recipe else {}
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device, **decay)
-    if state is not None:
-        # Before loading: where torch puts the step counts depends on `fused`.
-        groups = [
-            {**saved, **{key: group[key] for key in ("weight_decay", "betas", "fused")}}
-            for saved, group in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
-        ]
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = {
-            k: {name: like(value, params[k]) if name.startswith("exp_avg") else value for name, value in saved.items()}
-            for k, saved in state["optimizer"]["state"].items()
-        }
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return optimizer
-
-
-def load_weights(model: GPT, saved: dict) -> None:
-    """The weights and masks of a checkpoint, each rank its own shards of them where the model lies in shards."""
-    own = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    model.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in saved.items()})
-
-
-def plan_gemms(model: GPT, kept: Path | None, ranks: Ranks, fsdp: bool, dev: torch.device):
-    """(the plan of the sparse FFNs or None, report): rank 0 measures, all ranks follow. kept: of a run that is resumed,
-    its spmm.json, whose verdicts it keeps."""
-    answer = None
-    if ranks.master:
-        try:
-            answer = _measure_gemms(model, kept, ranks.world_size, fsdp, dev)
-        except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer
-            answer = ValueError(str(error))
-    answer = ranks.decide(answer)
-    if isinstance(answer, ValueError):
-        raise answer
-    return answer
-
-
-def _measure_gemms(model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
-    """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
-    rows, whole = spmm_choice.read_report(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
-    options = {"graph": compile and compile_mode != "default", "cache": cache, "known": rows}
-    if dev.type == "cuda" and spmm not in ("dense", "masked"):
-        print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
-    shape = (model.config, batch_size * block_size, dev, _DTYPES[dtype])
-    plan, report = plan_ffn(*shape, spmm, mvue, ffn_recompute, transposable=mask == "transposable", **options)
-    if plan is not None and spmm == "auto":
-        # shards are packed twice in each micro-step, all else once in an optimizer step
-        uses = 0.5 if fsdp else -(-gradient_accumulation_steps // world_size)
-        how = {"compile_mode": compile_mode if compile else None, "micro_steps": uses}
-        asked = {**how, "recompute": ffn_recompute}
-        if not whole or whole["asked"] != asked or rows != report.rows:
-            mlp = copy.deepcopy(model.transformer.h[dense_blocks].mlp).to(dev)
-            whole = time_ways(mlp, plan, **how) | {"asked": asked}
-        report.whole = whole
-        plan = plan if whole["taken"] == "plan" else None
-    return plan, report
-
-
-def announce(model: GPT, path: Path | None, iter_num: int, sparse_start, switch: int, ranks: Ranks, report) -> None:
-    """A few lines on what is about to run. report: of `plan_gemms`, or None."""
-    layers = sparse_linears(model)
-    tokens = gradient_accumulation_steps * batch_size * block_size
-    spread = f" by {parallel}" if ranks.world_size > 1 else " alone" if parallel == "fsdp" else ""
-    where = f"resuming {path} at iteration {iter_num}" if path else f"init {init_from.replace('auto', 'scratch')}"
-    machines = f"{ranks.world_size} x {device}{spread}"
-    print(f"{out_dir}: {where}; {machines}, {dtype}, compile={compile}, torch {torch.__version__}")
-    if device.startswith("cuda"):
-        print(f"Triton kernels: {kernel_status(next(model.parameters()).device)}")
-    print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {max_iters:,} steps")
-    if layers:
-        share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
-        print(
-            f"sparse: {sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {mask_interval} "
-            f"steps, decay {masked_decay:g}, mvue={mvue}; dense from iteration {switch}"
-            + (f" and until {'the second moments settle' if sparse_start is None else sparse_start}")
-            * (sparse_start != 0)
-        )
-        own = {field.name: getattr(recipes.RECIPES[sparse], field.name) for field in fields(Recipe)}
-        changed = [
-            f"{name}={globals()[name]} ({own[name]})" for name in own if globals().get(name, own[name]) != own[name]
-        ]
-        if changed:
-            print(f"unlike {sparse}'s own: {', '.join(changed)}")
-    if report and (device.startswith("cuda") or spmm != "auto"):
-        print(report.text())
-    if report and device.startswith("cuda") and spmm == "auto" and not report.pays():
-        why = "2:4 was not faster than dense" if report.rows else "no 2:4 GEMM can be used, for the reasons above"
-        print(f"{why}: --sparse=none trains at least as fast here")
-
-
-def announce_changes(before: dict, now: dict) -> None:
-    """Which settings differ from the ones the checkpoint was saved with."""
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
-    if changed:
-        print(f"changed since the checkpoint: {', '.join(changed)}")
+# The run
 
 
 class Diverged(RuntimeError):
@@ -515,19 +246,25 @@ def main() -> None:
             sys.exit(f"train.py: error: {error}")
 
 
+def all_settings() -> SimpleNamespace:
+    return SimpleNamespace(**{name: globals()[name] for name in setting_names(globals())})
+
+
 def run(resources: contextlib.ExitStack) -> None:
     overrides = configure_or_exit(globals(), sys.argv[1:])
     globals().update(overrides)
     folder = Path(out_dir)
     try:
-        recipe = resolve_settings(overrides)
+        s = all_settings()
+        recipe = prepare.resolve_settings(s, overrides)
         ranks = start_ranks(device, backend)
         if gradient_accumulation_steps < ranks.world_size:
             raise ValueError(
                 f"gradient_accumulation_steps={gradient_accumulation_steps}, need one for each of {ranks.world_size} "
                 "ranks; raise it, and lower batch_size to keep the tokens per step"
             )
-        dev = pick_device(ranks)
+        dev = prepare.pick_device(s, ranks)
+        globals().update(vars(s))
         data_folder = DATA_FOLDER / dataset
         meta = load_meta(data_folder)
         train_data, val_data = (Tokens(data_folder, name, block_size, meta["vocab_size"]) for name in ("train", "val"))
@@ -535,18 +272,18 @@ def run(resources: contextlib.ExitStack) -> None:
         lock = None
         if ranks.master and not eval_only and (folder / "run.lock").exists():
             lock = resources.enter_context(hold(folder))
-        path = find_start(folder)
+        path = prepare.find_start(s, folder)
         if ranks.decide(path) != path:
             raise ValueError(f"out_dir={out_dir} is not the same folder on every rank; put it on a shared file system")
         state = checkpoint.load(path, sparse24.PATTERNS_HASH, whole=False, ranks=ranks) if path else None
         if state is not None:
-            check_resume(state, path)
+            prepare.check_resume(s, state, path)
         torch.set_float32_matmul_precision("high")
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         fsdp = parallel == "fsdp" and ranks.control is not None
-        model = build_model(state, recipe, meta["vocab_size"])
+        model = prepare.build_model(s, state, recipe, meta["vocab_size"])
         model = model if fsdp else model.to(dev)  # shards are moved one by one
         if meta["vocab_size"] > model.config.vocab_size:
             raise ValueError(
@@ -554,19 +291,19 @@ def run(resources: contextlib.ExitStack) -> None:
                 "use the dataset it was made for"
             )
         iter_num = state["iter_num"] if state else 0
-        switch = state["dense_start"] if state and dense_start < 0 else planned_dense_start()
-        sparse_start = state["sparse_start"] if state else planned_sparse_start()
+        switch = state["dense_start"] if state and dense_start < 0 else prepare.planned_dense_start(s)
+        sparse_start = state["sparse_start"] if state else prepare.planned_sparse_start(s)
         kept = folder / "spmm.json" if state else None
         planned = recipe and recipe.fused and iter_num < switch and not eval_only
-        plan, report = plan_gemms(model, kept, ranks, fsdp, dev) if planned else (None, None)
+        plan, report = prepare.plan_gemms(s, model, kept, ranks, fsdp, dev) if planned else (None, None)
         if fsdp:
             how = compile_mode if compile else None
-            shard_model(model, model.transformer.h, ranks, dev, fsdp_copies, _DTYPES[dtype], how)
+            shard_model(model, model.transformer.h, ranks, dev, fsdp_copies, prepare.DTYPES[dtype], how)
         if state is not None:
-            load_weights(model, state["model"])
+            prepare.load_weights(model, state["model"])
         set_plan(model, plan)
-        optimizer = build_optimizer(model, recipe, state)
-        settings = {**{name: globals()[name] for name in setting_names(globals())}, "dense_start": switch}
+        optimizer = prepare.build_optimizer(s, model, recipe, state)
+        settings = {**vars(s), "dense_start": switch}
         reference = FlipReference(flip_reference, settings, flip_mask) if flip_reference else None
     except (ValueError, OSError, ImportError, checkpoint.CheckpointError, FolderInUse) as error:
         sys.exit(f"train.py: error: {error}")
@@ -610,7 +347,7 @@ def run(resources: contextlib.ExitStack) -> None:
     peak = peak_flops(dev)
 
     def autocast():
-        return torch.autocast(dev.type, _DTYPES[dtype], enabled=dtype != "float32")
+        return torch.autocast(dev.type, prepare.DTYPES[dtype], enabled=dtype != "float32")
 
     writer = Writer(folder, checkpoint_async, keep_last, keep_every, ranks)
 
@@ -653,9 +390,9 @@ def run(resources: contextlib.ExitStack) -> None:
             if row["phase"] == "sparse" and row["flip_rate"] is not None:
                 watch.add(row["iter"], row["flip_rate"], row["lr"])
     if ranks.master:
-        announce(model, path, iter_num, sparse_start, switch, ranks, report)
+        prepare.announce(s, model, path, iter_num, sparse_start, switch, ranks, report)
         if state is not None:
-            announce_changes(state["config"], settings)
+            prepare.announce_changes(state["config"], settings)
     del state
     # CUDA graphs overwrite their results at the next replay, so gradients are added up in tensors of our own there.
     keep_grads = compile and compile_mode != "default"

@@ -32,6 +32,7 @@ import torch
 
 import checkpoint
 import train
+from model import GPT
 from sparse24 import MaskedDecayAdamW
 
 ROOT = Path(train.__file__).resolve().parent
@@ -401,7 +402,7 @@ def _nan(undo, iter_nums: list[int]) -> None:
         return patched
 
     _replace(undo, train, "seed_draws", make_draws)
-    _replace(undo, train.GPT, "forward", make_forward)
+    _replace(undo, GPT, "forward", make_forward)
 
 
 def install(fault: dict, undo: contextlib.ExitStack) -> None:

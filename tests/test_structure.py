@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom, from the top down: a module may import any of those in the sets below it.
 LAYERS = [
     {"train", "sample", "study", "search_decay", "bench"},
-    {"study_cost", "study_report"},
+    {"study_cost", "study_report", "prepare"},
     {"bench_suites", "bench_kernels", "study_grids"},
     {"cluster"},
     {"runtime", "loader", "model", "plot", "roofline", "checkpoint_writer"},

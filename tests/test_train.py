@@ -35,6 +35,7 @@ from harness import (
 )
 
 import checkpoint
+import prepare
 import train
 from configurator import setting_names
 from model import GPT, GPTConfig
@@ -154,7 +155,7 @@ def test_lr_without_warm_up_or_without_room_to_decay(given):
 )
 def test_dense_start(given, settings, expected):
     given(**{"sparse": "fst", "dense_start": -1, "dense_finetune": 1 / 6, **settings})
-    assert train.planned_dense_start() == expected
+    assert prepare.planned_dense_start(train.all_settings()) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,9 +165,10 @@ def test_dense_start(given, settings, expected):
 @pytest.mark.parametrize("name", ["fst", "ste"])
 def test_a_recipe_brings_its_own_defaults(given, name):
     given(sparse=name)
-    recipe = train.resolve_settings({"sparse": name})
+    settings = train.all_settings()
+    recipe = prepare.resolve_settings(settings, {"sparse": name})
     assert recipe == RECIPES[name]
-    brought = {field: getattr(train, field) for field in ("mask_interval", "masked_decay", "mvue", "dense_finetune")}
+    brought = {field: getattr(settings, field) for field in ("mask_interval", "masked_decay", "mvue", "dense_finetune")}
     expected = {"masked_decay": 6e-5, "mvue": True, "dense_finetune": 1 / 6} if name == "fst" else {}
     assert brought == {"mask_interval": 40, "masked_decay": 0.0, "mvue": False, "dense_finetune": 0.0} | expected
 
@@ -174,9 +176,10 @@ def test_a_recipe_brings_its_own_defaults(given, name):
 def test_what_the_user_sets_outdoes_the_recipe(given):
     overrides = {"sparse": "ste", "masked_decay": 2e-4, "mvue": True, "mask_interval": 1, "dense_finetune": 0.5}
     given(**overrides)
-    recipe = train.resolve_settings(overrides)
+    settings = train.all_settings()
+    recipe = prepare.resolve_settings(settings, overrides)
     for field, value in overrides.items():
-        assert getattr(train, field) == value
+        assert getattr(settings, field) == value
         assert field == "sparse" or getattr(recipe, field) == value
 
 

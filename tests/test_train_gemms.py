@@ -8,6 +8,7 @@ import torch
 from harness import read_rows, read_state, row_differences, state_differences
 from test_train import _stopped, data, given, refused, run, stopped  # noqa: F401 (fixtures)
 
+import prepare
 import train
 from ffn import FFNPlan, plan_ffn, set_plan
 from model import GPT, GPTConfig
@@ -56,7 +57,7 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
         asked.append((tokens, str(device), dtype, spmm, mvue, recompute, [*options["known"]], options["graph"]))
         return None, Report({}, [row, short], ["cusparselt: sound"])
 
-    monkeypatch.setattr(train, "plan_ffn", plan)
+    monkeypatch.setattr(prepare, "plan_ffn", plan)
     out = tmp_path / "out"
     text = run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1}, spmm="masked")
     assert "cusparselt: sound\n2:4 GEMM " in text
@@ -84,8 +85,8 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
         timed.append((type(mlp).__name__, plan.tokens, compile_mode, micro_steps))
         return {"us": {"dense": [3.0, 3.0, 3.0], "layers": [4.0] * 3, "plan": [2.0] * 3}, "taken": taken}
 
-    monkeypatch.setattr(train, "plan_ffn", plan)
-    monkeypatch.setattr(train, "time_ways", time_ways)
+    monkeypatch.setattr(prepare, "plan_ffn", plan)
+    monkeypatch.setattr(prepare, "time_ways", time_ways)
     plans = []
     monkeypatch.setattr(train, "set_plan", lambda model, plan: plans.append(plan is not None))
     monkeypatch.setattr(Report, "text", lambda self: "")
@@ -149,12 +150,12 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
         asked.append((args, {**options, "known": [*options["known"]]}))
         return None, Report({}, [], [])
 
-    monkeypatch.setattr(train, "plan_ffn", plan)
+    monkeypatch.setattr(prepare, "plan_ffn", plan)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True, mask=mask)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
-    train._measure_gemms(model, None, 1, False, torch.device("cpu"))
+    prepare._measure_gemms(train.all_settings(), model, None, 1, False, torch.device("cpu"))
     expected = {"graph": graph, "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
     expected["transposable"] = mask == "transposable"
     assert asked == [((model.config, 15, torch.device("cpu"), torch.bfloat16, "auto", False, True), expected)]
@@ -162,12 +163,12 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
 
 def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch):
     answer = [("plan", "report")]
-    monkeypatch.setattr(train, "_measure_gemms", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(prepare, "_measure_gemms", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(Ranks, "decide", lambda self, value: answer[0])
-    assert train.plan_gemms("model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu")) == ("plan", "report")
+    assert prepare.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu")) == ("plan", "report")
     answer[0] = ValueError("spmm='cutlass': cannot")
     with pytest.raises(ValueError, match="cannot"):
-        train.plan_gemms("model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu"))
+        prepare.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu"))
 
 
 def test_a_phase_brings_its_operands_and_frees_them():
@@ -204,7 +205,7 @@ def test_a_sparse_block_is_timed_where_the_first_ones_are_dense(run, tmp_path, m
         timed.append(len(sparse_linears(mlp)))
         return {"us": {way: [1.0] * 3 for way in ("dense", "layers", "plan")}, "taken": "layers"}
 
-    monkeypatch.setattr(train, "plan_ffn", plan)
-    monkeypatch.setattr(train, "time_ways", time_ways)
+    monkeypatch.setattr(prepare, "plan_ffn", plan)
+    monkeypatch.setattr(prepare, "time_ways", time_ways)
     run(tmp_path / "out", n_layer=3, dense_blocks=1, max_iters=1)
     assert timed == [2]

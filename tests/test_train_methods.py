@@ -10,6 +10,7 @@ import torch
 from harness import DENSE_START, SETTINGS, read_rows, read_state, row_differences, state_differences
 from test_train import data, given, refused, run  # noqa: F401 (fixtures)
 
+import prepare
 import train
 from sparse24 import (
     RECIPES,
@@ -412,7 +413,7 @@ def test_other_ranks_than_the_first_say_and_write_nothing(run, dense, tmp_path, 
     """Not even warnings."""
     monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
     monkeypatch.setattr(train, "start_ranks", lambda device, backend: train.Ranks(1, 0, 1))
-    monkeypatch.setattr(train, "plan_gemms", lambda *_: (None, None))  # rank 0 would have answered
+    monkeypatch.setattr(prepare, "plan_gemms", lambda *_: (None, None))  # rank 0 would have answered
     assert run(tmp_path / "out", flip_reference=str(dense), flip_interval=1, max_iters=12, dense_start=12) == ""
     assert not (tmp_path / "out").exists()
 
@@ -470,5 +471,5 @@ def test_each_layers_flip_rate_is_its_own(run, tmp_path):
 
 
 def test_no_gemms_are_measured_for_what_takes_no_plan(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "plan_gemms", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(prepare, "plan_gemms", lambda *_: pytest.fail("measured"))
     run(tmp_path / "out", **as_recipe("bi_mask", max_iters=1))

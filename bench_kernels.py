@@ -87,9 +87,10 @@ def _flips(rows, columns, order, device):
     return lambda: kernels.flip_count(index, after, _tables(device))
 
 
-def _pack(rows, columns, order, device, **options):
-    w = _randn(rows, columns, device=device)
-    packed = torch.empty(2, w.numel() * 9 // 16, dtype=torch.bfloat16, device=device)
+def _pack(rows, columns, order, device, dtype=torch.float32, forms=(True, True), **options):
+    w = _randn(rows, columns, device=device, dtype=dtype)
+    sizes = [w.numel() * 9 // 16 if form else None for form in forms]
+    packed = [size and torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
     index, flips = _index(w), torch.zeros((), dtype=torch.int64, device=device)
     return lambda: kernels.pack_weight_(*packed, w, index, _tables(device), order, flips=flips, **options)
 
@@ -159,6 +160,18 @@ CASES = [
     Case("weight pack, values", "4x4 block", 16, 97, 250, (4, 0), functools.partial(_pack, metadata=False)),
     Case("weight pack, values and metadata", "4x4 block", 16, 101, 400, (4, 0), _pack),
     Case("search, flips and weight pack", "4x4 block", 16, 102, 620, (4, 0), functools.partial(_pack, search=True)),
+    *(  # as FSDP packs a gathered weight where it multiplies
+        Case(
+            f"weight pack of bf16{', transposed' if transposed else ''}",
+            "4x4 block",
+            16,
+            51,
+            ceiling,
+            (0, 0),
+            functools.partial(_pack, dtype=torch.bfloat16, forms=(not transposed, transposed)),
+        )
+        for transposed, ceiling in ((False, 250), (True, 250))
+    ),
     Case("MVUE, masked dense", _GROUP, 4, 16, 80, (4, 4), _mvue),
     Case("MVUE, transposed to masked dense", _GROUP, 4, 16, 92, (4, 4), functools.partial(_mvue, token_major=True)),
     Case("MVUE, masked dense, fp32", _GROUP, 4, 32, 110, (8, 8), functools.partial(_mvue, dtype=torch.float32)),

@@ -334,22 +334,22 @@ def _pack_weight_kernel(
         tl.store(index_ptr, found.to(tl.uint8))
         index = found
     bits = tl.load(tables_ptr + index)
-    if METADATA:
-        nibbles = tl.load(tables_ptr + 90 + index)
     if WRITE:
         x = (a, b, c, d)
         for r in tl.static_range(4):
             out = values_ptr + (4 * i + r).to(tl.int64) * (columns // 4) + j
             tl.store(out, _pack_pair(x[r], bits, 4 * r, 1))
-        if METADATA:
-            _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns, ORDER)
     if WRITE_T:
         i_t, j_t = tile_row * 16 + n % 16, tile_column * 16 + n // 16  # its block after the transposition
         for r in tl.static_range(4):
             word = _pack_pair((a[r], b[r], c[r], d[r]), bits, r, 4)
             out = values_t_ptr + (4 * j_t + r).to(tl.int64) * (rows // 4) + i_t
             tl.store(out, _transpose_tile(word, 16))
-        if METADATA:
+    if METADATA:
+        nibbles = tl.load(tables_ptr + 90 + index)
+        if WRITE:
+            _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns, ORDER)
+        if WRITE_T:
             nibbles_t = _transpose_tile(nibbles >> 16, 16)
             _store_metadata(metadata_t_ptr, nibbles_t, tile_column, tile_row, columns, rows, ORDER)
 

@@ -11,11 +11,13 @@ share runs. A study that was stopped goes on where it stood; what is finished is
 the other: after a stop, fewer --seeds give a whole table. Runs of one seed share initial weights and batches.
 
 Presets: cpu, nanoGPT's recipe for a CPU made smaller. gpu, GPT-2 124M on a BPE dataset, one run at a time: the number
-of iterations is a guess at what one card does in two minutes, and no card has run it. --calibrate=N times the steps of
+of iterations is a guess at what one card does in two minutes, and no card has run it: twelve runs, such as methods
+--only dense half fst s_ste, would take half an hour. --calibrate=N times the steps of
 a study's variants by runs of N iterations and writes what --step_ms reads.
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -32,8 +34,8 @@ from bench_suites import PAPER_BATCH
 from configurator import ConfigError, configure
 from loader import DATA_FOLDER, load_meta
 from metrics import read_config, read_metrics
-from study_cost import flops_of, measured_ms, predicted_ms
-from study_grids import FLIP_COMMON, FLIP_RATE, PRESETS, STUDIES, WINDOWS, words
+from study_cost import ACCUMULATION, MICRO_BATCH, flops_of, measured_ms, predicted_ms
+from study_grids import DECAY, FLIP_COMMON, FLIP_RATE, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
 from study_report import (
     Paired,
     by_mean,
@@ -152,7 +154,7 @@ def last_row(folder: Path) -> dict:
 
 def compare(args) -> tuple[dict, list[str]]:
     """Final validation losses of a grid, and differences to its references within each seed."""
-    study = STUDIES[args.study]
+    study = study_of(args)
     runs = run_and_read(study.variants, args)
     rows = {label: [last_row(folder) for folder in found] for label, found in runs.items()}
     losses = {label: [row["val_loss"] for row in found] for label, found in rows.items()}
@@ -160,15 +162,18 @@ def compare(args) -> tuple[dict, list[str]]:
     pruned = {label: values for label, values in pruned.items() if None not in values}
     references = [label for label in study.references if label in losses]
     panels = {f"minus {reference}": paired_to(losses, reference) for reference in references}
-    note = f"Mean +- sample standard deviation over {args.seeds} seeds; differences are taken within each seed."
+    note = f"Mean +- sample standard deviation over {args.seeds} seeds; differences are taken within each seed. FLOPs: "
+    note += "of a step's matrix multiplications, mean over the phases, over dense; a 2:4 one counts as half."
     mus = {label: early_mus(found, runs["dense"]) for label, found in runs.items()} if "dense" in runs else {}
     mus = {label: values for label, values in mus.items() if label != "dense" and None not in values}
     if mus:
         note += " Early mu: flip rate over the dense run's, between 1.5 and 5 warm-ups (section 4.3)."
     decays = {label: [last_decay(folder) for folder in found] for label, found in runs.items()}
+    flops = relative_flops(study.variants, args)
     data = {"variants": study.variants, "val_loss": losses, "val_loss_24": pruned, "early_mu": mus, "panels": panels}
+    data |= {"flops": flops}
     data["last_masked_decay"] = {label: values for label, values in decays.items() if None not in values}
-    return data | environment(runs), [*loss_table(losses, pruned, mus, panels), "", note]
+    return data | environment(runs), [*loss_table(losses, pruned, mus, flops, panels), "", note]
 
 
 def last_decay(folder: Path) -> float | None:
@@ -197,15 +202,30 @@ def paired_to(losses: dict[str, list[float]], reference: str) -> dict:
 
 
 def environment(runs: dict[str, list[Path]]) -> dict:
-    """Of the first run there is."""
-    return {"environment": next((read_config(found[0])["environment"] for found in runs.values()), None)}
+    """That of the first run there is, and the commits that the runs of each label were made at."""
+    found = {label: [read_config(folder)["environment"] for folder in folders] for label, folders in runs.items()}
+    commits = {label: sorted({str(one.get("commit")) for one in ones}) for label, ones in found.items()}
+    return {"environment": next((ones[0] for ones in found.values()), None), "commits": commits}
+
+
+def study_of(args) -> Study:
+    """The study, with the preset's decay factor, or --decay."""
+    return with_decay(STUDIES[args.study], args.decay or DECAY[args.preset])
+
+
+def relative_flops(variants: dict[str, str], args) -> dict[str, float]:
+    """{label: matmul FLOPs of a step over the dense model's}, without those that cannot be known before a run."""
+    common, vocab_size = PRESETS[args.preset], load_meta(DATA_FOLDER / args.dataset)["vocab_size"]
+    dense, found = flops_of(f"{common} sparse=none", vocab_size), {}
+    for label, settings in variants.items():
+        with contextlib.suppress(ValueError):  # STEP's rule ends its dense start
+            found[label] = flops_of(f"{common} {settings}", vocab_size) / dense
+    return found
 
 
 def step_costs(variants: dict[str, str], args) -> dict[str, dict[str, float]]:
     """{"FLOPs" or "time": {label: cost of a step over the dense one's}}."""
-    common = PRESETS[args.preset]
-    vocab_size = load_meta(DATA_FOLDER / args.dataset)["vocab_size"]
-    flops = {label: flops_of(f"{common} {settings}", vocab_size) for label, settings in variants.items()}
+    flops = relative_flops(variants, args)
     if args.step_ms:
         ms = json.loads(Path(args.step_ms).read_text())
         if missing := sorted(variants.keys() - ms.keys()):
@@ -220,7 +240,8 @@ def step_costs(variants: dict[str, str], args) -> dict[str, dict[str, float]]:
 
 def equal_cost(args) -> tuple[dict, list[str]]:
     """Losses where each variant takes as many steps as cost what the dense run's do, in FLOPs and in time."""
-    variants, iters = STUDIES["equal_cost"].variants, int(words(PRESETS[args.preset])["max_iters"])
+    study, iters = study_of(args), int(words(PRESETS[args.preset])["max_iters"])
+    variants = study.variants
     costs = step_costs(variants, args)
     steps = {name: {v: max(1, round(iters / cost)) for v, cost in ratios.items()} for name, ratios in costs.items()}
     for name, counts in steps.items():
@@ -235,8 +256,11 @@ def equal_cost(args) -> tuple[dict, list[str]]:
     for label, found in runs.items():
         variant, name = label.split(" @ ")
         losses[name][variant] = [last_row(folder)["val_loss"] for folder in found]
-    differences = {name: paired_to(v, "dense") if "dense" in v else {} for name, v in losses.items()}
-    panels = {f"at equal {name}, minus dense": panel for name, panel in differences.items() if panel}
+    differences = {
+        name: {reference: paired_to(found, reference) for reference in study.references if reference in found}
+        for name, found in losses.items()
+    }
+    panels = {f"at equal {name}, minus {k}": v for name, found in differences.items() for k, v in found.items()}
     data = {"variants": variants, "cost": costs, "steps": steps, "val_loss": losses, "panels": panels}
     return data | environment(runs), [*equal_cost_table(costs, steps, losses, differences), "", equal_cost_note(args)]
 
@@ -247,7 +271,8 @@ def equal_cost_note(args) -> str:
     else:
         time = (
             f"Time: a prediction, not a measurement: predicted step-time ratios of GPT-2 {args.size} on "
-            f"{args.gpu.upper()}, 2:4 GEMMs {args.ratio:g} x dense (roofline.py), are taken for this model's."
+            f"{args.gpu.upper()}, 2:4 GEMMs {args.ratio:g} x dense, steps of {ACCUMULATION} x {MICRO_BATCH} sequences "
+            "(study_cost.py), are taken for this model's."
         )
     return (
         "Every run has a schedule of its own length and costs what the dense run does. FLOPs: those of this model's "
@@ -259,7 +284,7 @@ def equal_cost_note(args) -> str:
 
 def calibrate(args) -> None:
     """Time the steps of a study's variants by runs of --calibrate iterations, and write what --step_ms reads."""
-    variants, n = STUDIES[args.study].variants, args.calibrate
+    variants, n = study_of(args).variants, args.calibrate
     short = {label: f"{v} max_iters={n} lr_decay_iters={n} log_interval=10" for label, v in variants.items()}
     args.seeds, args.jobs = 1, 1
     ms = {label: measured_ms(found[0], variants[label]) for label, found in run_and_read(short, args).items()}
@@ -290,32 +315,55 @@ def flip_rate(args) -> tuple[dict, list[str]]:
 def pooled(args) -> None:
     """Write a table and a figure of a study on several texts together, from the files that it has written for each.
     Raises ValueError where one is missing, or texts have unequal numbers of seeds."""
-    tables = []
+    tables, merged = [], {}
     for text in args.texts:
-        path = Path(args.results) / f"{result_name(argparse.Namespace(**{**vars(args), 'dataset': text}))}.json"
+        named = argparse.Namespace(**{**vars(args), "dataset": text, "name": None})
+        path = Path(args.results) / f"{result_name(named)}.json"
         if not path.exists():
             raise ValueError(f"no {path} yet; run: python study.py {args.study} --dataset={text}")
-        tables.append(json.loads(path.read_text())["val_loss"])
+        found = json.loads(path.read_text())
+        tables.append(found["val_loss"])
+        for label, commits in found.get("commits", {}).items():
+            merged[label] = sorted({*merged.get(label, []), *commits})
+    if len({len(table["dense"]) for table in tables}) > 1:
+        raise ValueError(f"{', '.join(args.texts)} have unequal numbers of seeds; run them with equal --seeds")
     labels = [label for label in tables[0] if all(label in table for table in tables)]
     means = [{label: f"{paired(table[label], table['dense']).mean:.4f}" for label in labels} for table in tables]
     every = {label: [x for table in tables for x in table[label]] for label in labels}
     panels = {f"minus {name}": {k: paired(every[k], every[name]) for k in labels if k != name} for name in POOLED}
+    seeds = {title: {k: by_seed(d, len(args.texts)) for k, d in panel.items()} for title, panel in panels.items()}
     heads, rows = ["method", *(f"minus dense: {Path(text).name.removesuffix('_char')}" for text in args.texts)], []
     for label in by_mean(every):
         row = [label, *("" if label == "dense" else mean[label] for mean in means)]
-        for panel in panels.values():
+        for title, panel in panels.items():
             d = panel.get(label)
-            row += [spread(d.differences), interval(d), f"{d.lower} of {len(d.differences)}"] if d else [""] * 3
+            row += [spread(d.differences), interval(d), interval(seeds[title][label])] if d else [""] * 3
+            row += [f"{d.lower} of {len(d.differences)}"] if d else [""]
         rows.append(row)
     for title in panels:
-        heads += [title, "95 % interval", "lower in"]
+        heads += [title, "95 % interval", "by seed", "lower in"]
     command = f"python study.py {args.study} --texts {' '.join(Path(text).name for text in args.texts)}"
-    note = "Differences within each seed and text; mean +- sample standard deviation over all of these pairs."
-    write(Path(args.results) / f"{args.study}-texts", command, [*markdown(heads, rows), "", note], panels, {})
+    command += f" --name={args.name}" if args.name else ""
+    note = "Differences within each seed and text; mean +- sample standard deviation over all of these pairs. The "
+    note += (
+        "first interval takes the pairs for independent; by seed: of each seed's mean over the texts, which need not."
+    )
+    path = Path(args.results) / (args.name or f"{args.study}-texts")
+    write(path, command, [*markdown(heads, rows), "", note], panels, {"val_loss": every, "commits": merged})
+
+
+def by_seed(difference: Paired, texts: int) -> Paired:
+    """Of differences that go through the seeds text by text: each seed's mean over the texts, which need not be
+    independent."""
+    seeds = len(difference.differences) // texts
+    means = [statistics.fmean(difference.differences[seed::seeds]) for seed in range(seeds)]
+    return paired(means, [0.0] * seeds)
 
 
 def result_name(args) -> str:
-    """Of the files below --results; dataset and preset are named where they are not the usual ones."""
+    """Of the files below --results: --name, or the study's, with dataset and preset where they are not the usual."""
+    if args.name:
+        return args.name
     dataset = Path(args.dataset).name
     parts = [args.study, *([dataset] if dataset != "shakespeare_char" else [])]
     return "-".join([*parts, *([args.preset] if args.preset != "cpu" else [])])
@@ -324,14 +372,14 @@ def result_name(args) -> str:
 def command_of(args) -> str:
     """The command that writes the table again."""
     parts = [f"python study.py {args.study} --dataset={Path(args.dataset).name} --seeds={args.seeds}"]
-    named = ("preset", "gpu", "size", "ratio", "step_ms")
+    named = ("preset", "gpu", "size", "ratio", "step_ms", "decay", "name")
     return " ".join(
         [*parts, *(f"--{name}={getattr(args, name)}" for name in named if getattr(args, name) != USUAL[name])]
     )
 
 
 POOLED = ("dense", "half")  # what `pooled` compares with
-USUAL = {"preset": "cpu", "gpu": "h200", "size": "774M", "ratio": 1.5, "step_ms": None}
+USUAL = {"preset": "cpu", "gpu": "h200", "size": "774M", "ratio": 1.5, "step_ms": None, "decay": None, "name": None}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -348,6 +396,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="runs side by side; default: 2, on a GPU 1")
     parser.add_argument("--out_dir", default="out-study", help="where the runs are kept")
     parser.add_argument("--results", default="results", help="where table and figure are written")
+    parser.add_argument("--name", help="of the files below --results; default: of the study, dataset and preset")
+    parser.add_argument("--decay", help=f"fst's masked_decay; default: {DECAY['cpu']}, on a GPU {DECAY['gpu']}")
     parser.add_argument(
         "--gpu", choices=roofline.GPUS, default=USUAL["gpu"], help="equal_cost: predicted step times of"
     )

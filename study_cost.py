@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 
 import roofline
-from bench_suites import PAPER_BATCH, gpt2, predict_step
+from bench_suites import gpt2
 from configurator import configure
 from metrics import read_config, read_metrics
 from model import GPT, GPTConfig
 from sparse24 import Recipe, get_recipe
 from study_grids import words
+
+# Sequences of a micro-batch, and micro-batches of a step: 524,288 tokens, the paper's and GPT-2's, in what fits a card.
+MICRO_BATCH, ACCUMULATION = 16, 32
 
 
 def fitted(defaults: dict, settings: str) -> dict:
@@ -62,17 +65,28 @@ def flops_of(settings: str, vocab_size: int) -> float:
 
 
 def predicted_ms(settings: str, gpu: str, size: str, ratio: float) -> float:
-    """Milliseconds of a step of GPT-2 `size` with the d_ff ratio and the recipe of `settings`, mean over the phases."""
+    """Milliseconds of a step of GPT-2 `size` with the d_ff ratio and the recipe of `settings`, mean over the phases.
+
+    A gradient of soft weights that is not straight through reads weights and dW and writes dW, all fp32, in each
+    micro-step."""
     shape = {name: value for name, value in words(settings).items() if name in ("ffn_ratio", "activation")}
     config = GPTConfig(**fitted(asdict(gpt2(size)), " ".join(f"{name}={value}" for name, value in shape.items())))
-    recipe, step = recipe_of(settings), (roofline.GPUS[gpu], config, PAPER_BATCH[size])
-    dense = predict_step(*step, None)["ms"]
+    recipe, card = recipe_of(settings), roofline.GPUS[gpu]
+
+    def step(sparse: dict | None) -> float:
+        shape = (config.n_layer, config.n_embd, config.d_ff, config.vocab_size, config.block_size, MICRO_BATCH)
+        return roofline.train_step(card, *shape, config.activation, ACCUMULATION, sparse)["ms"]
+
+    dense = step(None)
     if recipe is None:
         return dense
     if "dense_blocks" in words(settings):
         raise ValueError(f"{settings}: roofline.train_step has no dense blocks; give --step_ms")
     how = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": "fused" if recipe.mvue else None}
-    sparse = predict_step(*step, how | {"mask_interval": recipe.mask_interval})["ms"]
+    sparse = step(how | {"mask_interval": recipe.mask_interval})
+    if recipe.mask == "soft" and recipe.weight_gradient != "straight":
+        weights = config.n_layer * roofline.ffn_weights(config.n_embd, config.d_ff, config.activation)
+        sparse += 1e3 * ACCUMULATION * 12 * weights / card.bandwidth
     return dense + sparse_share(recipe) * (sparse - dense)
 
 

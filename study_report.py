@@ -61,14 +61,18 @@ def by_mean(losses: dict[str, list[float]]) -> list[str]:
     return sorted(losses, key=lambda label: statistics.fmean(losses[label]))
 
 
-def loss_table(losses: dict, pruned: dict, mus: dict, panels: dict[str, dict[str, Paired]]) -> list[str]:
-    """losses, pruned, mus: {label: one value per seed}; panels: {title: {label: difference}}, three columns each."""
-    heads = ["method", "validation loss", "pruned to 2:4", *(["early mu"] if mus else [])]
+def loss_table(
+    losses: dict, pruned: dict, mus: dict, flops: dict[str, float], panels: dict[str, dict[str, Paired]]
+) -> list[str]:
+    """losses, pruned, mus: {label: one value per seed}; flops: of a step, over the dense one's; panels: {title: {label:
+    difference}}, three columns each."""
+    heads = ["method", "FLOPs", "validation loss", "pruned to 2:4", *(["early mu"] if mus else [])]
     for title in panels:
         heads += [title, "95 % interval", "lower in"]
     rows = []
     for label in by_mean(losses):
-        row = [label, spread(losses[label]), f"{statistics.fmean(pruned[label]):.4f}" if label in pruned else ""]
+        row = [label, f"{flops[label]:.2f}" if label in flops else "", spread(losses[label])]
+        row += [f"{statistics.fmean(pruned[label]):.4f}" if label in pruned else ""]
         if mus:
             row.append(f"{statistics.fmean(mus[label]):.2f}" if label in mus else "")
         for panel in panels.values():
@@ -78,19 +82,21 @@ def loss_table(losses: dict, pruned: dict, mus: dict, panels: dict[str, dict[str
     return markdown(heads, rows)
 
 
-def equal_cost_table(costs: dict, steps: dict, losses: dict, panels: dict[str, dict[str, Paired]]) -> list[str]:
-    """All {criterion: {label: ...}}: a step's cost over the dense one's, steps, losses, differences to dense."""
+def equal_cost_table(costs: dict, steps: dict, losses: dict, panels: dict[str, dict[str, dict]]) -> list[str]:
+    """All {criterion: {label: ...}}: a step's cost over the dense one's, steps, losses; panels: {criterion: {reference:
+    {label: difference}}}."""
     heads = ["method"]
     for name in costs:
-        heads += [f"{name} of a step", "steps", f"loss at equal {name}", "minus dense"]
+        heads += [f"{name} of a step", "steps", f"loss at equal {name}", *(f"minus {k}" for k in panels[name])]
     shown = losses["time"] or losses["FLOPs"]
     rows = []
     for label in by_mean(shown):
         row = [label]
         for name in costs:
-            values, d = losses[name].get(label), panels[name].get(label)
+            values = losses[name].get(label)
             row += [f"{costs[name][label]:.3f}", str(steps[name][label]), spread(values) if values else ""]
-            row.append(f"{spread(d.differences)} {interval(d)}".strip() if d else "")
+            found = [panel.get(label) for panel in panels[name].values()]
+            row += [f"{spread(d.differences)} {interval(d)}".strip() if d else "" for d in found]
         rows.append(row)
     return markdown(heads, rows)
 

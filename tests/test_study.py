@@ -237,18 +237,22 @@ def test_a_cost_that_is_not_known_before_is_refused():
 def test_predicted_times_are_rooflines():
     p = PRESETS["774M"]
     shape = (roofline.GPUS["h200"], p["n_layer"], 1280)
-    dense = roofline.train_step(*shape, 5120, 50304, 1024, 5)["ms"]
-    wide = roofline.train_step(*shape, 10240, 50304, 1024, 5)["ms"]
+    batch = {"batch_size": 16, "accumulation": 32}
+    dense = roofline.train_step(*shape, 5120, 50304, 1024, **batch)["ms"]
+    wide = roofline.train_step(*shape, 10240, 50304, 1024, **batch)["ms"]
     assert study_cost.predicted_ms("sparse=none", "h200", "774M", 1.5) == dense
     assert study_cost.predicted_ms("sparse=none ffn_ratio=8", "h200", "774M", 1.5) == wide
-    all_six = roofline.train_step(*shape, 10240, 50304, 1024, 5, sparse={"ratio": 1.5, "mask_interval": 40})["ms"]
+    all_six = roofline.train_step(*shape, 10240, 50304, 1024, **batch, sparse={"ratio": 1.5, "mask_interval": 40})["ms"]
     found = study_cost.predicted_ms(f"{FST} ffn_ratio=8", "h200", "774M", 1.5)
     assert found == pytest.approx(wide / 6 + all_six * 5 / 6)
     four = {"ratio": dict.fromkeys(("z", "y", "dw1", "dw2"), 2.0), "mask_interval": 1, "mvue": "fused"}
-    soft = roofline.train_step(*shape, 5120, 50304, 1024, 5, sparse=four)["ms"]
-    assert study_cost.predicted_ms("sparse=s_ste", "h200", "774M", 2.0) == pytest.approx(soft)
+    soft = roofline.train_step(*shape, 5120, 50304, 1024, **batch, sparse=four)["ms"]
+    straight = "sparse=s_ste weight_gradient=straight"
+    assert study_cost.predicted_ms(straight, "h200", "774M", 2.0) == pytest.approx(soft)
+    jacobian = 32 * 36 * 2 * 1280 * 5120 * 12 / roofline.GPUS["h200"].bandwidth * 1e3  # two fp32 read, one written
+    assert study_cost.predicted_ms("sparse=s_ste", "h200", "774M", 2.0) == pytest.approx(soft + jacobian)
     two = {"ratio": dict.fromkeys(("z", "y"), 2.0), "mask_interval": 1, "mvue": None}
-    row = roofline.train_step(*shape, 5120, 50304, 1024, 5, sparse=two)["ms"]
+    row = roofline.train_step(*shape, 5120, 50304, 1024, **batch, sparse=two)["ms"]
     assert study_cost.predicted_ms("sparse=sr_ste", "h200", "774M", 2.0) == pytest.approx(row)
 
 
@@ -327,19 +331,19 @@ def test_t_quantiles_enclose_95_percent():
 def test_table_has_spread_pruned_loss_and_paired_differences_sorted_by_mean():
     losses = {"dense": [2.0, 4.0], "fst": [1.5, 3.9]}
     panels = {"minus dense": study.paired_to(losses, "dense")}
-    lines = study_report.loss_table(losses, {"fst": [2.5, 4.5]}, {}, panels)
-    assert lines[0] == "| method | validation loss | pruned to 2:4 | minus dense | 95 % interval | lower in |"
+    lines = study_report.loss_table(losses, {"fst": [2.5, 4.5]}, {}, {"dense": 1.0, "fst": 0.766}, panels)
+    assert lines[0] == "| method | FLOPs | validation loss | pruned to 2:4 | minus dense | 95 % interval | lower in |"
     deviation = statistics.stdev([-0.5, -0.1])
     half = 12.706 * deviation / math.sqrt(2)
     assert lines[2] == (
-        f"| fst | 2.7000 +- 1.6971 | 3.5000 | -0.3000 +- {deviation:.4f} | [{-0.3 - half:.4f}, {-0.3 + half:.4f}] "
-        "| 2 of 2 |"
+        f"| fst | 0.77 | 2.7000 +- 1.6971 | 3.5000 | -0.3000 +- {deviation:.4f} "
+        f"| [{-0.3 - half:.4f}, {-0.3 + half:.4f}] | 2 of 2 |"
     )
-    assert lines[3] == "| dense | 3.0000 +- 1.4142 |  |  |  |  |"
-    lines = study_report.loss_table(losses, {}, {"fst": [0.5, 0.9]}, panels)
-    assert lines[0].startswith("| method | validation loss | pruned to 2:4 | early mu | minus dense |")
-    assert lines[2].startswith("| fst | 2.7000 +- 1.6971 |  | 0.70 | -0.3000")
-    assert lines[3] == "| dense | 3.0000 +- 1.4142 |  |  |  |  |  |"
+    assert lines[3] == "| dense | 1.00 | 3.0000 +- 1.4142 |  |  |  |  |"
+    lines = study_report.loss_table(losses, {}, {"fst": [0.5, 0.9]}, {"dense": 1.0}, panels)
+    assert lines[0].startswith("| method | FLOPs | validation loss | pruned to 2:4 | early mu | minus dense |")
+    assert lines[2].startswith("| fst |  | 2.7000 +- 1.6971 |  | 0.70 | -0.3000")
+    assert lines[3] == "| dense | 1.00 | 3.0000 +- 1.4142 |  |  |  |  |  |"
 
 
 def test_the_last_decay_factor_is_that_of_the_last_sparse_step(tmp_path):
@@ -433,8 +437,8 @@ def test_flip_rates_are_means_over_windows_and_mu_is_paired_by_seed(tmp_path, mo
 def test_predicted_times_know_the_activation_and_no_dense_blocks():
     p = PRESETS["774M"]
     width = GPTConfig(**p, activation="swiglu").d_ff
-    shape = (roofline.GPUS["h200"], p["n_layer"], 1280, width, 50304, 1024, 5)
-    gated = roofline.train_step(*shape, activation="swiglu")["ms"]
+    shape = (roofline.GPUS["h200"], p["n_layer"], 1280, width, 50304, 1024, 16)
+    gated = roofline.train_step(*shape, activation="swiglu", accumulation=32)["ms"]
     assert study_cost.predicted_ms("sparse=none activation=swiglu", "h200", "774M", 1.5) == gated
     with pytest.raises(ValueError, match="has no dense blocks; give --step_ms"):
         study_cost.predicted_ms(f"{FST} dense_blocks=1", "h200", "774M", 1.5)

@@ -554,7 +554,8 @@ def upkeep_rows(case, settings: Settings) -> Iterator[dict]:
     """What a save in a thread takes from training: the pause for the copy, and what steps take longer by until it is on
     disk; beside a save that training waits for; and a check that ranks hold the same weights, without the collective.
 
-    Shares: of SAVE_EVERY seconds, and of CHECK_INTERVAL steps. The first save also allocates its host memory."""
+    It writes below the present folder. Shares: of SAVE_EVERY seconds, and of CHECK_INTERVAL steps. The first save also
+    allocates its host memory. write_s is up to one step too long."""
     size, config, batch = case
     device = settings.device
     run = Run(config, True, batch, replace(settings, spmm="dense") if settings.toy else settings)
@@ -564,7 +565,7 @@ def upkeep_rows(case, settings: Settings) -> Iterator[dict]:
     usual = [clock(run.step) for _ in range(max(5, settings.repetitions))]
     step = statistics.median(usual)
     saves, first = [], None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=".", prefix="out-upkeep-") as folder:
         writer = Writer(folder)
         for _ in range(1 + settings.repetitions):
             pause, busy, begun = clock(lambda: writer.save(run.state())), [], time.perf_counter()

@@ -85,7 +85,7 @@ class Tokens:
             epoch, place = divmod(number, windows)
             if epoch not in self._orders:  # of two epochs at most is an order kept, eight bytes a window
                 self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
-                words = seed_words(windows + 1, seed, epoch, _EPOCH)
+                words = seed_words(windows + 1, seed, epoch, 0, _EPOCH)
                 self._orders[epoch] = np.argsort(words[1:], kind="stable"), int(words[0] % np.uint64(spare + 1))
             order, offset = self._orders[epoch]
             starts.append(int(order[place]) * self.block_size + offset)

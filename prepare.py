@@ -135,9 +135,14 @@ def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
         raise ValueError(
             f"init_from={s.init_from!r}, need auto, scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
         )
+    if s.init_from not in ("auto", "resume") and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ValueError(
+            f"init_from={s.init_from} would begin anew at each restart by torchrun; use init_from=auto, which begins "
+            "from scratch in an empty out_dir (for gpt2, after a run of --max_iters=0), or --max_restarts=0"
+        )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir={s.out_dir} is a file; use another out_dir")
-    existing, others = checkpoint.find(folder), sorted(path.name for path in folder.glob("ckpt_[0-9]*.pt"))
+    existing, others = checkpoint.find(folder), sorted(path.name for path in folder.glob("ckpt_*.pt"))
     if s.init_from == "auto" and not existing and others and not s.overwrite:
         raise ValueError(
             f"{folder} has no {checkpoint.NAME}, but {', '.join(others)}: mv one of these to {checkpoint.NAME}, to go "

@@ -82,7 +82,8 @@ class Ranks:
         wrong = {*outvoted([*zip(pieces, weights, strict=True)]), *outvoted([(0, m) for m in masks])}
         if wrong:
             raise RanksDiffer(
-                f"weights or masks of ranks {sorted(wrong)} differ from the others'; resume from the last checkpoint"
+                f"weights or masks of ranks {sorted(wrong)} differ from the others', or from each other's; resume from "
+                "the last checkpoint"
             )
 
 
@@ -102,8 +103,12 @@ def _sum_of_bits(tensors: list[torch.Tensor]) -> int:
 
 
 def outvoted(sums: list[tuple[int, int]]) -> list[int]:
-    """Of (piece, sum of its bits) per rank: the ranks whose sum is not the one that most holders of the piece have."""
-    most = {piece: Counter(s for s in sums if s[0] == piece).most_common(1)[0][0] for piece, _ in sums}
+    """Of (piece, sum of its bits) per rank: the ranks whose sum is not the one that most holders of the piece have; all
+    holders where no sum is that of most."""
+    most = {}
+    for piece in {piece for piece, _ in sums}:
+        (first, count), *others = Counter(pair for pair in sums if pair[0] == piece).most_common(2)
+        most[piece] = first if not others or others[0][1] < count else None
     return [rank for rank, pair in enumerate(sums) if pair != most[pair[0]]]
 
 

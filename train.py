@@ -242,7 +242,7 @@ def main() -> None:
     with contextlib.ExitStack() as resources:
         try:
             run(resources)
-        except (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged) as error:
+        except (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged, OSError) as error:
             sys.exit(f"train.py: error: {error}")
 
 
@@ -276,6 +276,9 @@ def run(resources: contextlib.ExitStack) -> None:
         if ranks.decide(path) != path:
             raise ValueError(f"out_dir={out_dir} is not the same folder on every rank; put it on a shared file system")
         state = checkpoint.load(path, sparse24.PATTERNS_HASH, whole=False, ranks=ranks) if path else None
+        read = (state["iter_num"], state["elapsed_s"]) if state else None
+        if ranks.decide(read) != read:
+            raise ValueError(f"{path} is another checkpoint here than on rank 0; put out_dir on a shared file system")
         if state is not None:
             prepare.check_resume(s, state, path)
         torch.set_float32_matmul_precision("high")
@@ -316,7 +319,8 @@ def run(resources: contextlib.ExitStack) -> None:
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == "float16")
     best_val_loss, elapsed, skipped, in_a_row = math.inf, 0.0, 0, 0
     if state is not None:
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # of a run in float16
+            scaler.load_state_dict(state["scaler"])
         best_val_loss, elapsed, (skipped, in_a_row) = state["best_val_loss"], state["elapsed_s"], state["skipped"]
     model_args = asdict(model.config)
     watch = FlipWatch(warmup_iters, lr_decay_iters if decay_lr else max_iters, reference)
@@ -382,7 +386,8 @@ def run(resources: contextlib.ExitStack) -> None:
             for stale in ("metrics.jsonl", "spmm.json"):
                 (folder / stale).unlink(missing_ok=True)
         text = json.dumps({**settings, "environment": environment(dev, ranks.world_size)}, indent=1)
-        (folder / "config.json").write_text(text + "\n")
+        (folder / "config.json.tmp").write_text(text + "\n")
+        os.replace(folder / "config.json.tmp", folder / "config.json")
         if report and report.rows:
             report.save(folder / "spmm.json")
         metrics = Metrics(folder, iter_num, settings)
@@ -427,12 +432,12 @@ def run(resources: contextlib.ExitStack) -> None:
         marks = iter_num % checkpoint_interval == 0 or iter_num in (switch, sparse_start)
         due = marks or ("val_loss" in row and always_save_checkpoint)
         writer.poll()
+        if metrics and ended and not stopping:
+            metrics.write(row)  # before the save, after which no start would come back here
         if not eval_only and (ended or (due and iter_num > first_iter)):
             save()
         if ended:
             writer.wait()
-            if metrics and not stopping:
-                metrics.write(row)
             if ranks.master and "val_loss" in row:
                 pruned = f", hard-pruned to 2:4 {row['val_loss_24']:.4f}" if "val_loss_24" in row else ""
                 print(

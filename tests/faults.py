@@ -36,9 +36,11 @@ from harness import (
     ROOT,
     SAVE_POINTS,
     SETTINGS,
+    children_of,
     differences,
     finish,
     free_port,
+    kill_with_ranks,
     launch,
     make_dataset,
     read_rows,
@@ -205,32 +207,23 @@ def save_case(bench: Bench, at: str) -> dict:
     )
 
 
-def _rank_processes(process) -> list[int]:
-    """Process ids of what torchrun has started."""
-    children = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if int(status.read_text().rpartition(")")[2].split()[1]) == process.pid:
-                children.append(int(status.parent.name))
-    return sorted(children)
-
-
 def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int) -> dict:
     """One run that is killed `kills` times, then left to end: the bits of one that was never touched."""
     long = Bench(bench.folder, bench.run, bench.resume)
     length = 60 * kills  # a life gets on by 12 steps and what 40 ms take, so that steps are left for the last one
     long._count = bench._count + 1000
     long.settings |= {"max_iters": length, "lr_decay_iters": length}
-    out, struck, lost, in_saves, lives = long.new_folder(), 0, 0, 0, 0
+    out, struck, lost, in_saves, lives, problems = long.new_folder(), 0, 0, 0, 0, []
     while struck < kills:
         lives += 1
         if lives > 3 * kills:
             raise RuntimeError(f"kills_in_a_row_case: {lives} lives for {struck} kills; is this machine overloaded?")
+        (out / (checkpoint.NAME + ".tmp")).unlink(missing_ok=True)  # an earlier life's
         found = checkpoint.find(out)
         rows = (read_state(out, found.name)["iter_num"] if found else 0) + rng.randrange(1, 12)
         if lives % 3 == 0:
             fault = {"kind": "kill_in_save", "point": rng.choice([*SAVE_POINTS]), "count": rng.randrange(1, 3)}
-            status = long.run(out, long.settings, fault, ranks).returncode
+            done, killed = long.run(out, long.settings, fault, ranks), True
         else:
             before = _written(out / "config.json")  # each start writes it, and then brings metrics.jsonl up to date
             process, deadline = start(out, long.settings, ranks=ranks), time.monotonic() + 120
@@ -239,18 +232,23 @@ def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int
                     break
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.04))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(_rank_processes(process)) if ranks > 1 else process.pid, signal.SIGKILL)
-            status = finish(process).returncode
-        struck += status != 0
+            victims, killed = children_of(process) if ranks > 1 else [process.pid], False
+            with contextlib.suppress(ProcessLookupError, IndexError):  # it was done before
+                os.kill(rng.choice(victims), signal.SIGKILL)
+                killed = True
+            done = finish(process)
+        foreign = "train.py: error" in done.stdout + done.stderr
+        if foreign or (done.returncode and not killed) or (ranks == 1 and done.returncode not in (0, -signal.SIGKILL)):
+            problems.append(f"life {lives} ended with {done.returncode}: {done.stderr}")
+        struck += done.returncode != 0
         in_saves += (out / (checkpoint.NAME + ".tmp")).exists()
         found = checkpoint.find(out)
         lost += max(0, _rows_written(out) - (read_state(out, found.name)["iter_num"] if found else 0))
-        if status == 0:
+        if done.returncode == 0:
             break  # it was done before it was killed
     outcome = long.resume_and_compare(out, ranks)
     outcome["steps_lost"] = lost
-    outcome["problems"] += [] if struck == kills else [f"killed {struck} times, need {kills}"]
+    outcome["problems"] += problems + ([] if struck == kills else [f"killed {struck} times, need {kills}"])
     bench._count = long._count
     return _case("in a row", f"{kills} kills, {in_saves} of them in a save", ranks, outcome)
 
@@ -296,8 +294,9 @@ def _flip(path: Path, place: int, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit]))
 
 
-def _agent(out: Path, settings: dict, port: int, hosts: bool) -> subprocess.Popen:
-    """A node: torchrun with one rank. hosts: the rendezvous, which by the address all nodes of one machine would."""
+def _agent(out: Path, settings: dict, port: int, hosts: bool, log: Path) -> subprocess.Popen:
+    """A node: torchrun with one rank, which prints into `log`. hosts: the rendezvous, which by its address all nodes of
+    one machine would."""
     meet = {"rdzv_backend": "c10d", "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_id": "nano24", "nnodes": "1:2"}
     meet |= {"nproc_per_node": 1, "max_restarts": 9, "local_addr": "127.0.0.1"}
     meet |= {"rdzv_conf": f"last_call_timeout=2,is_host={hosts}"}
@@ -305,8 +304,9 @@ def _agent(out: Path, settings: dict, port: int, hosts: bool) -> subprocess.Pope
     command = [sys.executable, "-m", "torch.distributed.run", *(f"--{key}={meet[key]}" for key in meet), *script]
     # without this variable an agent that stayed waits in torch 2.13 for what the one that came back does not write
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    with open(log, "w") as file:  # a pipe that nobody reads would fill up
+        output = {"stdout": file, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **output)
 
 
 def nodes_case(bench: Bench) -> dict:
@@ -327,21 +327,23 @@ def nodes_case(bench: Bench) -> dict:
                         return _rows_written(out)
             time.sleep(0.01)
         for process in agents:
-            os.killpg(process.pid, signal.SIGKILL)
-        raise RuntimeError(f"nodes_case: no run on {world_size} ranks came: {[p.communicate()[0] for p in agents]}")
+            kill_with_ranks(process)
+        raise RuntimeError(f"nodes_case: no run on {world_size} ranks came: {[log.read_text() for log in logs]}")
 
-    agents = [_agent(out, settings, port, hosts) for hosts in (True, False)]
+    logs = [bench.folder / f"agent{k}" for k in range(3)]
+    agents = [_agent(out, settings, port, k == 0, logs[k]) for k in range(2)]
     wait_for(2, 30)
-    for victim in (agents[1].pid, *_rank_processes(agents[1])):
-        os.kill(victim, signal.SIGKILL)
-    agents[1].communicate()
+    kill_with_ranks(agents[1])
+    agents[1].wait()
     at_loss = _rows_written(out)
     wait_for(1, 20)
-    agents[1] = _agent(out, settings, port, False)
+    agents[1] = _agent(out, settings, port, False, logs[2])
     wait_for(2, 30)
     for process in agents:
         process.terminate()
-    texts = [finish(process).stdout for process in agents]
+    for process in agents:
+        finish(process)
+    texts = [log.read_text() for log in logs]
     state = read_state(out)
     steps = state["iter_num"]
     done = bench.run(alone, {**settings, "max_iters": steps}, {"kind": "double"})

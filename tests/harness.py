@@ -83,12 +83,28 @@ def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, **
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
 
 
+def children_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of what it has started, torchrun's ranks, which are in sessions of their own."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(status.read_text().rpartition(")")[2].split()[1]) == process.pid:
+                children.append(int(status.parent.name))
+    return sorted(children)
+
+
+def kill_with_ranks(process: subprocess.Popen) -> None:
+    for victim in (process.pid, *children_of(process)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+
+
 def finish(process: subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
     """Wait for a started run; past `timeout` seconds it is killed with all its ranks, and TimeoutExpired raised."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_with_ranks(process)
         process.communicate()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -40,6 +40,14 @@ def test_a_kill_at_a_random_moment_goes_on_from_the_last_save(bench_kills):
     assert faults.kill_case(bench_kills, random.Random(1))["problems"] == []
 
 
+def test_a_node_that_is_lost_and_comes_back(bench):
+    assert faults.nodes_case(bench)["problems"] == []
+
+
+def test_flipped_bits_of_shards_are_refused_or_harmless(bench):
+    assert faults.flip_case(bench, random.Random(3), flips=20, ranks=2)["problems"] == []
+
+
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(bench_kills):
     assert faults.kills_in_a_row_case(bench_kills, random.Random(2), kills=3, ranks=1)["problems"] == []
 
@@ -80,7 +88,7 @@ def outcome(**changes):
 
 def test_report_counts_steps_and_fails_on_a_mismatch(monkeypatch, tmp_path, capsys):
     cases = [outcome(problems=[]), outcome(problems=["differs: /model/x"], steps_lost=1)]
-    monkeypatch.setattr(faults, "all_cases", lambda bench, kills, in_a_row, seed: iter(cases[: kills + 1]))
+    monkeypatch.setattr(faults, "all_cases", lambda bench, kills, in_a_row, flips, seed: iter(cases[: kills + 1]))
     report = tmp_path / "new" / "faults.json"
     assert faults.main(["--kills", "0", "--out", str(report)]) == 0
     assert "same bits" in capsys.readouterr().out

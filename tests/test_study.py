@@ -463,6 +463,36 @@ def test_texts_are_put_together_pair_by_pair(tmp_path, capsys):
     assert (tmp_path / "methods-texts.png").stat().st_size > 1000
 
 
+def test_the_interval_by_seed_is_of_each_seeds_mean_over_the_texts():
+    """Differences 1, 2, 3 on one text and 3, 4, 8 on another: means 2, 3, 5.5."""
+    assert study.by_seed(paired([1.0, 2.0, 3.0, 3.0, 4.0, 8.0], [0.0] * 6), 2) == paired([2.0, 3.0, 5.5], [0.0] * 3)
+
+
+def test_texts_with_unequal_seeds_are_refused(tmp_path):
+    for text, seeds in (("a_char", 2), ("b_char", 3)):
+        (tmp_path / f"methods-{text}.json").write_text(json.dumps({"val_loss": {"dense": [1.0] * seeds}}))
+    with pytest.raises(SystemExit, match="a_char, b_char have unequal numbers of seeds; run them with equal --seeds"):
+        study.main(["methods", "--texts", "a_char", "b_char", f"--results={tmp_path}"])
+
+
+def test_the_decay_factor_is_the_presets_or_the_users(tmp_path):
+    for words, decay in ((["methods"], "2e-3"), (["methods", "--preset=gpu"], "6e-5"), (["table7", "--decay=1"], "1")):
+        variants = study.study_of(arguments(tmp_path, *words)).variants
+        settings = variants["fst" if words[0] == "methods" else "decay yes, MVUE no, dense end no"]
+        assert study_grids.words(settings)["masked_decay"] == decay
+    args = arguments(tmp_path, "table7", "--decay=1", "--name=mine")
+    assert study.result_name(args) == "mine"
+    assert study.command_of(args).endswith("--seeds=3 --decay=1 --name=mine")
+
+
+def test_the_commits_of_all_runs_are_named(tmp_path):
+    for name, commit in (("a", "1"), ("b", "2-dirty"), ("c", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"environment": {"commit": commit}}))
+    found = study.environment({"dense": [tmp_path / "a"], "fst": [tmp_path / "b", tmp_path / "c"]})
+    assert found == {"environment": {"commit": "1"}, "commits": {"dense": ["1"], "fst": ["1", "2-dirty"]}}
+
+
 def test_a_text_without_a_result_is_named(tmp_path):
     with pytest.raises(
         SystemExit, match=r"no .*methods-a_char.json yet; run: python study.py methods --dataset=a_char"

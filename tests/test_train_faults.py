@@ -4,6 +4,7 @@ runs in one folder; which checkpoints are kept; and sampling without replacement
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -306,7 +307,10 @@ def test_settings_and_logs_hold_no_secret(tmp_path, data):
         ([(0, 5), (0, 5), (0, 5)], []),
         ([(0, 5), (1, 9), (0, 5), (1, 8), (0, 5), (1, 9)], [3]),  # two shards, three copies of each
         ([(0, 5), (1, 9)], []),  # shards are not compared with one another
-        ([(0, 5), (0, 6)], [1]),  # of two, who is to say
+        ([(0, 5), (0, 6)], [0, 1]),  # of two, who is to say
+        ([(0, 5), (0, 6), (0, 6), (0, 5)], [0, 1, 2, 3]),
+        ([(0, 5), (0, 6), (1, 9), (1, 9)], [0, 1]),
+        ([(0, 5), (0, 6), (0, 7), (0, 5)], [1, 2]),
     ],
 )
 def test_the_rank_that_differs_is_named(sums, wrong):
@@ -317,7 +321,7 @@ def test_ranks_that_drift_apart_are_found_at_the_interval(data, tmp_path):
     settings = {**SETTINGS, "dataset": data, "check_interval": 3, "checkpoint_interval": 100, "eval_interval": 0}
     done = launch(tmp_path / "out", settings, {"kind": "alter", "iter_num": 4}, ranks=2)
     assert done.returncode != 0
-    assert "train.py: error: weights or masks of ranks [1] differ from the others'" in done.stderr
+    assert "train.py: error: weights or masks of ranks [0, 1] differ from the others', or" in done.stderr
     assert max(row["iter"] for row in read_rows(tmp_path / "out")) == 5
 
 
@@ -349,3 +353,58 @@ def test_no_row_holds_what_json_has_no_word_for(tmp_path):
         metrics.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert (row["train_loss"], row["lr"], row["val_loss"]) == (None, None, 1.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starts that torchrun repeats, and starts from elsewhere
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "gpt2"])
+def test_a_start_that_a_restart_would_undo_is_refused(run, tmp_path, monkeypatch, init_from):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    done = run(tmp_path / "out", status=1, init_from=init_from, overwrite=True)
+    assert f"init_from={init_from} would begin anew at each restart by torchrun; use init_from=auto" in done.stderr
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "out", max_iters=1)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    run(tmp_path / "out", init_from="scratch", overwrite=True, max_iters=1)
+
+
+def test_a_best_checkpoint_alone_is_not_deleted_by_a_start(run, tmp_path):
+    run(tmp_path / "out", max_iters=9, always_save_checkpoint=False)
+    (tmp_path / "out" / "ckpt.pt").unlink()
+    (tmp_path / "out" / "ckpt_prev.pt").unlink(missing_ok=True)
+    before = contents(tmp_path / "out")
+    assert "has no ckpt.pt, but ckpt_best.pt" in run(tmp_path / "out", status=1, max_iters=9).stderr
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_kill_after_the_last_save_loses_no_evaluation(data, tmp_path):
+    """The third save is the last one."""
+    settings = {**SETTINGS, "dataset": data, "max_iters": 12, "eval_interval": 0}
+    fault = {"kind": "kill_in_save", "point": "the new one is ckpt.pt", "count": 3}
+    assert launch(tmp_path / "out", settings, fault).returncode == -signal.SIGKILL
+    assert "are done" in run_here(tmp_path / "out", settings).stdout
+    assert read_rows(tmp_path / "out")[-1]["val_loss_24"] is not None
+
+
+def test_float16_goes_on_from_float32(run, tmp_path):
+    run(tmp_path / "out", max_iters=3, dense_start=9)
+    assert "at iteration 3" in run(tmp_path / "out", max_iters=6, dense_start=9, dtype="float16").stdout
+
+
+def test_ranks_that_read_different_checkpoints_are_refused(run, tmp_path, monkeypatch):
+    """As of a rank whose disk holds an older copy: what rank 0 says is another iteration."""
+    run(tmp_path / "out", max_iters=3, dense_start=9)
+    says = iter([tmp_path / "out" / "ckpt.pt", (2, 0.5)])
+    monkeypatch.setattr(runtime.Ranks, "decide", lambda self, value: next(says))
+    done = run(tmp_path / "out", status=1, max_iters=6, dense_start=9)
+    assert "ckpt.pt is another checkpoint here than on rank 0; put out_dir on a shared file system" in done.stderr
+
+
+def test_a_disk_that_is_full_for_metrics_is_an_error_without_a_traceback(run, tmp_path, monkeypatch):
+    def full(self, row):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.Metrics, "write", full)
+    assert run(tmp_path / "out", status=1).stderr == "train.py: error: [Errno 28] No space left on device\n"

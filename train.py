@@ -19,6 +19,7 @@ import inspect
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -553,6 +554,8 @@ def run(resources: contextlib.ExitStack) -> None:
         else:
             print(f"done: {iter_num} iterations, best validation loss {best_val_loss:.4f}, saved in {folder}")
     ranks.leave()
+    if stopping and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        sys.exit(128 + signal.SIGTERM)  # 0 would tell torchrun that the run is done, on the nodes that stay too
 
 
 if __name__ == "__main__":

@@ -370,6 +370,15 @@ def test_a_start_that_a_restart_would_undo_is_refused(run, tmp_path, monkeypatch
     run(tmp_path / "out", init_from="scratch", overwrite=True, max_iters=1)
 
 
+def test_a_stop_is_no_success_where_torchrun_restarts(run, tmp_path, monkeypatch):
+    """Else the loss of one node would end the run on all others."""
+    fault = {"kind": "signal", "signal": "SIGTERM", "iter_num": 2, "micro_batch": 0}
+    run(tmp_path / "alone", fault)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    run(tmp_path / "out", fault, status=128 + signal.SIGTERM)
+    assert read_state(tmp_path / "out")["iter_num"] == read_state(tmp_path / "alone")["iter_num"] == 3
+
+
 def test_a_best_checkpoint_alone_is_not_deleted_by_a_start(run, tmp_path):
     run(tmp_path / "out", max_iters=9, always_save_checkpoint=False)
     (tmp_path / "out" / "ckpt.pt").unlink()
@@ -381,7 +390,7 @@ def test_a_best_checkpoint_alone_is_not_deleted_by_a_start(run, tmp_path):
 
 def test_a_kill_after_the_last_save_loses_no_evaluation(data, tmp_path):
     """The third save is the last one."""
-    settings = {**SETTINGS, "dataset": data, "max_iters": 12, "eval_interval": 0}
+    settings = {**SETTINGS, "dataset": data, "max_iters": 12, "dense_start": 12, "eval_interval": 0}
     fault = {"kind": "kill_in_save", "point": "the new one is ckpt.pt", "count": 3}
     assert launch(tmp_path / "out", settings, fault).returncode == -signal.SIGKILL
     assert "are done" in run_here(tmp_path / "out", settings).stdout

@@ -86,7 +86,8 @@ STUDIES = {
             "fst, first 1/2 dense": f"{FST} dense_finetune=0 dense_pretrain=0.5",
             "fst, first and last 1/6 dense": f"{FST} dense_pretrain=0.1666667",
         }
-        | {f"fst, masks every {n}": f"{FST} mask_interval={n}" for n in (1, 10, 100)}
+        | {f"fst, masks every {n}": f"{FST} mask_interval={n}" for n in (1, 10, 100)},
+        ("dense", "fst, last 1/6 dense"),
     ),
     "equal_cost": Study(
         {

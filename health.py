@@ -146,7 +146,8 @@ class DecayController:
     little decay (tried: results/decay-two-sided.md). It waits for the end of the warm-up, since until then masks
     hardly answer to lambda, and an integrator would run away. In and around the band the logarithm of mu falls by 0.1
     to 0.5 for each unit of log lambda (results/flip_rate.md, results/decay.md), so each step of the square takes away
-    20 to 100 % of the error and does not overshoot; the clip is for one mu that is far off.
+    20 to 100 % of the error and does not overshoot; the clip is for one mu that is far off. But mu falls with time too,
+    whatever lambda is, so that from far below it stops too early (results/README.md): a search is to be preferred.
     """
 
     EARLY = 5  # warm-ups

@@ -211,7 +211,7 @@ def save_case(bench: Bench, at: str) -> dict:
 def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int) -> dict:
     """One run that is killed `kills` times, then left to end: the bits of one that was never touched."""
     long = Bench(bench.folder, bench.run, bench.resume)
-    length = 60 * kills  # a life gets on by 12 steps and what 40 ms take, so that steps are left for the last one
+    length = 25 * kills  # a life gets on by 12 steps and what 40 ms take, so that steps are left for the last one
     long._count = bench._count + 1000
     long.settings |= {"max_iters": length, "lr_decay_iters": length}
     out, struck, lost, in_saves, lives, problems = long.new_folder(), 0, 0, 0, 0, []
@@ -423,24 +423,29 @@ def main(argv=None) -> int:
         for case in all_cases(bench, options.kills, options.in_a_row, options.flips, options.seed):
             cases.append(case)
             show(case)
+            if options.out:
+                write(options, cases, time.time() - began)
             for path in bench.folder.glob("run*"):
                 shutil.rmtree(path)
     failed = sum(bool(case["problems"]) for case in cases)
+    print(f"{len(cases)} cases, {failed} failed" + (f", {options.out}" if options.out else ""))
+    return 1 if failed else 0
+
+
+def write(options, cases: list[dict], seconds: float) -> None:
+    """The report so far, as a run of this takes long."""
     report = {
         "command": "python tests/faults.py "
         f"--kills {options.kills} --in_a_row {options.in_a_row} --flips {options.flips} --seed {options.seed}",
         "environment": {**environment(torch.device("cpu"), 1), "platform": sys.platform, "cpus": os.cpu_count()},
         "settings": SETTINGS,
-        "seconds": round(time.time() - began),
-        "failed": failed,
+        "seconds": round(seconds),
+        "failed": sum(bool(case["problems"]) for case in cases),
         "summary": summary(cases),
         "cases": cases,
     }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{len(cases)} cases, {failed} failed, {report['seconds']} s" + (f", {options.out}" if options.out else ""))
-    return 1 if failed else 0
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

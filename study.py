@@ -345,9 +345,7 @@ def pooled(args) -> None:
     command = f"python study.py {args.study} --texts {' '.join(Path(text).name for text in args.texts)}"
     command += f" --name={args.name}" if args.name else ""
     note = "Differences within each seed and text; mean +- sample standard deviation over all of these pairs. The "
-    note += (
-        "first interval takes the pairs for independent; by seed: of each seed's mean over the texts, which need not."
-    )
+    note += "first interval takes them for independent; the one by seed takes one mean over the texts of each seed."
     path = Path(args.results) / (args.name or f"{args.study}-texts")
     write(path, command, [*markdown(heads, rows), "", note], panels, {"val_loss": every, "commits": merged})
 

@@ -90,7 +90,7 @@ def equal_cost_table(costs: dict, steps: dict, losses: dict, panels: dict[str, d
         heads += [f"{name} of a step", "steps", f"loss at equal {name}", *(f"minus {k}" for k in panels[name])]
     shown = losses["time"] or losses["FLOPs"]
     rows = []
-    for label in by_mean(shown):
+    for label in by_mean(shown) + [label for label in by_mean(losses["FLOPs"]) if label not in shown]:
         row = [label]
         for name in costs:
             values = losses[name].get(label)

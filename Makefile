@@ -2,7 +2,7 @@
 # make test   lint and all tests, in two halves; what is skipped, and why, is listed at the end of each
 # make gpu    the tests that need a CUDA GPU
 # make lint   ruff alone
-# make faults kill and stop training at many points, write results/faults.json (12 minutes for the one that is there)
+# make faults kill and stop training at many points, write results/faults.json (about 40 minutes)
 # Everything is installed into .venv. `make PYTHON=python3.12 ...` picks another Python for it.
 
 PYTHON ?= python3

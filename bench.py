@@ -128,8 +128,12 @@ def line(suite: str, row: dict) -> str:
         texts.append(f"S({name}) {s['median']:.3f} ({s['min']:.3f} to {s['max']:.3f})")
     for key, form in (("s_measured", "S {:.3f}"), ("drift", "drift {:+.1%}"), ("s_model", "S_model {:.3f}")):
         texts += [form.format(row[key])] if key in row else []
-    for key, form in (("save_share", "save {:.3%} of 5 minutes"), ("check_share", "check {:.5%} of 1000 steps")):
-        texts += [f"{form.format(row[key]['median'])} (to {row[key]['max']:.2%})"] if key in row else []
+    for key, form in (
+        ("save_share", "save {:.3%} (to {:.3%}) of 5 minutes"),
+        ("check_share", "check {:.5%} (to {:.5%})"),
+    ):
+        texts += [form.format(row[key]["median"], row[key]["max"])] if key in row else []
+    texts += ["of 1000 steps"] if "check_share" in row else []
     texts += [f"S/S_model {row['measured_over_model']:.2f}"] if "measured_over_model" in row else []
     return "  ".join(texts + ([f"({row['reason']})"] if row.get("reason") else []))
 

@@ -224,7 +224,7 @@ def test_upkeep_counts_the_pause_and_what_steps_take_longer_by(monkeypatch):
     assert [row[key]["median"] for key in ("step_s", "pause_s", "longer_s", "write_s", "waited_s")] == [1, 10, 4, 6, 25]
     assert row["save_share"]["median"] == pytest.approx(14 / 300)
     assert row["bytes"] == 5
-    assert "save 4.667% of 5 minutes" in bench.line("upkeep", row)
+    assert "save 4.667% (to 4.667%) of 5 minutes" in bench.line("upkeep", row)
 
 
 def test_upkeep_row():

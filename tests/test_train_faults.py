@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -409,6 +410,18 @@ def test_ranks_that_read_different_checkpoints_are_refused(run, tmp_path, monkey
     monkeypatch.setattr(runtime.Ranks, "decide", lambda self, value: next(says))
     done = run(tmp_path / "out", status=1, max_iters=6, dense_start=9)
     assert "ckpt.pt is another checkpoint here than on rank 0; put out_dir on a shared file system" in done.stderr
+
+
+def test_clocks_that_jump_change_no_number(run, tmp_path, monkeypatch):
+    """As of a machine that slept, and one whose time was set back."""
+    run(tmp_path / "whole", max_iters=8)
+    clock, wall, calls = time.perf_counter, time.time, []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: calls.append(1) or clock() + 3600 * (len(calls) // 5))
+    monkeypatch.setattr(train.time, "time", lambda: wall() - 3600 * (len(calls) // 5))
+    run(tmp_path / "jumps", max_iters=8)
+    assert len(calls) > 10
+    assert state_differences(read_state(tmp_path / "jumps"), read_state(tmp_path / "whole")) == []
+    assert row_differences(read_rows(tmp_path / "jumps"), read_rows(tmp_path / "whole")) == []
 
 
 def test_a_disk_that_is_full_for_metrics_is_an_error_without_a_traceback(run, tmp_path, monkeypatch):

@@ -130,10 +130,9 @@ def line(suite: str, row: dict) -> str:
         texts += [form.format(row[key])] if key in row else []
     for key, form in (
         ("save_share", "save {:.3%} (to {:.3%}) of 5 minutes"),
-        ("check_share", "check {:.5%} (to {:.5%})"),
+        ("check_share", "check {:.5%} (to {:.5%}) of 1000 steps"),
     ):
         texts += [form.format(row[key]["median"], row[key]["max"])] if key in row else []
-    texts += ["of 1000 steps"] if "check_share" in row else []
     texts += [f"S/S_model {row['measured_over_model']:.2f}"] if "measured_over_model" in row else []
     return "  ".join(texts + ([f"({row['reason']})"] if row.get("reason") else []))
 
@@ -407,9 +406,11 @@ def main(argv: list[str] | None = None) -> None:
         suites = SUITES if args.suite in (None, "all") else (args.suite,)
         for suite in suites:
             results.run(suite, settings)
-    if path:
+    if path and any(suite in _SHAPE for suite in results.data["suites"]):
         path.with_suffix(".md").write_text(summary(results.data) + "\n")
         print(f"wrote {path} and {path.with_suffix('.md')}, README's table")
+    elif path:
+        print(f"wrote {path}")
     if args.plot or (path and on_gpu):
         try_to_draw(results.data, args.plot or path.with_suffix(".png"), path)
     failed = failures(results.data, suites)

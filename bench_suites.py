@@ -473,9 +473,9 @@ def step_model(gpu: roofline.GPU, config: GPTConfig, batch: int, ratio) -> float
     return dense / sparse
 
 
-def predict_step(gpu: roofline.GPU, config: GPTConfig, batch: int, sparse: dict | None) -> dict:
+def predict_step(gpu: roofline.GPU, config: GPTConfig, batch: int, sparse: dict | None, accumulation: int = 1) -> dict:
     shape = (config.n_layer, config.n_embd, config.d_ff, config.vocab_size, config.block_size)
-    return roofline.train_step(gpu, *shape, batch, config.activation, sparse=sparse)
+    return roofline.train_step(gpu, *shape, batch, config.activation, accumulation, sparse)
 
 
 def gpt2(size: str) -> GPTConfig:

@@ -255,8 +255,8 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
     shape = (model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype])
     plan, report = plan_ffn(*shape, s.spmm, s.mvue, s.ffn_recompute, transposable=s.mask == "transposable", **options)
     if plan is not None and s.spmm == "auto":
-        # shards are packed twice in each micro-step, all else once in an optimizer step
-        uses = 0.5 if fsdp else -(-s.gradient_accumulation_steps // world_size)
+        # shards are packed in each micro-step, in one form at a time, all else once in an optimizer step
+        uses = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
         how = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
         asked = {**how, "recompute": s.ffn_recompute}
         if not whole or whole["asked"] != asked or rows != report.rows:

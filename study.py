@@ -8,16 +8,16 @@
 
 Every run is `python train.py NAME=VALUE...` in a folder of its own below --out_dir, named by its settings, so studies
 share runs. A study that was stopped goes on where it stood; what is finished is not run again. Seeds come one after
-the other: after a stop, fewer --seeds give a whole table. Runs of one seed share initial weights and batches.
+the other: after a stop, fewer --seeds give a whole table. Runs of one seed share batches and, where their shapes are
+equal, initial weights.
 
 Presets: cpu, nanoGPT's recipe for a CPU made smaller. gpu, GPT-2 124M on a BPE dataset, one run at a time: the number
 of iterations is a guess at what one card does in two minutes, and no card has run it: twelve runs, such as methods
---only dense half fst s_ste, would take half an hour. --calibrate=N times the steps of
-a study's variants by runs of N iterations and writes what --step_ms reads.
+--only dense half fst s_ste, would take half an hour. --calibrate=N times the steps of a study's variants by runs of N
+iterations and writes what --step_ms reads.
 """
 
 import argparse
-import contextlib
 import fcntl
 import json
 import os
@@ -34,7 +34,7 @@ from bench_suites import PAPER_BATCH
 from configurator import ConfigError, configure
 from loader import DATA_FOLDER, load_meta
 from metrics import read_config, read_metrics
-from study_cost import ACCUMULATION, MICRO_BATCH, flops_of, measured_ms, predicted_ms
+from study_cost import ACCUMULATION, MICRO_BATCH, flops_of, measured_ms, predicted_ms, switches_by_itself
 from study_grids import DECAY, FLIP_COMMON, FLIP_RATE, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
 from study_report import (
     Paired,
@@ -169,9 +169,15 @@ def compare(args) -> tuple[dict, list[str]]:
     if mus:
         note += " Early mu: flip rate over the dense run's, between 1.5 and 5 warm-ups (section 4.3)."
     decays = {label: [last_decay(folder) for folder in found] for label, found in runs.items()}
-    flops = relative_flops(study.variants, args)
+    flops = relative_flops({k: v for k, v in study.variants.items() if not switches_by_itself(v)}, args)
     data = {"variants": study.variants, "val_loss": losses, "val_loss_24": pruned, "early_mu": mus, "panels": panels}
     data |= {"flops": flops}
+    if "dense" in runs:  # just after the warm-up, where search_decay.py looks, and where a controller stops to steer
+        windows = {f"{first} to {last}": (first, last) for first, last in ((1.5, 2.5), (4, 5))}
+        data["mu"] = {
+            name: {label: early_mus(found, runs["dense"], window) for label, found in runs.items() if label in mus}
+            for name, window in windows.items()
+        }
     data["last_masked_decay"] = {label: values for label, values in decays.items() if None not in values}
     return data | environment(runs), [*loss_table(losses, pruned, mus, flops, panels), "", note]
 
@@ -181,12 +187,12 @@ def last_decay(folder: Path) -> float | None:
     return next((row["masked_decay"] for row in read_metrics(folder)[::-1] if row.get("masked_decay")), None)
 
 
-def early_mus(folders: list[Path], dense: list[Path]) -> list[float | None]:
-    """mu = mean r' / mean r of each seed from 1.5 to 5 warm-ups; None where masks of different kinds were counted."""
+def early_mus(folders: list[Path], dense: list[Path], warmups: tuple[float, float] = (1.5, 5)) -> list[float | None]:
+    """mu = mean r' / mean r of each seed over so many warm-ups; None where masks of different kinds were counted."""
     mus = []
     for run, reference in zip(folders, dense, strict=True):
         config = read_config(run)
-        first, last = (factor * config["warmup_iters"] for factor in (1.5, 5))
+        first, last = (factor * config["warmup_iters"] for factor in warmups)
         rates = [
             {row["iter"]: row["flip_rate"] for row in read_metrics(folder) if row.get("flip_rate") is not None}
             for folder in (run, reference)
@@ -214,13 +220,10 @@ def study_of(args) -> Study:
 
 
 def relative_flops(variants: dict[str, str], args) -> dict[str, float]:
-    """{label: matmul FLOPs of a step over the dense model's}, without those that cannot be known before a run."""
+    """{label: matmul FLOPs of a step over the dense model's}."""
     common, vocab_size = PRESETS[args.preset], load_meta(DATA_FOLDER / args.dataset)["vocab_size"]
-    dense, found = flops_of(f"{common} sparse=none", vocab_size), {}
-    for label, settings in variants.items():
-        with contextlib.suppress(ValueError):  # STEP's rule ends its dense start
-            found[label] = flops_of(f"{common} {settings}", vocab_size) / dense
-    return found
+    dense = flops_of(f"{common} sparse=none", vocab_size)
+    return {label: flops_of(f"{common} {settings}", vocab_size) / dense for label, settings in variants.items()}
 
 
 def step_costs(variants: dict[str, str], args) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import roofline
-from bench_suites import gpt2
+from bench_suites import gpt2, predict_step
 from configurator import configure
 from metrics import read_config, read_metrics
 from model import GPT, GPTConfig
@@ -26,11 +26,20 @@ def fitted(defaults: dict, settings: str) -> dict:
     return defaults | configure(defaults, [f"--{k}={v}" for k, v in words(settings).items() if k in defaults])
 
 
+def _recipe(settings: str) -> Recipe:
+    return Recipe(**fitted(asdict(get_recipe(words(settings)["sparse"])), settings))
+
+
+def switches_by_itself(settings: str) -> bool:
+    """Whether STEP's rule ends the dense start, so that a step's mean cost is not known before the run."""
+    return words(settings).get("sparse", "none") != "none" and _recipe(settings).autoswitch
+
+
 def recipe_of(settings: str) -> Recipe | None:
     """The recipe of these settings; None for a dense run. ValueError where a step's cost cannot be known before."""
     if words(settings).get("sparse", "none") == "none":
         return None
-    recipe = Recipe(**fitted(asdict(get_recipe(words(settings)["sparse"])), settings))
+    recipe = _recipe(settings)
     if recipe.autoswitch or words(settings).get("sparse_layers", "ffn") != "ffn":
         raise ValueError(f"{settings}: equal cost needs sparse_layers=ffn and a dense phase of known length")
     return recipe
@@ -72,18 +81,14 @@ def predicted_ms(settings: str, gpu: str, size: str, ratio: float) -> float:
     shape = {name: value for name, value in words(settings).items() if name in ("ffn_ratio", "activation")}
     config = GPTConfig(**fitted(asdict(gpt2(size)), " ".join(f"{name}={value}" for name, value in shape.items())))
     recipe, card = recipe_of(settings), roofline.GPUS[gpu]
-
-    def step(sparse: dict | None) -> float:
-        shape = (config.n_layer, config.n_embd, config.d_ff, config.vocab_size, config.block_size, MICRO_BATCH)
-        return roofline.train_step(card, *shape, config.activation, ACCUMULATION, sparse)["ms"]
-
-    dense = step(None)
+    dense = predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
     if recipe is None:
         return dense
     if "dense_blocks" in words(settings):
         raise ValueError(f"{settings}: roofline.train_step has no dense blocks; give --step_ms")
     how = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": "fused" if recipe.mvue else None}
-    sparse = step(how | {"mask_interval": recipe.mask_interval})
+    how["mask_interval"] = recipe.mask_interval
+    sparse = predict_step(card, config, MICRO_BATCH, how, ACCUMULATION)["ms"]
     if recipe.mask == "soft" and recipe.weight_gradient != "straight":
         weights = config.n_layer * roofline.ffn_weights(config.n_embd, config.d_ff, config.activation)
         sparse += 1e3 * ACCUMULATION * 12 * weights / card.bandwidth

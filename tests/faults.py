@@ -271,9 +271,8 @@ def flip_case(bench: Bench, rng: random.Random, flips: int, ranks: int) -> dict:
         place, bit = rng.randrange(path.stat().st_size), rng.randrange(8)
         _flip(path, place, bit)
         try:
-            wrong += [f"{path.name}, byte {place}, bit {bit}: loaded as another state"] * (
-                differences(read_state(out), state) != []
-            )
+            if differences(read_state(out), state):
+                wrong.append(f"{path.name}, byte {place}, bit {bit}: loaded as another state")
         except checkpoint.CheckpointError:
             refused += 1
         _flip(path, place, bit)
@@ -317,8 +316,8 @@ def nodes_case(bench: Bench) -> dict:
     settings |= dict.fromkeys(("max_iters", "lr_decay_iters", "dense_start"), 10**6)
     out, alone, port = bench.new_folder(), bench.new_folder(), free_port()
 
-    def wait_for(world_size: int, steps: int) -> int:
-        """Until a run on so many ranks has begun and `steps` more steps are done; how many there are then."""
+    def wait_for(world_size: int, steps: int) -> None:
+        """Until a run on so many ranks has begun and `steps` more steps are done."""
         deadline, first = time.monotonic() + 120, None
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError):  # it is being written
@@ -326,7 +325,7 @@ def nodes_case(bench: Bench) -> dict:
                 if ranks == world_size:
                     first = _rows_written(out) if first is None else first
                     if _rows_written(out) >= first + steps:
-                        return _rows_written(out)
+                        return
             time.sleep(0.01)
         for process in agents:
             kill_with_ranks(process)

@@ -182,7 +182,8 @@ class Crew:
         done, waiting = {}, list(self.processes)
         deadline = time.monotonic() + 300
         while waiting:
-            ready, _, _ = select.select([process.stdout for process in waiting], [], [], deadline - time.monotonic())
+            left = max(0, deadline - time.monotonic())
+            ready, _, _ = select.select([process.stdout for process in waiting], [], [], left)
             for process in [process for process in waiting if process.stdout in ready]:
                 line = process.stdout.readline()
                 status, printed, error = json.loads(line) if line else [1, "", f"the process ended: {self._log()}"]
@@ -225,7 +226,7 @@ def serve() -> None:
         try:
             done = run_here(*arguments)
             answer = [done.returncode, done.stdout, done.stderr]
-        except Exception:
+        except Exception:  # whatever it is goes to the parent, as the run's error
             answer = [1, "", traceback.format_exc()]
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -365,6 +365,7 @@ def test_early_mu_is_of_the_steps_after_the_warm_up_and_of_one_kind_of_masks(tmp
     sparse = folder("sparse", {14: 1.0, 15: 1.0, 20: 1.0, 30: 7.0, 49: 1.0, 50: 1.0})
     rows = folder("rows", {15: 1.0}, "row")
     assert study.early_mus([sparse, rows], [dense, dense]) == [pytest.approx(0.5), None]
+    assert study.early_mus([sparse], [dense], (4, 5)) == [pytest.approx(1 / 3)]
 
 
 def test_compare_reads_the_last_rows(tmp_path, fake_training, monkeypatch):

@@ -161,6 +161,18 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
     assert asked == [((model.config, 15, torch.device("cpu"), torch.bfloat16, "auto", False, True), expected)]
 
 
+@pytest.mark.parametrize(("fsdp", "uses"), [(False, 4), (True, 1)])
+def test_packing_is_counted_as_often_as_it_is_done(given, tmp_path, monkeypatch, fsdp, uses):
+    """Seven micro-batches on two ranks are four micro-steps; shards are packed in each of them."""
+    plan, timed = FFNPlan("gelu", 15, torch.float32, True, True, *[Choice()] * 6), []
+    monkeypatch.setattr(prepare, "plan_ffn", lambda *args, **options: (plan, Report({}, [], [])))
+    monkeypatch.setattr(prepare, "time_ways", lambda mlp, plan, **how: timed.append(how) or {"taken": "plan"})
+    given(gradient_accumulation_steps=7, dtype="float32", compile=False)
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
+    prepare._measure_gemms(train.all_settings(), model, None, 2, fsdp, torch.device("cpu"))
+    assert timed == [{"compile_mode": None, "micro_steps": uses}]
+
+
 def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch):
     answer = [("plan", "report")]
     monkeypatch.setattr(prepare, "_measure_gemms", lambda *_: pytest.fail("measured"))

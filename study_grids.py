@@ -54,7 +54,8 @@ STUDIES = {
     "methods": Study(
         {"dense": "sparse=none", "half": "sparse=none ffn_ratio=2", "fst": FST}
         | {name: f"sparse={name}" for name in ("ste", "sr_ste", "step", "bi_mask", "s_ste")}
-        | {"s_ste, straight through": STRAIGHT}
+        | {"s_ste, straight through": STRAIGHT},
+        ("dense", "half"),
     ),
     # The paper's Table 7: masked decay, MVUE, dense fine-tuning
     "table7": Study(

@@ -15,11 +15,12 @@ kernel time, median (smallest to largest) over repetitions that alternate with t
 
 import functools
 import json
+import os
 import re
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -404,10 +405,22 @@ def measure(make: Callable[[], Callable], moved: float, repetitions: int, graph:
     }
 
 
-def table2(shapes, repetitions: int) -> list[dict]:
+def attempt(make: Callable[[], Callable], moved: float, repetitions: int, graph: bool = True) -> dict:
+    """`measure`, or {"reason": why not}: the cases that follow are worth having."""
+    try:
+        return measure(make, moved, repetitions, graph)
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        return {"reason": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+
+
+def speed(row: dict) -> str:
+    """A measurement in a few words."""
+    return row.get("reason") or f"{row['gb_per_s']:.0f} GB/s, {row['us']:.1f} us, {row['share']:.2f} of a copy's speed"
+
+
+def table2(shapes, repetitions: int) -> Iterator[dict]:
     """The paper's Table 2: transposable mask search, GB/s of real bytes (w read, its result written)."""
     patterns = baselines.pattern_table(operators.PATTERNS.to(DEVICE))
-    rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for shape in shapes:
             ours_us = None  # the first row of these
@@ -425,22 +438,21 @@ def table2(shapes, repetitions: int) -> list[dict]:
                     return lambda: search(w)
 
                 moved = shape[0] * shape[1] / 16 * (16 * dtype.itemsize + written)
-                result = measure(make, moved, repetitions)
-                ours_us = result["us"] if search is kernels.transposable_index else ours_us
-                result["times_ours"] = result["us"] / ours_us
-                rows.append({"shape": shape, "dtype": str(dtype)[6:], "search": name} | result)
-                print(f"{shape} {dtype} {name}: {result['gb_per_s']:.0f} GB/s, {result['us']:.1f} us", flush=True)
-    return rows
+                result = attempt(make, moved, repetitions)
+                ours_us = result.get("us") if search is kernels.transposable_index else ours_us
+                if "us" in result and ours_us:
+                    result["times_ours"] = result["us"] / ours_us
+                yield {"shape": shape, "dtype": str(dtype)[6:], "search": name} | result
+                print(f"{shape} {dtype} {name}: {speed(result)}", flush=True)
 
 
 def _torch_tile(w):
     return torch._sparse_semi_structured_tile(w, algorithm="largest_abs_values_greedy", use_cutlass=True)
 
 
-def table3(widths, repetitions: int) -> list[dict]:
+def table3(widths, repetitions: int) -> Iterator[dict]:
     """The paper's Table 3: GEGLU on feature-major tensors of 32x512 tokens, along tokens, along features, by torch."""
     compiled = torch.compile(lambda z: operators.activation_ref(z, "geglu"))
-    rows = []
     for width in widths:
         cases = [
             (name, make, moved, functools.partial(make, width, TOKENS, "", DEVICE, "geglu", rowwise))
@@ -454,12 +466,12 @@ def table3(widths, repetitions: int) -> list[dict]:
 
         ours_us = {}  # of each pass, the first row
         for name, make, moved, call in (*cases, ("torch.compile", _activation, 6, by_torch)):
-            result = measure(call, moved * width * TOKENS, repetitions)
-            ours_us.setdefault(make, result["us"])
-            result["times_ours"] = result["us"] / ours_us[make]
-            rows.append({"width": width, "order": name, "pass": make.__name__[1:]} | result)
-            print(f"{width} {name} {make.__name__[1:]}: {result['gb_per_s']:.0f} GB/s", flush=True)
-    return rows
+            result = attempt(call, moved * width * TOKENS, repetitions)
+            ours_us.setdefault(make, result.get("us"))
+            if "us" in result and ours_us[make]:
+                result["times_ours"] = result["us"] / ours_us[make]
+            yield {"width": width, "order": name, "pass": make.__name__[1:]} | result
+            print(f"{width} {name} {make.__name__[1:]}: {speed(result)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,23 +488,28 @@ def markdown(results: dict) -> str:
     for row in results["kernels"]:
         counts = ", ".join(f"{row['counts'][str(arch)]['instructions']:.3g}" for arch, *_ in GPUS.values())
         shares = ", ".join(f"{share:.2f}" for share in row["predicted"].values())
-        value = "not measured yet"
-        if measured is not None:
-            low, high = measured[row["name"]]["share_range"]
-            value = f"{measured[row['name']]['share']:.2f} ({low:.2f} to {high:.2f})"
+        found = (measured or {}).get(row["name"], {"reason": "not measured yet"})
+        value = found.get("reason") or _share(found)
         lines.append(f"| {row['name']} | {row['unit']} | {row['bytes']:g} | {counts} | {shares} | {value} |")
     return "\n".join(lines)
+
+
+def _share(row: dict) -> str:
+    low, high = row["share_range"]
+    return f"{row['share']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def paper_table(rows: list[dict], *keys: str) -> str:
     """One of the paper's tables: GB/s of real bytes, time, its ratio to ours, and the share of a copy's bandwidth."""
     lines = [f"| {' | '.join(keys)} | GB/s | us | times ours | share of copy |", "|---" * (len(keys) + 4) + "|"]
     for row in rows:
-        low, high = row["share_range"]
-        speed = f"{row['gb_per_s']:.0f} | {row['us']:.1f} | {row['times_ours']:.2f}"
-        lines.append(
-            f"| {' | '.join(str(row[k]) for k in keys)} | {speed} | {row['share']:.2f} ({low:.2f} to {high:.2f}) |"
-        )
+        cells = [str(row[key]) for key in keys]
+        if "us" in row:
+            times = f"{row['times_ours']:.2f}" if "times_ours" in row else ""
+            cells += [f"{row['gb_per_s']:.0f}", f"{row['us']:.1f}", times, _share(row)]
+        else:
+            cells += ["", "", "", row["reason"]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -533,31 +550,61 @@ def count_all() -> list[dict]:
     return rows
 
 
-def measure_all(shape: tuple[int, int], repetitions: int) -> dict[str, dict]:
-    """{case: its measurement} on tensors of `shape`."""
-    order, measured = "sm80" if torch.cuda.get_device_capability() < (9, 0) else "sm90", {}
+def measure_all(shape: tuple[int, int], repetitions: int) -> Iterator[tuple[str, dict]]:
+    """(case, its measurement) on tensors of `shape`."""
+    order = "sm80" if torch.cuda.get_device_capability() < (9, 0) else "sm90"
     for case in CASES:
         moved = case.bytes * shape[0] * shape[1] / case.per_unit
-        measured[case.name] = measure(
-            functools.partial(case.make, *shape, order, DEVICE), moved, repetitions, case.graph
-        )
-        print(f"{case.name}: {measured[case.name]['share']:.2f} of copy bandwidth", flush=True)
-    return measured
+        found = attempt(functools.partial(case.make, *shape, order, DEVICE), moved, repetitions, case.graph)
+        print(f"{case.name}: {speed(found)}", flush=True)
+        yield case.name, found
+
+
+def spread_out(shapes: Sequence, count: int) -> list:
+    """`count` of the shapes, from small to large."""
+    return list(shapes[:: max(1, len(shapes) // count)][:count])
 
 
 def run(
-    out: Path, environment: dict, measuring: bool, shape=(16384, 4096), repetitions: int = 10, tables: int = 7
+    out: Path,
+    environment: dict,
+    measuring: bool,
+    shape=(16384, 4096),
+    repetitions: int = 10,
+    tables: int = 7,
+    counting: bool = True,
 ) -> dict:
     """Compile and count every kernel, measure them and the paper's tables too if asked (it takes a CUDA GPU), and
-    write `out`/kernels.json and kernels.md. Measurements that are there already stay where nothing is measured."""
+    write `out`/kernels.json and kernels.md. Measurements that are there already stay where nothing is measured.
+
+    counting=False takes the counts from results/kernels.json. The file is written after each measurement, so that a run
+    that is killed loses none."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "kernels.json"
-    results = {"environment": environment, "kernels": count_all()} | earlier_measurements(path)
+    path, counted = out / "kernels.json", Path(__file__).parent / "results" / "kernels.json"
+    earlier = json.loads(counted.read_text()) if not counting else {}
+    kernels_rows = count_all() if counting else earlier["kernels"]
+    results = {"environment": earlier.get("environment", environment), "kernels": kernels_rows}
+    results |= earlier_measurements(path)
+    save = functools.partial(_write_json, path, results)
     if measuring:
-        results |= {"measured": measure_all(shape, repetitions), "measured_on": environment}
-        results["table2"] = table2(TABLE2[:tables], repetitions)
-        results["table3"] = table3(TABLE3[:tables], repetitions)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        results |= {"measured": {}, "measured_on": environment, "table2": [], "table3": []}
+        for name, found in measure_all(shape, repetitions):
+            results["measured"][name] = found
+            save()
+        for key, rows in (
+            ("table2", table2(spread_out(TABLE2, tables), repetitions)),
+            ("table3", table3(spread_out(TABLE3, tables), repetitions)),
+        ):
+            for row in rows:
+                results[key].append(row)
+                save()
+    save()
     (out / "kernels.md").write_text(text := report(results))
     print(f"{text}\nwrote {out}/kernels.json and .md; README.md holds the first table, which a test compares")
     return results
+
+
+def _write_json(path: Path, data: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -390,7 +390,8 @@ class Run:
     def __init__(self, config: GPTConfig, sparse: bool, batch: int, settings: Settings, compile: bool = True):
         device = settings.device
         torch.manual_seed(0)
-        self.model = GPT(replace(config, sparse="fst" if sparse else "none")).to(device)
+        with device:
+            self.model = GPT(replace(config, sparse="fst" if sparse else "none"))
         decay = RECIPES["fst"].masked_decay if sparse else 0.0
         self.optimizer = self.model.configure_optimizers(0.1, 1.5e-4, (0.9, 0.95), device.type, decay)
         self.sparse, self.report, self.plan = sparse, None, None

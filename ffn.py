@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 import operators
 from sparse24 import Sparse24Linear, prune, through_soft, transposable_index
-from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, matmul24
+from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, compressed_size, matmul24
 from spmm_choice import Report, choose, time_interleaved, wins
 
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
@@ -164,12 +164,14 @@ def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
 
 
 def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pruned matrices and their operands as each of our packers writes them: of a weight, its transpose, a gradient."""
+    """Pruned matrices and their operands as each of our packers writes them: of a weight, its transpose, a gradient.
+
+    Multiples of 128 alone: whether an odd shape is packed alike is decided for each GEMM at its own shape."""
     pairs = []
-    for seed, shape in enumerate([(256, 512), (512, 256), (384, 128) if order == "sm80" else (320, 192)]):
+    for seed, shape in enumerate([(256, 512), (512, 256), (384, 128)]):
         generator = torch.Generator().manual_seed(seed)
         w = torch.randn(shape, generator=generator)
-        w = torch.where(w.abs() < 0.01, 0.01, w).to(device)  # a kept zero has no place of its own in a library's eyes
+        w = torch.where(w.abs() < 0.01, 0.01, w).to(device)  # libraries keep what is `!= 0`: no kept entry may be 0
         index = transposable_index(w)
         blobs = [torch.empty(w.numel() * 9 // 16, dtype=torch.bfloat16, device=device) for _ in range(2)]
         operators.pack_weight_(*blobs, w, index, order)
@@ -276,7 +278,7 @@ def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: n
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
     """What a linear layer computes in here."""
-    on = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    on = x.device.type in operators.AUTOCAST and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if on and x.dtype != torch.float64 else x.dtype
 
 
@@ -396,6 +398,16 @@ def _wanted(mask: str, orders: tuple[str | None, str | None]) -> tuple[bool, boo
     return mask != "transposable" or not {*used} <= {*_OURS}, *(order not in (None, "masked") for order in orders)
 
 
+def _shapes(w: torch.Tensor, dtype: torch.dtype, orders: tuple[str | None, str | None]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of _BUFFERS for a weight (out, in) whose operands lie in these orders."""
+    rows, columns = w.shape
+    packed, packed_t = (
+        compressed_size(*shape, order or "masked", dtype, w.device)
+        for shape, order in zip(((rows, columns), (columns, rows)), orders, strict=True)
+    )
+    return (rows, columns), (packed,), (packed_t,)
+
+
 def _write(w_24, packed, packed_t, w, index, beta, mask: str, orders: tuple, metadata: bool = True) -> None:
     """Fill those that are not None from the weight. metadata=False: the mask is that of the last time."""
     blobs = (packed, packed_t)
@@ -419,7 +431,7 @@ def _write(w_24, packed, packed_t, w, index, beta, mask: str, orders: tuple, met
 def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dtype) -> None:
     """Fill the layer's buffers that are read in these orders."""
     w, mask, orders = layer.weight, layer.recipe.mask, (order, order_t)
-    shapes = (tuple(w.shape), (w.numel() * 9 // 16,), (w.numel() * 9 // 16,))
+    shapes = _shapes(w, dtype, orders)
     wanted = zip(_BUFFERS, shapes, _wanted(mask, orders), strict=True)
     buffers = [_buffer(layer, name, shape if needed else None, dtype) for name, shape, needed in wanted]
     before, source = getattr(layer, "packed_from", None), _source(layer, *orders)
@@ -432,8 +444,7 @@ def _operand(w, index, beta, mask: str, order: str, dtype: torch.dtype, transpos
     """Of weights that are packed where they multiply, in new memory: the operand of the forward; or, transposed, of the
     input's gradient, where a dense GEMM takes the transpose of what is returned."""
     w, orders = w.detach(), (None, order) if transposed else (order, None)
-    shapes = (w.shape, (w.numel() * 9 // 16,), (w.numel() * 9 // 16,))
-    wanted = zip(shapes, _wanted(mask, orders), strict=True)
+    wanted = zip(_shapes(w, dtype, orders), _wanted(mask, orders), strict=True)
     buffers = [w.new_empty(shape, dtype=dtype) if needed else None for shape, needed in wanted]
     _write(*buffers, w, index, beta, mask, orders)
     return buffers[0 if order == "masked" else 1 + transposed]
@@ -456,4 +467,4 @@ def _packed_again(
 
 @_packed_again.register_fake
 def _(w, index, beta, mask, order, dtype, dy):
-    return w.new_empty(w.shape if order == "masked" else (w.numel() * 9 // 16,), dtype=dtype)
+    return w.new_empty(_shapes(w, dtype, (None, order))[0 if order == "masked" else 2], dtype=dtype)

@@ -222,7 +222,7 @@ def environment(device: torch.device, world_size: int) -> dict:
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
-        commit = None
+        commit = os.environ.get("NANO24_COMMIT")
     try:
         triton = version("triton")
     except PackageNotFoundError:

@@ -12,10 +12,12 @@ the library before any is used.
 Whatever was chosen multiplies the same numbers.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed layouts
@@ -153,9 +155,11 @@ def _check_b(function: str, b: torch.Tensor, bias: torch.Tensor | None, rows: in
         )
 
 
-def _check_blob(function: str, a: torch.Tensor, b: torch.Tensor, rows: int) -> None:
+def _check_blob(function: str, a: torch.Tensor, b: torch.Tensor, rows: int, padded: bool = False) -> None:
+    """padded: the library's own converter may have made `a` longer than 9/16 of the matrix."""
     size = rows * b.shape[0] * 9 // 16
-    if a.dtype != b.dtype or a.element_size() != 2 or a.shape != (size,) or not a.is_contiguous():
+    fits = a.dim() == 1 and (a.numel() == size or (padded and a.numel() > size and a.numel() % rows == 0))
+    if a.dtype != b.dtype or a.element_size() != 2 or not fits or not a.is_contiguous():
         raise ValueError(
             f"{function}: packed A {a.dtype} {tuple(a.shape)}, need a contiguous {b.dtype} ({size},): 9/16 of "
             f"{rows}x{b.shape[0]}, of a 16-bit dtype"
@@ -178,7 +182,7 @@ def matmul24_cusparselt(
 ) -> torch.Tensor:
     """D = A B + bias by cuSPARSELt. a: what its compress gives, or our packers in the order that it accepts."""
     _check_b("matmul24_cusparselt", b, bias, rows)
-    _check_blob("matmul24_cusparselt", a, b, rows)
+    _check_blob("matmul24_cusparselt", a, b, rows, padded=True)
     options = {"bias": bias, "transpose_result": transposed, "alg_id": alg_id}
     if split_k > 1:
         options["split_k"] = split_k
@@ -256,7 +260,7 @@ def matmul24(
 @torch.library.custom_op("nano24::compress24", mutates_args=())
 def compress24(x: torch.Tensor, order: str) -> torch.Tensor:
     """The packed operand of a pruned matrix x (rows, columns), 16-bit, contiguous, by a library's own converter: order
-    "library" is cuSPARSELt's, "cutlass" PyTorch's. Raises ValueError where its size is not 9/16 of x's."""
+    "library" is cuSPARSELt's, "cutlass" PyTorch's. Returns 1-D, `compressed_size` elements of x's dtype."""
     if not x.is_contiguous() or x.dim() != 2:
         raise ValueError(f"compress24: {tuple(x.shape)} with strides {tuple(x.stride())}, need a contiguous matrix")
     if order == "cutlass":
@@ -264,12 +268,26 @@ def compress24(x: torch.Tensor, order: str) -> torch.Tensor:
 
         values, metadata = sparse_semi_structured_from_dense_cutlass(x)
         return torch.cat((values.flatten(), metadata.flatten().view(x.dtype)))
-    blob = torch._cslt_compress(x).flatten()
-    if blob.numel() != x.numel() * 9 // 16:
-        raise ValueError(f"compress24: {blob.numel()} numbers for {tuple(x.shape)}, need 9/16; this library pads")
-    return blob
+    return torch._cslt_compress(x).flatten()
 
 
 @compress24.register_fake
 def _(x, order):
-    return x.new_empty(x.numel() * 9 // 16)
+    return x.new_empty(compressed_size(*x.shape, order, x.dtype, x.device))
+
+
+def compressed_size(rows: int, columns: int, order: str, dtype: torch.dtype, device: torch.device) -> int:
+    """Number of elements of a packed (rows, columns) matrix: 9/16 of the dense one in an order of ours. cuSPARSELt's
+    own converter may add padding, so the library is asked."""
+    return _library_size(rows, columns, dtype, device) if order == "library" else rows * columns * 9 // 16
+
+
+@torch.compiler.assume_constant_result
+def _library_size(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    return _ask_library(rows, columns, dtype, device)
+
+
+@functools.cache
+def _ask_library(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    with _disable_current_modes():  # a real call, also while a compiler traces
+        return torch._cslt_compress(torch.zeros(rows, columns, dtype=dtype, device=device)).numel()

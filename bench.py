@@ -6,6 +6,7 @@
     python bench.py --predict [h100] --gpus [64 1024]     a run on so many (cluster.py): see results/cluster.md
     python bench.py --suite kernels --predict    compile the Triton kernels and count: results/kernels.{json,md}
     python bench.py --plot bench.png --json results/h200/bench.json     draw the figure of a file that is there
+    python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py
 
 Suites. gemm: the six GEMMs of a feed-forward layer, dense and by the fastest sound 2:4 backend. ffn, block: forward and
 backward of one layer (the paper's Figure 6). e2e: whole optimizer steps of GPT-2 (Table 8). upkeep: what saves and
@@ -40,9 +41,10 @@ import cluster
 import roofline
 import spmm_choice
 from bench_suites import MASK_INTERVAL, PAPER_BATCH, SUITES, WIDTHS, Settings, gpt2, predict_step, suite_rows
+from benchmarks import evidence
 from model import PRESETS, GPTConfig
 from plot import COLOURS
-from runtime import environment
+from runtime import environment, write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
@@ -109,9 +111,7 @@ class Results:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, self.data)
 
 
 def line(suite: str, row: dict) -> str:
@@ -321,6 +321,18 @@ def run_kernels(args, device: torch.device) -> None:
     bench_kernels.run(out, environment(where, 1), *how)
 
 
+def run_evidence(args) -> None:
+    """Stages of benchmarks/evidence.py; this process leaves the GPU to them."""
+    name = evidence.device_name()
+    held = Path("results") / slug(name) / "evidence" / "evidence.json" if name else None
+    try:
+        ended_well = evidence.run(args.evidence, args.minutes, args.stages, evidence.STAGES, held)
+    except ValueError as error:
+        sys.exit(f"bench.py: {error}")
+    if not ended_well:
+        sys.exit(1)
+
+
 def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}, need at least 1")
@@ -329,6 +341,9 @@ def _positive(text: str) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", help="with --evidence: what to run, in this order; default: everything")
+    parser.add_argument("--evidence", type=Path, metavar="OUT", help="run stages of benchmarks/evidence.py into OUT")
+    parser.add_argument("--minutes", type=float, default=10.0, help="with --evidence: when to end")
     parser.add_argument("--suite", choices=(*SUITES, "kernels", "all"), help="default: all")
     parser.add_argument("--json", type=Path, help="where to write the numbers; default: bench.json in --out_dir")
     parser.add_argument("--plot", type=Path, help="where to write the figure; without --suite, of the --json there is")
@@ -342,6 +357,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="the whole grids, however long they take")
     parser.add_argument("--budget", type=float, help="seconds per suite after which no row is begun (e2e: four times)")
     parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=(), help="e2e: of GPT-2; default: all")
+    parser.add_argument("--widths", nargs="+", type=_positive, default=(), help="gemm, ffn, block: of the layers")
+    parser.add_argument("--verdicts", type=Path, help="keep the verdicts on GEMMs in this file; default: measure anew")
     parser.add_argument("--repetitions", type=_positive, default=10)
     parser.add_argument(
         "--accumulation", type=_positive, default=1, help="ffn, block: micro-steps that share a packing"
@@ -369,12 +386,18 @@ def settings_of(args, device: torch.device, cache: Path) -> Settings:
         compile_mode=args.compile_mode,
         spmm=args.spmm or ("auto" if on_gpu else "emulated"),
         sizes=tuple(args.sizes),
-        cache=cache,
+        widths=tuple(args.widths),
+        cache=args.verdicts or cache,
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
+    if args.evidence:
+        run_evidence(args)
+        return
+    if args.stages:
+        sys.exit(f"bench.py: {args.stages[0]} is no option; stages need --evidence OUT, suites --suite NAME")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if args.suite == "kernels":
         run_kernels(args, device)

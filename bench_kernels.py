@@ -15,7 +15,6 @@ kernel time, median (smallest to largest) over repetitions that alternate with t
 
 import functools
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ import torch
 
 import operators
 import roofline
+from runtime import write_json
 
 if find_spec("triton"):
     import baselines
@@ -585,7 +585,7 @@ def run(
     kernels_rows = count_all() if counting else earlier["kernels"]
     results = {"environment": earlier.get("environment", environment), "kernels": kernels_rows}
     results |= earlier_measurements(path)
-    save = functools.partial(_write_json, path, results)
+    save = functools.partial(write_json, path, results)
     if measuring:
         results |= {"measured": {}, "measured_on": environment, "table2": [], "table3": []}
         for name, found in measure_all(shape, repetitions):
@@ -602,9 +602,3 @@ def run(
     (out / "kernels.md").write_text(text := report(results))
     print(f"{text}\nwrote {out}/kernels.json and .md; README.md holds the first table, which a test compares")
     return results
-
-
-def _write_json(path: Path, data: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -52,6 +52,7 @@ class Settings:
     compile_mode: str = "default"  # torch.compile's
     spmm: str = "auto"
     sizes: tuple[str, ...] = ()  # of e2e; none: what `scale` says
+    widths: tuple[int, ...] = ()  # of gemm, ffn and block; none: what `scale` says
     cache: Path | None = None  # verdicts on GEMMs that rows and suites share
 
     @property
@@ -176,6 +177,8 @@ def gemm_grid(settings: Settings) -> list[tuple[int, int]]:
     widths, tokens = WIDTHS[:4], (16384, 65536, 8192)
     if settings.scale == "quick":
         widths, tokens = (768, 1600), (16384,)
+    if settings.widths:
+        widths, tokens = settings.widths, (16384,)
     return [(d, t) for t in tokens for d in widths]
 
 
@@ -310,6 +313,7 @@ def layer_grid(kind: str, settings: Settings) -> list[tuple[str, int, int, int]]
         grid = itertools.product(("geglu", "gelu"), WIDTHS, (2048, 1024, 512), (4, 8, 16, 32, 64))
         return [case for case in grid if case[1] * case[2] * case[3] <= 2**29]  # 1 GiB of bf16 input, 4 hidden
     widths = (1024, 4096) if settings.scale == "quick" else (768, 1024, 1600, 2048, 4096)
+    widths = settings.widths or widths
     if kind == "ffn":
         return [("gelu", d, 1024, 16) for d in widths] + [("geglu", d, 2048, 8) for d in widths]
     return [("gelu", d, n, 16384 // n) for n in (1024, 2048, 512) for d in widths]
@@ -385,9 +389,21 @@ def layer_model(kind: str, row: dict, card, settings: Settings) -> dict:
 
 
 class Run:
-    """A GPT in training: `step` is one whole optimizer step on random tokens, all but the mask refresh."""
+    """A GPT in training: `step` is one whole optimizer step on random tokens, all but the mask refresh.
 
-    def __init__(self, config: GPTConfig, sparse: bool, batch: int, settings: Settings, compile: bool = True):
+    micro_steps: forward and backward passes per step. blocks: compile the blocks and the head one by one, which takes
+    a deep model's time to compile from minutes to seconds."""
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        sparse: bool,
+        batch: int,
+        settings: Settings,
+        compile: bool = True,
+        micro_steps: int = 1,
+        blocks: bool = False,
+    ):
         device = settings.device
         torch.manual_seed(0)
         with device:
@@ -396,21 +412,31 @@ class Run:
         self.optimizer = self.model.configure_optimizers(0.1, 1.5e-4, (0.9, 0.95), device.type, decay)
         self.sparse, self.report, self.plan = sparse, None, None
         if sparse:
-            self.plan, self.report = plan(config, batch * config.block_size, replace(settings, graph=False))
+            self.plan, self.report = plan(config, batch * config.block_size, settings)
             ffn.set_plan(self.model, self.plan)
-        self.net = compiled(self.model, settings) if compile else self.model
+        self.net = compiled(self.model, settings) if compile and not blocks else self.model
+        if compile and blocks:
+            for block in self.model.transformer.h:
+                block.compile(dynamic=False, mode=settings.compile_mode)
+            self.model.head = compiled(self.model.head, settings)
         self.tokens = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
-        self.iter_num = 0
+        self.iter_num, self.micro_steps = 0, micro_steps
+        # A CUDA graph overwrites what it returned at its next replay, so its gradients are summed in tensors of ours.
+        self.new_gradients = settings.compile_mode == "default"
+        for p in self.model.parameters():
+            p.grad = None if self.new_gradients else torch.zeros_like(p)
 
     def step(self) -> None:
-        if self.sparse:
-            seed_draws(self.model, 1, self.iter_num, 0)
-        with autocast(self.tokens.device):
-            _, loss = self.net(*self.tokens)
-        loss.backward()
+        for micro_step in range(self.micro_steps):
+            if self.sparse:
+                seed_draws(self.model, 1, self.iter_num, micro_step)
+            torch.compiler.cudagraph_mark_step_begin()
+            with autocast(self.tokens.device):
+                _, loss = self.net(*self.tokens)
+            (loss / self.micro_steps).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.new_gradients)
         if self.sparse:
             ffn.pack_weights(self.model)
         self.iter_num += 1

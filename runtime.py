@@ -1,6 +1,7 @@
 """What surrounds a run: the ranks it is spread over, the signals that stop it, and the numbers it writes."""
 
 import fcntl
+import json
 import os
 import platform
 import signal
@@ -214,6 +215,13 @@ class StopSignal:
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+
+
+def write_json(path: Path, data) -> None:
+    """Write a JSON file whole or not at all: a kill may come at any time."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def environment(device: torch.device, world_size: int) -> dict:

@@ -271,6 +271,7 @@ class _Trial:
         self.operands: dict[tuple[str, str], torch.Tensor] = {}  # by backend and order
         self.sound: dict[Choice, Callable] = {}
         self.faults: dict[Choice, str] = {}
+        self.us: dict[Choice, float] = {}  # microseconds of each sound algorithm, the first time round
 
     def dense(self) -> torch.Tensor:
         return matmul24(self.a, self.b, self.bias, self.gemm.m, self.gemm.transposed, Choice())
@@ -325,7 +326,8 @@ class _Trial:
 
     def fastest(self, timer) -> list[Choice]:
         times = timer(list(self.sound.values()), 3)
-        return sorted(self.sound, key=dict(zip(self.sound, map(statistics.median, times), strict=True)).get)[:3]
+        self.us = dict(zip(self.sound, map(statistics.median, times), strict=True))
+        return sorted(self.sound, key=self.us.get)[:3]
 
     def _try_algorithms(self, name: str, order: str) -> None:
         raised = 0
@@ -358,7 +360,8 @@ def _measure(trial: _Trial, forced: bool, timer) -> dict:
     dense_us, *sparse_us = timer([trial.dense, *(trial.sound[choice] for choice in finalists)], 15)
     row = {**trial.gemm._asdict(), "dense_us": statistics.median(dense_us), "dense_spread_us": _spread(dense_us)}
     row |= {"best_us": None, "best_spread_us": None, "ratio": None, "chosen": False, **Choice()._asdict()}
-    row["faults"] = {f"{c.backend} {c.order} {c.alg_id}/{c.split_k}": fault for c, fault in trial.faults.items()}
+    row["faults"] = {_label(choice): fault for choice, fault in trial.faults.items()}
+    row["algorithms_us"] = {_label(choice): us for choice, us in trial.us.items()}
     row["reason"] = next(iter(row["faults"].values()), "no backend")
     if finalists:
         us, choice = min(zip(sparse_us, finalists, strict=True), key=lambda pair: statistics.median(pair[0]))
@@ -366,6 +369,10 @@ def _measure(trial: _Trial, forced: bool, timer) -> dict:
         row |= {"ratio": row["dense_us"] / row["best_us"], "chosen": forced or wins(us, dense_us)}
         row["reason"] = "" if row["chosen"] else "not faster by more than the noise"
     return row
+
+
+def _label(choice: Choice) -> str:
+    return f"{choice.backend} {choice.order} {choice.alg_id}/{choice.split_k}"
 
 
 def _choice_of(row: dict) -> Choice:

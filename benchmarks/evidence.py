@@ -1,0 +1,201 @@
+"""Evidence from a GPU that is there for minutes: a fixed list of stages, the most valuable first.
+
+    python bench.py --evidence OUT --minutes 4                     every stage that fits into four minutes
+    python bench.py --evidence OUT --minutes 3 probe gemm tests    these stages, in this order
+
+Each stage is a process of its own in a process group of its own. It begins only when its `least` seconds are left, and
+it is killed with everything that it started after its `most` seconds. It writes its numbers as it goes, so a stage that
+is killed keeps what it measured. How each stage ended stands in OUT/evidence.json, with the end of its output if it
+failed; log.txt has the whole output. A stage that ended well for the same code is skipped when it is found in OUT or in
+results/<gpu>/evidence, so calls that lie weeks apart add up.
+
+The compile caches of Triton and Inductor and the verdicts on GEMMs come back as caches.tgz. A later call begins with
+them if the file is put at .evidence/caches.tgz. The stage `train` reads the dataset at .evidence/books if it is there
+(train.bin, val.bin and meta.json), else Python's own standard library.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CARRIED = ROOT / ".evidence"  # ignored by git: what a call brings along
+MOST_FILES = 8  # lent machines return few files: beyond this number all but the first two are packed into one archive
+ARCHIVE_BYTES = 15 * 2**20  # caches larger than this are left behind
+KILL_S = 5  # seconds between the request to end and the kill
+
+
+class Stage(NamedTuple):
+    """A shell command, in which {out} is the folder of results and {python} the interpreter, and its time limits."""
+
+    least: float  # seconds that must be left for it to begin
+    most: float  # seconds after which it is killed
+    command: str
+
+
+def _bench(suite: str, words: str) -> str:
+    return f"{{python}} bench.py --suite {suite} --json {{out}}/{suite}.json --verdicts {{caches}}/gemms.json {words}"
+
+
+STAGES = {
+    "probe": Stage(25, 75, "{python} -m benchmarks.probe {out}/probe.json"),
+    "gemm": Stage(30, 90, _bench("gemm", "--graph --widths 1600 4096 768 1280 --repetitions 7 --budget 70")),
+    "tests": Stage(
+        40,
+        110,
+        "{python} -m pytest -q -n 8 -p no:cacheprovider -m gpu tests/test_kernels.py tests/test_gpu_gemm.py "
+        "--deselect tests/test_gpu_gemm.py::test_times_are_those_of_the_gpu",
+    ),
+    "sweep": Stage(25, 60, "{python} -m benchmarks.sweep {out}/sweep.json"),
+    "kernels": Stage(
+        30, 80, "{python} bench.py --suite kernels --measured_only --repetitions 5 --tables 3 --out_dir {out}"
+    ),
+    "ffn": Stage(40, 110, _bench("ffn", "--graph --widths 1600 4096 1280 --repetitions 7 --budget 80")),
+    "step": Stage(60, 170, "{python} -m benchmarks.steps {out}/step.json --verdicts {caches}/gemms.json"),
+    "train": Stage(60, 130, "{python} -m benchmarks.curves {out}/train.json"),
+    "resume": Stage(
+        40, 90, "{python} -m pytest -q -n 4 -p no:cacheprovider -m gpu tests/test_gpu.py -k 'resumes or operators'"
+    ),
+}
+
+
+def code_id() -> str:
+    """A hash of the repository's source files: the same code gives the same results, with or without git."""
+    files = [*ROOT.glob("*.py"), *(path for name in ("benchmarks", "gemm24") for path in (ROOT / name).glob("*.py"))]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def earlier_stages(*files: Path) -> dict[str, dict]:
+    """The stages of earlier calls by name, the last file's first in rank."""
+    found = {}
+    for path in files:
+        if path.exists():
+            found |= json.loads(path.read_text())["stages"]
+    return found
+
+
+def run_stage(stage: Stage, out: Path, seconds: float, log) -> dict:
+    """Run one stage for at most `seconds`. Returns its status, time and, unless it is "ok", the end of its output."""
+    caches = out / "caches"
+    command = stage.command.format(python=sys.executable, out=out, caches=caches)
+    folders = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "xdg"}
+    environment = os.environ | {name: str(caches / folder) for name, folder in folders.items()}
+    environment |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "4"}
+    log.write(f"\n===== {command}\n")
+    log.flush()
+    begin, start = log.tell(), time.monotonic()
+    process = subprocess.Popen(
+        ["bash", "-c", command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        status = "ok" if process.wait(seconds) == 0 else f"exit status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        status = f"killed after {seconds:.0f} s"
+    _end_group(process)
+    result = {"status": status, "seconds": round(time.monotonic() - start, 1), "command": command}
+    if status != "ok":
+        log.flush()
+        text = Path(log.name).read_bytes()[begin:].decode(errors="replace")
+        result["output"] = text.splitlines()[-40:]
+    return result
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """End a process and everything that it started, politely first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:  # nothing of the group is left
+            break
+        if process.poll() is None:
+            try:
+                process.wait(KILL_S)
+            except subprocess.TimeoutExpired:
+                continue
+        time.sleep(0.2)
+    process.wait()
+
+
+def collect(out: Path, stages: dict, device: str | None) -> None:
+    """Write evidence.json, whole or not at all."""
+    temporary = out / "evidence.json.tmp"
+    temporary.write_text(json.dumps({"device": device, "stages": stages}, indent=1) + "\n")
+    os.replace(temporary, out / "evidence.json")
+
+
+def pack_up(out: Path) -> None:
+    """Turn the caches into one archive, and pack the results together if there are too many files."""
+    caches = out / "caches"
+    if caches.exists():
+        with tarfile.open(out / "caches.tgz", "w:gz") as archive:
+            archive.add(caches, "caches")
+        size = (out / "caches.tgz").stat().st_size
+        if size > ARCHIVE_BYTES:
+            (out / "caches.tgz").unlink()
+            print(f"caches left behind: {size / 2**20:.0f} MiB packed", flush=True)
+        shutil.rmtree(caches)
+    first = ("evidence.json", "log.txt", "caches.tgz")
+    others = [path for path in sorted(out.iterdir()) if path.name not in first]
+    if len(others) + len(first) > MOST_FILES:
+        with tarfile.open(out / "results.tgz", "w:gz") as archive:
+            for path in others:
+                archive.add(path, path.name)
+        for path in others:
+            path.unlink()
+
+
+def device_name() -> str | None:
+    """The first GPU's name as nvidia-smi says it; None without one."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):  # no driver here
+        return None
+    return done.stdout.partition("\n")[0].strip() or None
+
+
+def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage], held: Path | None = None) -> bool:
+    """Run the named stages, or all, within `minutes`. held: an evidence.json of earlier calls. Returns whether every
+    stage that began ended well. Raises ValueError for a stage that does not exist."""
+    if unknown := [name for name in names if name not in stages]:
+        raise ValueError(f"--evidence: no stage {unknown[0]!r}, need some of {', '.join(stages)}")
+    end = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    code, device = code_id(), device_name()
+    if (CARRIED / "caches.tgz").exists() and not (out / "caches").exists():
+        with tarfile.open(CARRIED / "caches.tgz") as archive:
+            archive.extractall(out, filter="data")
+    (out / "caches").mkdir(exist_ok=True)
+    done = earlier_stages(*([held] if held else []), out / "evidence.json")
+    ran = []
+    with open(out / "log.txt", "a") as log:
+        for name in names or stages:
+            if done.get(name, {}).get("status") == "ok" and done[name]["code"] == code:
+                print(f"{name}: skipped, ended well for this code already", flush=True)
+                continue
+            left = end - time.monotonic() - 2 * KILL_S
+            if left < stages[name].least:
+                print(f"{name}: left out, {left:.0f} s are left and it needs {stages[name].least:.0f}", flush=True)
+                continue
+            done[name] = run_stage(stages[name], out, min(stages[name].most, left), log)
+            done[name] |= {"code": code, "commit": os.environ.get("NANO24_COMMIT"), "device": device}
+            ran.append(name)
+            collect(out, done, device)
+            print(f"{name}: {done[name]['status']}, {done[name]['seconds']} s", flush=True)
+    collect(out, done, device)
+    text = (out / "log.txt").read_text(errors="replace")
+    pack_up(out)
+    print("\n".join(text.splitlines()[-90:]))
+    return all(done[name]["status"] == "ok" for name in ran)

@@ -1,0 +1,147 @@
+"""Products that the training does not do yet, by every algorithm of cuSPARSELt: python -m benchmarks.sweep OUT.json
+
+Feed-forward layers of GPT-2's widths and 16,384 tokens, operands packed by the library's own compress, times from CUDA
+graphs so that the host does not count:
+    float16      the six products of bench.py's suite gemm in float16, for which the library has more tile shapes
+    activations  Y = H W2^T with the hidden activations H as the 2:4 operand, packed along its features
+    float8       e4m3 operands and bf16 results: dense (torch._scaled_mm) and 2:4
+Each row has the dense time in its own type and in bf16, the best 2:4 time, and all the times by algorithm.
+"""
+
+import json
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import ffn
+import spmm_choice
+from runtime import environment, write_json
+
+TOKENS = 16384
+ALGORITHMS = 64
+RAISED = 8  # algorithm ids in a row that raise: the library has no more
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def quick_us(call: Callable, count: int, samples: int = 3) -> float:
+    """Median microseconds per call of `samples` replays of a graph of `count` calls."""
+    call()
+    replay = spmm_choice._captured(lambda: [call() for _ in range(count)])
+    times = []
+    for _ in range(samples):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1000 * begin.elapsed_time(end) / count)
+    return statistics.median(times)
+
+
+def sweep(multiply: Callable[[int], torch.Tensor], reference: torch.Tensor, slack: float, count: int) -> dict:
+    """{algorithm id: microseconds, or what is wrong with it}. slack: largest error as a share of the largest value."""
+    found, raised = {}, 0
+    for alg_id in range(ALGORITHMS):
+        try:
+            error = (multiply(alg_id).float() - reference).abs().max() / reference.abs().max()
+            if not error <= slack:  # NaN too
+                found[str(alg_id)] = f"wrong result, off by {error.item():.3g} of the largest value"
+                continue
+            found[str(alg_id)], raised = quick_us(lambda i=alg_id: multiply(i), count), 0
+        except RuntimeError as error:
+            found[str(alg_id)], raised = spmm_choice.reason(error), raised + 1
+            if raised == RAISED:
+                break
+    return found
+
+
+def summary(row: dict, times: dict, dense_us: float) -> dict:
+    """The row with the dense time, the best 2:4 time and their ratio."""
+    good = {name: us for name, us in times.items() if isinstance(us, float)}
+    best = min(good, key=good.get, default=None)
+    row |= {"dense_us": dense_us, "best_us": good.get(best), "alg_id": best, "algorithms": times}
+    return row | {"ratio": dense_us / good[best] if good else None}
+
+
+def calls_of(flops: float) -> int:
+    """Calls per graph that take about 2 ms at 500 TFLOP/s."""
+    return max(2, min(50, int(2e-3 * 5e14 / flops)))
+
+
+def product_row(name: str, m: int, n: int, k: int, column_major: bool, transposed: bool, dtype: torch.dtype) -> dict:
+    """One product D = A B in a 16-bit type, A (m, k) 2:4."""
+    a = spmm_choice.random_24(m, k, device(), dtype)
+    b = torch.randn(*((n, k) if column_major else (k, n)), device=device()).to(dtype)
+    b = b.t() if column_major else b
+    packed, count = torch._cslt_compress(a), calls_of(2.0 * m * n * k)
+    reference = b.float().t() @ a.float().t() if transposed else a.float() @ b.float()
+
+    def dense():
+        return b.t() @ a.t() if transposed else a @ b
+
+    def multiply(alg_id):
+        return torch._cslt_sparse_mm(packed, b, transpose_result=transposed, alg_id=alg_id)
+
+    row = {"name": name, "m": m, "n": n, "k": k, "dtype": str(dtype)[6:], "b_column_major": column_major}
+    times = sweep(multiply, reference, 0.02, count)
+    return summary(row | {"transposed": transposed}, times, quick_us(dense, count, 7))
+
+
+def float8_row(name: str, m: int, n: int, k: int) -> dict:
+    """One product with e4m3 operands, both contiguous along k, and bf16 results (n, m)."""
+    e4m3 = torch.float8_e4m3fn
+    a = spmm_choice.random_24(m, k, device()).to(e4m3)
+    b = torch.randn(n, k, device=device()).to(e4m3)
+    packed, count = torch._cslt_compress(a), calls_of(2.0 * m * n * k)
+    one, alpha = torch.ones((), device=device()), torch.ones(m, device=device())
+    reference = b.float() @ a.float().t()
+    bf16 = (b.bfloat16(), a.bfloat16())
+
+    def multiply(alg_id):
+        options = {"alpha": alpha, "out_dtype": torch.bfloat16, "transpose_result": True, "alg_id": alg_id}
+        return torch._cslt_sparse_mm(packed, b.t(), **options)
+
+    def dense():
+        return torch._scaled_mm(b, a.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+    row = {"name": name, "m": m, "n": n, "k": k, "dtype": "float8_e4m3fn"}
+    row["bf16_us"] = quick_us(lambda: bf16[0] @ bf16[1].t(), count, 7)
+    return summary(row, sweep(multiply, reference, 0.02, count), quick_us(dense, count, 7))
+
+
+def rows() -> Iterator[Callable[[], dict]]:
+    """The products, the most telling first."""
+    for d in (1600, 4096):
+        for name, m, n, k in (("z", 4 * d, TOKENS, d), ("y", d, TOKENS, 4 * d), ("dw1", 4 * d, d, TOKENS)):
+            yield lambda name=name, m=m, n=n, k=k: float8_row(name, m, n, k)
+        yield lambda d=d: product_row("activations y", TOKENS, d, 4 * d, True, False, torch.bfloat16)
+        yield lambda d=d: product_row("activations y, transposed", TOKENS, d, 4 * d, True, True, torch.bfloat16)
+    for d in (1600, 768):
+        for name, gemm in ffn.ffn_gemms(d, 4 * d, TOKENS, "gelu", False, True).items():
+            shape = (name, gemm.m, gemm.n, gemm.k, gemm.b_column_major, gemm.transposed)
+            yield lambda shape=shape: product_row(*shape, torch.float16)
+
+
+def main(argv: list[str]) -> int:
+    path, results, failed = Path(argv[0]), {"environment": environment(device(), 1), "rows": []}, False
+    for make in rows():
+        try:
+            row = make()
+        except Exception as error:  # named in the results, and the rows after it are worth having
+            traceback.print_exc()
+            row, failed = {"reason": spmm_choice.reason(error)}, True
+        results["rows"].append(row)
+        write_json(path, results)
+        print(json.dumps({key: value for key, value in row.items() if key != "algorithms"}), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ demo: .venv/installed
 # Two halves side by side, since a test uses one core; the first half's report is printed when the second has ended.
 test: lint
 	@$(PY) -m pytest -q tests/test_[a-j]*.py > .pytest_half.log 2>&1 & first=$$!; \
-	$(PY) -m pytest -q tests/test_[k-z]*.py; second=$$?; \
+	$(PY) -m pytest -q tests/test_[k-z]*.py tests/gemm24; second=$$?; \
 	wait $$first; first=$$?; cat .pytest_half.log; rm -f .pytest_half.log; \
 	test $$first -eq 0 -a $$second -eq 0
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gemm24 import cusparselt
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed layouts
 
@@ -130,10 +132,13 @@ class Gemm(NamedTuple):
     fresh: bool = False
 
 
+MATMULS = ("masked", "cusparselt", "cutlass", "cusparselt-plan", "emulated")  # backends of matmul24
+
+
 class Choice(NamedTuple):
     """How one GEMM is multiplied. The default is a dense GEMM on the pruned matrix."""
 
-    backend: str = "masked"  # masked, cusparselt, cutlass or emulated
+    backend: str = "masked"  # one of MATMULS
     order: str = "masked"  # how A lies: masked (dense, with zeros), a key of ORDERS, or library (cuSPARSELt's own)
     alg_id: int = 0
     split_k: int = 1
@@ -166,8 +171,8 @@ def _check_blob(function: str, a: torch.Tensor, b: torch.Tensor, rows: int, padd
         )
 
 
-def _empty_result(b: torch.Tensor, rows: int, transposed: bool) -> torch.Tensor:
-    return b.new_empty((b.shape[1], rows) if transposed else (rows, b.shape[1]))
+def _empty_result(b: torch.Tensor, rows: int, transposed: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return b.new_empty((b.shape[1], rows) if transposed else (rows, b.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("nano24::matmul24_cusparselt", mutates_args=())
@@ -192,6 +197,35 @@ def matmul24_cusparselt(
 @matmul24_cusparselt.register_fake
 def _(a, b, bias, rows, transposed, alg_id, split_k):
     return _empty_result(b, rows, transposed)
+
+
+@torch.library.custom_op("nano24::matmul24_cusparselt_plan", mutates_args=())
+def matmul24_cusparselt_plan(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    transposed: bool,
+    alg_id: int,
+    split_k: int,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """D = A B by cuSPARSELt with plans that are kept, gemm24/cusparselt.py. bias: None, which cannot be fused there."""
+    _check_b("matmul24_cusparselt_plan", b, bias, rows)
+    _check_blob("matmul24_cusparselt_plan", a, b, rows)
+    return cusparselt.matmul(a, b, bias, rows, transposed, alg_id, split_k, out_dtype)
+
+
+@matmul24_cusparselt_plan.register_fake
+def _(a, b, bias, rows, transposed, alg_id, split_k, out_dtype=None):
+    return _empty_result(b, rows, transposed, out_dtype)
+
+
+def _matmul_plan(a, b, bias, rows: int, transposed: bool, choice: Choice) -> torch.Tensor:
+    """The bias is added to D, which rounds once more and reads and writes D once more."""
+    _check_b("matmul24_cusparselt_plan", b, bias, rows)
+    d = matmul24_cusparselt_plan(a, b, None, rows, transposed, choice.alg_id, choice.split_k)
+    return d if bias is None else d + (bias if transposed else bias[:, None])
 
 
 @torch.library.custom_op("nano24::matmul24_cutlass", mutates_args=())
@@ -250,11 +284,13 @@ def matmul24(
         return _matmul_masked(a, b, bias, transposed)
     if choice.backend == "cusparselt":
         return matmul24_cusparselt(a, b, bias, rows, transposed, choice.alg_id, choice.split_k)
+    if choice.backend == "cusparselt-plan":
+        return _matmul_plan(a, b, bias, rows, transposed, choice)
     if choice.backend == "cutlass":
         return matmul24_cutlass(a, b, bias, rows, transposed)
     if choice.backend == "emulated":
         return matmul24_emulated(a, b, bias, rows, transposed, choice.order)
-    raise ValueError(f"matmul24: backend {choice.backend!r} is unknown, need masked, cusparselt, cutlass or emulated")
+    raise ValueError(f"matmul24: backend {choice.backend!r} is unknown, need one of {', '.join(MATMULS)}")
 
 
 @torch.library.custom_op("nano24::compress24", mutates_args=())

@@ -144,7 +144,7 @@ def test_what_measures_nothing(mode):
 
 
 def test_an_unknown_mode_is_named():
-    with pytest.raises(ValueError, match="spmm='fast', need one of auto, dense, masked, cusparselt, cutlass, emulated"):
+    with pytest.raises(ValueError, match="need one of auto, dense, masked, cusparselt, cutlass, cusparselt-plan, emul"):
         choose(GEMMS, CPU, "fast")
 
 

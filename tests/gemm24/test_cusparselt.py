@@ -1,0 +1,339 @@
+"""gemm24/cusparselt.py against a stand-in for NVIDIA's library, compiled from cusparselt_stub.c."""
+
+import ctypes
+import gc
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import spmm
+import spmm_choice
+from gemm24 import cusparselt
+from spmm import Choice, matmul24
+
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+ROWS, K, N = 64, 128, 24
+ALL_FUNCTIONS = [name for name in cusparselt._FUNCTIONS if name != "GetProperty"]
+STREAM = 0x5EED
+
+
+@pytest.fixture(scope="module")
+def stub_path(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("the stand-in for cuSPARSELt is written in C, and this machine has no C compiler (cc or gcc)")
+    path = tmp_path_factory.mktemp("stub") / "libcusparseLt.so.0"
+    source = Path(__file__).with_name("cusparselt_stub.c")
+    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
+    return path
+
+
+@pytest.fixture
+def stub(stub_path, monkeypatch):
+    """The stand-in, loaded instead of NVIDIA's library, with empty caches and one stream."""
+    library = ctypes.CDLL(str(stub_path))
+    library.stub_log.restype = ctypes.c_char_p
+    library.stub_clear()
+    library.stub_version(0, 8)
+    library.stub_workspace(ctypes.c_size_t(4096))
+    monkeypatch.setattr(cusparselt, "LIBRARY", str(stub_path))
+    monkeypatch.setattr(cusparselt, "_handles", {})
+    monkeypatch.setattr(cusparselt, "_plans", {})
+    monkeypatch.setattr(cusparselt, "_current_stream", lambda device: STREAM)
+    cusparselt._load.cache_clear()
+    yield library
+    cusparselt._load.cache_clear()
+
+
+def calls(stub, name: str = "") -> list[str]:
+    """The stand-in's log since the last time, of one function or of all."""
+    lines = stub.stub_log().decode().splitlines()
+    stub.stub_clear()
+    return [line for line in lines if not name or line.split()[0] == name]
+
+
+def operands(column_major: bool = False, dtype=torch.bfloat16, k: int = K, n: int = N):
+    """(A as the stand-in reads it, dense but flat; B)."""
+    generator = torch.Generator().manual_seed(k + n)
+    a = torch.randn(ROWS, k, generator=generator).to(dtype)
+    b = torch.randn(*((n, k) if column_major else (k, n)), generator=generator).to(dtype)
+    return a.flatten(), b.t() if column_major else b
+
+
+def reference(a, b, transposed: bool) -> torch.Tensor:
+    d = a.view(ROWS, -1).float() @ b.float()
+    return d.t() if transposed else d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the library is told
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("column_major", [False, True])
+def test_descriptors_and_result_of_each_layout(stub, column_major, transposed):
+    a, b = operands(column_major)
+    d = cusparselt.matmul(a, b, None, ROWS, transposed, 7, 4)
+    b_line = f"{N} {K} ld {K}" if column_major else f"{K} {N} ld {N}"
+    ld, order = (ROWS, 1) if transposed else (N, 2)
+    assert calls(stub) == [
+        "Init",
+        f"StructuredDescriptorInit {ROWS} {K} ld {K} align 16 type 14 order 2",
+        f"DenseDescriptorInit {b_line} align 16 type 14 order 2",
+        f"DenseDescriptorInit {ROWS} {N} ld {ld} align 16 type 14 order {order}",
+        f"MatmulDescriptorInit op 0 {int(column_major)} compute 2",
+        "MatmulAlgSelectionInit",
+        "MatmulAlgSetAttribute 0 = 7",
+        "MatmulAlgSetAttribute 3 = 4",
+        "MatmulPlanInit alg 7 split 4",
+        "MatmulGetWorkspace",
+        f"Matmul alg 7 stream {STREAM:#x}",
+    ]
+    assert d.is_contiguous()
+    assert d.dtype == torch.bfloat16
+    torch.testing.assert_close(d.float(), reference(a, b, transposed), rtol=2**-8, atol=1e-3)
+
+
+def test_a_sum_that_is_not_split_sets_no_split(stub):
+    a, b = operands()
+    cusparselt.matmul(a, b, None, ROWS, False, 0, 1)
+    assert calls(stub, "MatmulAlgSetAttribute") == ["MatmulAlgSetAttribute 0 = 0"]
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, 14), (torch.float16, 2)])
+def test_float32_results(stub, dtype, code):
+    a, b = operands(dtype=dtype)
+    d = cusparselt.matmul(a, b, None, ROWS, False, 0, 1, out_dtype=torch.float32)
+    assert d.dtype == torch.float32
+    lines = calls(stub)
+    types = [line.split("type ")[1].split()[0] for line in lines if "type" in line]
+    assert types == [str(code), str(code), "0"]
+    if dtype == torch.bfloat16:
+        torch.testing.assert_close(d, reference(a, b, False), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adding_to_a_gradient_in_place(stub, transposed):
+    a, b = operands()
+    d = torch.ones((N, ROWS) if transposed else (ROWS, N))
+    for _ in range(2):
+        assert cusparselt.matmul_add_(d, a, b, ROWS, transposed, 0, 1) is d
+    torch.testing.assert_close(d, 1 + 2 * reference(a, b, transposed), rtol=1e-5, atol=1e-4)
+    assert len(calls(stub, "MatmulPlanInit")) == 1
+
+
+def test_the_number_of_algorithms_is_asked_without_a_plan(stub):
+    assert cusparselt.algorithms(operands()[1], ROWS, False) == 21
+    assert cusparselt.algorithms(operands(dtype=torch.float16)[1], ROWS, True) == 7
+    assert not calls(stub, "MatmulPlanInit")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept
+
+
+def test_one_plan_serves_all_calls_of_a_problem(stub):
+    a, b = operands()
+    results = [cusparselt.matmul(a, b, None, ROWS, False, 3, 1)]
+    calls(stub)
+    for _ in range(3):
+        gc.collect()  # structs that nobody holds would be gone, and the stand-in's pointers with them
+        results.append(cusparselt.matmul(a.clone(), b.clone(), None, ROWS, False, 3, 1))
+    assert calls(stub) == [f"Matmul alg 3 stream {STREAM:#x}"] * 3
+    assert all(torch.equal(d, results[0]) for d in results)
+
+
+def test_another_problem_has_another_plan(stub):
+    a, b = operands()
+    first = {"a": a, "b": b, "bias": None, "rows": ROWS, "transposed": False, "alg_id": 0, "split_k": 1}
+    half, long, wide, turned = operands(dtype=torch.float16), operands(k=192), operands(n=32), operands(True)
+    others = [{"alg_id": 1}, {"split_k": 2}, {"transposed": True}, {"out_dtype": torch.float32}, {"rows": 32}]
+    others += [dict(zip("ab", pair, strict=True)) for pair in (half, long, wide, turned)]
+    for change in ({}, *others):
+        cusparselt.matmul(**{**first, **change})
+        assert len(calls(stub, "MatmulPlanInit")) == 1, change
+    for change in ({}, *others):
+        cusparselt.matmul(**{**first, **change})
+        assert not calls(stub, "MatmulPlanInit"), change
+
+
+def test_each_thread_has_its_own_handle_and_plans(stub):
+    a, b = operands()
+    cusparselt.matmul(a, b, None, ROWS, False, 0, 1)
+    calls(stub)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(cusparselt.matmul(a, b, None, ROWS, False, 0, 1)))
+    thread.start()
+    thread.join()
+    lines = [line.split()[0] for line in calls(stub)]
+    assert lines.count("Init") == lines.count("MatmulPlanInit") == 1
+    torch.testing.assert_close(found[0].float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
+    assert len({handle for _, handle in cusparselt._handles}) == 2
+
+
+def test_each_device_has_its_own_handle(stub):
+    assert cusparselt._handle(0, 1) is cusparselt._handle(0, 1)
+    assert cusparselt._handle(1, 1) is not cusparselt._handle(0, 1)
+    assert calls(stub) == ["Init", "Init"]
+    first, second = (cusparselt.Problem(64, 8, 64, torch.bfloat16, torch.bfloat16, False, False, i, 1) for i in (0, 1))
+    assert cusparselt._plan(first, 0, 1).handle is not cusparselt._plan(second, 0, 1).handle
+
+
+def test_the_stream_is_that_of_each_call(stub, monkeypatch):
+    """Streams share a plan: what a GEMM writes besides D is its workspace, and that is each call's own."""
+    a, b = operands()
+    for stream in (0x10, 0x20):
+        monkeypatch.setattr(cusparselt, "_current_stream", lambda device, stream=stream: stream)
+        cusparselt.matmul(a, b, None, ROWS, False, 0, 1)
+    lines = calls(stub)
+    assert [line for line in lines if line.startswith("Matmul ")] == [
+        f"Matmul alg 0 stream {s}" for s in ("0x10", "0x20")
+    ]
+    assert sum(line.startswith("MatmulPlanInit") for line in lines) == 1
+
+
+@pytest.mark.parametrize("size", [0, 4096, 1 << 20])
+def test_the_workspace_has_the_size_that_is_asked_for(stub, monkeypatch, size):
+    """The stand-in writes all of it, and refuses a pointer where it wants none. It is freed after the call."""
+    stub.stub_workspace(ctypes.c_size_t(size))
+    a, b = operands()
+    sizes, allocate = [], torch.Tensor.new_empty
+
+    def spy(self, *shape, **options):
+        if options.get("dtype") == torch.uint8:
+            sizes.append(shape[0])
+        return allocate(self, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", spy)
+    for _ in range(2):
+        d = cusparselt.matmul(a, b, None, ROWS, False, 0, 1)
+        torch.testing.assert_close(d.float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
+    assert sizes == [size, size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_FUNCTIONS if name != "MatmulAlgGetAttribute"])
+def test_a_status_is_an_error_and_nothing_broken_is_kept(stub, name):
+    a, b = operands()
+    stub.stub_refuse(name.encode(), 10)
+    with pytest.raises(RuntimeError, match=f"cusparseLt{name} failed with status 10, CUSPARSE_STATUS_NOT_SUPPORTED"):
+        cusparselt.matmul(a, b, None, ROWS, False, 0, 2)
+    stub.stub_clear()
+    d = cusparselt.matmul(a, b, None, ROWS, False, 0, 2)
+    torch.testing.assert_close(d.float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
+
+
+def test_asking_for_the_number_of_algorithms_may_fail(stub):
+    stub.stub_refuse(b"MatmulAlgGetAttribute", 3)
+    with pytest.raises(RuntimeError, match="cusparseLtMatmulAlgGetAttribute failed with status 3, CUSPARSE_STATUS_INV"):
+        cusparselt.algorithms(operands()[1], ROWS, False)
+
+
+def test_arguments_that_the_library_would_misread_are_refused(stub):
+    a, b = operands()
+    packed = a[: ROWS * K * 9 // 16]
+    for wrong in (packed[:-1], packed.float(), packed.half(), torch.cat((packed, packed))[::2]):
+        with pytest.raises(ValueError, match=r"cusparselt.matmul: packed A .*need a contiguous torch.bfloat16"):
+            cusparselt.matmul(wrong, b, None, ROWS, False, 0, 1)
+    for wrong in (b[:, :16], b[::2], b[:, ::2]):
+        with pytest.raises(ValueError, match=r"cusparselt.matmul: B .* with strides"):
+            cusparselt.matmul(a, wrong, None, ROWS, False, 0, 1)
+    for wrong, out_dtype in ((b.float(), None), (b, torch.float16), (b, torch.float64)):
+        with pytest.raises(ValueError, match=r"cusparselt.matmul: B torch.* and D torch"):
+            cusparselt.matmul(a, wrong, None, ROWS, False, 0, 1, out_dtype)
+    with pytest.raises(ValueError, match=r"cusparselt.matmul: bias \(64,\), need None"):
+        cusparselt.matmul(a, b, a[:ROWS], ROWS, False, 0, 1)
+    for d in (torch.zeros(N, ROWS), torch.zeros(N, ROWS).t(), torch.zeros(ROWS, 2 * N)[:, ::2]):
+        with pytest.raises(ValueError, match=r"cusparselt.matmul_add_: D "):
+            cusparselt.matmul_add_(d, a, b, ROWS, False, 0, 1)
+    assert not calls(stub)
+
+
+def test_available_says_why_not(stub, monkeypatch, tmp_path):
+    assert cusparselt.available() is None
+    stub.stub_version(0, 6)
+    cusparselt._load.cache_clear()
+    assert cusparselt.available().endswith("cuSPARSELt 0.6 is too old, need 0.7 or later")
+    stub.stub_version(0, 8)
+    monkeypatch.setitem(cusparselt._FUNCTIONS, "NotThere", ())
+    cusparselt._load.cache_clear()
+    assert "cusparseLtNotThere" in cusparselt.available()
+    monkeypatch.setattr(cusparselt, "LIBRARY", str(tmp_path / "none.so"))
+    cusparselt._load.cache_clear()
+    assert "none.so" in cusparselt.available()
+
+
+def test_the_package_is_searched_where_the_name_is_not_known(stub, stub_path, monkeypatch, tmp_path):
+    package = tmp_path / "nvidia" / "cusparselt" / "lib"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    shutil.copy(stub_path, package / "libnano24_stub.so.0")
+    monkeypatch.setattr(cusparselt, "LIBRARY", "libnano24_stub.so.0")
+    monkeypatch.setattr(
+        cusparselt.importlib.util,
+        "find_spec",
+        lambda name: type("Spec", (), {"submodule_search_locations": [str(package.parent)]}),
+    )
+    cusparselt._load.cache_clear()
+    assert cusparselt.available() is None
+    monkeypatch.setattr(cusparselt.importlib.util, "find_spec", lambda name: None)
+    cusparselt._load.cache_clear()
+    assert "libnano24_stub" in cusparselt.available()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As an op, and as a backend of the run
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("column_major", [False, True])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_the_op_has_a_fake_that_fits(stub, monkeypatch, column_major, transposed, out_dtype):
+    monkeypatch.setattr(spmm, "_check_blob", lambda *args: None)  # the stand-in's A is dense
+    a, b = operands(column_major)
+    op, args = torch.ops.nano24.matmul24_cusparselt_plan, (ROWS, transposed, 0, 1, out_dtype)
+    torch.library.opcheck(op, (a, b, None, *args), test_utils=("test_schema", "test_faketensor"))
+    with FakeTensorMode() as mode:
+        fake = op(mode.from_tensor(a), mode.from_tensor(b), None, *args)
+    real = op(a, b, None, *args)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul24_adds_the_bias(stub, monkeypatch, transposed):
+    monkeypatch.setattr(spmm, "_check_blob", lambda *args: None)
+    (a, b), bias = operands(), torch.arange(ROWS).bfloat16()
+    choice = Choice("cusparselt-plan", "sm90", 5, 2)
+    d = matmul24(a, b, bias, ROWS, transposed, choice)
+    assert calls(stub, "MatmulPlanInit") == ["MatmulPlanInit alg 5 split 2"]
+    expected = reference(a, b, transposed) + (bias if transposed else bias[:, None])
+    torch.testing.assert_close(d.float(), expected, rtol=2**-7, atol=0.1)
+    assert torch.equal(matmul24(a, b, None, ROWS, transposed, choice), matmul24(a, b, None, ROWS, transposed, choice))
+
+
+def test_the_op_checks_what_the_other_ops_check(stub):
+    a, b = operands()
+    choice, packed = Choice("cusparselt-plan", "sm90"), a[: ROWS * K * 9 // 16]
+    for wrong in ((a, b, None), (packed, b[:, :16], None), (packed, b, a[: ROWS - 1])):
+        with pytest.raises(ValueError, match="matmul24_cusparselt_plan: "):
+            matmul24(*wrong, ROWS, False, choice)
+
+
+def test_auto_leaves_it_out_and_its_name_takes_it(monkeypatch):
+    """On a CPU neither can be had; which of them were asked shows in the notes."""
+    gemms, device = {}, torch.device("cpu")
+    report = spmm_choice.choose(gemms, device)
+    assert [note.partition(":")[0] for note in report.notes] == ["cusparselt", "cutlass"]
+    with pytest.raises(ValueError, match="spmm='cusparselt-plan': needs an NVIDIA GPU; use spmm='auto'"):
+        spmm_choice.choose(gemms, device, "cusparselt-plan")
+    backend = spmm_choice.BACKENDS["cusparselt-plan"]
+    monkeypatch.setattr(spmm_choice, "_no_cusparselt", lambda device: None)
+    monkeypatch.setattr(cusparselt, "available", lambda: "is not there")
+    assert backend.unavailable(device) == "is not there"

@@ -212,7 +212,7 @@ def matmul24_cusparselt_plan(
 ) -> torch.Tensor:
     """D = A B by cuSPARSELt with plans that are kept, gemm24/cusparselt.py. bias: None, which cannot be fused there."""
     _check_b("matmul24_cusparselt_plan", b, bias, rows)
-    _check_blob("matmul24_cusparselt_plan", a, b, rows)
+    _check_blob("matmul24_cusparselt_plan", a, b, rows, padded=True)
     return cusparselt.matmul(a, b, bias, rows, transposed, alg_id, split_k, out_dtype)
 
 

@@ -230,7 +230,8 @@ def environment(device: torch.device, world_size: int) -> dict:
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
-        commit = os.environ.get("NANO24_COMMIT")
+        commit = None
+    commit = os.environ.get("NANO24_COMMIT", commit)  # for a copy of the tree whose history did not travel along
     try:
         triton = version("triton")
     except PackageNotFoundError:

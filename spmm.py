@@ -132,7 +132,7 @@ class Gemm(NamedTuple):
     fresh: bool = False
 
 
-MATMULS = ("masked", "cusparselt", "cutlass", "cusparselt-plan", "emulated")  # backends of matmul24
+MATMULS = ("masked", "cusparselt", "cutlass", "emulated")  # backends of matmul24
 
 
 class Choice(NamedTuple):
@@ -171,8 +171,8 @@ def _check_blob(function: str, a: torch.Tensor, b: torch.Tensor, rows: int, padd
         )
 
 
-def _empty_result(b: torch.Tensor, rows: int, transposed: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return b.new_empty((b.shape[1], rows) if transposed else (rows, b.shape[1]), dtype=dtype)
+def _empty_result(b: torch.Tensor, rows: int, transposed: bool) -> torch.Tensor:
+    return b.new_empty((b.shape[1], rows) if transposed else (rows, b.shape[1]))
 
 
 @torch.library.custom_op("nano24::matmul24_cusparselt", mutates_args=())
@@ -185,9 +185,15 @@ def matmul24_cusparselt(
     alg_id: int,
     split_k: int,
 ) -> torch.Tensor:
-    """D = A B + bias by cuSPARSELt. a: what its compress gives, or our packers in the order that it accepts."""
+    """D = A B + bias by cuSPARSELt. a: what its compress gives, or our packers in the order that it accepts.
+
+    Without a bias the library is called directly, with plans that are kept. PyTorch's op builds and destroys a plan in
+    each call, which takes the host longer than most of these GEMMs take the GPU; it serves where the library cannot be
+    called, and for biases."""
     _check_b("matmul24_cusparselt", b, bias, rows)
     _check_blob("matmul24_cusparselt", a, b, rows, padded=True)
+    if bias is None and cusparselt.available() is None:
+        return cusparselt.matmul(a, b, rows, transposed, alg_id, split_k)
     options = {"bias": bias, "transpose_result": transposed, "alg_id": alg_id}
     if split_k > 1:
         options["split_k"] = split_k
@@ -197,35 +203,6 @@ def matmul24_cusparselt(
 @matmul24_cusparselt.register_fake
 def _(a, b, bias, rows, transposed, alg_id, split_k):
     return _empty_result(b, rows, transposed)
-
-
-@torch.library.custom_op("nano24::matmul24_cusparselt_plan", mutates_args=())
-def matmul24_cusparselt_plan(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: int,
-    transposed: bool,
-    alg_id: int,
-    split_k: int,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """D = A B by cuSPARSELt with plans that are kept, gemm24/cusparselt.py. bias: None, which cannot be fused there."""
-    _check_b("matmul24_cusparselt_plan", b, bias, rows)
-    _check_blob("matmul24_cusparselt_plan", a, b, rows, padded=True)
-    return cusparselt.matmul(a, b, bias, rows, transposed, alg_id, split_k, out_dtype)
-
-
-@matmul24_cusparselt_plan.register_fake
-def _(a, b, bias, rows, transposed, alg_id, split_k, out_dtype=None):
-    return _empty_result(b, rows, transposed, out_dtype)
-
-
-def _matmul_plan(a, b, bias, rows: int, transposed: bool, choice: Choice) -> torch.Tensor:
-    """The bias is added to D, which rounds once more and reads and writes D once more."""
-    _check_b("matmul24_cusparselt_plan", b, bias, rows)
-    d = matmul24_cusparselt_plan(a, b, None, rows, transposed, choice.alg_id, choice.split_k)
-    return d if bias is None else d + (bias if transposed else bias[:, None])
 
 
 @torch.library.custom_op("nano24::matmul24_cutlass", mutates_args=())
@@ -284,8 +261,6 @@ def matmul24(
         return _matmul_masked(a, b, bias, transposed)
     if choice.backend == "cusparselt":
         return matmul24_cusparselt(a, b, bias, rows, transposed, choice.alg_id, choice.split_k)
-    if choice.backend == "cusparselt-plan":
-        return _matmul_plan(a, b, bias, rows, transposed, choice)
     if choice.backend == "cutlass":
         return matmul24_cutlass(a, b, bias, rows, transposed)
     if choice.backend == "emulated":

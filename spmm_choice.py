@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from gemm24 import cusparselt
 from spmm import CONVERTED, ORDERS, Choice, Gemm, check_packable, compress24, matmul24, pack_ref
 
 
@@ -35,7 +34,6 @@ class Backend:
     multiply: Callable[..., torch.Tensor]  # (a, b, bias, rows, transposed, choice) -> D
     algorithms: int = 1  # ids 0 .. algorithms - 1 are tried
     split_k: bool = False
-    by_name_only: bool = False  # mode "auto" leaves it out
 
 
 def _no_cusparselt(device: torch.device) -> str | None:
@@ -44,10 +42,6 @@ def _no_cusparselt(device: torch.device) -> str | None:
     if not torch.backends.cusparselt.is_available():
         return f"this build of torch {torch.__version__} has no cuSPARSELt"
     return None if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0 or more"
-
-
-def _no_plans(device: torch.device) -> str | None:
-    return _no_cusparselt(device) or cusparselt.available()
 
 
 def _no_cutlass(device: torch.device) -> str | None:
@@ -60,10 +54,6 @@ BACKENDS = {
     # The library does not say how many algorithms there are; ids are tried until several in a row fail.
     "cusparselt": Backend(_no_cusparselt, ("sm90", "sm80"), "library", matmul24, algorithms=64, split_k=True),
     "cutlass": Backend(_no_cutlass, (), "cutlass", matmul24),
-    # Taken only by name until a GPU has shown that the library may be called so; "auto" would also measure all twice.
-    "cusparselt-plan": Backend(
-        _no_plans, ("sm90", "sm80"), "library", matmul24, algorithms=64, split_k=True, by_name_only=True
-    ),
 }
 MODES = ("auto", "dense", "masked", *BACKENDS, "emulated")  # what `spmm` may be set to
 _NONE = {  # what is said of the modes that measure nothing
@@ -472,7 +462,7 @@ def _usable(backends, device, dtype, mode: str, samples) -> tuple[dict[str, str]
     cannot be used."""
     usable, notes = {}, []
     for name, backend in backends.items():
-        if mode != name and (mode != "auto" or backend.by_name_only):
+        if mode not in ("auto", name):
             continue
         why = backend.unavailable(device)
         if why is None and dtype != torch.bfloat16:

@@ -135,7 +135,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto (bfloat16 where the GPU has it, else float16; float32 on CPU), float32, bfloat16, float16
 compile: bool | None = None  # torch.compile the model; None = on CUDA only
 compile_mode = "default"  # torch.compile's: default, reduce-overhead (CUDA graphs), max-autotune
-spmm = "auto"  # 2:4 GEMMs: auto (if faster), cusparselt, cusparselt-plan, cutlass; none: dense, masked (fused FFN)
+spmm = "auto"  # 2:4 GEMMs: auto (where faster), cusparselt, cutlass; or none: dense (by layer), masked (fused FFN)
 ffn_recompute = True  # recompute a 2:4 FFN's activation in the backward, as compiled dense ones do; False = keep it
 deterministic = False  # bit-reproducible GPU kernels, slower; CPU runs are reproducible anyway
 backend = "auto"  # torch.distributed's: auto (nccl on GPUs, gloo on CPUs), nccl, gloo

@@ -9,9 +9,9 @@ is killed keeps what it measured. How each stage ended stands in OUT/evidence.js
 failed; log.txt has the whole output. A stage that ended well for the same code is skipped when it is found in OUT or in
 results/<gpu>/evidence, so calls that lie weeks apart add up.
 
-The compile caches of Triton and Inductor and the verdicts on GEMMs come back as caches.tgz. A later call begins with
-them if the file is put at .evidence/caches.tgz. The stage `train` reads the dataset at .evidence/books if it is there
-(train.bin, val.bin and meta.json), else Python's own standard library.
+The compile caches of Triton and Inductor come back as caches.tgz, the verdicts on GEMMs as gemms.json. A later call
+begins with them if the files are put into .evidence. The stage `train` reads the dataset at .evidence/books if there is
+one (train.bin, val.bin and meta.json), else Python's own standard library.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 
 
 def _bench(suite: str, words: str) -> str:
-    return f"{{python}} bench.py --suite {suite} --json {{out}}/{suite}.json --verdicts {{caches}}/gemms.json {words}"
+    return f"{{python}} bench.py --suite {suite} --json {{out}}/{suite}.json --verdicts {{out}}/gemms.json {words}"
 
 
 STAGES = {
@@ -51,16 +51,16 @@ STAGES = {
     "gemm": Stage(30, 90, _bench("gemm", "--graph --widths 1600 4096 768 1280 --repetitions 7 --budget 70")),
     "tests": Stage(
         40,
-        110,
-        "{python} -m pytest -q -n 8 -p no:cacheprovider -m gpu tests/test_kernels.py tests/test_gpu_gemm.py "
+        140,
+        "{python} -m pytest -q -n 14 -p no:cacheprovider -m gpu tests/test_kernels.py tests/test_gpu_gemm.py "
         "--deselect tests/test_gpu_gemm.py::test_times_are_those_of_the_gpu",
     ),
     "sweep": Stage(25, 60, "{python} -m benchmarks.sweep {out}/sweep.json"),
     "kernels": Stage(
         30, 80, "{python} bench.py --suite kernels --measured_only --repetitions 5 --tables 3 --out_dir {out}"
     ),
-    "ffn": Stage(40, 110, _bench("ffn", "--graph --widths 1600 4096 1280 --repetitions 7 --budget 80")),
-    "step": Stage(60, 170, "{python} -m benchmarks.steps {out}/step.json --verdicts {caches}/gemms.json"),
+    "ffn": Stage(40, 90, _bench("ffn", "--graph --widths 1600 4096 1280 --repetitions 7 --budget 45")),
+    "step": Stage(60, 170, "{python} -m benchmarks.steps {out}/step.json --verdicts {out}/gemms.json"),
     "train": Stage(60, 130, "{python} -m benchmarks.curves {out}/train.json"),
     "resume": Stage(
         40, 90, "{python} -m pytest -q -n 4 -p no:cacheprovider -m gpu tests/test_gpu.py -k 'resumes or operators'"
@@ -174,6 +174,8 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     code, device = code_id(), device_name()
+    if (CARRIED / "gemms.json").exists() and not (out / "gemms.json").exists():
+        shutil.copy(CARRIED / "gemms.json", out)
     if (CARRIED / "caches.tgz").exists() and not (out / "caches").exists():
         with tarfile.open(CARRIED / "caches.tgz") as archive:
             archive.extractall(out, filter="data")

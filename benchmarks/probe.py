@@ -20,9 +20,11 @@ import ffn
 import operators
 import spmm
 import spmm_choice
+from gemm24 import cusparselt
 from runtime import environment, write_json
 from spmm import Choice, Gemm, matmul24
 
+CUSPARSELT = Choice("cusparselt", "library")
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 SHAPES = [  # (rows, columns): small, odd multiples, the weights of GPT-2, a gradient
     *((64, 64), (64, 128), (128, 64), (128, 128), (192, 128), (320, 192), (192, 320), (256, 512), (384, 128)),
@@ -137,12 +139,6 @@ def operands(gemm: Gemm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return a, spmm.compress24(a, "library"), b.t() if gemm.b_column_major else b
 
 
-def choices() -> dict[str, Choice]:
-    """The ways of calling cuSPARSELt that there are, at its default algorithm."""
-    names = [name for name in spmm_choice.BACKENDS if name.startswith("cusparselt")]
-    return {name: Choice(name, "library") for name in names if not spmm_choice.BACKENDS[name].unavailable(device())}
-
-
 def enqueue_us(call: Callable, count: int = 100) -> float:
     """Microseconds of the host per call, the GPU's work not waited for."""
     call()
@@ -159,17 +155,15 @@ def host() -> dict:
     gemm = ffn.ffn_gemms(256, 1024, 1024, "gelu", False, True)["z"]
     a, packed, b = operands(gemm)
     found = {}
-    for name, choice in {**choices(), "dense": Choice()}.items():
-        operand = a if name == "dense" else packed
-
-        def call(operand=operand, choice=choice):
-            return matmul24(operand, b, None, gemm.m, gemm.transposed, choice)
-
-        try:
-            found[f"{name} us"] = enqueue_us(call)
-        except RuntimeError as error:
-            found[f"{name} us"] = spmm_choice.reason(error)
-    found["raw torch op us"] = enqueue_us(lambda: torch._cslt_sparse_mm(packed.view(gemm.m, -1), b))
+    shape, blob = (gemm.m, gemm.transposed), packed.view(gemm.m, -1)
+    calls = {
+        "2:4 by kept plans": lambda: cusparselt.matmul(packed, b, *shape, 0),
+        "2:4 by kept plans, as a custom op": lambda: matmul24(packed, b, None, *shape, CUSPARSELT),
+        "2:4 by torch's op": lambda: torch._cslt_sparse_mm(blob, b),
+        "dense": lambda: matmul24(a, b, None, *shape, Choice()),
+    }
+    for name, call in calls.items():
+        found[f"{name} us"] = enqueue_us(call)
     found["kernel launch us"] = enqueue_us(lambda: operators.activation(a, "gelu"))
     for rows, columns in ((1280, 5120), (5120, 16384)):
         x = spmm_choice.random_24(rows, columns, device())
@@ -179,23 +173,23 @@ def host() -> dict:
     return found
 
 
-def replays(choice: Choice) -> list[bool]:
+def replays(multiply: Callable) -> list[bool]:
     """Whether a captured product is right at each of several replays, its inputs changed and the memory that the host
-    used for its plan overwritten by other products in between."""
+    used for its plan overwritten by other products in between. multiply: (packed, b, gemm, alg_id) -> D."""
     gemm, other = (ffn.ffn_gemms(d, 4 * d, t, "gelu", False, True)["y"] for d, t in ((768, 4096), (1024, 2048)))
     a, packed, b = operands(gemm)
     _, packed_other, b_other = operands(other)
     results = []
 
     def call():
-        return matmul24(packed, b, None, gemm.m, gemm.transposed, choice)
+        return multiply(packed, b, gemm, 0)
 
     call()
     replay = spmm_choice._captured(lambda: results.append(call()))
     right = []
     for _ in range(5):
         for alg_id in (0, 1, 2):
-            matmul24(packed_other, b_other, None, other.m, other.transposed, choice._replace(alg_id=alg_id))
+            multiply(packed_other, b_other, other, alg_id)
         b.normal_()
         results[0].fill_(math.nan)
         replay()
@@ -204,14 +198,16 @@ def replays(choice: Choice) -> list[bool]:
     return right
 
 
+def by_torch(packed, b, gemm: Gemm, alg_id: int) -> torch.Tensor:
+    return torch._cslt_sparse_mm(packed.view(gemm.m, -1), b, transpose_result=gemm.transposed, alg_id=alg_id)
+
+
+def by_plans(packed, b, gemm: Gemm, alg_id: int) -> torch.Tensor:
+    return cusparselt.matmul(packed, b, gemm.m, gemm.transposed, alg_id)
+
+
 def graph() -> dict:
-    found = {}
-    for name, choice in choices().items():
-        try:
-            found[name] = replays(choice)
-        except RuntimeError as error:
-            found[name] = spmm_choice.reason(error)
-    return found
+    return {"2:4 by torch's op": replays(by_torch), "2:4 by kept plans": replays(by_plans)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

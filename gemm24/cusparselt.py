@@ -12,7 +12,7 @@ lifetime   plans and handles are kept until the process ends. The library's stru
 streams    a running GEMM writes D and its workspace; the plan is const. So streams and CUDA graphs may share one, and
            each call allocates its own workspace from PyTorch's allocator, as PyTorch's op does: the allocator keeps
            streams apart, and what is allocated during a capture is the graph's as long as the graph lives.
-bias       is refused. It is a pointer in the descriptor, and NVIDIA does not say whether a plan reads it again.
+bias       there is none. It is a pointer in the descriptor, and NVIDIA does not say whether a plan reads it again.
 
 Values and struct sizes are those of cusparseLt.h 0.8.0; 0.7.1 has the same functions and values, and larger structs.
 """
@@ -30,7 +30,7 @@ LIBRARY = "libcusparseLt.so.0"  # PyTorch's CUDA builds have loaded it already
 OLDEST = (0, 7)  # major and minor version whose header was read
 STRUCT_BYTES = 2048  # of an opaque struct: 512 in 0.8.0, 1024 in 0.7.1
 ALIGNMENT = 16  # bytes, of the structs and of the matrices
-CUDA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
+CUDA_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 ORDER_COL, ORDER_ROW = 1, 2  # cusparseOrder_t
 NON_TRANSPOSE, TRANSPOSE = 0, 1  # cusparseOperation_t
 SPARSITY_50_PERCENT = 0  # cusparseLtSparsity_t
@@ -93,6 +93,7 @@ def _read_int(getter) -> int:
     return value.value
 
 
+@functools.cache
 def available() -> str | None:
     """None if the library can be loaded and has every function that is called here, else one line that says why not."""
     try:
@@ -131,7 +132,6 @@ class Problem(NamedTuple):
     n: int
     k: int
     dtype: torch.dtype
-    out_dtype: torch.dtype
     column_major: bool
     transposed: bool
     device: int
@@ -158,13 +158,13 @@ class _Plan:
 
     def _describe(self, p: Problem) -> None:
         """The descriptors that torch._cslt_sparse_mm makes: all row-major, but D column-major where D^T is wanted."""
-        kind, out_kind = CUDA_TYPES[p.dtype], CUDA_TYPES[p.out_dtype]
+        kind = CUDA_TYPES[p.dtype]
         a = (p.m, p.k, p.k, ALIGNMENT, kind, ORDER_ROW, SPARSITY_50_PERCENT)
         b = (p.n, p.k, p.k) if p.column_major else (p.k, p.n, p.n)
         ld, order = (p.m, ORDER_COL) if p.transposed else (p.n, ORDER_ROW)
         _call("StructuredDescriptorInit", self.handle, self.a, *a)
         _call("DenseDescriptorInit", self.handle, self.b, *b, ALIGNMENT, kind, ORDER_ROW)
-        _call("DenseDescriptorInit", self.handle, self.d, p.m, p.n, ld, ALIGNMENT, out_kind, order)
+        _call("DenseDescriptorInit", self.handle, self.d, p.m, p.n, ld, ALIGNMENT, kind, order)
         operations = NON_TRANSPOSE, TRANSPOSE if p.column_major else NON_TRANSPOSE
         matrices = self.a, self.b, self.d, self.d
         _call("MatmulDescriptorInit", self.handle, self.matmul, *operations, *matrices, COMPUTE_32F)
@@ -205,7 +205,7 @@ def _current_stream(device: torch.device) -> int:
 # GEMMs
 
 
-def _problem(function: str, b: torch.Tensor, rows: int, transposed: bool, out_dtype: torch.dtype) -> Problem:
+def _problem(function: str, b: torch.Tensor, rows: int, transposed: bool) -> Problem:
     """Raises ValueError where B's strides or a dtype cannot be described."""
     k, n = b.shape
     if b.stride() not in ((n, 1), (1, k)):
@@ -213,67 +213,39 @@ def _problem(function: str, b: torch.Tensor, rows: int, transposed: bool, out_dt
             f"{function}: B {tuple(b.shape)} with strides {b.stride()}, need a contiguous (k, n) or the transpose of a "
             "contiguous (n, k); call .contiguous()"
         )
-    if b.dtype not in (torch.bfloat16, torch.float16) or out_dtype not in (b.dtype, torch.float32):
-        raise ValueError(
-            f"{function}: B {b.dtype} and D {out_dtype}, need a B of bfloat16 or float16 and a D of B's dtype or "
-            "float32; convert them, or use another backend"
-        )
-    column_major = b.stride() != (n, 1)
-    return Problem(rows, n, k, b.dtype, out_dtype, column_major, transposed, b.get_device(), threading.get_ident())
+    if b.dtype not in CUDA_TYPES:
+        raise ValueError(f"{function}: B {b.dtype}, need bfloat16 or float16; convert it, or use another backend")
+    return Problem(rows, n, k, b.dtype, b.stride() != (n, 1), transposed, b.get_device(), threading.get_ident())
 
 
-def _run(function: str, d, a, b, rows: int, transposed: bool, alg_id: int, split_k: int, beta: ctypes.c_float) -> None:
-    """D = A B + beta D, written to `d`."""
-    problem = _problem(function, b, rows, transposed, d.dtype)
+def matmul(
+    a: torch.Tensor, b: torch.Tensor, rows: int, transposed: bool, alg_id: int, split_k: int = 1
+) -> torch.Tensor:
+    """D = A B: (rows, n), or with `transposed` a contiguous (n, rows) that holds D^T; in b's dtype.
+
+    a: packed (rows, k) operand as cuSPARSELt's compress writes it, bfloat16 or float16, contiguous. b: (k, n) of the
+    same dtype, contiguous or the transpose of a contiguous (n, k). Raises ValueError on what the library would misread,
+    RuntimeError where it refuses a problem.
+    """
+    problem = _problem("cusparselt.matmul", b, rows, transposed)
     if a.dtype != b.dtype or a.device != b.device or not a.is_contiguous() or 16 * a.numel() < 9 * rows * problem.k:
         raise ValueError(
-            f"{function}: packed A {a.dtype} {tuple(a.shape)} on {a.device}, need a contiguous {b.dtype} tensor on "
-            f"{b.device} of at least 9/16 of {rows}x{problem.k}; pack it as spmm.py does"
+            f"cusparselt.matmul: packed A {a.dtype} {tuple(a.shape)} on {a.device}, need a contiguous {b.dtype} tensor "
+            f"on {b.device} of at least 9/16 of {rows}x{problem.k}; pack it as spmm.py does"
         )
+    d = b.new_empty((problem.n, rows) if transposed else (rows, problem.n))
     with torch.cuda.device_of(b):  # does nothing for tests' tensors on a CPU
         plan = _plan(problem, alg_id, split_k)
         workspace = b.new_empty(plan.workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(_current_stream(b.device))
-        pointers = ctypes.byref(_ONE), a.data_ptr(), b.data_ptr(), ctypes.byref(beta), d.data_ptr(), d.data_ptr()
+        pointers = ctypes.byref(_ONE), a.data_ptr(), b.data_ptr(), ctypes.byref(_ZERO), d.data_ptr(), d.data_ptr()
         _call("Matmul", plan.handle, plan.plan, *pointers, workspace.data_ptr(), ctypes.byref(stream), 1)
-
-
-def matmul(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: int,
-    transposed: bool,
-    alg_id: int,
-    split_k: int,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """D = A B: (rows, n), or with `transposed` a contiguous (n, rows) that holds D^T; in out_dtype, by default b's.
-
-    a: packed (rows, k) operand as cuSPARSELt's compress writes it, bfloat16 or float16, contiguous. b: (k, n) of the
-    same dtype, contiguous or the transpose of a contiguous (n, k). bias: must be None. Raises ValueError on what the
-    library would misread, RuntimeError where it refuses a problem; float32 results of 16-bit operands are not in
-    NVIDIA's table of what it supports.
-    """
-    if bias is not None:
-        raise ValueError(f"cusparselt.matmul: bias {tuple(bias.shape)}, need None with cached plans; add it to D")
-    d = b.new_empty((b.shape[1], rows) if transposed else (rows, b.shape[1]), dtype=out_dtype)
-    _run("cusparselt.matmul", d, a, b, rows, transposed, alg_id, split_k, _ZERO)
     return d
 
 
-def matmul_add_(d, a, b, rows: int, transposed: bool, alg_id: int, split_k: int) -> torch.Tensor:
-    """D += A B in place, and returns D: for gradients that accumulate. d: contiguous, of matmul's shape and dtypes."""
-    shape = (b.shape[1], rows) if transposed else (rows, b.shape[1])
-    if d.shape != shape or not d.is_contiguous() or d.device != b.device:
-        raise ValueError(f"cusparselt.matmul_add_: D {tuple(d.shape)} on {d.device}, need a contiguous {shape} on B's")
-    _run("cusparselt.matmul_add_", d, a, b, rows, transposed, alg_id, split_k, _ONE)
-    return d
-
-
-def algorithms(b: torch.Tensor, rows: int, transposed: bool, out_dtype: torch.dtype | None = None) -> int:
+def algorithms(b: torch.Tensor, rows: int, transposed: bool) -> int:
     """How many algorithms the library has for D = A B with these layouts: alg_id may be 0 to one less than this."""
-    problem = _problem("cusparselt.algorithms", b, rows, transposed, out_dtype or b.dtype)
+    problem = _problem("cusparselt.algorithms", b, rows, transposed)
     with torch.cuda.device_of(b):
         probe = _Plan(problem, None)
         largest = ctypes.c_int()

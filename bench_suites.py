@@ -352,13 +352,14 @@ def _measure_variants(variants: dict[str, Variant], rows: dict[str, dict], setti
     """Times of each variant into its row; returns S of each, {"s": {name: spread}}, against dense."""
     if not variants:
         return {"s": {}}
-    times = time_ms([v.call for v in variants.values()], settings, settings.graph and settings.device.type == "cuda")
+    graph = settings.graph and settings.device.type == "cuda"
+    times = time_ms([v.call for v in variants.values()], settings, graph)
     totals = {}
     for (name, variant), ms in zip(variants.items(), times, strict=True):
         extra = {}
         for what, every in (("pack", 1), ("refresh", MASK_INTERVAL)):
             if call := getattr(variant, what):
-                extra[what] = spread(time_ms([call], settings)[0])
+                extra[what] = spread(time_ms([call], settings, graph)[0])
                 ms = [t + extra[what]["median"] / (every * settings.accumulation) for t in ms]
         totals[name] = ms
         rows[name] |= {"ms": spread(ms)} | {f"{what}_ms": value for what, value in extra.items()}
@@ -421,19 +422,33 @@ class Run:
             self.model.head = compiled(self.model.head, settings)
         self.tokens = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
         self.iter_num, self.micro_steps = 0, micro_steps
-        # A CUDA graph overwrites what it returned at its next replay, so its gradients are summed in tensors of ours.
-        self.new_gradients = settings.compile_mode == "default"
+        self.new_gradients = True
+        if settings.compile_mode != "default":
+            self.keep_gradients()
+
+    def micro_step(self) -> None:
+        """Forward and backward: gradients are added to what is there."""
+        with autocast(self.tokens.device):
+            _, loss = self.net(*self.tokens)
+        (loss / self.micro_steps).backward()
+
+    def capture(self) -> None:
+        """From now on the micro-step is the replay of one CUDA graph, so that the host's time does not count."""
+        self.keep_gradients()
+        self.micro_step = spmm_choice._captured(self.micro_step)
+
+    def keep_gradients(self) -> None:
+        """A CUDA graph overwrites what it returned at its next replay, so gradients are summed in tensors of ours."""
+        self.new_gradients = False
         for p in self.model.parameters():
-            p.grad = None if self.new_gradients else torch.zeros_like(p)
+            p.grad = torch.zeros_like(p)
 
     def step(self) -> None:
         for micro_step in range(self.micro_steps):
             if self.sparse:
                 seed_draws(self.model, 1, self.iter_num, micro_step)
             torch.compiler.cudagraph_mark_step_begin()
-            with autocast(self.tokens.device):
-                _, loss = self.net(*self.tokens)
-            (loss / self.micro_steps).backward()
+            self.micro_step()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.new_gradients)

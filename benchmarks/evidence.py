@@ -60,7 +60,7 @@ STAGES = {
         30, 80, "{python} bench.py --suite kernels --measured_only --repetitions 5 --tables 3 --out_dir {out}"
     ),
     "ffn": Stage(40, 90, _bench("ffn", "--graph --widths 1600 4096 1280 --repetitions 7 --budget 45")),
-    "step": Stage(60, 170, "{python} -m benchmarks.steps {out}/step.json --verdicts {out}/gemms.json"),
+    "step": Stage(60, 115, "{python} -m benchmarks.steps {out}/step.json --verdicts {out}/gemms.json"),
     "train": Stage(60, 130, "{python} -m benchmarks.curves {out}/train.json"),
     "resume": Stage(
         40, 90, "{python} -m pytest -q -n 4 -p no:cacheprovider -m gpu tests/test_gpu.py -k 'resumes or operators'"

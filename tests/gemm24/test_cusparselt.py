@@ -77,7 +77,7 @@ def reference(a, b, transposed: bool) -> torch.Tensor:
 @pytest.mark.parametrize("column_major", [False, True])
 def test_descriptors_and_result_of_each_layout(stub, column_major, transposed):
     a, b = operands(column_major)
-    d = cusparselt.matmul(a, b, None, ROWS, transposed, 7, 4)
+    d = cusparselt.matmul(a, b, ROWS, transposed, 7, 4)
     b_line = f"{N} {K} ld {K}" if column_major else f"{K} {N} ld {N}"
     ld, order = (ROWS, 1) if transposed else (N, 2)
     assert calls(stub) == [
@@ -100,14 +100,14 @@ def test_descriptors_and_result_of_each_layout(stub, column_major, transposed):
 
 def test_a_sum_that_is_not_split_sets_no_split(stub):
     a, b = operands()
-    cusparselt.matmul(a, b, None, ROWS, False, 0, 1)
+    cusparselt.matmul(a, b, ROWS, False, 0, 1)
     assert calls(stub, "MatmulAlgSetAttribute") == ["MatmulAlgSetAttribute 0 = 0"]
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, 14), (torch.float16, 2)])
 def test_float32_results(stub, dtype, code):
     a, b = operands(dtype=dtype)
-    d = cusparselt.matmul(a, b, None, ROWS, False, 0, 1, out_dtype=torch.float32)
+    d = cusparselt.matmul(a, b, ROWS, False, 0, 1, out_dtype=torch.float32)
     assert d.dtype == torch.float32
     lines = calls(stub)
     types = [line.split("type ")[1].split()[0] for line in lines if "type" in line]
@@ -138,7 +138,7 @@ def test_the_number_of_algorithms_is_asked_without_a_plan(stub):
 
 def test_one_plan_serves_all_calls_of_a_problem(stub):
     a, b = operands()
-    results = [cusparselt.matmul(a, b, None, ROWS, False, 3, 1)]
+    results = [cusparselt.matmul(a, b, ROWS, False, 3, 1)]
     calls(stub)
     for _ in range(3):
         gc.collect()  # structs that nobody holds would be gone, and the stand-in's pointers with them
@@ -163,10 +163,10 @@ def test_another_problem_has_another_plan(stub):
 
 def test_each_thread_has_its_own_handle_and_plans(stub):
     a, b = operands()
-    cusparselt.matmul(a, b, None, ROWS, False, 0, 1)
+    cusparselt.matmul(a, b, ROWS, False, 0, 1)
     calls(stub)
     found = []
-    thread = threading.Thread(target=lambda: found.append(cusparselt.matmul(a, b, None, ROWS, False, 0, 1)))
+    thread = threading.Thread(target=lambda: found.append(cusparselt.matmul(a, b, ROWS, False, 0, 1)))
     thread.start()
     thread.join()
     lines = [line.split()[0] for line in calls(stub)]
@@ -188,7 +188,7 @@ def test_the_stream_is_that_of_each_call(stub, monkeypatch):
     a, b = operands()
     for stream in (0x10, 0x20):
         monkeypatch.setattr(cusparselt, "_current_stream", lambda device, stream=stream: stream)
-        cusparselt.matmul(a, b, None, ROWS, False, 0, 1)
+        cusparselt.matmul(a, b, ROWS, False, 0, 1)
     lines = calls(stub)
     assert [line for line in lines if line.startswith("Matmul ")] == [
         f"Matmul alg 0 stream {s}" for s in ("0x10", "0x20")
@@ -210,7 +210,7 @@ def test_the_workspace_has_the_size_that_is_asked_for(stub, monkeypatch, size):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", spy)
     for _ in range(2):
-        d = cusparselt.matmul(a, b, None, ROWS, False, 0, 1)
+        d = cusparselt.matmul(a, b, ROWS, False, 0, 1)
         torch.testing.assert_close(d.float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
     assert sizes == [size, size]
 
@@ -224,9 +224,9 @@ def test_a_status_is_an_error_and_nothing_broken_is_kept(stub, name):
     a, b = operands()
     stub.stub_refuse(name.encode(), 10)
     with pytest.raises(RuntimeError, match=f"cusparseLt{name} failed with status 10, CUSPARSE_STATUS_NOT_SUPPORTED"):
-        cusparselt.matmul(a, b, None, ROWS, False, 0, 2)
+        cusparselt.matmul(a, b, ROWS, False, 0, 2)
     stub.stub_clear()
-    d = cusparselt.matmul(a, b, None, ROWS, False, 0, 2)
+    d = cusparselt.matmul(a, b, ROWS, False, 0, 2)
     torch.testing.assert_close(d.float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
 
 

@@ -96,18 +96,6 @@ def time_ms(calls: list[Callable], settings: Settings, graph: bool = False) -> l
     return [[us / 1000 for us in one] for one in times]
 
 
-def host_us(call: Callable, device: torch.device) -> float:
-    """Microseconds that the host takes to enqueue one call, the least of five. On a CPU the whole call."""
-    times = []
-    for _ in range(5):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    synchronize(device)
-    return min(times)
-
-
 def working_mib(call: Callable, device: torch.device) -> float | None:
     """MiB that one call needs at its peak beyond what was allocated before; None on a CPU."""
     if device.type != "cuda":
@@ -336,7 +324,7 @@ def layer_rows(kind: str, case: tuple[str, int, int, int], settings: Settings) -
             variant.call()  # compiles
             mib = working_mib(variant.call, settings.device)
             counts = {"launches": count_launches(variant.call, settings.device), "working_mib": mib}
-            row["variants"][name] = {"host_us": host_us(variant.call, settings.device), **counts}
+            row["variants"][name] = {"host_us": spmm_choice.enqueue_us(variant.call, settings.device), **counts}
             variants[name] = variant
         except FAILURES as error:
             row["variants"][name] = {"reason": spmm_choice.reason(error)}
@@ -486,7 +474,7 @@ def measure_run(config: GPTConfig, sparse: bool, batch: int, settings: Settings)
     row |= {"ms": spread(ms), "tokens_per_s": speed, "mfu": run.model.estimate_mfu(speed, peak_flops(device))}
     row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     row["launches"] = count_launches(run.step, device)
-    row["host_us"] = host_us(run.step, device)
+    row["host_us"] = spmm_choice.enqueue_us(run.step, device)
     return row, run.report
 
 

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 import operators
 from sparse24 import Sparse24Linear, prune, through_soft, transposable_index
 from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, compressed_size, matmul24
-from spmm_choice import Report, choose, time_interleaved, wins
+from spmm_choice import Report, choose, enqueue_us, time_interleaved, wins
 
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
 _OURS = ("sm80", "sm90")  # orders that our kernels write, a weight's and its transpose's at once
@@ -110,8 +110,8 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
 
     Each GEMM was timed alone; this is the sum, with all that lies between, and for the plan its share of one packing
     per `micro_steps` calls. mlp: one of the model's, which is copied. compile_mode: torch.compile's, or None for none.
-    Returns {"us": {way: [median, smallest, largest]}, "taken": the way that sparse steps should go}: the plan, unless
-    it is not faster than the layers by more than the noise.
+    Returns {"us": {way: [median, smallest, largest]}, "host_us": {way: what the host takes to enqueue it}, "taken": the
+    way that sparse steps should go}: the plan, unless it is not faster than the layers by more than the noise.
     """
     if mlp not in _planned(mlp):
         raise ValueError("time_ways: this layer has no 2:4 linears c_fc and c_proj; give one that has")
@@ -128,6 +128,7 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
     graph = device.type == "cuda" and compile_mode in (None, "default")
     timed = [*calls.values(), functools.partial(pack_weights, ours)]
     *samples, packing = time_interleaved(timed, 9, graph, device)
+    host_us = {way: enqueue_us(call, device) for way, call in calls.items()}
     times = dict(zip(calls, samples, strict=True))
     times["plan"] = [us + statistics.median(packing) / micro_steps for us in times["plan"]]
     taken = "plan" if wins(times["plan"], times["layers"]) else "layers"
@@ -136,7 +137,8 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return {"us": {way: [statistics.median(us), min(us), max(us)] for way, us in times.items()}, "taken": taken}
+    us = {way: [statistics.median(samples), min(samples), max(samples)] for way, samples in times.items()}
+    return {"us": us, "host_us": host_us, "taken": taken}
 
 
 def forward_backward(net, module: nn.Module, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> Callable:

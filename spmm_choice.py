@@ -192,6 +192,18 @@ def _host_us(call: Callable, count: int, finish: Callable = lambda: None) -> flo
     return 1e6 * (time.perf_counter() - start) / count
 
 
+def enqueue_us(call: Callable, device: torch.device) -> float:
+    """Microseconds that the host takes to enqueue one call, the least of five. On a CPU the time of the whole call."""
+    times = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return min(times)
+
+
 def _captured(body: Callable[[], None]) -> Callable[[], None]:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
@@ -242,7 +254,19 @@ class Report:
         if self.whole:
             ways = ", ".join(f"{way} {us[0] / 1000:.3f} ms" for way, us in self.whole["us"].items())
             lines.append(f"one layer, forward and backward: {ways}; taken: {self.whole['taken']}")
+            lines += self._host_note()
         return "\n".join(lines)
+
+    def _host_note(self) -> list[str]:
+        """Advice where the host takes longer to enqueue a layer than the GPU takes to compute it."""
+        taken, host_us = self.whole["taken"], self.whole.get("host_us", {})
+        gpu_us = self.whole["us"][taken][0]
+        if host_us.get(taken, 0) <= gpu_us:
+            return []
+        return [
+            f"the host takes {host_us[taken] / 1000:.3f} ms to enqueue that layer, longer than the GPU takes: "
+            "--compile_mode=reduce-overhead replays CUDA graphs instead"
+        ]
 
 
 def read_report(path: Path | None) -> tuple[list[dict], dict | None]:

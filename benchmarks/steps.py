@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import spmm_choice
-from bench_suites import MASK_INTERVAL, Run, Settings, describe, gpt2, host_us, release, spread, time_ms
+from bench_suites import MASK_INTERVAL, Run, Settings, describe, gpt2, release, spread, time_ms
 from ffn import pack_weights
 from model import peak_flops
 from runtime import environment, write_json
@@ -57,7 +57,7 @@ def describe_step(run: Run, device: torch.device, others_bytes: int) -> dict:
     run.step()
     torch.cuda.synchronize()
     row = {"peak_gib": (torch.cuda.max_memory_allocated(device) - others_bytes) / 2**30}
-    row["host_us"] = host_us(run.step, device)
+    row["host_us"] = spmm_choice.enqueue_us(run.step, device)
     kernels = kernel_times(run.step)
     row["launches"] = sum(count for count, _ in kernels.values())
     row["gpu_us"] = sum(us for _, us in kernels.values())

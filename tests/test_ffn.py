@@ -639,7 +639,8 @@ def test_a_whole_layer_is_timed_each_way(monkeypatch, fastest, micro_steps):
     pack = ffn.pack_weights
     monkeypatch.setattr(ffn, "pack_weights", lambda model: ways.append("packing") or pack(model))
 
-    def timer(calls, repetitions, device):
+    def timer(calls, repetitions, graph, device):
+        assert not graph  # on a CPU there is none
         out = []
         for call in calls:
             ways.clear()
@@ -658,6 +659,8 @@ def test_a_whole_layer_is_timed_each_way(monkeypatch, fastest, micro_steps):
     report = Report({}, [], [], found)
     assert report.pays() == (expected[found["taken"]] < expected["dense"])
     assert f"taken: {found['taken']}" in report.text()
+    assert found["host_us"].keys() == found["us"].keys()
+    assert min(found["host_us"].values()) > 0
     assert mlp.plan is None  # what was timed were copies
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in mlp.state_dict().items() if torch.is_tensor(tensor)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+import spmm
 from operators import mask24_ref
 from spmm import ORDERS, Choice, compress24, matmul24, nibble_positions, pack_ref, packed_parts, unpack_ref
 
@@ -204,11 +206,30 @@ def test_compress_refuses_what_it_would_misread(monkeypatch):
     for wrong in (masked.t(), masked[None], masked[:, :32]):
         with pytest.raises(ValueError, match="need a contiguous matrix"):
             compress24(wrong, "library")
-    monkeypatch.setattr(torch, "_cslt_compress", lambda x: x.new_zeros(64, 40))
-    with pytest.raises(ValueError, match="need 9/16; this library pads"):
-        compress24(masked, "library")
     monkeypatch.setattr(torch, "_cslt_compress", lambda x: pack_ref(x, kept, "sm90").view(64, 36))
     assert torch.equal(compress24(masked, "library"), pack_ref(x, kept, "sm90"))
+
+
+def test_a_library_that_pads_is_taken_as_it_is(monkeypatch):
+    """Its blob is longer than 9/16 of the matrix: in eager code, in the fake, and for the multiplication."""
+    x, kept = random_24(64, 128)
+    masked = torch.where(kept, x, 0)
+    padded = torch.cat((pack_ref(x, kept, "sm90").view(64, -1), x.new_zeros(64, 8)), 1)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda x: padded)
+    spmm._ask_library.cache_clear()
+    blob = compress24(masked, "library")
+    assert torch.equal(blob, padded.flatten())
+    assert spmm.compressed_size(64, 128, "library", x.dtype, x.device) == blob.numel() == 64 * 80
+    assert spmm.compressed_size(64, 128, "sm90", x.dtype, x.device) == 64 * 72
+    with FakeTensorMode() as mode:
+        assert compress24(mode.from_tensor(masked), "library").shape == blob.shape
+    seen = []
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda a, b, **options: seen.append(a.shape) or b.new_zeros(64, 8))
+    matmul24(blob, x.new_zeros(128, 8), None, 64, False, Choice("cusparselt", "library"))
+    assert seen == [(64, 80)]
+    with pytest.raises(ValueError, match="packed A"):
+        matmul24(blob[:-1], x.new_zeros(128, 8), None, 64, False, Choice("cusparselt", "library"))
+    spmm._ask_library.cache_clear()
 
 
 def test_ops_have_fakes_that_fit(monkeypatch):

@@ -13,6 +13,7 @@ import spmm_choice
 from spmm import ORDERS, Choice, Gemm, compress24, matmul24, pack_ref, unpack_ref
 from spmm_choice import (
     Backend,
+    Report,
     Verdicts,
     choose,
     close_to,
@@ -144,7 +145,7 @@ def test_what_measures_nothing(mode):
 
 
 def test_an_unknown_mode_is_named():
-    with pytest.raises(ValueError, match="need one of auto, dense, masked, cusparselt, cutlass, cusparselt-plan, emul"):
+    with pytest.raises(ValueError, match="need one of auto, dense, masked, cusparselt, cutlass, emul"):
         choose(GEMMS, CPU, "fast")
 
 
@@ -359,6 +360,25 @@ def test_a_packer_of_ours_that_writes_other_bytes_is_not_trusted():
     order, _ = trusted_order(Backend(None, ("sm90",), "sm90", multiply), CPU, samples)
     assert order == "sm90"  # the fallback, which is the library's own here
     assert "other bytes" in trusted_order(Backend(None, ("sm90",), "sm90", multiply), CPU, samples)[1]
+
+
+def test_bytes_are_compared_at_each_gemms_own_shape(monkeypatch):
+    """A library that orders odd shapes in another way: its own compress serves there, our packers elsewhere."""
+
+    def compress(x, order):
+        blob = pack_ref(x, x != 0, "sm90").clone()
+        return blob.roll(1) if x.shape[1] == 4096 else blob
+
+    class Odd(Library):
+        def multiply(self, a, b, *args):
+            return super().multiply(a.roll(-1) if b.shape[0] == 4096 else a, b, *args)
+
+    monkeypatch.setattr(spmm_choice, "compress24", compress)
+    library = Odd({(0, 1): 80}, compress="library")
+    report = decide(library)
+    assert report.choices == {"y": Choice("cusparselt", "sm90"), "dw": Choice("cusparselt", "library")}
+    fault = report.rows[1]["faults"]["cusparselt sm90 0/1"]
+    assert fault == "raises ValueError: order sm90 is not what the library's compress writes at this shape"
 
 
 def test_random_24_has_two_in_each_group_and_pack_takes_it():
@@ -588,3 +608,13 @@ def test_close_to_refuses_a_small_error_of_a_small_element():
     wrong = reference.to(torch.bfloat16)
     wrong.view(-1)[reference.abs().argmin()] += 0.03
     assert not close_to(wrong, reference)
+
+
+@pytest.mark.parametrize(("host_us", "advised"), [({}, False), ({"plan": 900.0}, False), ({"plan": 1100.0}, True)])
+def test_a_host_that_is_slower_than_the_gpu_is_named(host_us, advised):
+    """A report of an earlier version has no host times."""
+    us = {"dense": [2000.0, 1990.0, 2010.0], "plan": [1000.0, 990.0, 1010.0]}
+    text = Report({}, [], [], {"us": us, "taken": "plan", "host_us": host_us}).text()
+    advice = "the host takes 1.100 ms to enqueue that layer, longer than the GPU takes: --compile_mode=reduce-overhead"
+    assert (advice in text) == advised
+    assert ("reduce-overhead" in text) == advised

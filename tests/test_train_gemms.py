@@ -136,14 +136,14 @@ def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "mode", "graph", "mask"),
+    ("compiled", "mode", "device", "mask"),
     [
-        (True, "default", False, "transposable"),
-        (True, "reduce-overhead", True, "row"),
-        (False, "max-autotune", False, "soft"),
+        (True, "default", "cuda", "transposable"),
+        (True, "reduce-overhead", "cpu", "row"),
+        (False, "max-autotune", "cuda", "soft"),
     ],
 )
-def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode, graph, mask):
+def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode, device, mask):
     asked = []
 
     def plan(*args, **options):
@@ -155,10 +155,11 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
     given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True, mask=mask)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
-    prepare._measure_gemms(train.all_settings(), model, None, 1, False, torch.device("cpu"))
-    expected = {"graph": graph, "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
+    device = torch.device(device)
+    prepare._measure_gemms(train.all_settings(), model, None, 1, False, device)
+    expected = {"graph": device.type == "cuda", "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
     expected["transposable"] = mask == "transposable"
-    assert asked == [((model.config, 15, torch.device("cpu"), torch.bfloat16, "auto", False, True), expected)]
+    assert asked == [((model.config, 15, device, torch.bfloat16, "auto", False, True), expected)]
 
 
 @pytest.mark.parametrize(("fsdp", "uses"), [(False, 4), (True, 1)])

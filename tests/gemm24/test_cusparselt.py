@@ -12,7 +12,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spmm
-import spmm_choice
 from gemm24 import cusparselt
 from spmm import Choice, matmul24
 
@@ -32,6 +31,12 @@ def stub_path(tmp_path_factory):
     return path
 
 
+def forget() -> None:
+    """Another library may be there now."""
+    cusparselt._load.cache_clear()
+    cusparselt.available.cache_clear()
+
+
 @pytest.fixture
 def stub(stub_path, monkeypatch):
     """The stand-in, loaded instead of NVIDIA's library, with empty caches and one stream."""
@@ -44,9 +49,9 @@ def stub(stub_path, monkeypatch):
     monkeypatch.setattr(cusparselt, "_handles", {})
     monkeypatch.setattr(cusparselt, "_plans", {})
     monkeypatch.setattr(cusparselt, "_current_stream", lambda device: STREAM)
-    cusparselt._load.cache_clear()
+    forget()
     yield library
-    cusparselt._load.cache_clear()
+    forget()
 
 
 def calls(stub, name: str = "") -> list[str]:
@@ -105,25 +110,11 @@ def test_a_sum_that_is_not_split_sets_no_split(stub):
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, 14), (torch.float16, 2)])
-def test_float32_results(stub, dtype, code):
+def test_matrices_have_the_type_of_the_operands(stub, dtype, code):
     a, b = operands(dtype=dtype)
-    d = cusparselt.matmul(a, b, ROWS, False, 0, 1, out_dtype=torch.float32)
-    assert d.dtype == torch.float32
-    lines = calls(stub)
-    types = [line.split("type ")[1].split()[0] for line in lines if "type" in line]
-    assert types == [str(code), str(code), "0"]
-    if dtype == torch.bfloat16:
-        torch.testing.assert_close(d, reference(a, b, False), rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_adding_to_a_gradient_in_place(stub, transposed):
-    a, b = operands()
-    d = torch.ones((N, ROWS) if transposed else (ROWS, N))
-    for _ in range(2):
-        assert cusparselt.matmul_add_(d, a, b, ROWS, transposed, 0, 1) is d
-    torch.testing.assert_close(d, 1 + 2 * reference(a, b, transposed), rtol=1e-5, atol=1e-4)
-    assert len(calls(stub, "MatmulPlanInit")) == 1
+    assert cusparselt.matmul(a, b, ROWS, False, 0).dtype == dtype
+    types = [line.split("type ")[1].split()[0] for line in calls(stub) if "type" in line]
+    assert types == [str(code)] * 3
 
 
 def test_the_number_of_algorithms_is_asked_without_a_plan(stub):
@@ -142,16 +133,16 @@ def test_one_plan_serves_all_calls_of_a_problem(stub):
     calls(stub)
     for _ in range(3):
         gc.collect()  # structs that nobody holds would be gone, and the stand-in's pointers with them
-        results.append(cusparselt.matmul(a.clone(), b.clone(), None, ROWS, False, 3, 1))
+        results.append(cusparselt.matmul(a.clone(), b.clone(), ROWS, False, 3, 1))
     assert calls(stub) == [f"Matmul alg 3 stream {STREAM:#x}"] * 3
     assert all(torch.equal(d, results[0]) for d in results)
 
 
 def test_another_problem_has_another_plan(stub):
     a, b = operands()
-    first = {"a": a, "b": b, "bias": None, "rows": ROWS, "transposed": False, "alg_id": 0, "split_k": 1}
+    first = {"a": a, "b": b, "rows": ROWS, "transposed": False, "alg_id": 0, "split_k": 1}
     half, long, wide, turned = operands(dtype=torch.float16), operands(k=192), operands(n=32), operands(True)
-    others = [{"alg_id": 1}, {"split_k": 2}, {"transposed": True}, {"out_dtype": torch.float32}, {"rows": 32}]
+    others = [{"alg_id": 1}, {"split_k": 2}, {"transposed": True}, {"rows": 32}]
     others += [dict(zip("ab", pair, strict=True)) for pair in (half, long, wide, turned)]
     for change in ({}, *others):
         cusparselt.matmul(**{**first, **change})
@@ -179,7 +170,7 @@ def test_each_device_has_its_own_handle(stub):
     assert cusparselt._handle(0, 1) is cusparselt._handle(0, 1)
     assert cusparselt._handle(1, 1) is not cusparselt._handle(0, 1)
     assert calls(stub) == ["Init", "Init"]
-    first, second = (cusparselt.Problem(64, 8, 64, torch.bfloat16, torch.bfloat16, False, False, i, 1) for i in (0, 1))
+    first, second = (cusparselt.Problem(64, 8, 64, torch.bfloat16, False, False, i, 1) for i in (0, 1))
     assert cusparselt._plan(first, 0, 1).handle is not cusparselt._plan(second, 0, 1).handle
 
 
@@ -241,32 +232,26 @@ def test_arguments_that_the_library_would_misread_are_refused(stub):
     packed = a[: ROWS * K * 9 // 16]
     for wrong in (packed[:-1], packed.float(), packed.half(), torch.cat((packed, packed))[::2]):
         with pytest.raises(ValueError, match=r"cusparselt.matmul: packed A .*need a contiguous torch.bfloat16"):
-            cusparselt.matmul(wrong, b, None, ROWS, False, 0, 1)
+            cusparselt.matmul(wrong, b, ROWS, False, 0)
     for wrong in (b[:, :16], b[::2], b[:, ::2]):
         with pytest.raises(ValueError, match=r"cusparselt.matmul: B .* with strides"):
-            cusparselt.matmul(a, wrong, None, ROWS, False, 0, 1)
-    for wrong, out_dtype in ((b.float(), None), (b, torch.float16), (b, torch.float64)):
-        with pytest.raises(ValueError, match=r"cusparselt.matmul: B torch.* and D torch"):
-            cusparselt.matmul(a, wrong, None, ROWS, False, 0, 1, out_dtype)
-    with pytest.raises(ValueError, match=r"cusparselt.matmul: bias \(64,\), need None"):
-        cusparselt.matmul(a, b, a[:ROWS], ROWS, False, 0, 1)
-    for d in (torch.zeros(N, ROWS), torch.zeros(N, ROWS).t(), torch.zeros(ROWS, 2 * N)[:, ::2]):
-        with pytest.raises(ValueError, match=r"cusparselt.matmul_add_: D "):
-            cusparselt.matmul_add_(d, a, b, ROWS, False, 0, 1)
+            cusparselt.matmul(a, wrong, ROWS, False, 0)
+    with pytest.raises(ValueError, match=r"cusparselt.matmul: B torch.float32, need bfloat16 or float16"):
+        cusparselt.matmul(a, b.float(), ROWS, False, 0)
     assert not calls(stub)
 
 
 def test_available_says_why_not(stub, monkeypatch, tmp_path):
     assert cusparselt.available() is None
     stub.stub_version(0, 6)
-    cusparselt._load.cache_clear()
+    forget()
     assert cusparselt.available().endswith("cuSPARSELt 0.6 is too old, need 0.7 or later")
     stub.stub_version(0, 8)
     monkeypatch.setitem(cusparselt._FUNCTIONS, "NotThere", ())
-    cusparselt._load.cache_clear()
+    forget()
     assert "cusparseLtNotThere" in cusparselt.available()
     monkeypatch.setattr(cusparselt, "LIBRARY", str(tmp_path / "none.so"))
-    cusparselt._load.cache_clear()
+    forget()
     assert "none.so" in cusparselt.available()
 
 
@@ -281,24 +266,23 @@ def test_the_package_is_searched_where_the_name_is_not_known(stub, stub_path, mo
         "find_spec",
         lambda name: type("Spec", (), {"submodule_search_locations": [str(package.parent)]}),
     )
-    cusparselt._load.cache_clear()
+    forget()
     assert cusparselt.available() is None
     monkeypatch.setattr(cusparselt.importlib.util, "find_spec", lambda name: None)
-    cusparselt._load.cache_clear()
+    forget()
     assert "libnano24_stub" in cusparselt.available()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As an op, and as a backend of the run
+# As the backend of a run
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("column_major", [False, True])
-@pytest.mark.parametrize("out_dtype", [None, torch.float32])
-def test_the_op_has_a_fake_that_fits(stub, monkeypatch, column_major, transposed, out_dtype):
-    monkeypatch.setattr(spmm, "_check_blob", lambda *args: None)  # the stand-in's A is dense
+def test_the_op_has_a_fake_that_fits(stub, monkeypatch, column_major, transposed):
+    monkeypatch.setattr(spmm, "_check_blob", lambda *args, **options: None)  # the stand-in's A is dense
     a, b = operands(column_major)
-    op, args = torch.ops.nano24.matmul24_cusparselt_plan, (ROWS, transposed, 0, 1, out_dtype)
+    op, args = torch.ops.nano24.matmul24_cusparselt, (ROWS, transposed, 0, 1)
     torch.library.opcheck(op, (a, b, None, *args), test_utils=("test_schema", "test_faketensor"))
     with FakeTensorMode() as mode:
         fake = op(mode.from_tensor(a), mode.from_tensor(b), None, *args)
@@ -306,34 +290,19 @@ def test_the_op_has_a_fake_that_fits(stub, monkeypatch, column_major, transposed
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_matmul24_adds_the_bias(stub, monkeypatch, transposed):
-    monkeypatch.setattr(spmm, "_check_blob", lambda *args: None)
-    (a, b), bias = operands(), torch.arange(ROWS).bfloat16()
-    choice = Choice("cusparselt-plan", "sm90", 5, 2)
-    d = matmul24(a, b, bias, ROWS, transposed, choice)
+def test_pytorchs_op_serves_biases_and_where_there_is_no_library(stub, monkeypatch):
+    monkeypatch.setattr(spmm, "_check_blob", lambda *args, **options: None)
+    (a, b), bias, by_torch = operands(), torch.arange(ROWS).bfloat16(), []
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda a, b, **options: by_torch.append(options) or b.clone())
+    choice = Choice("cusparselt", "sm90", 5, 2)
+    d = matmul24(a, b, None, ROWS, False, choice)
+    torch.testing.assert_close(d.float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
+    assert not by_torch
     assert calls(stub, "MatmulPlanInit") == ["MatmulPlanInit alg 5 split 2"]
-    expected = reference(a, b, transposed) + (bias if transposed else bias[:, None])
-    torch.testing.assert_close(d.float(), expected, rtol=2**-7, atol=0.1)
-    assert torch.equal(matmul24(a, b, None, ROWS, transposed, choice), matmul24(a, b, None, ROWS, transposed, choice))
-
-
-def test_the_op_checks_what_the_other_ops_check(stub):
-    a, b = operands()
-    choice, packed = Choice("cusparselt-plan", "sm90"), a[: ROWS * K * 9 // 16]
-    for wrong in ((a, b, None), (packed, b[:, :16], None), (packed, b, a[: ROWS - 1])):
-        with pytest.raises(ValueError, match="matmul24_cusparselt_plan: "):
-            matmul24(*wrong, ROWS, False, choice)
-
-
-def test_auto_leaves_it_out_and_its_name_takes_it(monkeypatch):
-    """On a CPU neither can be had; which of them were asked shows in the notes."""
-    gemms, device = {}, torch.device("cpu")
-    report = spmm_choice.choose(gemms, device)
-    assert [note.partition(":")[0] for note in report.notes] == ["cusparselt", "cutlass"]
-    with pytest.raises(ValueError, match="spmm='cusparselt-plan': needs an NVIDIA GPU; use spmm='auto'"):
-        spmm_choice.choose(gemms, device, "cusparselt-plan")
-    backend = spmm_choice.BACKENDS["cusparselt-plan"]
-    monkeypatch.setattr(spmm_choice, "_no_cusparselt", lambda device: None)
-    monkeypatch.setattr(cusparselt, "available", lambda: "is not there")
-    assert backend.unavailable(device) == "is not there"
+    matmul24(a, b, bias, ROWS, False, choice)
+    assert by_torch == [{"bias": bias, "transpose_result": False, "alg_id": 5, "split_k": 2}]
+    with monkeypatch.context() as patch:
+        patch.setattr(cusparselt, "available", lambda: "is not there")
+        matmul24(a, b, None, ROWS, False, choice)
+    assert len(by_torch) == 2
+    assert not calls(stub, "MatmulPlanInit")

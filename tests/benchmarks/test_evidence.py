@@ -1,0 +1,145 @@
+"""The runner of stages, with stages that end well, crash, hang, and leave processes behind."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import evidence
+from benchmarks.evidence import Stage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GOOD = Stage(0, 60, "echo fine; echo '{{}}' > {out}/good.json")
+
+
+@pytest.fixture(autouse=True)
+def nothing_carried(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "CARRIED", tmp_path / "carried")
+    monkeypatch.setattr(evidence, "KILL_S", 0.5)
+    monkeypatch.setenv("NANO24_COMMIT", "abc")
+
+
+def outcome(out: Path) -> dict:
+    return json.loads((out / "evidence.json").read_text())["stages"]
+
+
+def test_stages_that_end_well_and_one_that_crashes(tmp_path):
+    stages = {
+        "good": GOOD,
+        "crash": Stage(0, 60, "{python} -c 'print(1); raise SystemError(\"lost the GPU\")'"),
+        "after": Stage(0, 60, "echo later > {out}/after.json"),
+    }
+    assert not evidence.run(tmp_path, 5, [], stages)
+    found = outcome(tmp_path)
+    assert {name: stage["status"] for name, stage in found.items()} == {
+        "good": "ok",
+        "crash": "exit status 1",
+        "after": "ok",
+    }
+    assert found["crash"]["output"][-1] == "SystemError: lost the GPU"
+    assert "output" not in found["good"]
+    assert {(stage["code"], stage["commit"]) for stage in found.values()} == {(evidence.code_id(), "abc")}
+    assert (tmp_path / "after.json").read_text() == "later\n"
+    assert "SystemError: lost the GPU" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_stage_that_hangs_is_killed_with_all_it_started(tmp_path):
+    beat = tmp_path / "beat"
+    child = f"sh -c 'trap \"\" TERM; while :; do echo >> {beat}; sleep 0.05; done'"
+    hang = f"{child} & echo begun > {{out}}/hang.json; sleep 600"
+    start = time.monotonic()
+    assert not evidence.run(tmp_path / "out", 5, [], {"hang": Stage(0, 1, hang), "good": GOOD})
+    assert time.monotonic() - start < 30
+    found = outcome(tmp_path / "out")
+    assert found["hang"]["status"] == "killed after 1 s"
+    assert found["good"]["status"] == "ok"
+    assert (tmp_path / "out" / "hang.json").read_text() == "begun\n"  # what it wrote until then is kept
+    size = beat.stat().st_size
+    time.sleep(0.5)
+    assert beat.stat().st_size == size > 0  # the child that ignores SIGTERM is gone too
+
+
+def test_a_stage_begins_only_with_the_time_that_it_needs(tmp_path, capsys):
+    stages = {"long": Stage(1000, 2000, "echo > {out}/long.json"), "good": GOOD}
+    assert evidence.run(tmp_path, 5, [], stages)
+    assert "long: left out" in capsys.readouterr().out
+    assert outcome(tmp_path).keys() == {"good"}
+    assert not (tmp_path / "long.json").exists()
+
+
+def test_what_ended_well_for_the_same_code_is_skipped(tmp_path, monkeypatch, capsys):
+    count = Stage(0, 60, "echo run >> {out}/count.json")
+    fail = Stage(0, 60, "echo run >> {out}/fail.json; exit 3")
+    stages, held = {"count": count, "fail": fail}, tmp_path / "held" / "evidence.json"
+    evidence.run(tmp_path / "held", 5, [], stages)
+    evidence.run(tmp_path / "out", 5, [], stages, held)
+    assert "count: skipped" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "count.json").exists()
+    assert (tmp_path / "out" / "fail.json").exists()
+    assert outcome(tmp_path / "out").keys() == {"count", "fail"}  # calls add up
+    monkeypatch.setattr(evidence, "code_id", lambda: "other code")
+    evidence.run(tmp_path / "out", 5, ["count"], stages, held)
+    assert (tmp_path / "out" / "count.json").read_text() == "run\n"
+
+
+def test_caches_travel_and_large_ones_stay(tmp_path, monkeypatch, capsys):
+    write = Stage(0, 60, "mkdir -p $TRITON_CACHE_DIR; echo kernel >> $TRITON_CACHE_DIR/k; echo 1 > {out}/gemms.json")
+    evidence.run(tmp_path / "out", 5, [], {"write": write})
+    assert not (tmp_path / "out" / "caches").exists()
+    carried = tmp_path / "carried"
+    carried.mkdir()
+    for name in ("caches.tgz", "gemms.json"):
+        (carried / name).write_bytes((tmp_path / "out" / name).read_bytes())
+    read = Stage(0, 60, "cat $TRITON_CACHE_DIR/k {out}/gemms.json > {out}/read.json")
+    evidence.run(tmp_path / "again", 5, [], {"read": read})
+    assert (tmp_path / "again" / "read.json").read_text() == "kernel\n1\n"
+    monkeypatch.setattr(evidence, "ARCHIVE_BYTES", 10)
+    evidence.run(tmp_path / "large", 5, [], {"write": write})
+    assert "caches left behind" in capsys.readouterr().out
+    assert not (tmp_path / "large" / "caches.tgz").exists()
+
+
+def test_many_files_come_back_as_one_archive(tmp_path):
+    many = Stage(0, 60, "for i in 1 2 3 4 5 6 7 8; do echo $i > {out}/$i.json; done")
+    evidence.run(tmp_path, 5, [], {"many": many})
+    assert {path.name for path in tmp_path.iterdir()} == {"evidence.json", "log.txt", "caches.tgz", "results.tgz"}
+    with tarfile.open(tmp_path / "results.tgz") as archive:
+        assert archive.extractfile("8.json").read() == b"8\n"
+
+
+def test_the_code_is_known_by_its_content(monkeypatch, tmp_path):
+    first = evidence.code_id()
+    assert first == evidence.code_id()
+    for name in ("benchmarks", "gemm24"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "train.py").write_text("a = 1\n")
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    second = evidence.code_id()
+    (tmp_path / "gemm24" / "x.py").write_text("a = 1\n")
+    assert len({first, second, evidence.code_id()}) == 3
+
+
+def test_bench_runs_it_and_names_a_stage_that_does_not_exist(tmp_path):
+    words = ["--evidence", str(tmp_path / "out"), "--minutes", "1"]
+    for more, message in (
+        (["nosuch"], "bench.py: --evidence: no stage 'nosuch', need some of probe, gemm, tests,"),
+        (None, "bench.py: probe is no option; stages need --evidence OUT, suites --suite NAME"),
+    ):
+        command = [sys.executable, "bench.py", *(words + more if more else ["probe"])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_stage_is_a_program_that_is_there():
+    for name, stage in evidence.STAGES.items():
+        words = stage.command.split()
+        assert 0 < stage.least < stage.most, name
+        assert words[0] == "{python}"
+        path = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
+        assert path == "pytest.py" or (ROOT / path).exists(), name

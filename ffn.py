@@ -276,7 +276,7 @@ def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: n
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
     """What a linear layer computes in here."""
-    on = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    on = x.device.type in operators.AUTOCAST and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if on and x.dtype != torch.float64 else x.dtype
 
 

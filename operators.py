@@ -250,6 +250,8 @@ def flip_rate(before, after) -> float:
 # a 32-column tile share a counter and take its four words, since a GPU thread owns just these four.
 
 _MASK32 = 0xFFFFFFFF
+# Device types with an autocast, asked once: a compiler of torch before 2.13 cannot trace the question.
+AUTOCAST = frozenset(t for t in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(t))
 
 
 def _mul_hi_lo(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -99,7 +99,9 @@ def pick_device(s: SimpleNamespace, ranks: Ranks) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={s.device!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
     try:
-        chosen = torch.device(f"cuda:{ranks.local_rank}" if name == "cuda" and ranks.world_size > 1 else name)
+        chosen = torch.device(name)
+        if name == "cuda":  # with an index, which set_device needs
+            chosen = torch.device("cuda", ranks.local_rank if ranks.world_size > 1 else torch.cuda.current_device())
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from operators import (  # noqa: F401 (all of the operators are names of this module too)
+    AUTOCAST,
     PAIRS,
     PATTERNS,
     PATTERNS_HASH,
@@ -293,7 +294,7 @@ class Sparse24Linear(nn.Linear):
             return super().forward(x)
         weight, bias = self.weight, self.bias
         device_type = x.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        if device_type in AUTOCAST and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)  # for all but float64, as autocast itself does
             x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
         recipe = self.recipe

@@ -4,13 +4,12 @@
 
 GPU tensors are CPU tensors whose storage is marked. Ops that mix the two devices raise an error, as do arguments that
 torch.cuda refuses, and waiting for the GPU where that is forbidden: in a capture of a CUDA graph, and under
-torch.cuda.set_sync_debug_mode("error").
-Triton kernels run in Triton's interpreter, or where that takes seconds their launch is checked and their PyTorch twin
-computes. cuSPARSELt is emulated. torch.compile returns what it is given.
+torch.cuda.set_sync_debug_mode("error"). Triton kernels run in Triton's interpreter, or where that takes seconds their
+launch is checked and their PyTorch twin computes. cuSPARSELt is emulated. torch.compile returns what it is given.
 
 The clock of CUDA events counts ops, so that what is chosen by time is the same on every machine: an op takes 10 us, a
 2:4 GEMM 5 us. FAKE_CUSPARSELT says how the library lays out what it compresses: "sm90" (the default) is the order that
-spmm.py expects on this GPU, "reversed" is another order, "padded" appends eight columns.
+spmm.py expects on this GPU, "reversed" is another order, "padded" appends 16 bytes a row.
 
 It changes torch for good, hence a process of its own.
 """
@@ -55,7 +54,7 @@ STATE = SimpleNamespace(
     capturing=False,  # a CUDA graph is being captured
     sync_debug_mode=0,  # 2 is "error"
     launch_only=False,  # Triton checks the launch of a kernel, and does not run it
-    unmasked=False,  # GPU tensors show that they are CPU tensors: inside of what the GPU or a library does
+    unmasked=False,  # see `unmasked`
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,6 +83,7 @@ def is_gpu(device) -> bool:
 
 @contextlib.contextmanager
 def unmasked():
+    """Within this, GPU tensors are CPU tensors again, and no op is checked."""
     before, STATE.unmasked = STATE.unmasked, True
     try:
         yield
@@ -124,8 +124,7 @@ class Ops(TorchDispatchMode):
             self.check_copy(*gpu, *args[2:], **kwargs)
         else:
             self.check_devices(name, tensors, gpu)
-        by_mask = name in _INDEXING and any(x.dtype == torch.bool for x in tensors[1:])
-        if name in _WAITING or by_mask:
+        if name in _WAITING or (name == "index" and any(x.dtype == torch.bool for x in tensors[1:])):
             wait_for_gpu(name)
         out = func(*args, **kwargs)
         STATE.clock_us += 0 if func.is_view else 10
@@ -157,6 +156,7 @@ class Ops(TorchDispatchMode):
 
 
 def _to(tensor: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch.Tensor:
+    """torch.Tensor.to"""
     if args and isinstance(args[0], torch.Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -354,10 +354,9 @@ def _compress(x: torch.Tensor) -> torch.Tensor:
         if LAYOUT == "reversed":
             metadata = spmm.packed_parts(packed, rows, columns)[1]
             metadata.copy_(metadata.flip(0))
-        packed = packed.view(rows, -1)
         if LAYOUT == "padded":
-            packed = torch.cat((packed, packed.new_zeros(rows, 8)), 1)
-    return place(packed, True)
+            packed = torch.cat((packed, packed.new_zeros(8 * rows)))
+    return place(packed.view(rows, -1), True)
 
 
 def _sparse_mm(
@@ -398,7 +397,7 @@ def _launch(launch):
     return checked
 
 
-# Kernels that take the interpreter seconds; tests/test_kernels.py shows that these are equal to their twins.
+# Kernels that take the interpreter seconds; tests/test_kernels.py shows that they are what these twins are.
 TWINS = {
     "activation": lambda z, name, *_, **__: operators.activation_ref(z, name),
     "activation_backward": lambda z, da, name, *_: operators.activation_backward_ref(z, da, name),

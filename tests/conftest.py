@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are tiny and processes run side by side; also for what tests start
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic runs; CUDA reads it once, at the start
 
 import torch
 

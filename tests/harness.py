@@ -120,6 +120,7 @@ def pristine_train():
     before = dict(vars(train))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     precision, argv = torch.get_float32_matmul_precision(), sys.argv
+    deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         with torch.random.fork_rng(devices=[]):
             yield train
@@ -129,6 +130,7 @@ def pristine_train():
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
         sys.argv = argv
 
 

@@ -61,8 +61,8 @@ class Library:
             d[0, 0] = float("nan")
         if fault == "transposed":
             d = d.t()
-        if fault == "not the same each time":
-            d[0, 0] += 0.01 * d[0, 0] * len(self.calls)
+        if fault == "not the same each time":  # its smallest element, by less than close_to sees
+            d.view(-1)[d.abs().argmin()] = 2**-8 * d.float().square().mean().sqrt() * (len(self.calls) % 2)
         return d
 
 

@@ -284,6 +284,14 @@ def test_the_console_shows_phase_loss_and_time_left(reference):
     assert re.search(r"^done: 32 iterations, best validation loss \d\.\d{4}, saved in ", text, re.M)
 
 
+def test_run_here_takes_a_deterministic_runs_setting_back(run, tmp_path):
+    """It holds for the whole process, and would slow down or fail the tests after it."""
+    assert not torch.are_deterministic_algorithms_enabled()
+    run(tmp_path / "out", max_iters=1, deterministic=True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+
+
 def test_the_loss_falls(run, tmp_path):
     run(tmp_path / "out", max_iters=60, lr_decay_iters=60, dropout=0.0, learning_rate=1e-2, masked_decay=1e-4)
     rows = read_rows(tmp_path / "out")

@@ -1,20 +1,21 @@
-"""An interpreter of PTX: it runs on the CPU what Triton compiles for an NVIDIA GPU, so that tests need no GPU for it.
+"""An interpreter of PTX: it runs what Triton compiles for an NVIDIA GPU on the CPU.
 
 Triton's own interpreter executes a kernel's Python. This one executes the compiler's result, inline assembly included.
 `interpreted` sends every Triton launch through it, and `run` takes the text of one kernel. All threads of a launch go
 through the program in lockstep, one numpy array per register, one instruction at a time.
 
 Modelled:
-- The instructions of ptx_instructions.py and below, to the bit; an unknown one is an error. ex2.approx and
-  rcp.approx are rounded correctly, or are wrong by the largest error that the PTX ISA allows (`errors`).
-- Global memory: exactly the bytes that the argument tensors span. An access beyond them or misaligned for its size, or
-  two threads that write different values to one byte, is a Fault. A launch that faults leaves its tensors as they were.
-- Shared memory: that of each program alone, with the same checks between two barriers. It starts as random bits.
-- Registers: what was never written, as LLVM's undefined values are, reads as random bits, new ones at each read.
-- Forward branches, and that all threads of a program reach a barrier and all of a warp a shuffle.
+- The instructions of ptx_instructions.py and of Launch, to the bit; any other is a Fault. ex2.approx and rcp.approx
+  are rounded to nearest, or are wrong by as much as the PTX ISA allows (`errors`).
+- Global memory: the bytes that the argument tensors span, and the tensors whose addresses an int64 argument lists. An
+  access beyond them, or misaligned for its size, is a Fault. So are two threads that write different values to one
+  byte. A launch that faults leaves its tensors as they were.
+- Shared memory: each program has its own, which starts as random bits; the same checks hold between two barriers.
+- Registers: one that nothing was written to, as LLVM's undefined values are, reads as random bits, new ones each time.
+- Forward branches. All threads of a program must reach a barrier together, and all of a warp a shuffle.
 
-Not modelled: time, caches, ptxas's translation into machine code, and any order of threads but lockstep. A thread that
-reads what another one writes without a barrier between them is therefore not found. Loops and 2-D grids are errors.
+Not modelled: time, caches, ptxas's translation into machine code, loops, 2-D grids, and any order of threads but
+lockstep. So a thread that reads what another one writes, with no barrier between them, is not found.
 """
 
 import contextlib
@@ -227,7 +228,7 @@ class Launch:
         active, waiting = None, {}  # {number of an instruction: the threads that branched to it}
         for number, instruction in enumerate(self.program.instructions):
             if number in waiting:
-                active = active | waiting.pop(number)
+                active = self.all_of(active) | waiting.pop(number)
                 active = None if active.all() else active
             try:
                 mask = self.guarded(instruction, active)
@@ -347,7 +348,7 @@ class Launch:
     # Memory
 
     def address(self, operand: str, space: str) -> np.ndarray:
-        base, offset = _ADDRESS.fullmatch(operand).groups(default="0")  # PTX has no other form
+        base, offset = _ADDRESS.fullmatch(operand).groups(default="0")
         kind = "b64" if space == "global" else "b32"
         address = np.broadcast_to(self.read(base, kind) + _immediate(offset, kind), self.n).astype(np.uint64)
         return address if space == "global" else address | self.cta.astype(np.uint64) << np.uint64(32)
@@ -372,7 +373,7 @@ class Launch:
             self.write(name, self.spread(values, threads), kind, mask)
 
     def spread(self, values: np.ndarray, threads: np.ndarray) -> np.ndarray:
-        """An array over all threads that has these values at `threads`."""
+        """An array over all threads that has these values at `threads`, and zeros."""
         everywhere = np.zeros(self.n, values.dtype)
         everywhere[threads] = values
         return everywhere
@@ -446,8 +447,8 @@ class Launch:
         rows, thread = self.address(operand, "shared"), np.arange(self.n)
         warp, lane = thread // 32 * 32, thread % 32
         count = int(modifiers[3].removeprefix("x"))
-        named = thread[lane < 8 * count]
-        self.shared.offset(rows[named], 16, named)
+        giving = np.flatnonzero(self.all_of(mask) & (lane < 8 * count))
+        self.shared.offset(rows[giving], 16, giving)
         places = [(lane // 4, 2 * (lane % 4) + half) for half in range(2)]
         if "trans" in modifiers:
             places = [(column, row) for row, column in places]

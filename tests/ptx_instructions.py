@@ -4,9 +4,9 @@ Registers hold bits: unsigned integers of their width, or bool for predicates. A
 them (`decode`) and how its result becomes bits again (`encode`): "f32" as float32; "bf16" as float32, which holds each
 of its values; packed "bf16x2" as two rows, the low half first. So np.add serves s32 and f32 alike.
 
-Results follow the PTX ISA 8.7: round to nearest even, subnormals kept except by .ftz, NaN results canonical (0x7fffffff
-and 0x7fff), -0 below +0 in min and max. Only what Triton 3.6 emits for this repository's kernels is here;
-anything else raises Unknown, so that no instruction is guessed at.
+Results follow the PTX ISA 8.7. Floats round to nearest even and keep subnormals, except under .ftz. A NaN result is the
+canonical one (0x7fffffff, in 16 bits 0x7fff), and min and max order -0 below +0. The table has what Triton 3.6 emits
+for this repository's kernels. Anything else raises Unknown, so that no instruction is guessed at.
 """
 
 import functools
@@ -254,7 +254,7 @@ APPROXIMATE_ULPS = {"ex2.approx.ftz.f32": 2, "rcp.approx.ftz.f32": 1}
 
 
 def _conversion(name: str, to: str, source: str) -> Operation:
-    if to.endswith("x2"):  # the first operand goes into the high half
+    if (name, source) == ("cvt.rn", "f32") and to.endswith("x2"):  # the first operand goes into the high half
         return Operation(lambda high, low: np.stack(np.broadcast_arrays(low, high)), (source, source), to)
     if _is_float(to) != _is_float(source) or (name == "cvt.rn") != (width(to) < width(source) and _is_float(to)):
         raise Unknown(f"{name}.{to}.{source}")

@@ -29,14 +29,14 @@ from operators import (
     transposable_index_ref,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PTX = os.environ.get("NANO24_PTX")  # the architecture
+DEVICE = "cuda" if torch.cuda.is_available() and not PTX else "cpu"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning"),  # numpy's
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
 TABLES = operators._table("kernel", torch.device(DEVICE))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PTX = os.environ.get("NANO24_PTX")  # the architecture
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -201,6 +201,30 @@ INSTRUCTIONS = {
         ([0, 1, 0],),
         [11, 12, 11],
     ),
+    "branches that no thread takes": (
+        """setp.eq.b32 %p1, %r1, 77;
+        @%p1 bra $L__first;
+        @%p1 bra $L__second;
+        mov.b32 %r0, 1;
+        $L__first:
+        add.s32 %r0, %r0, 10;
+        $L__second:
+        add.s32 %r0, %r0, 100;""",
+        ([0, 1],),
+        [111, 111],
+    ),
+    "branches that part the threads": (
+        """setp.eq.b32 %p1, %r1, 0; setp.eq.b32 %p2, %r1, 1; mov.b32 %r0, 0;
+        @%p1 bra $L__first;
+        @%p2 bra $L__second;
+        add.s32 %r0, %r0, 1;
+        $L__first:
+        add.s32 %r0, %r0, 10;
+        $L__second:
+        add.s32 %r0, %r0, 100;""",
+        ([0, 1, 2],),
+        [110, 100, 111],
+    ),
     "shfl": ("shfl.sync.bfly.b32 %r0, %r1, 1, 31, -1;", ([10, 11, 12, 13],), [11, 10, 13, 12]),
     "redux": ("redux.sync.add.s32 %r0, %r1, -1;", ([5, 0xFFFFFFFF, 1],), [5, 5, 5]),
 }

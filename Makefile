@@ -1,5 +1,7 @@
 # make demo   environment, data, a sparse training run on this machine, a text sample, two plots
 # make test   lint and all tests, in two halves; what is skipped, and why, is listed at the end of each
+# make test-ptx  the kernels' tests on what Triton compiles for sm_90a (PTX=80: sm_80), interpreted; needs no GPU
+# make test-all  make test, then make test-ptx
 # make gpu    the tests that need a CUDA GPU
 # make lint   ruff alone
 # make faults kill and stop training at many points, write results/faults.json (about 40 minutes)
@@ -8,8 +10,17 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PTX ?= 90
 
-.PHONY: demo test gpu lint faults
+.PHONY: demo test test-ptx test-all gpu lint faults
+
+# Two runs of pytest side by side, since a test uses one core; the first one's report is printed when the second has ended.
+define two_halves
+@$(PY) -m pytest -q $(1) > .pytest_half.log 2>&1 & first=$$!; \
+$(PY) -m pytest -q $(2); second=$$?; \
+wait $$first; first=$$?; cat .pytest_half.log; rm -f .pytest_half.log; \
+test $$first -eq 0 -a $$second -eq 0
+endef
 
 # One thread: the demo's tensors are tiny, and on a busy machine OpenMP's threads spend their time waiting for each other.
 demo: .venv/installed
@@ -18,12 +29,16 @@ demo: .venv/installed
 	$(PY) sample.py --out_dir=out-demo --start="def " --num_samples=1 --max_new_tokens=400
 	$(PY) plot.py out-demo
 
-# Two halves side by side, since a test uses one core; the first half's report is printed when the second has ended.
 test: lint
-	@$(PY) -m pytest -q tests/test_[a-j]*.py > .pytest_half.log 2>&1 & first=$$!; \
-	$(PY) -m pytest -q tests/test_[k-z]*.py tests/gemm24; second=$$?; \
-	wait $$first; first=$$?; cat .pytest_half.log; rm -f .pytest_half.log; \
-	test $$first -eq 0 -a $$second -eq 0
+	$(call two_halves,tests/test_[a-j]*.py,tests/test_[k-z]*.py tests/gemm24 tests/benchmarks)
+
+# Most of the time goes to Triton's compiler, whose cache (~/.triton/cache) makes later runs short.
+test-ptx: export NANO24_PTX = $(PTX)
+test-ptx: .venv/installed-dev
+	$(call two_halves,tests/test_kernels.py -k "fused or weight_pack or mvue_pack",tests/test_kernels.py tests/test_ptx.py -k "not (fused or weight_pack or mvue_pack)")
+
+test-all: test
+	$(MAKE) test-ptx
 
 gpu:
 	$(PYTHON) -m pytest -m gpu

@@ -13,6 +13,7 @@ neither the cache nor the host's launches are timed; so does the copy of as many
 kernel time, median (smallest to largest) over repetitions that alternate with the copy's.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -265,23 +266,34 @@ class _Target:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compile_only(call: Callable, arch: int) -> list[tuple]:
-    """The kernels that `call` would launch, compiled for sm_`arch` and not run: a list of (compiled, grid)."""
+@contextlib.contextmanager
+def redirected(arch: int, launch: Callable):
+    """Within it every kernel is compiled for sm_`arch` and goes to launch(compiled, grid, {argument: value}), not to a
+    GPU."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    launched, run = [], JITFunction.run
+    run = JITFunction.run
 
     def compile_it(self, *args, grid, warmup, **options):
-        launched.append((run(self, *args, grid=grid, warmup=True, **options), grid))
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        launch(compiled, grid, dict(zip(self.arg_names, args, strict=False)) | options)
+        return compiled
 
     driver.set_active(_Target(arch))
     JITFunction.run = compile_it
     try:
-        call()
+        yield
     finally:
         JITFunction.run = run
         driver.set_active(None)  # the real one is made again when it is needed
+
+
+def compile_only(call: Callable, arch: int) -> list[tuple]:
+    """The kernels that `call` would launch, compiled for sm_`arch` and not run: a list of (compiled, grid)."""
+    launched = []
+    with redirected(arch, lambda compiled, grid, arguments: launched.append((compiled, grid))):
+        call()
     return launched
 
 

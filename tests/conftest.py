@@ -1,4 +1,8 @@
-"""Settings of the whole test run."""
+"""Settings of the whole test run.
+
+Without a GPU Triton's kernels run on the CPU in Triton's interpreter, in numpy. With NANO24_PTX=90 (or 80) they are
+compiled for that architecture instead, and tests/ptx.py interprets the compiler's result: `make test-ptx`.
+"""
 
 import os
 
@@ -8,5 +12,5 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic
 import torch
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU, in numpy
+if not torch.cuda.is_available() and "NANO24_PTX" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton

@@ -1,4 +1,5 @@
-"""The kernels against their twins: on the GPU where there is one, else in the Triton interpreter on the CPU.
+"""The kernels against their twins: on the GPU where there is one, else in the Triton interpreter on the CPU. With
+NANO24_PTX=90 or 80 they are compiled for that architecture, and what the compiler wrote is interpreted (ptx.py).
 
 Equal means bit for bit (NaN anywhere is NaN, and -0 is 0). Where a sum's order or a polynomial decides, the bound is
 derived beside the comparison.
@@ -6,6 +7,7 @@ derived beside the comparison.
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -27,13 +29,25 @@ from operators import (
     transposable_index_ref,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PTX = os.environ.get("NANO24_PTX")  # the architecture
+DEVICE = "cuda" if torch.cuda.is_available() and not PTX else "cpu"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning"),  # numpy's
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
 TABLES = operators._table("kernel", torch.device(DEVICE))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def backend():
+    if not PTX:
+        yield
+        return
+    import ptx
+
+    with ptx.interpreted(int(PTX)):
+        yield
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -119,6 +133,9 @@ def test_two_approximation_equals_its_twin(dtype):
         assert torch.equal(baselines.transposable_mask_2approx(w), operators.transposable_mask_2approx(w))
 
 
+@pytest.mark.skipif(
+    PTX is not None, reason="PTX backend: the interpreter has no tensor core, and only this baseline uses one"
+)
 def test_search_by_90_scores_is_the_optimum_within_tf32():
     table = baselines.pattern_table(operators.PATTERNS.to(DEVICE))
     for w in (randn(36, 40), randn(64, 36).t(), torch.zeros(4, 8, device=DEVICE)):

@@ -1,0 +1,411 @@
+"""An interpreter of PTX: it runs what Triton compiles for an NVIDIA GPU on the CPU.
+
+Triton's own interpreter executes a kernel's Python. This one executes the compiler's result, inline assembly included.
+`interpreted` sends every Triton launch through it, and `run` takes the text of one kernel. All threads of a launch go
+through the program in lockstep, one numpy array per register, one instruction at a time.
+
+Modelled:
+- The instructions of ptx_instructions.py and of Launch, to the bit; any other is a Fault. ex2.approx and rcp.approx
+  are rounded to nearest, or are wrong by as much as the PTX ISA allows (`errors`).
+- Global memory: the bytes that the argument tensors span, and the tensors whose addresses an int64 argument lists. An
+  access beyond them, or misaligned for its size, is a Fault. So are two threads that write different values to one
+  byte. A launch that faults leaves its tensors as they were.
+- Shared memory: each program has its own, which starts as random bits; the same checks hold between two barriers.
+- Registers: one that nothing was written to, as LLVM's undefined values are, reads as random bits, new ones each time.
+- Forward branches. All threads of a program must reach a barrier together, and all of a warp a shuffle.
+
+Not modelled: time, caches, ptxas's translation into machine code, loops, 2-D grids, and any order of threads but
+lockstep. So a thread that reads what another one writes, with no barrier between them, is not found.
+"""
+
+import contextlib
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+import ptx_instructions
+import torch
+from ptx_instructions import bits_dtype, decode, encode, width
+from ptx_memory import Fault, Memory, regions_of
+
+import bench_kernels
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
+
+
+class Instruction(NamedTuple):
+    text: str
+    source: str  # file and line of the kernel, where the compiler says so
+    guard: str | None  # the predicate register that it depends on
+    negated: bool
+    opcode: str
+    operands: tuple[str, ...]
+
+
+class Program(NamedTuple):
+    name: str
+    parameters: dict[str, int]  # name: its number
+    instructions: list[Instruction]
+    labels: dict[str, int]  # name: number of the instruction that follows it
+    registers: dict[str, str]  # name, or prefix of numbered names: type
+
+
+_STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)")
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+_ADDRESS = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+)\s*)?\]")
+
+
+@functools.cache
+def parse(ptx: str) -> Program:
+    """The only kernel of a PTX module."""
+    head, body = ptx[ptx.index(".entry") :].split("{", 1)
+    names = re.findall(r"\.param .*?(\w+)\s*[,)\n]", head)
+    parameters = {name: number for number, name in enumerate(names)}
+    program, source = Program(re.search(r"\.entry (\w+)", head)[1], parameters, [], {}, {}), "?"
+    for line in body.split("\t.section")[0].splitlines():
+        if location := re.search(r"\.loc\b.*// (\S+:\d+):\d+", line):
+            source = location[1]
+        for statement in line.split("//")[0].split(";"):
+            _parse_statement(program, statement.lstrip("{} \t").rstrip(), source)  # braces delimit inline assembly
+    return program
+
+
+def _parse_statement(program: Program, text: str, source: str) -> None:
+    if declaration := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text):
+        names = re.findall(r"%?\w+", re.sub(r"<\d+>", "", declaration[2]))
+        program.registers.update(dict.fromkeys(names, declaration[1]))
+    elif label := re.fullmatch(r"(\$\w+):", text):
+        program.labels[label[1]] = len(program.instructions)
+    elif text and not text.startswith("."):
+        statement = _STATEMENT.fullmatch(text)
+        if statement is None:
+            raise Fault(f"{program.name}: cannot parse {text!r}")
+        negated, guard, opcode, operands = statement.groups()
+        operands = tuple(_OPERAND.findall(operands))
+        program.instructions.append(Instruction(text, source, guard, negated == "!", opcode, operands))
+
+
+def _vector(operand: str) -> list[str]:
+    """The registers of "{%r1, %r2}", or the one that stands alone."""
+    return [name.strip() for name in operand.strip("{} ").split(",")]
+
+
+@functools.cache
+def _immediate(text: str, kind: str) -> np.ndarray:
+    bits = int(text[2:], 16) if text.startswith("0f") else int(text.rstrip("U"), 0)
+    return np.array(bits != 0 if kind == "pred" else bits & (2 ** width(kind) - 1), bits_dtype(kind))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+
+class Launch:
+    """All threads of one launch. A mask says which of them execute an instruction; None means all of them."""
+
+    def __init__(self, program, programs: int, threads: int, shared: int, numbers: list, memory: Memory, errors):
+        self.program, self.numbers, self.memory, self.errors = program, numbers, memory, errors
+        self.threads, self.n = threads, programs * threads
+        self.random = np.random.default_rng(0)
+        self.cta = np.repeat(np.arange(programs, dtype=np.uint32), threads)
+        self.registers = {"%ctaid.x": self.cta, "%tid.x": np.tile(np.arange(threads, dtype=np.uint32), programs)}
+        # The shared memory of program c begins at address c << 32, of which the program sees the low half.
+        contents = self.random.integers(0, 256, (programs, shared), np.uint8)
+        self.shared = Memory([(cta << 32, content) for cta, content in enumerate(contents)])
+
+    def run(self) -> None:
+        active, waiting = None, {}  # {number of an instruction: the threads that branched to it}
+        for number, instruction in enumerate(self.program.instructions):
+            if number in waiting:
+                active = self.all_of(active) | waiting.pop(number)
+                active = None if active.all() else active
+            try:
+                mask = self.guarded(instruction, active)
+                if instruction.opcode == "ret" and mask is None:
+                    return
+                if instruction.opcode == "bra":
+                    taken, target = self.all_of(mask), self.program.labels[instruction.operands[0]]
+                    if target <= number:
+                        raise Fault("a branch backwards; loops are not modelled")
+                    waiting[target] = taken | waiting.get(target, False)
+                    active = self.all_of(active) & ~taken
+                else:
+                    self.step(instruction, mask)
+            except (Fault, ptx_instructions.Unknown) as error:
+                raise Fault(f"{self.program.name}, {instruction.source}: `{instruction.text}`: {error}") from error
+
+    def all_of(self, mask: np.ndarray | None) -> np.ndarray:
+        return np.ones(self.n, bool) if mask is None else mask
+
+    def guarded(self, instruction: Instruction, active: np.ndarray | None) -> np.ndarray | None:
+        """The threads that are active and fulfil the instruction's predicate."""
+        if instruction.guard is None:
+            return active
+        mask = (self.read(instruction.guard, "pred") ^ instruction.negated) & self.all_of(active)
+        return None if mask.all() else mask
+
+    def step(self, instruction: Instruction, mask: np.ndarray | None) -> None:
+        head, *modifiers = instruction.opcode.split(".")
+        special = _SPECIAL.get(head)
+        if special:
+            special(self, modifiers, instruction.operands, mask)
+        else:
+            self.compute(instruction.opcode, instruction.operands, mask)
+
+    # Registers
+
+    def type_of(self, register: str) -> str:
+        declared = self.program.registers
+        if register not in declared:
+            register = register.rstrip("0123456789")
+        if register not in declared:
+            raise Fault(f"{register} is not declared")
+        return declared[register]
+
+    def bits(self, register: str) -> np.ndarray:
+        """Its bits, or new random ones if nothing was written to it."""
+        if register in self.registers:
+            return self.registers[register]
+        kind = self.type_of(register)
+        return self.random.integers(0, 2 ** width(kind), self.n, bits_dtype(kind))
+
+    def read(self, operand: str, kind: str) -> np.ndarray:
+        """Values of a register, or one of an immediate, as a type."""
+        if operand == "global_smem":
+            return np.array(0, bits_dtype(kind))
+        if operand[0] in "-0123456789":
+            return decode(_immediate(operand, kind), kind)
+        bits = self.bits(operand)
+        if bits.dtype.itemsize < bits_dtype(kind).itemsize:
+            raise Fault(f"{operand} has fewer bits than .{kind}")
+        return decode(bits.astype(bits_dtype(kind), copy=False), kind)
+
+    def read_all(self, operand: str, kind: str) -> np.ndarray:
+        """The same with an element for each thread, of an immediate too."""
+        return np.broadcast_to(self.read(operand, kind), self.n)
+
+    def write(self, register: str, bits: np.ndarray, kind: str, mask: np.ndarray | None) -> None:
+        """Write bits of a type; a wider register gets them with zeros, or signs if the type is signed."""
+        if register == "_":
+            return
+        dtype = bits_dtype(self.type_of(register))
+        if bits.dtype.itemsize > dtype.itemsize:
+            raise Fault(f"{register} has fewer bits than .{kind}")
+        bits = decode(bits, kind).astype(dtype) if bits.dtype != dtype else bits
+        self.registers[register] = np.broadcast_to(
+            bits if mask is None else np.where(mask, bits, self.bits(register)), self.n
+        )
+
+    # Arithmetic
+
+    def compute(self, opcode: str, operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        operation = ptx_instructions.find(opcode)
+        targets = operands[0].split("|")  # a comparison of packed halves has two
+        if len(operands) != 1 + len(operation.operands):
+            raise Fault(f"{len(operands) - 1} operands, need {len(operation.operands)}")
+        values = [self.read(name, kind) for name, kind in zip(operands[1:], operation.operands, strict=True)]
+        result = operation.function(*values)
+        if opcode in ptx_instructions.APPROXIMATE_ULPS and self.errors:
+            result = ptx_instructions.nudge(result, self.ulps(ptx_instructions.APPROXIMATE_ULPS[opcode]))
+        bits = encode(result, operation.result)
+        for target, part in zip(targets, bits if len(targets) == 2 else [bits], strict=True):
+            self.write(target, part, operation.result, mask)
+
+    def ulps(self, most: int) -> np.ndarray:
+        if self.errors == "random":
+            return self.random.integers(-most, most, self.n, endpoint=True)
+        return np.array({"low": -most, "high": most}[self.errors])
+
+    def move(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        """mov: a copy, or registers packed into a wider one, or that unpacked; the first has the lowest bits."""
+        (kind,), (target, source) = modifiers, operands
+        kind = kind if kind == "pred" else f"b{width(kind)}"
+        targets, sources = _vector(target), _vector(source)
+        part = kind if len(targets) == len(sources) else f"b{width(kind) // max(len(targets), len(sources))}"
+        if len(sources) > 1:
+            bits = np.zeros(self.n, bits_dtype(kind))
+            for i, name in enumerate(sources):
+                bits |= self.read(name, part).astype(bits.dtype) << bits.dtype.type(i * width(part))
+            self.write(target, bits, kind, mask)
+        elif len(targets) > 1:
+            bits = self.read(source, kind)
+            for i, name in enumerate(targets):
+                self.write(name, (bits >> bits.dtype.type(i * width(part))).astype(bits_dtype(part)), part, mask)
+        else:
+            self.write(target, self.read(source, kind), kind, mask)
+
+    # Memory
+
+    def address(self, operand: str, space: str) -> np.ndarray:
+        base, offset = _ADDRESS.fullmatch(operand).groups(default="0")
+        kind = "b64" if space == "global" else "b32"
+        address = np.broadcast_to(self.read(base, kind) + _immediate(offset, kind), self.n).astype(np.uint64)
+        return address if space == "global" else address | self.cta.astype(np.uint64) << np.uint64(32)
+
+    def access(self, modifiers: list[str]) -> tuple[str, Memory, int, str]:
+        """Space, its memory, the number of elements and their type."""
+        form = re.fullmatch(r"(global|shared)\.(?:v([24])\.)?(\w+)", ".".join(modifiers))
+        if form is None:
+            raise Fault("only ld and st of .global and .shared memory, with no other modifiers, are modelled")
+        space, count, kind = form.groups(default="1")
+        return space, self.memory if space == "global" else self.shared, int(count), kind
+
+    def load(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        if modifiers[0] == "param":
+            self.load_parameter(modifiers[1], *operands, mask)
+            return
+        space, memory, count, kind = self.access(modifiers)
+        threads = np.flatnonzero(self.all_of(mask))
+        address = self.address(operands[1], space)[threads]
+        loaded = memory.load(address, bits_dtype(kind), count, threads)
+        for name, values in zip(_vector(operands[0]), loaded, strict=True):
+            self.write(name, self.spread(values, threads), kind, mask)
+
+    def spread(self, values: np.ndarray, threads: np.ndarray) -> np.ndarray:
+        """An array over all threads that has these values at `threads`, and zeros."""
+        everywhere = np.zeros(self.n, values.dtype)
+        everywhere[threads] = values
+        return everywhere
+
+    def load_parameter(self, kind: str, register: str, parameter: str, mask: np.ndarray | None) -> None:
+        number = self.numbers[self.program.parameters[parameter.strip("[] ")]]
+        bits = int(np.float32(number).view(np.uint32)) if isinstance(number, float) else int(number)
+        self.write(register, np.array(bits & (2 ** width(kind) - 1), bits_dtype(kind)), kind, mask)
+
+    def store(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        space, memory, _, kind = self.access(modifiers)
+        threads = np.flatnonzero(self.all_of(mask))
+        elements = [self.read_all(name, f"b{width(kind)}")[threads] for name in _vector(operands[1])]
+        memory.store(self.address(operands[0], space)[threads], elements, threads)
+
+    def atomic(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        *how, kind = modifiers
+        if how != ["global", "gpu", "acq_rel", "add"]:
+            raise Fault("only atom.global.gpu.acq_rel.add is modelled")
+        threads = np.flatnonzero(self.all_of(mask))
+        address, values = self.address(operands[1], "global"), self.read_all(operands[2], kind)
+        found = self.memory.add(address[threads], values[threads], threads)
+        self.write(operands[0], self.spread(found, threads), kind, mask)
+
+    # Between threads
+
+    def together(self, mask: np.ndarray | None, size: int) -> None:
+        """All threads of each group of this size execute the instruction, or none."""
+        groups = self.all_of(mask).reshape(-1, size)
+        if (groups.any(1) != groups.all(1)).any():
+            raise Fault(f"some of {size} threads that have to execute it together do not")
+
+    def barrier(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        if (modifiers, operands) != (["sync"], ("0",)):
+            raise Fault("only bar.sync 0 is modelled")
+        self.together(mask, self.threads)
+        self.shared.barrier()
+
+    def whole_warps(self, members: str, mask: np.ndarray | None) -> None:
+        self.together(mask, 32)
+        if (self.read(members, "b32") != 0xFFFFFFFF).any():
+            raise Fault("only a member mask of all 32 threads is modelled")
+
+    def shuffle(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        """shfl.sync.bfly: the value of the thread whose number differs by exclusive or."""
+        register, source, lanes, clamp, members = operands
+        self.whole_warps(members, mask)
+        if modifiers != ["sync", "bfly", "b32"] or clamp != "31":
+            raise Fault("only shfl.sync.bfly.b32 with clamp 31 is modelled")
+        values = self.read_all(source, "b32")
+        self.write(register, values[np.arange(self.n) ^ int(lanes)], "b32", mask)
+
+    def reduce(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        """redux.sync.add: the sum over the warp, in each of its threads."""
+        register, source, members = operands
+        self.whole_warps(members, mask)
+        if modifiers != ["sync", "add", "s32"]:
+            raise Fault("only redux.sync.add.s32 is modelled")
+        sums = self.read_all(source, "b32").reshape(-1, 32).sum(1, dtype=np.uint32)
+        self.write(register, np.repeat(sums, 32), "b32", mask)
+
+    def matrix_elements(self, modifiers: list[str], operand: str, mask: np.ndarray | None) -> list[list[np.ndarray]]:
+        """ldmatrix and stmatrix: of each 8x8 matrix of 16-bit elements, the addresses of a thread's two.
+
+        Thread 8 i + r of a warp gives the address of row r of matrix i, 16 bytes. Thread t holds the elements
+        (t / 4, 2 (t % 4)) and the one to its right; with .trans, of the transposed matrix.
+        """
+        if modifiers[:3] != ["sync", "aligned", "m8n8"] or modifiers[-2:] != ["shared", "b16"]:
+            raise Fault("only ldmatrix and stmatrix .sync.aligned.m8n8.shared.b16 are modelled")
+        self.together(mask, 32)
+        rows, thread = self.address(operand, "shared"), np.arange(self.n)
+        warp, lane = thread // 32 * 32, thread % 32
+        count = int(modifiers[3].removeprefix("x"))
+        giving = np.flatnonzero(self.all_of(mask) & (lane < 8 * count))
+        self.shared.offset(rows[giving], 16, giving)
+        places = [(lane // 4, 2 * (lane % 4) + half) for half in range(2)]
+        if "trans" in modifiers:
+            places = [(column, row) for row, column in places]
+        return [
+            [rows[warp + 8 * i + row] + (2 * column).astype(np.uint64) for row, column in places] for i in range(count)
+        ]
+
+    def load_matrices(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        threads = np.flatnonzero(self.all_of(mask))
+        matrices = self.matrix_elements(modifiers, operands[1], mask)
+        for name, halves in zip(_vector(operands[0]), matrices, strict=True):
+            low, high = (self.shared.load(half[threads], np.dtype(np.uint16), 1, threads)[0] for half in halves)
+            word = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+            self.write(name, self.spread(word, threads), "b32", mask)
+
+    def store_matrices(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
+        threads = np.flatnonzero(self.all_of(mask))
+        matrices = self.matrix_elements(modifiers, operands[0], mask)
+        for name, halves in zip(_vector(operands[1]), matrices, strict=True):
+            word = self.read_all(name, "b32")[threads]
+            for i, half in enumerate(halves):
+                self.shared.store(half[threads], [(word >> np.uint32(16 * i)).astype(np.uint16)], threads)
+
+
+_SPECIAL = {
+    "mov": Launch.move,
+    "ld": Launch.load,
+    "st": Launch.store,
+    "atom": Launch.atomic,
+    "bar": Launch.barrier,
+    "shfl": Launch.shuffle,
+    "redux": Launch.reduce,
+    "ldmatrix": Launch.load_matrices,
+    "stmatrix": Launch.store_matrices,
+}
+
+
+def run(ptx: str, programs: int, threads: int, shared: int, arguments: list, errors: str | None = None) -> None:
+    """Launch a kernel: `programs` programs of `threads` threads and `shared` bytes of shared memory each.
+
+    arguments: tensors, or numbers, in the order of the kernel's parameters. errors: None rounds ex2.approx and
+    rcp.approx correctly; "low", "high" and "random" make them as wrong as they may be, below, above or either. Raises
+    Fault, with the instruction, for what a GPU would not run or is not modelled.
+    """
+    program = parse(ptx)
+    if len(arguments) != len(program.parameters) or errors not in (None, "low", "high", "random"):
+        raise ValueError(f"run: {len(arguments)} arguments, errors {errors!r}; {program.name} has {program.parameters}")
+    regions = regions_of([argument for argument in arguments if torch.is_tensor(argument)])
+    numbers = [argument.data_ptr() if torch.is_tensor(argument) else argument for argument in arguments]
+    memory = Memory(regions)
+    with np.errstate(all="ignore"):
+        Launch(program, programs, threads, shared, numbers, memory, errors).run()
+    for start, content in regions:
+        content[:] = memory.contents(start)
+
+
+@contextlib.contextmanager
+def interpreted(arch: int, errors: str | None = None):
+    """Within it Triton compiles every kernel for sm_`arch`, and `run` runs it on tensors of the CPU."""
+
+    def launch(compiled, grid, arguments):
+        (programs,) = grid
+        passed = [arguments[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+        scratch = [0, 0]  # of Triton itself, for kernels that ask for it
+        metadata = compiled.metadata
+        run(compiled.asm["ptx"], programs, 32 * metadata.num_warps, metadata.shared, [*passed, *scratch], errors)
+
+    with bench_kernels.redirected(arch, launch):
+        yield

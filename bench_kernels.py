@@ -490,19 +490,19 @@ def table3(widths, repetitions: int) -> Iterator[dict]:
 
 
 def markdown(results: dict) -> str:
-    """The README's table."""
+    """The kernels' table, with the measured share of a copy's bandwidth where there is one."""
     measured = results["measured"]
-    head = "measured share" if measured is None else f"measured share, {results['measured_on']['device_name']}"
-    lines = [
-        f"| kernel | unit | B | I (sm_80, 90, 100) | predicted share: {', '.join(GPUS)} | {head} |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["kernel", "unit", "B", "I (sm_80, 90, 100)", f"predicted share: {', '.join(GPUS)}"]
+    head += [f"measured share, {results['measured_on']['device_name']}"] if measured else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in results["kernels"]:
         counts = ", ".join(f"{row['counts'][str(arch)]['instructions']:.3g}" for arch, *_ in GPUS.values())
         shares = ", ".join(f"{share:.2f}" for share in row["predicted"].values())
-        found = (measured or {}).get(row["name"], {"reason": "not measured yet"})
-        value = found.get("reason") or _share(found)
-        lines.append(f"| {row['name']} | {row['unit']} | {row['bytes']:g} | {counts} | {shares} | {value} |")
+        cells = [row["name"], row["unit"], f"{row['bytes']:g}", counts, shares]
+        if measured:
+            found = measured.get(row["name"], {"reason": "not measured"})
+            cells.append(found.get("reason") or _share(found))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

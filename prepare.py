@@ -304,7 +304,9 @@ def announce(
     if report and (s.device.startswith("cuda") or s.spmm != "auto"):
         print(report.text())
     if report and s.device.startswith("cuda") and s.spmm == "auto" and not report.pays():
-        why = "2:4 was not faster than dense" if report.rows else "no 2:4 GEMM can be used, for the reasons above"
+        why = "no 2:4 GEMM can be used, for the reasons above"
+        if report.rows:
+            why = "a sparse layer is not faster than a dense one, see the times above"
         print(f"{why}: --sparse=none trains at least as fast here")
 
 

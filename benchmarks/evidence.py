@@ -178,7 +178,8 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
         shutil.copy(CARRIED / "gemms.json", out)
     if (CARRIED / "caches.tgz").exists() and not (out / "caches").exists():
         with tarfile.open(CARRIED / "caches.tgz") as archive:
-            archive.extractall(out, filter="data")
+            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python before 3.11.4
+            archive.extractall(out, **safely)
     (out / "caches").mkdir(exist_ok=True)
     done = earlier_stages(*([held] if held else []), out / "evidence.json")
     ran = []

@@ -103,12 +103,12 @@ def test_share_of_copy_falls_with_what_is_issued():
         assert bench.share_of_copy(case, counts, "H200") == heavy
 
 
-def test_table_leaves_what_was_not_measured_empty():
+def test_table_has_measured_shares_where_there_are_any():
     row = {"name": "a", "unit": "element", "bytes": 4, "predicted": {"A100": 0.9, "H200": 0.8, "B200": 0.7}}
     row["counts"] = {str(arch): {"instructions": 1234.5} for arch in ARCHS}
     results = {"kernels": [row], "measured": None, "measured_on": None}
     assert bench.markdown(results).splitlines()[-1] == (
-        "| a | element | 4 | 1.23e+03, 1.23e+03, 1.23e+03 | 0.90, 0.80, 0.70 | not measured yet |"
+        "| a | element | 4 | 1.23e+03, 1.23e+03, 1.23e+03 | 0.90, 0.80, 0.70 |"
     )
     results |= {"measured": {"a": {"share": 0.875, "share_range": [0.86, 0.89]}}, "measured_on": {"device_name": "X"}}
     assert bench.markdown(results).splitlines()[0].endswith("| measured share, X |")
@@ -229,7 +229,7 @@ def test_predicting_writes_the_table_and_keeps_what_was_measured(tmp_path, monke
     written = bench.run(tmp_path / "new", environment, False)
     assert written == json.loads((tmp_path / "new" / "kernels.json").read_text())
     assert len(written["kernels"]) == len(CASES)
-    assert "not measured yet" in (tmp_path / "new" / "kernels.md").read_text()
+    assert "measured share" not in (tmp_path / "new" / "kernels.md").read_text()
     share = {"share": 0.5, "share_range": [0.4, 0.6]}
     measured = {"measured": dict.fromkeys(CASES, share), "measured_on": environment, "table2": [], "table3": []}
     (tmp_path / "new" / "kernels.json").write_text(json.dumps(written | measured))

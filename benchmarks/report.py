@@ -1,0 +1,282 @@
+"""Tables and a figure of the evidence from one GPU: python -m benchmarks.report results/h200
+
+Reads results/<gpu>/evidence/*.json, which `bench.py --evidence` wrote; writes results/<gpu>/README.md and evidence.png.
+Stages that are missing are left out. No number is typed by hand.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import bench_kernels
+from plot import COLOURS
+
+PRODUCTS = ("z", "y", "da", "dx", "dw1", "dw2")
+KINDS = (  # of kernels, by name: the first that fits
+    ("2:4 products", r"sparse_gemm"),
+    ("dense products", r"nvjet|cublas|splitK|gemm"),
+    ("attention", r"cudnn|flash|fmha"),
+    ("activation, MVUE, packing (ours)", r"_mvue24|_activation_kernel|_pack_weight"),
+    ("gelu (the compiler's)", r"gelu"),
+    ("AdamW (ours)", r"_adamw"),
+)
+
+
+def load(folder: Path, name: str) -> dict | None:
+    path = folder / "evidence" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def with_spread(s: dict) -> str:
+    return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+LABELS = {  # what the first call's probe named otherwise
+    "cusparselt": "2:4 by torch's op, as a custom op",
+    "cusparselt-plan": "2:4 by kept plans, as a custom op",
+    "raw torch op": "2:4 by torch's op",
+}
+
+
+def machine_text(probe: dict) -> str:
+    m, host, shapes = probe["machine"], probe["host"], orders(probe)
+    version = m["cusparselt"]
+    packed = all(row["sm90"] is True and not row["padding"] for row in shapes.values())
+    where = f"at all {len(shapes)} shapes tried, without padding" if packed else "but not at every shape"
+    replays = [
+        f"{LABELS.get(name, name)}: {all(right)}" for name, right in probe["graph"].items() if isinstance(right, list)
+    ]
+    lines = [
+        f"{m['device_name']}, torch {m['torch']}, triton {m['triton']}, cuSPARSELt {version // 1000}."
+        f"{version // 100 % 10}.{version % 100}. A copy moves {m['copy_tb_per_s']:.2f} TB/s. A product of random bf16 "
+        f"matrices, 8192 x 8192 x 8192, runs at {m['product_tflops']:.0f} TFLOP/s. Triton kernels: "
+        f"{probe['kernels']['status']}.",
+        f"cuSPARSELt {probe['order']['why']}, {where}.",
+        f"A captured product is right at every replay. {'; '.join(replays)}.",
+    ]
+    rows = [
+        [LABELS.get(name, name), f"{us:.0f}"]
+        for name, us in ((name.removesuffix(" us"), us) for name, us in host.items() if name.endswith(" us"))
+    ]
+    return "\n\n".join([*lines, table(["time of one call", "us"], rows)])
+
+
+def orders(probe: dict) -> dict[str, dict]:
+    """The rows of the probe's part `order`, by shape."""
+    return {name: row for name, row in probe["order"].items() if re.fullmatch(r"\d+x\d+", name)}
+
+
+def gemm_rows(gemm: dict) -> dict[int, dict[str, dict]]:
+    """{width: {product: row}}"""
+    found: dict[int, dict[str, dict]] = {}
+    for row in gemm["suites"]["gemm"]["rows"]:
+        if row.get("ratio"):
+            found.setdefault(row["d"], {})[row["name"]] = row
+    return dict(sorted(found.items()))
+
+
+def gemm_text(gemm: dict) -> str:
+    rows = gemm_rows(gemm)
+    cells = [
+        [
+            str(d),
+            *(f"{of[p]['dense_us']:.0f} / {of[p]['best_us']:.0f} = {of[p]['ratio']:.2f}" for p in PRODUCTS),
+        ]
+        for d, of in rows.items()
+    ]
+    return table(["d", *PRODUCTS], cells)
+
+
+def ffn_rows(ffn: dict) -> list[dict]:
+    return [row for row in ffn["suites"]["ffn"]["rows"] if row.get("s", {}).get("auto")]
+
+
+def s_of_micro_steps(row: dict, count: int) -> float:
+    """S of a layer that is packed once in `count` micro-steps, from the medians of a row that packs in each."""
+    dense, auto = row["variants"]["dense"], row["variants"]["auto"]
+    pack, refresh = auto["pack_ms"]["median"], auto["refresh_ms"]["median"] / 40
+    once = auto["ms"]["median"] - pack - refresh
+    return dense["ms"]["median"] / (once + (pack + refresh) / count)
+
+
+def ffn_text(ffn: dict) -> str:
+    cells = []
+    for row in ffn_rows(ffn):
+        dense, auto = row["variants"]["dense"], row["variants"]["auto"]
+        cells.append(
+            [
+                row["activation"],
+                str(row["d"]),
+                f"{dense['ms']['median']:.3f}",
+                f"{auto['ms']['median']:.3f}",
+                with_spread(row["s"]["auto"]),
+                f"{s_of_micro_steps(row, 4):.2f}",
+                f"{auto['pack_ms']['median']:.2f}",
+                f"{dense['host_us'] / 1000:.1f} / {auto['host_us'] / 1000:.1f}",
+            ]
+        )
+    head = ["activation", "d", "dense ms", "2:4 ms", "S, packed each time", "S, packed every 4th time", "packing ms"]
+    return table([*head, "host ms, dense / 2:4"], cells)
+
+
+def step_text(step: dict) -> str:
+    cells = []
+    for row in step["rows"]:
+        for how in ("compiled", "graphs"):
+            if how not in row:
+                continue
+            dense, sparse = row[how]["dense"], row[how]["sparse"]
+            cells.append(
+                [
+                    row["size"],
+                    f"{row['micro_steps']} x {row['batch']} x 1024",
+                    {"compiled": "launched one by one", "graphs": "CUDA graphs"}[how],
+                    f"{dense['ms']['median']:.0f} / {sparse['ms']['median']:.0f}",
+                    with_spread(row[how]["s"]),
+                    f"{dense['tokens_per_s']:,.0f} / {sparse['tokens_per_s']:,.0f}",
+                    f"{dense['mfu']:.2f} / {sparse['mfu']:.2f}",
+                    f"{row['dense']['peak_gib']:.1f} / {row['sparse']['peak_gib']:.1f}",
+                    f"{row['dense']['host_us'] / 1000:.0f} / {row['sparse']['host_us'] / 1000:.0f}",
+                    f"{row['dense']['launches']} / {row['sparse']['launches']}",
+                ]
+            )
+    head = ["size", "tokens per step", "kernels", "ms", "S", "tokens/s", "MFU", "peak GiB", "host ms", "launches"]
+    return table(head, cells)
+
+
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "everything else")
+
+
+def spent_ms(run: dict) -> dict[str, float]:
+    """Milliseconds of the GPU by kind of kernel. A row lists its longest kernels; the rest are everything else."""
+    # The profiler also reports the optimizer's step, whose kernel it lists by itself.
+    twice = sum(us for kernel, (_, us) in run["kernels"].items() if kernel.startswith("Optimizer."))
+    found = {"everything else": run["gpu_us"] - twice}
+    for kernel, (_, us) in run["kernels"].items():
+        if kernel.startswith("Optimizer.") or kind_of(kernel) == "everything else":
+            continue
+        found[kind_of(kernel)] = found.get(kind_of(kernel), 0) + us
+        found["everything else"] -= us
+    return {kind: us / 1000 for kind, us in found.items()}
+
+
+def kinds_text(step: dict) -> str:
+    """Where the GPU's time goes, and what share of it 2:4 replaces."""
+    cells, readings = [], []
+    for row in step["rows"]:
+        dense, sparse = spent_ms(row["dense"]), spent_ms(row["sparse"])
+        for kind in [*(kind for kind, _ in KINDS), "everything else"]:
+            before, after = dense.get(kind, 0), sparse.get(kind, 0)
+            if before or after:
+                cells.append([row["size"], kind, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"])
+        replaced = dense["dense products"] - sparse["dense products"] + dense["gelu (the compiler's)"]
+        by = sparse["2:4 products"] + sparse["activation, MVUE, packing (ours)"]
+        readings.append(
+            f"{row['size']}: 2:4 replaces {replaced / sum(dense.values()):.0%} of dense's GPU time and makes it "
+            f"{replaced / by:.2f} times as fast."
+        )
+    head = ["size", "kernels", "dense ms", "2:4 ms", "difference"]
+    return "\n\n".join([table(head, cells), " ".join(readings)])
+
+
+def stages_text(evidence: dict) -> str:
+    cells = [
+        [name, stage["status"], f"{stage['seconds']:.0f}", stage.get("commit") or stage["code"]]
+        for name, stage in evidence["stages"].items()
+    ]
+    return table(["stage", "how it ended", "s", "commit"], cells)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page and the figure
+
+
+def page(folder: Path) -> str:
+    evidence = load(folder, "evidence")
+    parts = [
+        f"# Evidence from an {evidence['device'].removeprefix('NVIDIA ')}",
+        "`python bench.py --evidence OUT` measured it, `python -m benchmarks.report` made this page from the files in "
+        "[evidence](evidence). S is dense time over 2:4 time; dense is compiled, in bf16. Spreads are the smallest and "
+        "the largest repetition.",
+        stages_text(evidence),
+    ]
+    sections = (
+        ("probe", "The machine", machine_text),
+        ("gemm", "Products of a feed-forward layer, 16,384 tokens: dense us / best 2:4 us = ratio", gemm_text),
+        ("ffn", "A feed-forward layer, forward and backward, 16,384 tokens, from CUDA graphs", ffn_text),
+        ("step", "Whole optimizer steps, blocks compiled one by one", step_text),
+        ("step", "Where the GPU's time of a step goes", kinds_text),
+    )
+    for name, title, text in sections:
+        if data := load(folder, name):
+            parts += [f"## {title}", text(data)]
+    if kernels := load(folder, "kernels"):
+        parts += ["## Kernels", bench_kernels.report(kernels).partition("\n\n")[2].strip()]
+    parts += ["![ratios on this GPU](evidence.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(folder: Path, path: Path) -> None:
+    """Ratios of products, layers and steps over the width, on one sheet."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    if gemm := load(folder, "gemm"):
+        rows = gemm_rows(gemm)
+        for name, colour in zip(PRODUCTS, COLOURS, strict=False):
+            if name in ("da", "dx"):  # of the shapes of z and y
+                continue
+            label = {"z": "z and da", "y": "y and dx"}.get(name, name)
+            axes[0].plot(list(rows), [of[name]["ratio"] for of in rows.values()], "o-", color=colour, label=label)
+    axes[0].set(title="products, 16,384 tokens", xlabel="d", ylabel="dense time / 2:4 time")
+    if ffn := load(folder, "ffn"):
+        for activation, colour in zip(("gelu", "geglu"), COLOURS, strict=False):
+            mine = sorted((r for r in ffn_rows(ffn) if r["activation"] == activation), key=lambda r: r["d"])
+            d, s = [row["d"] for row in mine], [row["s"]["auto"] for row in mine]
+            spread = [[abs(one["median"] - one[end]) for one in s] for end in ("min", "max")]
+            axes[1].errorbar(
+                d, [one["median"] for one in s], spread, color=colour, marker="o", capsize=3, label=activation
+            )
+            often = [s_of_micro_steps(row, 4) for row in mine]
+            axes[1].plot(d, often, ":", color=colour, label=f"{activation}, packed every 4th time")
+    axes[1].set(title="feed-forward layer, forward and backward", xlabel="d", ylabel="S")
+    if step := load(folder, "step"):
+        rows = sorted((row for row in step["rows"] if "graphs" in row), key=lambda row: int(row["size"][:-1]))
+        for offset, how, colour in ((-0.2, "compiled", COLOURS[0]), (0.2, "graphs", COLOURS[1])):
+            s = [row[how]["s"] for row in rows]
+            spread = [[abs(one["median"] - one[end]) for one in s] for end in ("min", "max")]
+            label = {"compiled": "launched one by one", "graphs": "CUDA graphs"}[how]
+            places = [i + offset for i in range(len(rows))]
+            axes[2].bar(places, [one["median"] for one in s], 0.4, yerr=spread, capsize=3, color=colour, label=label)
+        axes[2].set_xticks(range(len(rows)), [f"{row['size']}\nbatch {row['batch']}" for row in rows])
+    axes[2].set(title="whole optimizer step", ylabel="S")
+    for axis in axes:
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.legend(fontsize="small")
+    figure.suptitle(f"{load(folder, 'evidence')['device']}: dense time over 2:4 time")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    folder = Path(argv[0])
+    (folder / "README.md").write_text(page(folder))
+    draw(folder, folder / "evidence.png")
+    print(f"wrote {folder / 'README.md'} and {folder / 'evidence.png'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

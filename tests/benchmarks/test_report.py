@@ -1,0 +1,74 @@
+"""The page of a GPU's evidence: it is made of the files beside it, and README's numbers are in it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDERS = sorted(path.parent.parent for path in ROOT.glob("results/*/evidence/evidence.json"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_page_is_that_of_the_files(folder):
+    assert (folder / "README.md").read_text() == report.page(folder), "run python -m benchmarks.report again"
+
+
+def steps(how: str) -> list[str]:
+    rows = json.loads((ROOT / "results" / "h200" / "evidence" / "step.json").read_text())["rows"]
+    return [report.with_spread(row[how]["s"]) for row in sorted(rows, key=lambda row: int(row["size"][:-1]))]
+
+
+def test_the_readmes_steps_are_those_of_the_files():
+    text = (ROOT / "README.md").read_text()
+    small, medium, large = steps("graphs")
+    for size, s in (("124M", small), ("774M", medium), ("1558M", large)):
+        assert f"| optimizer step of {size}, from CUDA graphs | {s}," in text
+    assert f"{steps('compiled')[1]}, {steps('compiled')[2]}, {steps('compiled')[0]} |" in text
+    page = (ROOT / "results" / "h200" / "README.md").read_text()
+    for first, second in re.findall(r"([\d,]+) tokens/s against ([\d,]+)", text):
+        assert f"{second} / {first}" in page
+    (share, times), *_ = re.findall(r"replaces (\d+) % of dense's GPU time and makes that part ([\d.]+) times", text)
+    assert f"774M: 2:4 replaces {share}% of dense's GPU time and makes it {times} times as fast" in page
+
+
+def test_the_readmes_layers_are_those_of_the_files():
+    rows = json.loads((ROOT / "results" / "h200" / "evidence" / "ffn.json").read_text())["suites"]["ffn"]["rows"]
+    found = {row["d"]: report.s_of_micro_steps(row, 4) for row in rows if row.get("activation") == "gelu"}
+    numbers = " / ".join(f"{found[d]:.2f}" for d in (1280, 1600, 4096))
+    assert f"weights packed every 4th time, d = 1280 / 1600 / 4096 | {numbers} |" in (ROOT / "README.md").read_text()
+
+
+def test_packing_less_often_takes_less():
+    spread = {"median": 1.0, "min": 1.0, "max": 1.0}
+    auto = {"ms": {"median": 1.5}, "pack_ms": {"median": 0.5}, "refresh_ms": {"median": 4.0}}
+    row = {"variants": {"dense": {"ms": spread | {"median": 2.0}}, "auto": auto}}
+    assert report.s_of_micro_steps(row, 1) == pytest.approx(2 / 1.5)
+    assert report.s_of_micro_steps(row, 2) == pytest.approx(2 / (0.9 + 0.3))  # a refresh is due every 40th time
+
+
+def test_kernels_are_sorted_by_name_and_counted_once():
+    kernels = {
+        "sm90_xmma_sparse_gemm_bf16": [2, 300.0],
+        "nvjet_sm90_tst": [1, 400.0],
+        "_activation_kernel": [1, 50.0],
+        "triton_poi_fused_gelu": [1, 60.0],
+        "_adamw_kernel": [1, 70.0],
+        "Optimizer.step#X.step": [1, 70.0],
+        "triton_red_fused_native_layer_norm_0": [1, 20.0],
+    }
+    found = report.spent_ms({"kernels": kernels, "gpu_us": 1070.0})
+    assert found == pytest.approx(
+        {
+            "2:4 products": 0.3,
+            "dense products": 0.4,
+            "activation, MVUE, packing (ours)": 0.05,
+            "gelu (the compiler's)": 0.06,
+            "AdamW (ours)": 0.07,
+            "everything else": 0.12,
+        }
+    )
+    assert sum(found.values()) == pytest.approx(1.0)

@@ -1,14 +1,17 @@
 """Short runs of train.py from one seed, dense beside the 2:4 methods: python -m benchmarks.curves OUT.json
 
 GPT-2 124M with 16 x 1,024 tokens a step; the same data in the same order for every method. The losses stand side by
-side in OUT.json with the measured seconds per step. They show that the fast path trains; they are too short to rank
-methods by their loss.
+side in OUT.json. They show that the fast path trains; they are too short to rank methods by their loss.
+
+The runs share the GPU, so that their compilers work at the same time: their step times say nothing about speed, which
+benchmarks/steps.py measures.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from runtime import write_json
@@ -17,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOKS = ROOT / ".evidence" / "books"
 METHODS = ("none", "fst", "s_ste")
 STEPS = 300
+WRITE_S = 5  # seconds between two writes of the results
 SETTINGS = {
     "batch_size": 16,
     "block_size": 1024,
@@ -42,30 +46,38 @@ def dataset() -> str:
     return "pystdlib_char"
 
 
-def run(method: str, data: str, folder: str) -> dict:
-    """One run: its rows of metrics.jsonl, its choice of GEMMs, and what went wrong, if anything did."""
+def begin(method: str, data: str, folder: Path) -> subprocess.Popen:
+    """Start one run. Its output goes to a file beside its folder."""
     words = {**SETTINGS, "sparse": method, "dataset": data, "out_dir": folder}
     command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in words.items())]
-    done = subprocess.run(command, cwd=ROOT)
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    result = {"exit": done.returncode, "command": " ".join(command[1:]), "rows": rows}
+    with open(f"{folder}.log", "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def read(folder: Path, process: subprocess.Popen) -> dict:
+    """A run that has ended or is under way: its rows of metrics.jsonl, its settings and its choice of GEMMs."""
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    result = {"exit": process.poll(), "rows": rows, "output": Path(f"{folder}.log").read_text().splitlines()[-25:]}
     for name in ("config.json", "spmm.json"):
-        path = Path(folder) / name
-        result[name] = json.loads(path.read_text()) if path.exists() else None
+        result[name] = json.loads((folder / name).read_text()) if (folder / name).exists() else None
     return result
 
 
 def main(argv: list[str]) -> int:
-    path, results = Path(argv[0]), {"settings": SETTINGS, "runs": {}}
-    results["dataset"] = data = dataset()
-    for method in METHODS:
-        with tempfile.TemporaryDirectory(prefix="out-curves-", dir=ROOT) as folder:
-            results["runs"][method] = run(method, data, folder)
-        write_json(path, results)
+    path, results = Path(argv[0]), {"settings": SETTINGS, "dataset": dataset(), "runs": {}}
+    with tempfile.TemporaryDirectory(prefix="out-curves-", dir=ROOT) as folder:
+        folders = {method: Path(folder) / method for method in METHODS}
+        processes = {method: begin(method, results["dataset"], folders[method]) for method in METHODS}
+        ended = False
+        while not ended:  # what is there is written now and then, in case this stage is killed
+            ended = all(process.poll() is not None for process in processes.values())
+            results["runs"] = {method: read(folders[method], process) for method, process in processes.items()}
+            write_json(path, results)
+            time.sleep(0 if ended else WRITE_S)
     for method, found in results["runs"].items():
-        steady = [row["s_per_iter"] for row in found["rows"] if row.get("s_per_iter")][-10:]
-        losses = [(row["iter"], row["train_loss"]) for row in found["rows"] if row.get("train_loss")][::5]
-        print(method, "exit", found["exit"], "seconds per step", steady, "losses", losses, flush=True)
+        losses = [(row["iter"], round(row["train_loss"], 3)) for row in found["rows"] if row.get("train_loss")][::5]
+        print("\n".join(found["output"]), f"\n{method}: exit {found['exit']}, losses {losses}", flush=True)
     return max(found["exit"] for found in results["runs"].values())
 
 

@@ -31,11 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / ".evidence"  # ignored by git: what a call brings along
 MOST_FILES = 8  # lent machines return few files: beyond this number all but the first two are packed into one archive
 ARCHIVE_BYTES = 15 * 2**20  # caches larger than this are left behind
+VERDICTS = "xdg/nano24/spmm.json"  # in the folder of caches: where train.py looks for them
 KILL_S = 5  # seconds between the request to end and the kill
 
 
 class Stage(NamedTuple):
-    """A shell command, in which {out} is the folder of results and {python} the interpreter, and its time limits."""
+    """A shell command and its time limits. In it {out} is the folder of results, {python} the interpreter, {verdicts} a
+    file of verdicts on GEMMs, which train.py reads too."""
 
     least: float  # seconds that must be left for it to begin
     most: float  # seconds after which it is killed
@@ -43,7 +45,7 @@ class Stage(NamedTuple):
 
 
 def _bench(suite: str, words: str) -> str:
-    return f"{{python}} bench.py --suite {suite} --json {{out}}/{suite}.json --verdicts {{out}}/gemms.json {words}"
+    return f"{{python}} bench.py --suite {suite} --json {{out}}/{suite}.json --verdicts {{verdicts}} {words}"
 
 
 STAGES = {
@@ -59,8 +61,8 @@ STAGES = {
     "kernels": Stage(
         30, 80, "{python} bench.py --suite kernels --measured_only --repetitions 5 --tables 3 --out_dir {out}"
     ),
-    "ffn": Stage(40, 90, _bench("ffn", "--graph --widths 1600 4096 1280 --repetitions 7 --budget 45")),
-    "step": Stage(60, 115, "{python} -m benchmarks.steps {out}/step.json --verdicts {out}/gemms.json"),
+    "ffn": Stage(40, 120, _bench("ffn", "--graph --widths 1600 4096 1280 --repetitions 7 --budget 45")),
+    "step": Stage(60, 150, "{python} -m benchmarks.steps {out}/step.json --verdicts {verdicts}"),
     "train": Stage(60, 130, "{python} -m benchmarks.curves {out}/train.json"),
     "resume": Stage(
         40, 90, "{python} -m pytest -q -n 4 -p no:cacheprovider -m gpu tests/test_gpu.py -k 'resumes or operators'"
@@ -89,7 +91,7 @@ def earlier_stages(*files: Path) -> dict[str, dict]:
 def run_stage(stage: Stage, out: Path, seconds: float, log) -> dict:
     """Run one stage for at most `seconds`. Returns its status, time and, unless it is "ok", the end of its output."""
     caches = out / "caches"
-    command = stage.command.format(python=sys.executable, out=out, caches=caches)
+    command = stage.command.format(python=sys.executable, out=out, verdicts=caches / VERDICTS)
     folders = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "xdg"}
     environment = os.environ | {name: str(caches / folder) for name, folder in folders.items()}
     environment |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "4"}
@@ -104,7 +106,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, log) -> dict:
     except subprocess.TimeoutExpired:
         status = f"killed after {seconds:.0f} s"
     _end_group(process)
-    result = {"status": status, "seconds": round(time.monotonic() - start, 1), "command": command}
+    result = {"status": status, "seconds": round(time.monotonic() - start, 1), "command": stage.command}
     if status != "ok":
         log.flush()
         text = Path(log.name).read_bytes()[begin:].decode(errors="replace")
@@ -135,9 +137,23 @@ def collect(out: Path, stages: dict, device: str | None) -> None:
     os.replace(temporary, out / "evidence.json")
 
 
+def bring_caches(out: Path) -> None:
+    """Begin with the caches and verdicts that were brought along."""
+    verdicts = out / "caches" / VERDICTS
+    if (CARRIED / "caches.tgz").exists() and not (out / "caches").exists():
+        with tarfile.open(CARRIED / "caches.tgz") as archive:
+            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python before 3.11.4
+            archive.extractall(out, **safely)
+    verdicts.parent.mkdir(parents=True, exist_ok=True)
+    if (CARRIED / "gemms.json").exists() and not verdicts.exists():
+        shutil.copy(CARRIED / "gemms.json", verdicts)
+
+
 def pack_up(out: Path) -> None:
     """Turn the caches into one archive, and pack the results together if there are too many files."""
     caches = out / "caches"
+    if (caches / VERDICTS).exists():
+        shutil.move(caches / VERDICTS, out / "gemms.json")
     if caches.exists():
         with tarfile.open(out / "caches.tgz", "w:gz") as archive:
             archive.add(caches, "caches")
@@ -174,13 +190,7 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     code, device = code_id(), device_name()
-    if (CARRIED / "gemms.json").exists() and not (out / "gemms.json").exists():
-        shutil.copy(CARRIED / "gemms.json", out)
-    if (CARRIED / "caches.tgz").exists() and not (out / "caches").exists():
-        with tarfile.open(CARRIED / "caches.tgz") as archive:
-            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python before 3.11.4
-            archive.extractall(out, **safely)
-    (out / "caches").mkdir(exist_ok=True)
+    bring_caches(out)
     done = earlier_stages(*([held] if held else []), out / "evidence.json")
     ran = []
     with open(out / "log.txt", "a") as log:

@@ -92,6 +92,45 @@ def test_bench_measures_layers_and_gemms_on_the_fake_gpu(tmp_path):
     assert suites["ffn"]["environment"]["device_name"] == "NVIDIA H200"
 
 
+STAGES = """
+import sys
+from dataclasses import replace
+import bench_suites, ffn, spmm_choice
+from benchmarks import probe, steps, sweep
+
+spmm_choice._WARM_UP = 0
+real = ffn.ffn_gemms
+probe.SHAPES, probe.COPY_BYTES, probe.WIDTH, probe.PACKED = [(64, 64), (128, 128)], 4096, 128, ((64, 128),)
+probe.CALLS, bench_suites.TOY = 2, replace(bench_suites.TOY, n_layer=1)
+probe.ffn.ffn_gemms = lambda d, d_ff, tokens, *more: real(64, 256, 64, *more)
+out = sys.argv[1]
+assert probe.main([f"{out}/probe.json"]) == 0
+sweep.rows = lambda: [lambda: sweep.product_row("y", 64, 64, 128, True, False, sweep.torch.bfloat16)]
+assert sweep.main([f"{out}/sweep.json"]) == 0
+steps.gpt2 = lambda size: bench_suites.TOY
+steps.CASES = [steps.Case("toy", 2, 1)]
+steps.kernel_times = lambda call: call() or {"a": [1, 2.0]}  # the profiler sees no kernel here
+probe.ffn.ffn_gemms = real
+assert steps.main([f"{out}/step.json", "--verdicts", f"{out}/gemms.json"]) == 0
+"""
+
+
+def test_the_stages_of_the_evidence_run_on_the_fake_gpu(tmp_path):
+    (tmp_path / "toy_stages.py").write_text(STAGES)
+    done = run_on_fake_gpu(tmp_path, tmp_path / "toy_stages.py", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    probe, sweep, step = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("probe", "sweep", "step"))
+    assert (probe["machine"]["device_name"], probe["kernels"]["status"]) == ("NVIDIA H200", "on")
+    assert [probe["order"][shape]["sm90"] for shape in ("64x64", "128x128")] == [True, True]
+    assert probe["order"]["trusted"] == "sm90"
+    assert probe["graph"]["2:4 by torch's op"] == [True] * 5
+    assert sweep["rows"][0]["ratio"] == pytest.approx(2.0)  # as the make-believe clock has it
+    assert sweep["rows"][0]["algorithms"].keys() >= {"0", "1", "2", "3"}
+    (row,) = step["rows"]
+    assert row["plan"].count("cusparselt") == 6
+    assert row["compiled"]["dense"]["ms"]["median"] > 0 < row["graphs"]["sparse"]["ms"]["median"]
+
+
 # name -> (code, how the error that it raises begins; "" for none). x is a tensor and graph a CUDA graph of the GPU.
 CHECKS = {
     "set_device needs an index": ("torch.cuda.set_device('cuda')", "ValueError: Expected a torch.device with a spec"),

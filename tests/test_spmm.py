@@ -12,6 +12,12 @@ from spmm import ORDERS, Choice, compress24, matmul24, nibble_positions, pack_re
 SHAPES = [("sm80", 128, 64), ("sm80", 256, 192), ("sm90", 64, 64), ("sm90", 192, 128), ("sm90", 64, 256)]
 
 
+@pytest.fixture(autouse=True)
+def pytorchs_op_serves(monkeypatch):
+    """A CUDA build of PyTorch brings a library that could be called directly, but not on tensors of a CPU."""
+    monkeypatch.setattr(spmm.cusparselt, "available", lambda: "not on a CPU")
+
+
 def random_24(rows: int, columns: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)).to(dtype)
     return x, mask24_ref(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)))

@@ -87,14 +87,14 @@ def test_what_ended_well_for_the_same_code_is_skipped(tmp_path, monkeypatch, cap
 
 
 def test_caches_travel_and_large_ones_stay(tmp_path, monkeypatch, capsys):
-    write = Stage(0, 60, "mkdir -p $TRITON_CACHE_DIR; echo kernel >> $TRITON_CACHE_DIR/k; echo 1 > {out}/gemms.json")
+    write = Stage(0, 60, "mkdir -p $TRITON_CACHE_DIR; echo kernel >> $TRITON_CACHE_DIR/k; echo 1 > {verdicts}")
     evidence.run(tmp_path / "out", 5, [], {"write": write})
     assert not (tmp_path / "out" / "caches").exists()
     carried = tmp_path / "carried"
     carried.mkdir()
     for name in ("caches.tgz", "gemms.json"):
         (carried / name).write_bytes((tmp_path / "out" / name).read_bytes())
-    read = Stage(0, 60, "cat $TRITON_CACHE_DIR/k {out}/gemms.json > {out}/read.json")
+    read = Stage(0, 60, "cat $TRITON_CACHE_DIR/k $XDG_CACHE_HOME/nano24/spmm.json > {out}/read.json")
     evidence.run(tmp_path / "again", 5, [], {"read": read})
     assert (tmp_path / "again" / "read.json").read_text() == "kernel\n1\n"
     monkeypatch.setattr(evidence, "ARCHIVE_BYTES", 10)

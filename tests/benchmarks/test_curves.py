@@ -1,0 +1,44 @@
+"""Short runs side by side, at toy size on a CPU."""
+
+import json
+
+import pytest
+from harness import SETTINGS, make_dataset
+
+from benchmarks import curves
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    data = make_dataset(tmp_path / "data")
+    monkeypatch.setattr(curves, "SETTINGS", {**SETTINGS, "max_iters": 4, "dense_start": 3, "log_interval": 1})
+    monkeypatch.setattr(curves, "dataset", lambda: data)
+    monkeypatch.setattr(curves, "WRITE_S", 0.2)
+    monkeypatch.setattr(curves, "METHODS", ("none", "fst"))
+    return tmp_path / "train.json"
+
+
+def test_losses_of_every_method_come_back(toy, capsys):
+    assert curves.main([str(toy)]) == 0
+    runs = json.loads(toy.read_text())["runs"]
+    assert {method: run["exit"] for method, run in runs.items()} == {"none": 0, "fst": 0}
+    for run in runs.values():
+        assert sum("train_loss" in row and row["train_loss"] is not None for row in run["rows"]) == 4
+        assert run["rows"][-1]["val_loss"] > 0
+        assert any("done: 4 iterations" in line for line in run["output"])
+    assert [run["config.json"]["sparse"] for run in runs.values()] == ["none", "fst"]
+    assert "fst: exit 0, losses [(0, " in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_written_down(toy, monkeypatch):
+    monkeypatch.setitem(curves.SETTINGS, "activation", "nosuch")
+    assert curves.main([str(toy)]) == 1
+    run = json.loads(toy.read_text())["runs"]["none"]
+    assert run["rows"] == []
+    assert "activation='nosuch'" in run["output"][-1]
+
+
+def test_the_books_are_read_where_they_were_brought_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "BOOKS", tmp_path)
+    (tmp_path / "train.bin").touch()
+    assert curves.dataset() == str(tmp_path)

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 import operators
 from sparse24 import Sparse24Linear, prune, through_soft, transposable_index
 from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, compressed_size, matmul24
-from spmm_choice import Report, choose, enqueue_us, time_interleaved, wins
+from spmm_choice import Report, choose, enqueue_us, reason, time_interleaved, wins
 
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
 _OURS = ("sm80", "sm90")  # orders that our kernels write, a weight's and its transpose's at once
@@ -127,7 +127,13 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
     # reduce-overhead compiles is replayed from graphs anyway.
     graph = device.type == "cuda" and compile_mode in (None, "default")
     timed = [*calls.values(), functools.partial(pack_weights, ours)]
-    *samples, packing = time_interleaved(timed, 9, graph, device)
+    try:
+        *samples, packing = time_interleaved(timed, 9, graph, device)
+    except RuntimeError as error:
+        if not graph:
+            raise
+        print(f"a layer cannot be captured in a CUDA graph ({reason(error)}): the host's time counts in the choice")
+        *samples, packing = time_interleaved(timed, 9, False, device)
     host_us = {way: enqueue_us(call, device) for way, call in calls.items()}
     times = dict(zip(calls, samples, strict=True))
     times["plan"] = [us + statistics.median(packing) / micro_steps for us in times["plan"]]

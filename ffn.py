@@ -127,13 +127,7 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
     # reduce-overhead compiles is replayed from graphs anyway.
     graph = device.type == "cuda" and compile_mode in (None, "default")
     timed = [*calls.values(), functools.partial(pack_weights, ours)]
-    try:
-        *samples, packing = time_interleaved(timed, 9, graph, device)
-    except RuntimeError as error:
-        if not graph:
-            raise
-        print(f"a layer cannot be captured in a CUDA graph ({reason(error)}): the host's time counts in the choice")
-        *samples, packing = time_interleaved(timed, 9, False, device)
+    *samples, packing = _times(timed, graph, device)
     host_us = {way: enqueue_us(call, device) for way, call in calls.items()}
     times = dict(zip(calls, samples, strict=True))
     times["plan"] = [us + statistics.median(packing) / micro_steps for us in times["plan"]]
@@ -145,6 +139,17 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
         torch.cuda.empty_cache()
     us = {way: [statistics.median(samples), min(samples), max(samples)] for way, samples in times.items()}
     return {"us": us, "host_us": host_us, "taken": taken}
+
+
+def _times(calls: list[Callable], graph: bool, device: torch.device) -> list[list[float]]:
+    """Microseconds of each call, from CUDA graphs if asked and if they can be captured."""
+    try:
+        return time_interleaved(calls, 9, graph, device)
+    except RuntimeError as error:
+        if not graph:
+            raise
+        print(f"a layer cannot be captured in a CUDA graph ({reason(error)}): the host's time counts in the choice")
+        return time_interleaved(calls, 9, False, device)
 
 
 def forward_backward(net, module: nn.Module, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> Callable:

@@ -667,6 +667,22 @@ def test_a_whole_layer_is_timed_each_way(monkeypatch, fastest, micro_steps):
     )
 
 
+def test_a_layer_that_cannot_be_captured_is_timed_without_a_graph(monkeypatch, capsys):
+    def timer(calls, repetitions, graph, device):
+        if graph or calls == ["broken"]:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        return [[1.0] * repetitions for _ in calls]
+
+    monkeypatch.setattr(ffn, "time_interleaved", timer)
+    assert ffn._times(["a", "b"], True, CPU) == [[1.0] * 9] * 2
+    assert "cannot be captured in a CUDA graph (RuntimeError: CUDA error: operation not" in capsys.readouterr().out
+    assert ffn._times(["a"], False, CPU) == [[1.0] * 9]
+    assert not capsys.readouterr().out
+    for graph in (False, True):
+        with pytest.raises(RuntimeError, match="not permitted"):
+            ffn._times(["broken"], graph, CPU)
+
+
 def test_plans_of_another_activation_or_recipe_are_refused():
     """They would compute something else, silently."""
     mlp = make_mlp("gelu", recipe=STE)

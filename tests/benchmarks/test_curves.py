@@ -11,7 +11,9 @@ from benchmarks import curves
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     data = make_dataset(tmp_path / "data")
-    monkeypatch.setattr(curves, "SETTINGS", {**SETTINGS, "dataset": str(data), "max_iters": 4, "dense_start": 3, "log_interval": 1})
+    monkeypatch.setattr(
+        curves, "SETTINGS", {**SETTINGS, "dataset": str(data), "max_iters": 4, "dense_start": 3, "log_interval": 1}
+    )
     monkeypatch.setattr(curves, "dataset", lambda: str(data))
     monkeypatch.setattr(curves, "WRITE_S", 0.2)
     monkeypatch.setattr(curves, "METHODS", ("none", "fst"))

@@ -42,6 +42,12 @@ def test_the_readmes_layers_are_those_of_the_files():
     assert f"weights packed every 4th time, d = 1280 / 1600 / 4096 | {numbers} |" in (ROOT / "README.md").read_text()
 
 
+def test_the_readmes_packing_is_that_of_the_probe():
+    host = json.loads((ROOT / "results" / "h200" / "evidence" / "probe.json").read_text())["host"]
+    ours, library = host["our MVUE and packing 5120x16384 us"], host["compress 5120x16384 us"]
+    assert f"| {library / ours:.1f} ({ours:.0f} us against {library:.0f} us) |" in (ROOT / "README.md").read_text()
+
+
 def test_packing_less_often_takes_less():
     spread = {"median": 1.0, "min": 1.0, "max": 1.0}
     auto = {"ms": {"median": 1.5}, "pack_ms": {"median": 0.5}, "refresh_ms": {"median": 4.0}}

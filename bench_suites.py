@@ -52,7 +52,7 @@ class Settings:
     compile_mode: str = "default"  # torch.compile's
     spmm: str = "auto"
     sizes: tuple[str, ...] = ()  # of e2e; none: what `scale` says
-    widths: tuple[int, ...] = ()  # of gemm, ffn and block; none: what `scale` says
+    widths: tuple[int, ...] = ()  # widths of gemm, ffn and block; empty: the grid of `scale`
     cache: Path | None = None  # verdicts on GEMMs that rows and suites share
 
     @property

@@ -123,8 +123,8 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
         set_plan(ours, plan if way == "plan" else None)
         net = torch.compile(ours, mode=compile_mode) if compile_mode else ours
         calls[way] = forward_backward(net, ours, x.requires_grad_(), dy, plan.dtype)
-    # By their time on the GPU where a CUDA graph can be captured, since in training the host runs ahead of it; what
-    # reduce-overhead compiles is replayed from graphs anyway.
+    # Time the GPU alone, by CUDA graphs, because in training the host runs ahead of it. What reduce-overhead compiles
+    # replays graphs already.
     graph = device.type == "cuda" and compile_mode in (None, "default")
     timed = [*calls.values(), functools.partial(pack_weights, ours)]
     *samples, packing = _times(timed, graph, device)

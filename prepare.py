@@ -251,7 +251,7 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
     """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
     rows, whole = spmm_choice.read_report(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
-    # By their time on the GPU: in training the host runs ahead of it.
+    # Time the GPU alone, because in training the host runs ahead of it.
     options = {"graph": dev.type == "cuda", "cache": cache, "known": rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)

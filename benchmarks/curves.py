@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         folders = {method: Path(folder) / method for method in METHODS}
         processes = {method: begin(method, results["dataset"], folders[method]) for method in METHODS}
         ended = False
-        while not ended:  # what is there is written now and then, in case this stage is killed
+        while not ended:  # this stage may be killed, so write the results every few seconds
             ended = all(process.poll() is not None for process in processes.values())
             results["runs"] = {method: read(folders[method], process) for method, process in processes.items()}
             write_json(path, results)

@@ -1,4 +1,4 @@
-"""What this GPU, its 2:4 library and our kernels do, in about a minute: python -m benchmarks.probe OUT.json [part ...]
+"""Probe a GPU, its 2:4 library and our kernels in about a minute: python -m benchmarks.probe OUT.json [part ...]
 
 Parts, in this order: machine (card, versions, copy bandwidth, rate of a large product), kernels (each beside its
 specification), order (which bytes the library's compress writes, and whether they are ours), host (microseconds that
@@ -30,7 +30,7 @@ SHAPES = [  # (rows, columns): small, odd multiples, the weights of GPT-2, a gra
     *((64, 64), (64, 128), (128, 64), (128, 128), (192, 128), (320, 192), (192, 320), (256, 512), (384, 128)),
     *((768, 3072), (3072, 768), (1280, 5120), (1600, 6400), (6400, 1600), (4096, 16384), (768, 16384)),
 ]
-COPY_BYTES, WIDTH = 2**30, 8192  # of the copy and the product that are the rates of the card
+COPY_BYTES, WIDTH = 2**30, 8192  # sizes of the copy and of the product that give the card's two rates
 PACKED = ((1280, 5120), (5120, 16384))  # matrices whose packing is timed
 CALLS = 100  # that the host enqueues while its time is taken
 
@@ -63,7 +63,7 @@ def machine() -> dict:
 
 
 def kernels() -> dict:
-    """Whether the Triton kernels serve here, and how long their self-test takes."""
+    """Test the Triton kernels against their specifications, and time that test."""
     start = time.perf_counter()
     status = operators.kernel_status(device())
     return {"status": status, "seconds": time.perf_counter() - start}
@@ -102,7 +102,7 @@ def learn_order(compress: Callable, rows: int, columns: int, device) -> torch.Te
 
 
 def compare_order(rows: int, columns: int) -> dict:
-    """Whether our packer of each order writes the library's bytes at this shape; the learned order if none does."""
+    """Compare our packers' bytes at this shape with the library's. If no packer agrees, learn the library's order."""
     x = spmm_choice.random_24(rows, columns, device())
     blob = torch._cslt_compress(x)
     row = {"shape": list(blob.shape), "padding": blob.numel() - x.numel() * 9 // 16}
@@ -132,7 +132,7 @@ def order() -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a call costs the host, and whether a CUDA graph can hold it
+# The host's time for a call; CUDA graphs
 
 
 def operands(gemm: Gemm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -178,8 +178,8 @@ def host() -> dict:
 
 
 def replays(multiply: Callable) -> list[bool]:
-    """Whether a captured product is right at each of several replays, its inputs changed and the memory that the host
-    used for its plan overwritten by other products in between. multiply: (packed, b, gemm, alg_id) -> D."""
+    """Capture a product and replay it five times. Before each replay its inputs change, and other products overwrite
+    the host's memory that held its plan. Returns if each result was right. multiply: (packed, b, gemm, alg_id) -> D."""
     gemm, other = (ffn.ffn_gemms(d, 4 * d, t, "gelu", False, True)["y"] for d, t in ((768, 4096), (1024, 2048)))
     a, packed, b = operands(gemm)
     _, packed_other, b_other = operands(other)

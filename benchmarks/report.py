@@ -171,7 +171,7 @@ def spent_ms(run: dict) -> dict[str, float]:
 
 
 def kinds_text(step: dict) -> str:
-    """Where the GPU's time goes, and what share of it 2:4 replaces."""
+    """Table of the GPU's time by kind of kernel, and the share of it that 2:4 replaces."""
     cells, readings = [], []
     for row in step["rows"]:
         dense, sparse = spent_ms(row["dense"]), spent_ms(row["sparse"])

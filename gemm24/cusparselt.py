@@ -123,7 +123,7 @@ def _struct() -> ctypes.Array:
 
 
 class Problem(NamedTuple):
-    """What descriptors are made from: D (m, n) = A (m, k) B (k, n).
+    """The shapes, types and layouts that descriptors are made from: D (m, n) = A (m, k) B (k, n).
 
     column_major: B is the transpose of a contiguous (n, k). transposed: D^T is written, a contiguous (n, m).
     device: the CUDA device's index. thread: threading.get_ident() of the caller."""
@@ -244,7 +244,7 @@ def matmul(
 
 
 def algorithms(b: torch.Tensor, rows: int, transposed: bool) -> int:
-    """How many algorithms the library has for D = A B with these layouts: alg_id may be 0 to one less than this."""
+    """Number of algorithms that the library has for D = A B with these layouts; alg_id must be below it."""
     problem = _problem("cusparselt.algorithms", b, rows, transposed)
     with torch.cuda.device_of(b):
         probe = _Plan(problem, None)

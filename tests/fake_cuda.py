@@ -75,7 +75,7 @@ def place(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
 
 
 def is_gpu(device) -> bool:
-    """Whether this names the GPU. Raises RuntimeError for a GPU that is not there."""
+    """Return if this names the GPU. Raises RuntimeError for a GPU that is not there."""
     device = torch.device(device)
     if device.type == "cuda" and device.index not in (None, 0):
         raise RuntimeError("CUDA error: invalid device ordinal")

@@ -1,4 +1,4 @@
-"""What one PTX instruction computes: a table from its name to a function of numpy arrays, one element per thread.
+"""The results of PTX instructions: a table from a name to a function of numpy arrays, one element per thread.
 
 Registers hold bits: unsigned integers of their width, or bool for predicates. An instruction's type says how to read
 them (`decode`) and how its result becomes bits again (`encode`): "f32" as float32; "bf16" as float32, which holds each
@@ -128,7 +128,7 @@ def _shift_left(x: np.ndarray, amount: np.ndarray) -> np.ndarray:
 
 
 def _shift_right(x: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """Of an unsigned type zeros come in, of a signed one its sign, beyond its width too."""
+    """Shift right. Zeros come in for an unsigned type and the sign for a signed one, also beyond the width."""
     limit = 8 * x.dtype.itemsize
     shifted = x >> np.minimum(amount, limit - 1).astype(x.dtype)
     return shifted if x.dtype.kind == "i" else np.where(amount < limit, shifted, x.dtype.type(0))

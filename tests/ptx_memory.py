@@ -35,7 +35,7 @@ class Memory:
         return self.data[int(self.offsets[region]) :][: int(self.sizes[region])]
 
     def offset(self, address: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
-        """Where in `data` accesses of `size` bytes by these threads begin."""
+        """Offsets in `data` at which accesses of `size` bytes by these threads begin."""
         misaligned = address % np.uint64(size) != 0
         if misaligned.any():
             raise Fault(f"misaligned: thread {threads[misaligned][0]} needs an address that is a multiple of {size}")

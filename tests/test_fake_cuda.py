@@ -183,7 +183,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What each of CHECKS raised, all in one process."""
+    """The error that each of CHECKS raised. All of them run in one process."""
     folder = tmp_path_factory.mktemp("checks")
     (folder / "check.py").write_text(CHECK)
     (folder / "codes.json").write_text(json.dumps({name: code for name, (code, _) in CHECKS.items()}))

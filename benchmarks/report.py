@@ -93,7 +93,27 @@ def gemm_text(gemm: dict) -> str:
         ]
         for d, of in rows.items()
     ]
-    return table(["d", *PRODUCTS], cells)
+    return "\n\n".join(
+        [table(["d", *PRODUCTS], cells), algorithms_text([r for of in rows.values() for r in of.values()])]
+    )
+
+
+def algorithms_text(rows: list[dict]) -> str:
+    """What the choice of an algorithm is worth, by the first times of all sound ones, and what the library refused."""
+    default, best, wrong, splits, split_ran = [], set(), 0, 0, 0
+    for row in rows:
+        us = {label.split()[-1]: us for label, us in row["algorithms_us"].items()}
+        fastest = min(us, key=us.get)
+        best.add(int(fastest.split("/")[0]))
+        default.append(us["0/1"] / us[fastest])
+        wrong += sum(not fault.startswith("raises") for fault in row["faults"].values())
+        splits += sum(not label.endswith("/1") for label in row["faults"])
+        split_ran += sum(not label.endswith("/1") for label in us)
+    return (
+        f"cuSPARSELt's default algorithm, 0, takes {min(default):.2f} to {max(default):.2f} times as long as the best "
+        f"one; the best ids are {', '.join(map(str, sorted(best)))}. {wrong} algorithms gave a wrong result. The "
+        f"library refused {splits} of {splits + split_ran} splits of the sum (split-k)."
+    )
 
 
 def ffn_rows(ffn: dict) -> list[dict]:

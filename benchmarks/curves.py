@@ -18,7 +18,12 @@ from runtime import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = ROOT / ".evidence" / "books"
-METHODS = ("none", "fst", "s_ste")
+RUNS = {  # name -> what differs from SETTINGS
+    "dense": {"sparse": "none"},
+    "fst": {"sparse": "fst"},
+    "fst from CUDA graphs": {"sparse": "fst", "compile_mode": "reduce-overhead"},
+    "s_ste": {"sparse": "s_ste"},
+}
 STEPS = 300
 WRITE_S = 5  # seconds between two writes of the results
 SETTINGS = {
@@ -46,9 +51,9 @@ def dataset() -> str:
     return "pystdlib_char"
 
 
-def begin(method: str, data: str, folder: Path) -> subprocess.Popen:
+def begin(name: str, data: str, folder: Path) -> subprocess.Popen:
     """Start one run. Its output goes to a file beside its folder."""
-    words = {**SETTINGS, "sparse": method, "dataset": data, "out_dir": folder}
+    words = {**SETTINGS, **RUNS[name], "dataset": data, "out_dir": folder}
     command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in words.items())]
     with open(f"{folder}.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -67,17 +72,17 @@ def read(folder: Path, process: subprocess.Popen) -> dict:
 def main(argv: list[str]) -> int:
     path, results = Path(argv[0]), {"settings": SETTINGS, "dataset": dataset(), "runs": {}}
     with tempfile.TemporaryDirectory(prefix="out-curves-", dir=ROOT) as folder:
-        folders = {method: Path(folder) / method for method in METHODS}
-        processes = {method: begin(method, results["dataset"], folders[method]) for method in METHODS}
+        folders = {name: Path(folder) / name.replace(" ", "_") for name in RUNS}
+        processes = {name: begin(name, results["dataset"], folders[name]) for name in RUNS}
         ended = False
         while not ended:  # this stage may be killed, so write the results every few seconds
             ended = all(process.poll() is not None for process in processes.values())
-            results["runs"] = {method: read(folders[method], process) for method, process in processes.items()}
+            results["runs"] = {name: read(folders[name], process) for name, process in processes.items()}
             write_json(path, results)
             time.sleep(0 if ended else WRITE_S)
-    for method, found in results["runs"].items():
+    for name, found in results["runs"].items():
         losses = [(row["iter"], round(row["train_loss"], 3)) for row in found["rows"] if row.get("train_loss")][::5]
-        print("\n".join(found["output"]), f"\n{method}: exit {found['exit']}, losses {losses}", flush=True)
+        print("\n".join(found["output"]), f"\n{name}: exit {found['exit']}, losses {losses}", flush=True)
     return max(found["exit"] for found in results["runs"].values())
 
 

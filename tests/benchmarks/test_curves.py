@@ -16,26 +16,26 @@ def toy(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(curves, "dataset", lambda: str(data))
     monkeypatch.setattr(curves, "WRITE_S", 0.2)
-    monkeypatch.setattr(curves, "METHODS", ("none", "fst"))
+    monkeypatch.setattr(curves, "RUNS", {name: curves.RUNS[name] for name in ("dense", "fst from CUDA graphs")})
     return tmp_path / "train.json"
 
 
 def test_losses_of_every_method_come_back(toy, capsys):
     assert curves.main([str(toy)]) == 0
     runs = json.loads(toy.read_text())["runs"]
-    assert {method: run["exit"] for method, run in runs.items()} == {"none": 0, "fst": 0}
+    assert {name: run["exit"] for name, run in runs.items()} == {"dense": 0, "fst from CUDA graphs": 0}
     for run in runs.values():
         assert sum("train_loss" in row and row["train_loss"] is not None for row in run["rows"]) == 4
         assert run["rows"][-1]["val_loss"] > 0
         assert any("done: 4 iterations" in line for line in run["output"])
     assert [run["config.json"]["sparse"] for run in runs.values()] == ["none", "fst"]
-    assert "fst: exit 0, losses [(0, " in capsys.readouterr().out
+    assert "fst from CUDA graphs: exit 0, losses [(0, " in capsys.readouterr().out
 
 
 def test_a_run_that_fails_is_written_down(toy, monkeypatch):
     monkeypatch.setitem(curves.SETTINGS, "activation", "nosuch")
     assert curves.main([str(toy)]) == 1
-    run = json.loads(toy.read_text())["runs"]["none"]
+    run = json.loads(toy.read_text())["runs"]["dense"]
     assert run["rows"] == []
     assert "activation='nosuch'" in run["output"][-1]
 

@@ -363,7 +363,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--accumulation", type=_positive, default=1, help="ffn, block: micro-steps that share a packing"
     )
-    parser.add_argument("--graph", action="store_true", help="ffn, block, gemm: time CUDA graphs' replays")
+    parser.add_argument("--graph", action="store_true", help="ffn, block: time CUDA graphs' replays; gemm always does")
     modes = ("default", "reduce-overhead", "max-autotune")
     parser.add_argument("--compile_mode", default="default", choices=modes, help="torch.compile's")
     parser.add_argument("--spmm", choices=spmm_choice.MODES, help="default: auto; on a CPU emulated")

@@ -141,7 +141,7 @@ def measured_card(report, bandwidth: float) -> tuple[roofline.GPU, dict[str, flo
 
 def plan(config: GPTConfig, tokens: int, settings: Settings):
     """(plan or None, report) of ffn.plan_ffn for this many tokens."""
-    graph = settings.graph or settings.compile_mode != "default"
+    graph = settings.device.type == "cuda"  # by their time on the GPU, as train.py chooses them
     options = {"spmm": settings.spmm, "graph": graph, "cache": settings.cache}
     return ffn.plan_ffn(config, tokens=tokens, device=settings.device, dtype=torch.bfloat16, mvue=True, **options)
 

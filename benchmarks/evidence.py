@@ -50,7 +50,7 @@ def _bench(suite: str, words: str) -> str:
 
 STAGES = {
     "probe": Stage(25, 75, "{python} -m benchmarks.probe {out}/probe.json"),
-    "gemm": Stage(30, 90, _bench("gemm", "--graph --widths 1600 4096 768 1280 --repetitions 7 --budget 70")),
+    "gemm": Stage(30, 90, _bench("gemm", "--widths 1600 4096 768 1280 --repetitions 7 --budget 70")),
     "tests": Stage(
         40,
         140,

@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     torch.set_float32_matmul_precision("high")
     results, failed = {"environment": environment(device, 1), "rows": []}, False
     for case in CASES:
-        settings = Settings(device, repetitions=5, graph=True, cache=args.verdicts)
+        settings = Settings(device, repetitions=5, cache=args.verdicts)
         try:
             row = row_of(case, settings, device)
         except Exception as error:  # named in the results, and the cases after it are worth having

@@ -483,11 +483,11 @@ def test_the_model_shares_packing_as_the_measurement_does(kind):
         assert found == roofline.block_s_model(gpu, 64, 256, 64, 32, **sparse)
 
 
-@pytest.mark.parametrize(("graph", "mode", "asked"), [(False, "default", False), (True, "default", True),
-                                                      (False, "reduce-overhead", True)])  # fmt: skip
-def test_gemms_are_timed_as_they_will_run(monkeypatch, graph, mode, asked):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gemms_are_chosen_by_their_time_on_the_gpu(monkeypatch, device):
     monkeypatch.setattr(ffn, "plan_ffn", lambda config, **options: options)
-    options = bench_suites.plan(TOY, 64, replace(SETTINGS, graph=graph, compile_mode=mode))
+    options = bench_suites.plan(TOY, 64, replace(SETTINGS, device=torch.device(device)))
+    asked = device == "cuda"
     assert (options["graph"], options["tokens"], options["spmm"]) == (asked, 64, "emulated")
 
 

@@ -293,9 +293,12 @@ def compressed_size(rows: int, columns: int, order: str, dtype: torch.dtype, dev
     return _library_size(rows, columns, dtype, device) if order == "library" else rows * columns * 9 // 16
 
 
-@torch.compiler.assume_constant_result
 def _library_size(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     return _ask_library(rows, columns, dtype, device)
+
+
+# This is torch.compiler.assume_constant_result, which would import the compiler, and Triton with it.
+_library_size._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -229,6 +229,8 @@ def test_a_library_that_pads_is_taken_as_it_is(monkeypatch):
     assert spmm.compressed_size(64, 128, "sm90", x.dtype, x.device) == 64 * 72
     with FakeTensorMode() as mode:
         assert compress24(mode.from_tensor(masked), "library").shape == blob.shape
+    size = torch.compile(lambda: spmm.compressed_size(64, 128, "library", x.dtype, x.device) + x[0, 0], backend="eager")
+    assert torch.equal(size(), blob.numel() + x[0, 0])  # a compiler takes it for a constant
     seen = []
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda a, b, **options: seen.append(a.shape) or b.new_zeros(64, 8))
     matmul24(blob, x.new_zeros(128, 8), None, 64, False, Choice("cusparselt", "library"))

@@ -318,7 +318,9 @@ def run_kernels(args, device: torch.device) -> None:
     where = torch.device("cpu") if args.predict else device
     out = Path(args.out_dir or "results")
     how = (not args.predict, args.shape, args.repetitions, args.tables, not args.measured_only)
-    bench_kernels.run(out, environment(where, 1), *how)
+    results = bench_kernels.run(out, environment(where, 1), *how)
+    if failed := bench_kernels.failures(results):
+        sys.exit("bench.py: these failed:\n" + "\n".join(failed))
 
 
 def run_evidence(args) -> None:
@@ -368,7 +370,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile_mode", default="default", choices=modes, help="torch.compile's")
     parser.add_argument("--spmm", choices=spmm_choice.MODES, help="default: auto; on a CPU emulated")
     parser.add_argument("--shape", type=int, nargs=2, default=(16384, 4096), help="kernels: of the table, measured")
-    parser.add_argument("--tables", type=int, default=7, help="kernels: how many shapes of Tables 2 and 3 to measure")
+    parser.add_argument("--tables", type=_positive, default=7, help="kernels: number of shapes of Tables 2 and 3")
     parser.add_argument("--measured_only", action="store_true", help="kernels: take the counts of results/kernels.json")
     return parser.parse_args(argv)
 

@@ -30,6 +30,7 @@ import torch
 import operators
 import roofline
 from runtime import write_json
+from spmm_choice import reason
 
 if find_spec("triton"):
     import baselines
@@ -422,7 +423,7 @@ def attempt(make: Callable[[], Callable], moved: float, repetitions: int, graph:
     try:
         return measure(make, moved, repetitions, graph)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        return {"reason": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+        return {"reason": reason(error)}
 
 
 def speed(row: dict) -> str:
@@ -570,6 +571,14 @@ def measure_all(shape: tuple[int, int], repetitions: int) -> Iterator[tuple[str,
         found = attempt(functools.partial(case.make, *shape, order, DEVICE), moved, repetitions, case.graph)
         print(f"{case.name}: {speed(found)}", flush=True)
         yield case.name, found
+
+
+def failures(results: dict) -> list[str]:
+    """The kernels and searches of this repository that could not be measured, and why."""
+    rows = [*(results["measured"] or {}).items()]
+    rows += [(f"{row['shape']} {row['search']}", row) for row in results["table2"] or ()]
+    rows += [(f"{row['width']} {row['order']}", row) for row in results["table3"] or ()]
+    return [f"{name}: {row['reason']}" for name, row in rows if "reason" in row and "torch" not in name]
 
 
 def spread_out(shapes: Sequence, count: int) -> list:

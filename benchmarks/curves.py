@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from metrics import read_metrics
 from runtime import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +62,7 @@ def begin(name: str, data: str, folder: Path) -> subprocess.Popen:
 
 def read(folder: Path, process: subprocess.Popen) -> dict:
     """A run that has ended or is under way: its rows of metrics.jsonl, its settings and its choice of GEMMs."""
-    metrics = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    rows = read_metrics(str(folder)) if (folder / "metrics.jsonl").exists() else []
     result = {"exit": process.poll(), "rows": rows, "output": Path(f"{folder}.log").read_text().splitlines()[-25:]}
     for name in ("config.json", "spmm.json"):
         result[name] = json.loads((folder / name).read_text()) if (folder / name).exists() else None
@@ -74,16 +74,21 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="out-curves-", dir=ROOT) as folder:
         folders = {name: Path(folder) / name.replace(" ", "_") for name in RUNS}
         processes = {name: begin(name, results["dataset"], folders[name]) for name in RUNS}
-        ended = False
-        while not ended:  # this stage may be killed, so write the results every few seconds
-            ended = all(process.poll() is not None for process in processes.values())
-            results["runs"] = {name: read(folders[name], process) for name, process in processes.items()}
-            write_json(path, results)
-            time.sleep(0 if ended else WRITE_S)
+        try:
+            ended = False
+            while not ended:  # this stage may be killed, so write the results every few seconds
+                ended = all(process.poll() is not None for process in processes.values())
+                results["runs"] = {name: read(folders[name], process) for name, process in processes.items()}
+                write_json(path, results)
+                time.sleep(0 if ended else WRITE_S)
+        finally:
+            for process in processes.values():
+                process.kill()
+                process.wait()
     for name, found in results["runs"].items():
         losses = [(row["iter"], round(row["train_loss"], 3)) for row in found["rows"] if row.get("train_loss")][::5]
         print("\n".join(found["output"]), f"\n{name}: exit {found['exit']}, losses {losses}", flush=True)
-    return max(found["exit"] for found in results["runs"].values())
+    return int(any(found["exit"] != 0 for found in results["runs"].values()))  # -9 is a failure too
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ results/<gpu>/evidence, so calls that lie weeks apart add up.
 
 The compile caches of Triton and Inductor come back as caches.tgz, the verdicts on GEMMs as gemms.json. A later call
 begins with them if the files are put into .evidence. The stage `train` reads the dataset at .evidence/books if there is
-one (train.bin, val.bin and meta.json), else Python's own standard library.
+one (train.bin, val.bin and meta.json), else Python's own standard library. NANO24_COMMIT names the commit in the
+results where the history did not travel along.
 """
 
 import hashlib
@@ -27,9 +28,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / ".evidence"  # ignored by git: what a call brings along
-MOST_FILES = 8  # lent machines return few files: beyond this number all but the first two are packed into one archive
+MOST_FILES = 8  # lent machines return few files; if there are more, the results go into one archive, results.tgz
 ARCHIVE_BYTES = 15 * 2**20  # caches larger than this are left behind
 VERDICTS = "xdg/nano24/spmm.json"  # in the folder of caches: where train.py looks for them
 KILL_S = 5  # seconds between the request to end and the kill
@@ -70,9 +73,11 @@ STAGES = {
 }
 
 
-def code_id() -> str:
-    """A hash of the repository's source files: the same code gives the same results, with or without git."""
-    files = [*ROOT.glob("*.py"), *(path for name in ("benchmarks", "gemm24") for path in (ROOT / name).glob("*.py"))]
+def code_id(stage: Stage) -> str:
+    """A hash of the repository's source files, and for a stage of tests also of the tests: the same code gives the same
+    results, with or without git."""
+    folders = ("benchmarks", "gemm24", *(["tests"] if "pytest" in stage.command else []))
+    files = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
@@ -80,7 +85,7 @@ def code_id() -> str:
 
 
 def earlier_stages(*files: Path) -> dict[str, dict]:
-    """The stages of earlier calls by name, the last file's first in rank."""
+    """The stages of earlier calls by name. A later file goes before an earlier one."""
     found = {}
     for path in files:
         if path.exists():
@@ -130,23 +135,25 @@ def _end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def collect(out: Path, stages: dict, device: str | None) -> None:
-    """Write evidence.json, whole or not at all."""
-    temporary = out / "evidence.json.tmp"
-    temporary.write_text(json.dumps({"device": device, "stages": stages}, indent=1) + "\n")
-    os.replace(temporary, out / "evidence.json")
+def unpack(archive: Path, into: Path) -> None:
+    with tarfile.open(archive) as file:
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python before 3.11.4
+        file.extractall(into, **safely)
 
 
-def bring_caches(out: Path) -> None:
-    """Begin with the caches and verdicts that were brought along."""
-    verdicts = out / "caches" / VERDICTS
-    if (CARRIED / "caches.tgz").exists() and not (out / "caches").exists():
-        with tarfile.open(CARRIED / "caches.tgz") as archive:
-            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python before 3.11.4
-            archive.extractall(out, **safely)
+def bring_back(out: Path) -> None:
+    """Begin with the results of an earlier call into this folder, and with its caches or those brought along."""
+    if (out / "results.tgz").exists():
+        unpack(out / "results.tgz", out)
+        (out / "results.tgz").unlink()
+    caches, verdicts = out / "caches", out / "caches" / VERDICTS
+    for folder in (out, CARRIED):
+        if (folder / "caches.tgz").exists() and not caches.exists():
+            unpack(folder / "caches.tgz", out)
     verdicts.parent.mkdir(parents=True, exist_ok=True)
-    if (CARRIED / "gemms.json").exists() and not verdicts.exists():
-        shutil.copy(CARRIED / "gemms.json", verdicts)
+    for folder in (out, CARRIED):
+        if (folder / "gemms.json").exists() and not verdicts.exists():
+            shutil.copy(folder / "gemms.json", verdicts)
 
 
 def pack_up(out: Path) -> None:
@@ -189,12 +196,13 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
         raise ValueError(f"--evidence: no stage {unknown[0]!r}, need some of {', '.join(stages)}")
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    code, device = code_id(), device_name()
-    bring_caches(out)
+    device = device_name()
+    bring_back(out)
     done = earlier_stages(*([held] if held else []), out / "evidence.json")
     ran = []
     with open(out / "log.txt", "a") as log:
         for name in names or stages:
+            code = code_id(stages[name])
             if done.get(name, {}).get("status") == "ok" and done[name]["code"] == code:
                 print(f"{name}: skipped, ended well for this code already", flush=True)
                 continue
@@ -205,9 +213,9 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
             done[name] = run_stage(stages[name], out, min(stages[name].most, left), log)
             done[name] |= {"code": code, "commit": os.environ.get("NANO24_COMMIT"), "device": device}
             ran.append(name)
-            collect(out, done, device)
+            write_json(out / "evidence.json", {"device": device, "stages": done})
             print(f"{name}: {done[name]['status']}, {done[name]['seconds']} s", flush=True)
-    collect(out, done, device)
+    write_json(out / "evidence.json", {"device": device, "stages": done})
     text = (out / "log.txt").read_text(errors="replace")
     pack_up(out)
     print("\n".join(text.splitlines()[-90:]))

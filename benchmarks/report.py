@@ -13,7 +13,7 @@ import bench_kernels
 from plot import COLOURS
 
 PRODUCTS = ("z", "y", "da", "dx", "dw1", "dw2")
-KINDS = (  # of kernels, by name: the first that fits
+KINDS = (  # (kind of kernel, pattern of its name); the first pattern that fits decides
     ("2:4 products", r"sparse_gemm"),
     ("dense products", r"nvjet|cublas|splitK|gemm"),
     ("attention", r"cudnn|flash|fmha"),
@@ -40,7 +40,7 @@ def with_spread(s: dict) -> str:
 # The parts
 
 
-LABELS = {  # what the first call's probe named otherwise
+LABELS = {  # today's names for the parts of the probe at b79c636
     "cusparselt": "2:4 by torch's op, as a custom op",
     "cusparselt-plan": "2:4 by kept plans, as a custom op",
     "raw torch op": "2:4 by torch's op",
@@ -99,7 +99,8 @@ def gemm_text(gemm: dict) -> str:
 
 
 def algorithms_text(rows: list[dict]) -> str:
-    """What the choice of an algorithm is worth, by the first times of all sound ones, and what the library refused."""
+    """Compare the default algorithm with the best one, by the times of the first round. Count wrong results and refused
+    splits."""
     default, best, wrong, splits, split_ran = [], set(), 0, 0, 0
     for row in rows:
         us = {label.split()[-1]: us for label, us in row["algorithms_us"].items()}
@@ -144,7 +145,15 @@ def ffn_text(ffn: dict) -> str:
                 f"{dense['host_us'] / 1000:.1f} / {auto['host_us'] / 1000:.1f}",
             ]
         )
-    head = ["activation", "d", "dense ms", "2:4 ms", "S, packed each time", "S, packed every 4th time", "packing ms"]
+    head = [
+        "activation",
+        "d",
+        "dense ms",
+        "2:4 ms",
+        "S, packed each time",
+        "S, packed every 4th (computed)",
+        "packing ms",
+    ]
     return table([*head, "host ms, dense / 2:4"], cells)
 
 
@@ -170,7 +179,11 @@ def step_text(step: dict) -> str:
                 ]
             )
     head = ["size", "tokens per step", "kernels", "ms", "S", "tokens/s", "MFU", "peak GiB", "host ms", "launches"]
-    return table(head, cells)
+    note = (
+        "host ms is the least time in which the host enqueued a step; it waits for the GPU where the queue of launches "
+        "is full. launches counts copies and fills too."
+    )
+    return "\n\n".join([table(head, cells), note])
 
 
 def kind_of(kernel: str) -> str:
@@ -179,7 +192,7 @@ def kind_of(kernel: str) -> str:
 
 def spent_ms(run: dict) -> dict[str, float]:
     """Milliseconds of the GPU by kind of kernel. A row lists its longest kernels; the rest are everything else."""
-    # The profiler also reports the optimizer's step, whose kernel it lists by itself.
+    # Files before 12c6b30 also list the optimizer's step, which the profiler marked as if it were a kernel.
     twice = sum(us for kernel, (_, us) in run["kernels"].items() if kernel.startswith("Optimizer."))
     found = {"everything else": run["gpu_us"] - twice}
     for kernel, (_, us) in run["kernels"].items():
@@ -235,7 +248,7 @@ def page(folder: Path) -> str:
         ("gemm", "Products of a feed-forward layer, 16,384 tokens: dense us / best 2:4 us = ratio", gemm_text),
         ("ffn", "A feed-forward layer, forward and backward, 16,384 tokens, from CUDA graphs", ffn_text),
         ("step", "Whole optimizer steps, blocks compiled one by one", step_text),
-        ("step", "Where the GPU's time of a step goes", kinds_text),
+        ("step", "The GPU's time of a step, by kind of kernel", kinds_text),
     )
     for name, title, text in sections:
         if data := load(folder, name):
@@ -257,7 +270,7 @@ def draw(folder: Path, path: Path) -> None:
     if gemm := load(folder, "gemm"):
         rows = gemm_rows(gemm)
         for name, colour in zip(PRODUCTS, COLOURS, strict=False):
-            if name in ("da", "dx"):  # of the shapes of z and y
+            if name in ("da", "dx"):  # they have the shapes of z and y
                 continue
             label = {"z": "z and da", "y": "y and dx"}.get(name, name)
             axes[0].plot(list(rows), [of[name]["ratio"] for of in rows.values()], "o-", color=colour, label=label)

@@ -13,10 +13,12 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import spmm_choice
@@ -25,7 +27,8 @@ from ffn import pack_weights
 from model import peak_flops
 from runtime import environment, write_json
 
-TOP = 30  # kernels by name that a row lists
+TOP = 30  # number of kernels that a row lists
+NAME = 120  # characters of a kernel's name
 
 
 class Case(NamedTuple):
@@ -38,16 +41,22 @@ CASES = [Case("774M", 16, 2), Case("124M", 16, 4), Case("1558M", 8, 2)]
 
 
 def kernel_times(call) -> dict[str, list]:
-    """{kernel name: [launches, microseconds]} of one call, the longest first."""
+    """{kernel name: [launches, microseconds]} of one call, the longest first. Copies and fills count too."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
         torch.cuda.synchronize()
+    return sum_by_name((e.name, e.device_time) for e in recorded.events() if e.device_type == DeviceType.CUDA)
+
+
+def sum_by_name(events: Iterable[tuple[str, float]]) -> dict[str, list]:
+    """events: (name, microseconds). Names are cut at NAME characters, and equal ones are added up. The profiler also
+    marks the optimizer's step as if it were a kernel, which it is not."""
     launches, us = Counter(), Counter()
-    for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            launches[event.name] += 1
-            us[event.name] += event.device_time
-    return {name[:120]: [launches[name], round(us[name], 1)] for name, _ in us.most_common()}
+    for name, microseconds in events:
+        if not name.startswith("Optimizer."):
+            launches[name[:NAME]] += 1
+            us[name[:NAME]] += microseconds
+    return {name: [launches[name], round(total, 1)] for name, total in us.most_common()}
 
 
 def describe_step(run: Run, device: torch.device, others_bytes: int) -> dict:

@@ -5,7 +5,8 @@ graphs so that the host does not count:
     float16      the six products of bench.py's suite gemm in float16, for which the library has more tile shapes
     activations  Y = H W2^T with the hidden activations H as the 2:4 operand, packed along its features
     float8       e4m3 operands and bf16 results: dense (torch._scaled_mm) and 2:4
-Each row has the dense time in its own type and in bf16, the best 2:4 time, and all the times by algorithm.
+Each row has the dense time in its own type, the best 2:4 time, and all the times by algorithm. Rows of float8 also have
+the dense time in bf16.
 """
 
 import json
@@ -19,15 +20,12 @@ import torch
 
 import ffn
 import spmm_choice
+from benchmarks.probe import device
 from runtime import environment, write_json
 
 TOKENS = 16384
 ALGORITHMS = 64
 RAISED = 8  # algorithm ids in a row that raise: the library has no more
-
-
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def quick_us(call: Callable, count: int, samples: int = 3) -> float:

@@ -28,7 +28,7 @@ import torch
 
 LIBRARY = "libcusparseLt.so.0"  # PyTorch's CUDA builds have loaded it already
 OLDEST = (0, 7)  # major and minor version whose header was read
-STRUCT_BYTES = 2048  # of an opaque struct: 512 in 0.8.0, 1024 in 0.7.1
+STRUCT_BYTES = 2048  # enough for every opaque struct, which has 512 bytes in 0.8.0 and 1024 in 0.7.1
 ALIGNMENT = 16  # bytes, of the structs and of the matrices
 CUDA_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 ORDER_COL, ORDER_ROW = 1, 2  # cusparseOrder_t

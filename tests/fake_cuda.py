@@ -45,7 +45,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CARD = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=150754820096, L2_cache_size=62914560
 )
-ALGORITHMS = 3  # of cuSPARSELt: higher ids raise
+ALGORITHMS = 3  # cuSPARSELt has ids 0 to 2; higher ones raise
 LAYOUT = os.environ.get("FAKE_CUSPARSELT", "sm90")
 if LAYOUT not in ("sm90", "reversed", "padded"):
     raise ValueError(f"FAKE_CUSPARSELT={LAYOUT!r}, need sm90, reversed or padded")

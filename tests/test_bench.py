@@ -235,3 +235,26 @@ def test_predicting_writes_the_table_and_keeps_what_was_measured(tmp_path, monke
     (tmp_path / "new" / "kernels.json").write_text(json.dumps(written | measured))
     assert bench.run(tmp_path / "new", environment, False)["measured"] == measured["measured"]
     assert "| 0.50 (0.40 to 0.60) |" in (tmp_path / "new" / "kernels.md").read_text()
+
+
+def test_a_kernel_that_cannot_be_measured_has_a_reason_and_is_a_failure(monkeypatch):
+    def measure(make, moved, repetitions, graph=True):
+        raise RuntimeError("out of registers\nlong text")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    row = bench.attempt(None, 1.0, 1)
+    assert row == {"reason": "RuntimeError: out of registers"}
+    good = {"us": 1.0}
+    results = {
+        "measured": {"a": row, "b": good},
+        "table2": [{"shape": (4, 4), "search": name} | row for name in ("90 scores", "torch's greedy tile")],
+        "table3": [{"width": 8, "order": "torch.compile"} | row, {"width": 8, "order": "along tokens (ours)"} | row],
+    }
+    why = "RuntimeError: out of registers"
+    assert bench.failures(results) == [f"a: {why}", f"(4, 4) 90 scores: {why}", f"8 along tokens (ours): {why}"]
+    assert bench.failures(dict.fromkeys(results)) == []
+
+
+def test_a_few_shapes_are_spread_over_all():
+    shapes = (1, 2, 3, 4, 5, 6, 7)
+    assert [bench.spread_out(shapes, n) for n in (1, 2, 3, 7)] == [[1], [1, 4], [1, 3, 5], list(shapes)]

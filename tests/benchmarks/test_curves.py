@@ -1,6 +1,8 @@
 """Short runs side by side, at toy size on a CPU."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 from harness import SETTINGS, make_dataset
@@ -38,6 +40,26 @@ def test_a_run_that_fails_is_written_down(toy, monkeypatch):
     run = json.loads(toy.read_text())["runs"]["dense"]
     assert run["rows"] == []
     assert "activation='nosuch'" in run["output"][-1]
+
+
+def test_a_run_that_is_killed_is_a_failure(toy, monkeypatch):
+    def begin(name, data, folder):
+        Path(f"{folder}.log").touch()
+        return subprocess.Popen(["sh", "-c", "kill -9 $$" if name == "dense" else "exit 0"])
+
+    monkeypatch.setattr(curves, "begin", begin)
+    assert curves.main([str(toy)]) == 1
+    assert json.loads(toy.read_text())["runs"]["dense"]["exit"] == -9
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "run.log").write_text("a\n")
+    (folder / "metrics.jsonl").write_text('{"iter": 0, "phase": "sparse"}\n{"iter": 1, "ph')
+    process = subprocess.Popen(["true"])
+    process.wait()
+    assert curves.read(folder, process)["rows"] == [{"iter": 0, "phase": "sparse"}]
 
 
 def test_the_books_are_read_where_they_were_brought_along(tmp_path, monkeypatch):

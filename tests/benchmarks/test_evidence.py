@@ -42,7 +42,7 @@ def test_stages_that_end_well_and_one_that_crashes(tmp_path):
     }
     assert found["crash"]["output"][-1] == "SystemError: lost the GPU"
     assert "output" not in found["good"]
-    assert {(stage["code"], stage["commit"]) for stage in found.values()} == {(evidence.code_id(), "abc")}
+    assert {(stage["code"], stage["commit"]) for stage in found.values()} == {(evidence.code_id(GOOD), "abc")}
     assert (tmp_path / "after.json").read_text() == "later\n"
     assert "SystemError: lost the GPU" in (tmp_path / "log.txt").read_text()
 
@@ -57,7 +57,7 @@ def test_a_stage_that_hangs_is_killed_with_all_it_started(tmp_path):
     found = outcome(tmp_path / "out")
     assert found["hang"]["status"] == "killed after 1 s"
     assert found["good"]["status"] == "ok"
-    assert (tmp_path / "out" / "hang.json").read_text() == "begun\n"  # what it wrote until then is kept
+    assert (tmp_path / "out" / "hang.json").read_text() == "begun\n"  # its results until the kill are kept
     size = beat.stat().st_size
     time.sleep(0.5)
     assert beat.stat().st_size == size > 0  # the child that ignores SIGTERM is gone too
@@ -81,7 +81,7 @@ def test_what_ended_well_for_the_same_code_is_skipped(tmp_path, monkeypatch, cap
     assert not (tmp_path / "out" / "count.json").exists()
     assert (tmp_path / "out" / "fail.json").exists()
     assert outcome(tmp_path / "out").keys() == {"count", "fail"}  # calls add up
-    monkeypatch.setattr(evidence, "code_id", lambda: "other code")
+    monkeypatch.setattr(evidence, "code_id", lambda stage: "other code")
     evidence.run(tmp_path / "out", 5, ["count"], stages, held)
     assert (tmp_path / "out" / "count.json").read_text() == "run\n"
 
@@ -111,16 +111,33 @@ def test_many_files_come_back_as_one_archive(tmp_path):
         assert archive.extractfile("8.json").read() == b"8\n"
 
 
+def test_a_second_call_into_a_folder_keeps_what_the_first_one_brought(tmp_path):
+    many = Stage(0, 60, "for i in 1 2 3 4 5 6 7 8; do echo $i > {out}/$i.json; done; echo one > {verdicts}")
+    more = Stage(0, 60, "cat {verdicts} > {out}/more.json; echo two >> {verdicts}")
+    stages = {"many": many, "more": more}
+    evidence.run(tmp_path, 5, ["many"], stages)
+    evidence.run(tmp_path, 5, ["more"], stages)
+    with tarfile.open(tmp_path / "results.tgz") as archive:
+        assert set(archive.getnames()) == {*(f"{i}.json" for i in range(1, 9)), "more.json", "gemms.json"}
+        assert archive.extractfile("more.json").read() == b"one\n"
+        assert archive.extractfile("gemms.json").read() == b"one\ntwo\n"
+    assert outcome(tmp_path).keys() == {"many", "more"}
+
+
 def test_the_code_is_known_by_its_content(monkeypatch, tmp_path):
-    first = evidence.code_id()
-    assert first == evidence.code_id()
-    for name in ("benchmarks", "gemm24"):
-        (tmp_path / name).mkdir()
+    measures, tests = Stage(0, 1, "{python} bench.py"), Stage(0, 1, "{python} -m pytest tests")
+    assert evidence.code_id(measures) == evidence.code_id(measures) != evidence.code_id(tests)
+    for name in ("benchmarks", "gemm24", "tests/gemm24"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "train.py").write_text("a = 1\n")
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
-    second = evidence.code_id()
+    found = [(evidence.code_id(measures), evidence.code_id(tests))]
+    (tmp_path / "tests" / "gemm24" / "test_x.py").write_text("a = 1\n")
+    found.append((evidence.code_id(measures), evidence.code_id(tests)))
     (tmp_path / "gemm24" / "x.py").write_text("a = 1\n")
-    assert len({first, second, evidence.code_id()}) == 3
+    found.append((evidence.code_id(measures), evidence.code_id(tests)))
+    assert found[0][0] == found[1][0] != found[2][0]
+    assert len({tests for _, tests in found}) == 3
 
 
 def test_bench_runs_it_and_names_a_stage_that_does_not_exist(tmp_path):

@@ -21,7 +21,7 @@ PRESETS = {
 DECAY = {"cpu": "2e-3", "gpu": "6e-5"}
 FST = f"sparse=fst masked_decay={DECAY['cpu']} mask_interval=40"
 
-STRAIGHT = "sparse=s_ste weight_gradient=straight"  # the paper's; recipes.py has the true gradient, which won
+STRAIGHT = "sparse=s_ste weight_gradient=straight"  # the paper's; the recipe's default is the true gradient
 CONTROLLER = "masked_decay_auto=True flip_reference={dense}"
 
 

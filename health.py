@@ -18,7 +18,7 @@ HEALTHY = (0.60, 0.95)  # section 4.3
 TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
 # What must agree for two flip rates to be compared. Seeds may differ: r differs little between them.
 COMPARABLE = (
-    *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers", "dense_blocks"),
+    *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers"),
     *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
     *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
 )

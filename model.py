@@ -70,7 +70,6 @@ class GPTConfig:
     ffn_ratio: float = 4.0  # d_ff / n_embd before the gated correction; 2.0 is the paper's "Half" baseline
     sparse: str = "none"  # "none" or a key of sparse24.RECIPES
     sparse_layers: str = "ffn"  # a key of SPARSE_LAYERS
-    dense_blocks: int = 0  # so many blocks at each end stay dense
 
     @property
     def d_ff(self) -> int:
@@ -97,9 +96,6 @@ class GPTConfig:
         if not (0.5 < width < math.inf and abs(width - round(width)) < 1e-6 * width):
             sizes = f"ffn_ratio={self.ffn_ratio} times n_embd={self.n_embd} is {width:g}"
             raise ValueError(f"GPTConfig: {sizes}, need a positive integer; change ffn_ratio")
-        if not 0 <= 2 * self.dense_blocks < self.n_layer:
-            need = f"need at least 0 and fewer than half of n_layer={self.n_layer}; lower dense_blocks"
-            raise ValueError(f"GPTConfig: dense_blocks={self.dense_blocks}, {need}")
         if self.sparse == "none":
             return
         for name, size, knob in (("n_embd", self.n_embd, "n_embd"), ("d_ff", self.d_ff, f"ffn_ratio={self.ffn_ratio}")):
@@ -211,8 +207,7 @@ class GPT(nn.Module):
         sparse_layers = sparse_layers or self.config.sparse_layers
         _one_of("sparse_names: sparse_layers", sparse_layers, SPARSE_LAYERS)
         linears = SPARSE_LAYERS[sparse_layers]
-        blocks = range(self.config.dense_blocks, self.config.n_layer - self.config.dense_blocks)
-        return [f"transformer.h.{i}.{linear}" for i in blocks for linear in linears]
+        return [f"transformer.h.{i}.{linear}" for i in range(self.config.n_layer) for linear in linears]
 
     def forward(self, idx, targets=None):
         """Logits and mean cross-entropy.
@@ -276,15 +271,15 @@ class GPT(nn.Module):
     def from_pretrained(cls, name, override_args=None, recipe=None):
         """OpenAI's weights (a key of HF_NAMES) through Hugging Face transformers.
 
-        override_args: dict of dropout, sparse, sparse_layers, dense_blocks alone; the rest belongs to the weights.
+        override_args: dict of dropout, sparse, sparse_layers alone; the rest belongs to the weights.
         Masks are made after loading, so they match them. OpenAI trained with the tanh form of GELU, which differs from
         our erf form by less than 5e-4 everywhere. Raises ValueError for a name or argument, ImportError without
         transformers.
         """
         _one_of("from_pretrained: name", name, HF_NAMES)
         override_args = override_args or {}
-        if extra := sorted(set(override_args) - {"dropout", "sparse", "sparse_layers", "dense_blocks"}):
-            need = "need only dropout, sparse, sparse_layers, dense_blocks; remove the others, the weights fix them"
+        if extra := sorted(set(override_args) - {"dropout", "sparse", "sparse_layers"}):
+            need = "need only dropout, sparse, sparse_layers; remove the others, the weights fix them"
             raise ValueError(f"from_pretrained: override_args has {', '.join(extra)}, {need}")
         config = GPTConfig(vocab_size=50257, **PRESETS[HF_NAMES[name]], **override_args)
         try:

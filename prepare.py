@@ -34,8 +34,8 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
     for name, least in (
         *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
         *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
-        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0), ("rewarm_iters", 0)),
-        *(("dense_blocks", 0), ("masked_decay_auto_interval", 1), ("max_skipped", 0), ("check_interval", 0)),
+        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0)),
+        *(("masked_decay_auto_interval", 1), ("max_skipped", 0), ("check_interval", 0)),
         *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
     ):
         if getattr(s, name) < least:
@@ -58,8 +58,6 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         raise ValueError(f"spmm={s.spmm!r}, need one of {', '.join(spmm_choice.MODES)}")
     if s.dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype={s.dtype!r}, need one of auto, {', '.join(DTYPES)}")
-    if s.decay_schedule not in ("constant", "cosine"):
-        raise ValueError(f"decay_schedule={s.decay_schedule!r}, need constant or cosine")
     if s.flip_mask not in ("auto", "transposable", "row"):
         raise ValueError(f"flip_mask={s.flip_mask!r}, need auto, transposable or row")
     if s.masked_decay_auto and not s.flip_reference:
@@ -72,23 +70,23 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         s.flip_mask = "transposable" if s.flip_mask == "auto" else s.flip_mask
         return None
     recipe = recipes.recipe_of({**overrides, "sparse": s.sparse})
-    vars(s).update({field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "name"})
-    steers = s.masked_decay and s.warmup_iters and s.decay_schedule == "constant" and s.decay_on != "weight"
+    vars(s).update({name: getattr(recipe, name) for name in recipes.SETTINGS})
+    steers = s.masked_decay and s.warmup_iters and recipe.decay_on != "weight"
     if s.masked_decay_auto and not steers:
         raise ValueError(
             "masked_decay_auto=True needs a masked_decay above 0 to start from, warmup_iters above 0 (it steers up to "
-            "5 of them), decay_schedule='constant', and a decay_on other than 'weight', to which no flip rate answers"
+            "5 of them), and a recipe whose decay is not on the weights, to which no flip rate answers"
         )
-    begin = round(s.max_iters * (recipes.AUTOSWITCH_LATEST if s.autoswitch else s.dense_pretrain))
+    begin = round(s.max_iters * (recipes.AUTOSWITCH_LATEST if recipe.autoswitch else s.dense_pretrain))
     end = planned_dense_start(s)
     if s.dense_pretrain and not begin < end:
         raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
-    if s.precondition and not begin:
+    if recipe.precondition and not begin:
         raise ValueError(
-            f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is no step, precondition needs some"
+            f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is no step, sparse={s.sparse!r} needs some"
         )
     if not recipe.fused and s.spmm not in ("auto", "dense"):
-        raise ValueError(f"spmm={s.spmm!r} cannot multiply as these settings ask; use --spmm=auto (dense GEMMs)")
+        raise ValueError(f"spmm={s.spmm!r} cannot multiply as sparse={s.sparse!r} asks; use --spmm=auto (dense GEMMs)")
     s.flip_mask = recipe.virtual_mask if s.flip_mask == "auto" else s.flip_mask
     return recipe
 
@@ -122,9 +120,9 @@ def planned_dense_start(s: SimpleNamespace) -> int:
     return s.dense_start if s.dense_start >= 0 else round(s.max_iters * (1 - s.dense_finetune))
 
 
-def planned_sparse_start(s: SimpleNamespace) -> int | None:
+def planned_sparse_start(s: SimpleNamespace, recipe: Recipe | None) -> int | None:
     """First iteration of the sparse phase; None where STEP's rule is to say."""
-    return None if s.autoswitch and s.sparse != "none" else round(s.max_iters * s.dense_pretrain)
+    return None if recipe and recipe.autoswitch else round(s.max_iters * s.dense_pretrain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +165,7 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
     saved = state["config"]
     shape = (
         *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "sparse_layers"),
-        *("dense_blocks", "mask", "backward_mask", "beta", "dense_pretrain", "autoswitch"),
+        "dense_pretrain",
     )
     differing = [
         f"{name}={getattr(s, name)} (there {saved[name]})" for name in shape if getattr(s, name) != saved[name]
@@ -196,7 +194,7 @@ def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, v
     if s.init_from.startswith("gpt2"):
         model = GPT.from_pretrained(
             s.init_from,
-            {name: getattr(s, name) for name in ("dropout", "sparse", "sparse_layers", "dense_blocks")},
+            {name: getattr(s, name) for name in ("dropout", "sparse", "sparse_layers")},
             recipe,
         )
         if s.block_size < model.config.block_size:
@@ -255,16 +253,16 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
     options = {"graph": dev.type == "cuda", "cache": cache, "known": rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
-    shape = (model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype])
-    plan, report = plan_ffn(*shape, s.spmm, s.mvue, s.ffn_recompute, transposable=s.mask == "transposable", **options)
+    shape, mlp = (model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype]), model.transformer.h[0].mlp
+    options["transposable"] = mlp.c_fc.recipe.mask == "transposable"
+    plan, report = plan_ffn(*shape, s.spmm, s.mvue, s.ffn_recompute, **options)
     if plan is not None and s.spmm == "auto":
         # shards are packed in each micro-step, in one form at a time, all else once in an optimizer step
         uses = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
         how = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
         asked = {**how, "recompute": s.ffn_recompute}
         if not whole or whole["asked"] != asked or rows != report.rows:
-            mlp = copy.deepcopy(model.transformer.h[s.dense_blocks].mlp).to(dev)
-            whole = time_ways(mlp, plan, **how) | {"asked": asked}
+            whole = time_ways(copy.deepcopy(mlp).to(dev), plan, **how) | {"asked": asked}
         report.whole = whole
         plan = plan if whole["taken"] == "plan" else None
     return plan, report
@@ -295,10 +293,8 @@ def announce(
             + (f" and until {'the second moments settle' if sparse_start is None else sparse_start}")
             * (sparse_start != 0)
         )
-        own = {field.name: getattr(recipes.RECIPES[s.sparse], field.name) for field in fields(Recipe)}
-        changed = [
-            f"{name}={getattr(s, name)} ({own[name]})" for name in own if getattr(s, name, own[name]) != own[name]
-        ]
+        own = {name: getattr(recipes.RECIPES[s.sparse], name) for name in recipes.SETTINGS}
+        changed = [f"{name}={getattr(s, name)} ({value})" for name, value in own.items() if getattr(s, name) != value]
         if changed:
             print(f"unlike {s.sparse}'s own: {', '.join(changed)}")
     if report and (s.device.startswith("cuda") or s.spmm != "auto"):

@@ -19,17 +19,19 @@ bi_mask  Zhang et al., ICML 2023. M row-wise, and for dX a second mask B: of the
          100 random ones and the present one, the one under which B keeps most. Decay as Eq. 10.
 s_ste    Hu et al., NeurIPS 2024. C(W) = beta S(W), S(w) = sign(w) max(|w| - t, 0), t the second-smallest magnitude of
          the group: continuous in w. beta = <W, S(W)> / <S(W), S(W)> when the layer becomes sparse, then fixed. dX
-         multiplies the same C(W) as a dense matrix. The paper lets dC = MVUE(dZ^T) X reach W as it is, without beta and
-         without the Jacobian J of S (weight_gradient="straight"). The default here is beta J^T dC, the true gradient.
-         It had a lower loss than straight through at learning rate 3e-3 (results/quality-6seeds.md); nothing is known
-         at better rates.
+         multiplies the same C(W) as a dense matrix. W gets its true gradient beta J^T dC, J the Jacobian of S and
+         dC = MVUE(dZ^T) X. It had a lower loss than straight through at learning rate 3e-3
+         (results/quality-6seeds.md); nothing is known at better rates.
+s_ste_straight  s_ste as published: dC reaches W as it is, without beta and without J.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 AUTOSWITCH_LATEST = 0.5  # STEP's upper clip of the switch, a share of max_iters; dense_pretrain is the lower one
 PERMUTATIONS = 100  # candidates of Bi-Mask's search
+# The fields that are settings of train.py too. All other fields are edited here, in RECIPES.
+SETTINGS = ("mask_interval", "masked_decay", "mvue", "dense_finetune", "dense_pretrain")
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,22 @@ class Recipe:
     backward_mask: str = "same"  # dX multiplies the forward's masked W ("same") or one with its own mask ("own")
     permutation_interval: int = 0  # steps between searches for the row order of the own backward mask; 0 = as they are
     mvue: bool = False  # 2:4 weight-gradient GEMM through MVUE, else a dense one
-    mvue_estimator: str = "exact"  # "exact" (minimum variance) or "sequential" (the predecessors')
-    mvue_layers: str = ""  # MVUE in the layers alone whose name ends so; "" = in all
     masked_decay: float = 0.0  # the decay factor lambda itself; 0 = none
-    decay_on: str = "grad"  # "grad": Eq. 10; "weight": SR-STE's Eq. 8; "update": over sqrt(v), but not in the moments
+    decay_on: str = "grad"  # "grad": Eq. 10; "weight": SR-STE's Eq. 8
     mask_interval: int = 40  # steps between mask refreshes
     dense_finetune: float = 0.0  # share of the steps that are dense, at the end
     dense_pretrain: float = 0.0  # share of the steps that are dense, at the start
     precondition: bool = False  # STEP: Adam's second moments are frozen after the dense start
     autoswitch: bool = False  # STEP's rule ends the dense start, from dense_pretrain on
-    beta: str = "none"  # scale of soft weights: "none", "init" (least squares, fixed at start), "refit" (at refreshes)
-    weight_gradient: str = "straight"  # dW of soft weights: "straight" through, "scaled" by beta, or "true"
+    weight_gradient: str = "straight"  # dW of soft weights: "straight" through, or "true" (beta times the Jacobian)
     fp8: bool = False  # simulate FP8 GEMMs: W and X in E4M3, dZ in E5M2, one scale per tensor
 
     def __post_init__(self):
         allowed = {
             "mask": ("transposable", "row", "soft"),
             "backward_mask": ("same", "own"),
-            "mvue_estimator": ("exact", "sequential"),
-            "decay_on": ("grad", "weight", "update"),
-            "beta": ("none", "init", "refit"),
-            "weight_gradient": ("straight", "scaled", "true"),
+            "decay_on": ("grad", "weight"),
+            "weight_gradient": ("straight", "true"),
         }
         for field, values in allowed.items():
             if getattr(self, field) not in values:
@@ -88,11 +85,7 @@ class Recipe:
                 self.permutation_interval == 0 or self.backward_mask == "own",
                 "backward_mask='own' for permutation_interval",
             ),
-            (soft or self.beta == "none", "mask='soft' for beta"),
             (soft or self.weight_gradient == "straight", "mask='soft' for weight_gradient"),
-            (self.weight_gradient != "scaled" or self.beta != "none", "a beta for weight_gradient='scaled'"),
-            (self.mvue or not self.mvue_layers, "mvue=True for mvue_layers"),
-            (self.mvue or self.mvue_estimator == "exact", "mvue=True for mvue_estimator"),
             (not soft or self.mask_interval == 1, "mask_interval=1 for mask='soft', which follows every step"),
             (not self.precondition or self.dense_pretrain > 0, "dense_pretrain above 0 for precondition"),
             (
@@ -111,10 +104,8 @@ class Recipe:
 
     @property
     def fused(self) -> bool:
-        """Whether ffn.py's one function computes what two layers do: one pruned W, dW by exact MVUE in both layers or
-        in none, no FP8."""
-        own = self.backward_mask == "own" or self.fp8
-        return not (own or (self.mvue and (self.mvue_layers or self.mvue_estimator != "exact")))
+        """Whether ffn.py's one function computes what two layers do: one pruned W for all GEMMs, and no FP8."""
+        return self.backward_mask == "same" and not self.fp8
 
 
 RECIPES = {
@@ -123,7 +114,8 @@ RECIPES = {
         Recipe("fst", mvue=True, masked_decay=6e-5, dense_finetune=1 / 6),
         Recipe("ste"),
         Recipe("sr_ste", mask="row", masked_decay=2e-4, decay_on="weight", mask_interval=1),
-        Recipe("s_ste", mask="soft", mvue=True, mask_interval=1, beta="init", weight_gradient="true"),
+        Recipe("s_ste", mask="soft", mvue=True, mask_interval=1, weight_gradient="true"),
+        Recipe("s_ste_straight", mask="soft", mvue=True, mask_interval=1),
         Recipe("step", mask="row", mask_interval=1, dense_pretrain=0.1, precondition=True, autoswitch=True),
         Recipe(
             "bi_mask", mask="row", backward_mask="own", permutation_interval=100, masked_decay=2e-4, mask_interval=1
@@ -133,12 +125,11 @@ RECIPES = {
 
 
 def recipe_of(settings: dict) -> Recipe | None:
-    """The recipe of {"sparse": name, field: value...}: the named one, with every field that is given; None for "none".
-    Other keys are passed over."""
+    """The recipe of {"sparse": name, field: value...}: the named one, with the fields of SETTINGS that are given; None
+    for "none". Other keys are passed over."""
     if settings["sparse"] == "none":
         return None
-    names = [field.name for field in fields(Recipe) if field.name != "name"]
-    return replace(get_recipe(settings["sparse"]), **{name: settings[name] for name in names if name in settings})
+    return replace(get_recipe(settings["sparse"]), **{name: settings[name] for name in SETTINGS if name in settings})
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

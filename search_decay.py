@@ -137,7 +137,6 @@ def resolve_recipe(name: str, overrides: dict) -> Recipe:
 def own_settings(recipe: Recipe, steps: int, flip_mask: str) -> dict:
     """What the search sets for its runs, after the user's words."""
     own = {"sparse": recipe.name, "max_iters": steps, "dense_start": steps, "dense_pretrain": 0.0}
-    own["decay_schedule"] = "constant"  # a cosine to the end of the search would leave no decay in the window
     own["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask  # of the dense run too
     own["flip_interval"] = max(1, window_size(steps) // 50)  # 50 or more in the window, for a mean without noise
     own |= {"masked_decay_auto": False, "flip_reference": "", "init_from": "auto", "wandb_log": False}

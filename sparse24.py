@@ -15,7 +15,6 @@ uint8 per 4x4 block.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +87,7 @@ class _How(NamedTuple):
     """What _MaskedLinear needs to know of a recipe, and of the layer."""
 
     mask: str
-    mvue: str  # "none", "exact" or "sequential"
+    mvue: bool
     weight_gradient: str
     fp8: bool
     again: bool  # prune the weights again in the backward, instead of keeping the pruned ones
@@ -97,17 +96,13 @@ class _How(NamedTuple):
 def prune(w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask: str) -> torch.Tensor:
     """W*M, or beta S(W): 2:4 along the rows."""
     if mask == "soft":
-        return soft_threshold24(w) if beta is None else soft_threshold24(w) * beta
+        return soft_threshold24(w) * beta
     return torch.where((expand_index if mask == "transposable" else expand_pairs)(index), w, 0)
 
 
 def through_soft(dw: torch.Tensor, w: torch.Tensor, beta: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """From the gradient of beta S(W) to that of W: as it is ("straight"), by beta ("scaled"), or by beta and the
-    Jacobian of S ("true")."""
-    if kind == "straight":
-        return dw
-    dw = soft_threshold24_backward(dw, w) if kind == "true" else dw
-    return dw if beta is None else dw * beta
+    """From the gradient of beta S(W) to that of W: as it is ("straight"), or by beta and the Jacobian of S ("true")."""
+    return soft_threshold24_backward(dw, w) * beta if kind == "true" else dw
 
 
 @torch.library.custom_op("nano24::prune_again", mutates_args=())
@@ -148,7 +143,7 @@ class _MaskedLinear(torch.autograd.Function):
         x = simulate_fp8(x, torch.float8_e4m3fn) if how.fp8 else x
         again = (index, back) if how.again else (None, None)
         master = master if how.again or how.weight_gradient == "true" else None
-        seed = seed.clone() if how.mvue != "none" else None
+        seed = seed.clone() if how.mvue else None
         ctx.save_for_backward(x, None if how.again else w_back, master, *again, seed, beta)
         ctx.how, ctx.dtype = how, weight.dtype
         return F.linear(x, w_24, bias)
@@ -166,11 +161,11 @@ class _MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             x = x.reshape(-1, x.shape[-1])  # (BT, in)
             dz_t = dz.t()
-            if how.mvue != "none":
+            if how.mvue:
                 padding = -dz.shape[0] % 4
                 if padding:  # zero tokens are never drawn over others and contribute nothing: exact
                     x, dz_t = F.pad(x, (0, 0, 0, padding)), F.pad(dz_t, (0, padding))
-                dz_t = (mvue24 if how.mvue == "exact" else mvue24_sequential)(dz_t, seed)
+                dz_t = mvue24(dz_t, seed)
             dw = (simulate_fp8(dz_t, torch.float8_e5m2) if how.fp8 else dz_t) @ x
             dw = through_soft(dw, master, beta, how.weight_gradient)
         if ctx.needs_input_grad[5]:
@@ -217,7 +212,7 @@ class Sparse24Linear(nn.Linear):
         if self.recipe.backward_mask == "own":
             self.register_buffer("permutation", torch.arange(self.out_features, device=device))
             self.register_buffer("index_t", self._index_t())
-        if self.recipe.beta != "none":
+        if self.recipe.mask == "soft":
             self.register_buffer("beta", sste_scale(self.weight.detach()))
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
@@ -231,13 +226,12 @@ class Sparse24Linear(nn.Linear):
 
     @torch.no_grad()
     def refresh(self, begin: bool = False) -> None:
-        """Recompute the masks from the weights, and beta where the recipe refits it, or with `begin`, at the start of a
-        sparse phase. In place; waits for no GPU. Of sharded weights masks are gathered; for an own backward mask, or
-        beta, the weights are."""
+        """Recompute the masks from the weights, and with `begin`, at the start of a sparse phase, beta too. In place;
+        waits for no GPU. Of sharded weights masks are gathered; for an own backward mask, or beta, the weights are."""
         self.index.copy_(self._index())
         if self.recipe.backward_mask == "own":
             self.index_t.copy_(self._index_t())
-        if self.recipe.beta == "refit" or (begin and self.recipe.beta == "init"):
+        if begin and self.recipe.mask == "soft":
             self.beta.copy_(sste_scale(whole(self.weight.detach())))
 
     def reset_parameters(self) -> None:
@@ -286,8 +280,8 @@ class Sparse24Linear(nn.Linear):
 
     @property
     def scale(self) -> torch.Tensor | None:
-        """beta, where the recipe has one."""
-        return None if self.recipe.beta == "none" else self.beta
+        """beta of soft weights; None for other masks."""
+        return self.beta if self.recipe.mask == "soft" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.sparse:
@@ -298,8 +292,7 @@ class Sparse24Linear(nn.Linear):
             dtype = torch.get_autocast_dtype(device_type)  # for all but float64, as autocast itself does
             x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
         recipe = self.recipe
-        mvue = recipe.mvue_estimator if recipe.mvue else "none"
-        how = _How(recipe.mask, mvue, recipe.weight_gradient, recipe.fp8, self.prune_again)
+        how = _How(recipe.mask, recipe.mvue, recipe.weight_gradient, recipe.fp8, self.prune_again)
         master = (self.weight if recipe.mask == "soft" else weight).detach()
         if not torch.is_grad_enabled():
             w_24, _ = _MaskedLinear.operands(master, self.index, None, self.scale, weight.dtype, how)
@@ -320,13 +313,6 @@ class Sparse24Linear(nn.Linear):
 def sparse_linears(model: nn.Module) -> list[Sparse24Linear]:
     """The Sparse24Linear layers of `model`, in module order: the order that `seed_draws` numbers them in."""
     return [module for module in model.modules() if isinstance(module, Sparse24Linear)]
-
-
-def _layer_recipe(name: str, recipe: Recipe) -> Recipe:
-    """The recipe of the layer of this name: MVUE may be for some alone."""
-    if not recipe.mvue or name.endswith(recipe.mvue_layers):
-        return recipe
-    return replace(recipe, mvue=False, mvue_layers="", mvue_estimator="exact")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -351,8 +337,7 @@ def sparsify(
     layers: names as in named_modules(), or a predicate (name, module). Only plain nn.Linear is swapped (a predicate
     passes over everything else; attention's out_proj, say, is never called as a module). Layers that are sparse
     already stay as they are. Returns the names swapped. Raises ValueError, before anything is changed, when nothing
-    matches, when a name is no nn.Linear of the model, when none has the recipe's mvue_layers, or when a shape is not
-    divisible by 4.
+    matches, when a name is no nn.Linear of the model, or when a shape is not divisible by 4.
     """
     recipe = get_recipe(recipe)
     linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) in (nn.Linear, Sparse24Linear)}
@@ -364,14 +349,8 @@ def sparsify(
             f"sparsify: {'no nn.Linear named ' + ', '.join(unknown) if unknown else 'no nn.Linear matches'}; "
             f"the model has {', '.join(linears) or 'none'}"
         )
-    dense = {linears[name]: name for name in chosen[::-1] if type(linears[name]) is nn.Linear}
-    if recipe.mvue and not any(name.endswith(recipe.mvue_layers) for name in chosen):
-        raise ValueError(
-            f"sparsify: no layer's name ends with mvue_layers={recipe.mvue_layers!r}, need one of {', '.join(chosen)}"
-        )
-    layer_of = {
-        linear: Sparse24Linear.from_linear(linear, _layer_recipe(name, recipe)) for linear, name in dense.items()
-    }
+    dense = dict.fromkeys(linears[name] for name in chosen if type(linears[name]) is nn.Linear)
+    layer_of = {linear: Sparse24Linear.from_linear(linear, recipe) for linear in dense}
     swapped = [name for name, m in linears.items() if m in layer_of]  # under all of its names, where it has several
     for name in swapped:
         _replace(model, name, layer_of[linears[name]])
@@ -495,8 +474,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
 
     decay_on="grad" adds Eq. 10, grad += masked_decay * ~mask * w, in place, once per step, to the gradients as they
     are then: unscaled and already clipped. "weight" is SR-STE's Eq. 8, w -= lr * masked_decay * ~mask * w, before the
-    Adam update. "update" lies between: w -= lr * masked_decay * ~mask * w / (sqrt(v') + eps), scaled like Eq. 10 but
-    kept out of the moments. Layers whose `.sparse` is False are plain AdamW. Other arguments are torch.optim.AdamW's.
+    Adam update. Layers whose `.sparse` is False are plain AdamW. Other arguments are torch.optim.AdamW's.
     `masked_decay` may be changed between steps. Raises ValueError for a negative factor or another decay_on.
 
     Sparse layers whose recipe has `precondition` (STEP) keep the second moments that they had when they became sparse.
@@ -508,10 +486,10 @@ class MaskedDecayAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
-        if not masked_decay >= 0 or decay_on not in ("grad", "weight", "update"):
+        if not masked_decay >= 0 or decay_on not in ("grad", "weight"):
             raise ValueError(
                 f"MaskedDecayAdamW: masked_decay={masked_decay}, decay_on={decay_on!r}; need a factor of at least 0 "
-                "and 'grad', 'weight' or 'update'"
+                "and 'grad' or 'weight'"
             )
         super().__init__(params, *args, **kwargs)
         self.masked_decay = masked_decay
@@ -527,9 +505,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         return {layer.weight: layer for layer in sparse_linears(self._model) if layer.sparse}
 
     @torch.no_grad()
-    def _apply_masked_decay(self) -> list[tuple]:
-        """Decays gradients or weights; returns what "update" has still to do after Adam, [(w, lr * decay * ~M * w)]."""
-        layers, later = self._decayed(), []
+    def _apply_masked_decay(self) -> None:
+        layers = self._decayed()
         for group in self.param_groups:
             for w in group["params"]:
                 if w not in layers or w.grad is None:
@@ -538,21 +515,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
                 if self.decay_on == "grad":
                     mask = rows_of(w, layer.index) if layer.recipe.mask == "transposable" else layer.mask_rows()
                     masked_decay_(local(w.grad), rows, mask, self.masked_decay)
-                    continue
-                decay = torch.where(layer.mask_rows(), 0, rows) * (group["lr"] * self.masked_decay)
-                if self.decay_on == "weight":
-                    rows.sub_(decay)
                 else:
-                    later.append((w, decay, group))
-        return later
-
-    @torch.no_grad()
-    def _decay_updates(self, later: list[tuple]) -> None:
-        for w, decay, group in later:
-            state = self.state[w]
-            steps = state.get("frozen_step", state["step"].double())  # a tensor, so that nothing waits for a GPU
-            v = local(state["exp_avg_sq"])
-            local(w).sub_(decay / (v / (1 - group["betas"][1] ** steps)).sqrt_().add_(group["eps"]))
+                    rows.sub_(torch.where(layer.mask_rows(), 0, rows) * (group["lr"] * self.masked_decay))
 
     def _preconditioned(self) -> list[tuple[torch.Tensor, dict]]:
         """(weight, its group) of the layers whose second moments are frozen. RuntimeError where there are none yet."""
@@ -586,7 +550,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         if not groups or any(group[key] for group, _ in groups for key in special):
             return False
         layers = self._decayed()
-        if layers and (self.decay_on == "update" or any(x.recipe.mask != "transposable" for x in layers.values())):
+        if any(layer.recipe.mask != "transposable" for layer in layers.values()):
             return False
         if not adamw_fits([local(t) for _, p in groups for t in (p, p.grad)]):
             return False
@@ -625,7 +589,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         frozen = self._preconditioned()
         if not frozen and self._kernel_step():
             return loss
-        later = self._apply_masked_decay() if self.masked_decay else []
+        self._apply_masked_decay()
         gradients = [p.grad for p, _ in frozen]
         for p, _ in frozen:
             p.grad = None  # AdamW passes over it
@@ -634,7 +598,6 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
         for (p, group), p.grad in zip(frozen, gradients, strict=True):
             self._preconditioned_step(p, p.grad, group)
-        self._decay_updates(later)
         return loss
 
 

@@ -48,10 +48,7 @@ def recipe_of(settings: str) -> Recipe | None:
 def sparse_gemms(recipe: Recipe) -> list[str]:
     """Which of the six GEMMs of a feed-forward layer have a 2:4 operand: dX where its weights are pruned along out."""
     both = recipe.mask == "transposable" or recipe.backward_mask == "own"
-    weight = [
-        name for name, layer in (("dw1", "mlp.c_fc"), ("dw2", "mlp.c_proj")) if layer.endswith(recipe.mvue_layers)
-    ]
-    return ["z", "y", *(["da", "dx"] if both else []), *(weight if recipe.mvue else [])]
+    return ["z", "y", *(["da", "dx"] if both else []), *(["dw1", "dw2"] if recipe.mvue else [])]
 
 
 def sparse_share(recipe: Recipe) -> float:
@@ -69,8 +66,7 @@ def flops_of(settings: str, vocab_size: int) -> float:
     if recipe is None:
         return total
     gemms = roofline.gemm_flops(config.n_embd, config.d_ff, 1, config.activation)
-    blocks = max(0, config.n_layer - 2 * int(words(settings).get("dense_blocks", 0)))
-    return total - sparse_share(recipe) * blocks * sum(gemms[name] for name in sparse_gemms(recipe)) / 2
+    return total - sparse_share(recipe) * config.n_layer * sum(gemms[name] for name in sparse_gemms(recipe)) / 2
 
 
 def predicted_ms(settings: str, gpu: str, size: str, ratio: float) -> float:
@@ -84,8 +80,6 @@ def predicted_ms(settings: str, gpu: str, size: str, ratio: float) -> float:
     dense = predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
     if recipe is None:
         return dense
-    if "dense_blocks" in words(settings):
-        raise ValueError(f"{settings}: roofline.train_step has no dense blocks; give --step_ms")
     how = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": "fused" if recipe.mvue else None}
     how["mask_interval"] = recipe.mask_interval
     sparse = predict_step(card, config, MICRO_BATCH, how, ACCUMULATION)["ms"]

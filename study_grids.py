@@ -21,7 +21,7 @@ PRESETS = {
 DECAY = {"cpu": "2e-3", "gpu": "6e-5"}
 FST = f"sparse=fst masked_decay={DECAY['cpu']} mask_interval=40"
 
-STRAIGHT = "sparse=s_ste weight_gradient=straight"  # the paper's; the recipe's default is the true gradient
+STRAIGHT = "sparse=s_ste_straight"  # the paper's; s_ste has the true gradient
 CONTROLLER = "masked_decay_auto=True flip_reference={dense}"
 
 
@@ -107,20 +107,9 @@ STUDIES = {
     "quality": Study(
         {
             "fst": FST,  # exact MVUE
-            "fst, sequential MVUE": f"{FST} mvue_estimator=sequential",
             "fst, dense dW": f"{FST} mvue=False",
-            "fst, MVUE on c_fc only": f"{FST} mvue_layers=c_fc",
-            "fst, MVUE on c_proj only": f"{FST} mvue_layers=c_proj",
-            "fst, row masks, own backward mask": f"{FST} mask=row backward_mask=own",
-            "fst, decay after the moments": f"{FST} decay_on=update",
-            "fst, cosine decay": f"{FST} decay_schedule=cosine",
-            "fst, re-warm-up": f"{FST} rewarm_iters=50",
-            "fst, first and last block dense": f"{FST} dense_blocks=1",
             "s_ste": "sparse=s_ste",
             "s_ste, straight through": STRAIGHT,
-            "s_ste, straight, beta refit": f"{STRAIGHT} beta=refit",
-            "s_ste, beta in the gradient": "sparse=s_ste weight_gradient=scaled",
-            "s_ste, straight, FP8": f"{STRAIGHT} fp8=True",
             "s_ste, straight, last 1/6 dense": f"{STRAIGHT} dense_finetune=0.1666667",
         },
         ("fst", "s_ste, straight through"),

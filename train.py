@@ -89,28 +89,14 @@ bias = False  # biases in linears and layer norms
 activation = "gelu"  # gelu, relu2, geglu, swiglu (gated ones get a d_ff of 2/3, so that parameters match)
 ffn_ratio = 4.0  # d_ff / n_embd; 2 is the paper's Half baseline
 # ---- 2:4 sparsity (the defaults are fst's; another recipe brings its own unless you set them) ----
-sparse = "none"  # none, fst, ste, sr_ste, s_ste, step, bi_mask
+sparse = "none"  # none, fst, ste, sr_ste, s_ste, s_ste_straight, step, bi_mask: the equations are in recipes.py
 sparse_layers = "ffn"  # ffn, ffn+attn (the attention projections too)
-dense_blocks = 0  # so many blocks at each end stay dense
 mask_interval = 40  # steps between mask refreshes
 masked_decay = 6e-5  # the decay factor lambda of Eq. 10; 0 = none
 mvue = True  # 2:4 weight gradients through MVUE; False = dense ones
 dense_finetune = 1 / 6  # share of max_iters that is dense, at the end
 dense_start = -1  # first dense iteration; -1 = round(max_iters * (1 - dense_finetune))
 dense_pretrain = 0.0  # share of max_iters that is dense, at the start
-# ---- what else 2:4 methods differ in (the equations are in recipes.py) ----
-mask = "transposable"  # transposable, row (by magnitude), soft (soft threshold)
-backward_mask = "same"  # the input gradient's weights: same, or own (of row masks: pruned once more, along the outputs)
-permutation_interval = 0  # steps between searches for the row order of an own backward mask; 0 = rows as they are
-mvue_estimator = "exact"  # exact (minimum variance), sequential (the predecessors')
-mvue_layers = ""  # MVUE only in the layers whose name ends so, such as c_fc; "" = in all
-decay_on = "grad"  # grad (Eq. 10), weight (SR-STE's Eq. 8), update (over Adam's denominator, not in its moments)
-decay_schedule = "constant"  # of masked_decay: constant, cosine (down to 0 at dense_start)
-precondition = False  # freeze Adam's second moments after the dense start
-autoswitch = False  # end the dense start when the second moments have settled: from dense_pretrain on, by 0.5
-beta = "none"  # scale of soft weights: none, init (fixed at the start), refit (at each refresh)
-weight_gradient = "straight"  # of soft weights: straight (through), scaled (by beta), true
-fp8 = False  # simulate FP8 GEMMs in the sparse layers: E4M3, gradients E5M2
 # ---- flip-rate health ----
 flip_mask = "auto"  # masks whose flips count: auto (the recipe's; dense runs: transposable), transposable, row
 flip_layers = False  # also log the flip rate of each layer
@@ -127,7 +113,6 @@ grad_clip = 1.0  # largest global gradient norm; 0 = no clipping
 max_skipped = 20  # steps in a row with a gradient that is not finite, which are passed over, before the run gives up
 decay_lr = True  # linear warm-up, then cosine; False = learning_rate throughout
 warmup_iters = 2000
-rewarm_iters = 0  # steps over which the learning rate is warmed up once more, at the dense switch
 lr_decay_iters = 600000  # iteration at which min_lr is reached
 min_lr = 6e-5
 # ---- machine ----
@@ -186,11 +171,8 @@ def batch_starts(split: Tokens, iter_num: int, micro_batch: int):
 # Schedules: pure functions of the iteration
 
 
-def get_lr(iter_num: int, switch: int = 0) -> float:
-    """Linear warm-up over warmup_iters, cosine down to min_lr at lr_decay_iters, min_lr after that; and from the switch
-    of a sparse run to dense on, warmed up to that once more over rewarm_iters."""
-    if rewarm_iters and switch and switch <= iter_num < switch + rewarm_iters:
-        return get_lr(iter_num) * (iter_num - switch + 1) / (rewarm_iters + 1)
+def get_lr(iter_num: int) -> float:
+    """Linear warm-up over warmup_iters, cosine down to min_lr at lr_decay_iters, min_lr after that."""
     if not decay_lr:
         return learning_rate
     if iter_num < warmup_iters:
@@ -199,13 +181,6 @@ def get_lr(iter_num: int, switch: int = 0) -> float:
         return min_lr
     progress = (iter_num - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
-
-
-def get_decay(iter_num: int, factor: float, sparse_start: int, switch: int) -> float:
-    """The decay factor of this step of the sparse phase, which the schedule brings down from `factor`."""
-    if decay_schedule == "constant":
-        return factor
-    return factor * 0.5 * (1.0 + math.cos(math.pi * (iter_num - sparse_start) / (switch - sparse_start)))
 
 
 def clip_gradients(model: torch.nn.Module, ranks: Ranks) -> float:
@@ -296,7 +271,7 @@ def run(resources: contextlib.ExitStack) -> None:
             )
         iter_num = state["iter_num"] if state else 0
         switch = state["dense_start"] if state and dense_start < 0 else prepare.planned_dense_start(s)
-        sparse_start = state["sparse_start"] if state else prepare.planned_sparse_start(s)
+        sparse_start = state["sparse_start"] if state else prepare.planned_sparse_start(s, recipe)
         kept = folder / "spmm.json" if state else None
         planned = recipe and recipe.fused and iter_num < switch and not eval_only
         plan, report = prepare.plan_gemms(s, model, kept, ranks, fsdp, dev) if planned else (None, None)
@@ -330,7 +305,7 @@ def run(resources: contextlib.ExitStack) -> None:
         controller = DecayController(masked_decay, reference, masked_decay_auto_interval, warmup_iters)
         if state is not None:
             controller.load_state_dict(state["controller"] or controller.state_dict())
-    settling = AutoSwitch(model, optimizer) if autoswitch and recipe else None
+    settling = AutoSwitch(model, optimizer) if recipe and recipe.autoswitch else None
     if settling and state is not None:
         settling.changes = state["autoswitch"]
     net = torch.compile(model, mode=compile_mode) if compile and not fsdp else model
@@ -448,14 +423,14 @@ def run(resources: contextlib.ExitStack) -> None:
         tick = time.perf_counter()
 
         # ---- one optimizer step ----
-        row["lr"] = get_lr(iter_num, switch)
+        row["lr"] = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
         decay = 0.0
         if is_sparse and masked_decay:
-            factor = controller.decay if controller else masked_decay
-            row["masked_decay"] = optimizer.masked_decay = decay = get_decay(iter_num, factor, sparse_start, switch)
-        if is_sparse and permutation_interval and iter_num % permutation_interval == 0:
+            decay = controller.decay if controller else masked_decay
+            row["masked_decay"] = optimizer.masked_decay = decay
+        if is_sparse and recipe.permutation_interval and iter_num % recipe.permutation_interval == 0:
             search_permutations(model, seed, iter_num)
         losses = []
         for micro_step in range(local_steps):
@@ -502,7 +477,7 @@ def run(resources: contextlib.ExitStack) -> None:
         steering = bool(controller) and is_sparse and controller.measures(iter_num)
         measuring = bool(linears) and (steering or (flip_interval > 0 and iter_num % flip_interval == 0))
         measuring = measuring and finite  # else nothing flips
-        if (logging or measuring) and finite and decay and decay_on != "weight":
+        if (logging or measuring) and finite and decay and recipe.decay_on != "weight":
             row["decay_ratio"] = decay_ratio(model, decay)
         before = sparse24.weight_indices(linears, flip_mask) if measuring else []
         settled = sparse_start is None and bool(ranks.maximum(settling.settled()))  # ranks may round apart

@@ -169,7 +169,7 @@ class Never:
 @pytest.mark.parametrize(
     "name",
     [
-        *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers", "dense_blocks"),
+        *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers"),
         *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
         *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
     ],

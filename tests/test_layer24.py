@@ -95,8 +95,8 @@ def assert_unchanged(module, before):
 # Recipes
 
 
-def test_recipes_are_the_six_methods():
-    assert list(RECIPES) == ["fst", "ste", "sr_ste", "s_ste", "step", "bi_mask"]
+def test_recipes_are_the_methods():
+    assert list(RECIPES) == ["fst", "ste", "sr_ste", "s_ste", "s_ste_straight", "step", "bi_mask"]
     for name, recipe in RECIPES.items():
         assert recipe.name == name
         assert get_recipe(name) is recipe
@@ -104,7 +104,7 @@ def test_recipes_are_the_six_methods():
     fields = {f.name for f in dataclasses.fields(Recipe)}
     assert fields >= {
         "mask", "backward_mask", "mvue", "masked_decay", "decay_on", "mask_interval",
-        "dense_finetune", "dense_pretrain", "precondition", "beta",
+        "dense_finetune", "dense_pretrain", "precondition", "weight_gradient",
     }  # fmt: skip
     fst = RECIPES["fst"]
     assert (fst.mask, fst.mvue, fst.decay_on, fst.mask_interval) == ("transposable", True, "grad", 40)
@@ -127,7 +127,7 @@ def test_recipe_is_frozen():
         ("mask", "rows"),
         ("backward_mask", "other"),
         ("decay_on", "weights"),
-        ("beta", "fit"),
+        ("weight_gradient", "scaled"),
         ("masked_decay", -1e-4),
         ("masked_decay", math.nan),
         ("masked_decay", math.inf),

@@ -159,16 +159,17 @@ def test_meta_that_belongs_to_other_files_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "forward"),
+    ("name", "forward"),
     [
-        ({"mask": "row", "mask_interval": 1}, lambda w: torch.where(sparse24.mask24(w), w, 0)),
-        ({"mask": "soft", "mask_interval": 1}, sparse24.soft_threshold24),
+        ("sr_ste", lambda w: torch.where(sparse24.mask24(w), w, 0)),
+        ("s_ste", lambda w: sparse24.soft_threshold24(w) * sparse24.sste_scale(w)),
     ],
 )
-def test_a_model_is_sampled_by_the_recipe_that_it_was_trained_with(run, monkeypatch, changes, forward):
+def test_a_model_is_sampled_by_the_recipe_that_it_was_trained_with(run, monkeypatch, name, forward):
     folder, save, model = run
-    trained = GPT(model.config, dataclasses.replace(sparse24.RECIPES["fst"], **changes))
-    save(model=trained.state_dict(), config={"dataset": str(folder / "data"), "sparse": "fst", **changes})
+    trained = GPT(dataclasses.replace(model.config, sparse=name))
+    args = dataclasses.asdict(trained.config)
+    save(model=trained.state_dict(), model_args=args, config={"dataset": str(folder / "data"), "sparse": name})
     monkeypatch.setattr(sample, "out_dir", str(folder))
     layer = sample.load_model()[0].transformer.h[0].mlp.c_fc
     x = torch.randn(3, 16)

@@ -203,7 +203,7 @@ def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
     config = tmp_path / "run.py"
     config.write_text(
         'out_dir = "x"\nmax_iters = 1000\nmasked_decay = 1e-3\nsparse = "none"\ndense_start = 5\n'
-        'decay_schedule = "cosine"\neval_interval = 7\ndense_pretrain = 0.5\nmasked_decay_auto = True\n'
+        "eval_interval = 7\ndense_pretrain = 0.5\nmasked_decay_auto = True\n"
     )
     given = [word for word in words if not word.startswith(("--sparse", "--steps"))]
     search_decay.main([str(config), *given, "--dry_run"])
@@ -213,7 +213,7 @@ def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
     assert "recipe fst" in out
     final = search_decay.configure(search_decay.train_defaults(), shlex.split(out.splitlines()[-1])[2:])
     assert (final["sparse"], final["max_iters"], final["dense_start"]) == ("fst", 100, 100)
-    assert (final["masked_decay"], final["decay_schedule"], final["masked_decay_auto"]) == (1e-3, "constant", False)
+    assert (final["masked_decay"], final["masked_decay_auto"]) == (1e-3, False)
     assert (final["eval_interval"], final["dense_pretrain"]) == (0, 0.0)
     assert final["out_dir"] == str(tmp_path / "search" / "decay-0.001")
 
@@ -416,11 +416,6 @@ def test_the_users_choice_of_masks_is_kept(words, capsys):
     search_decay.main([*words, "--sparse=sr_ste", "--flip_mask=transposable", "--dry_run"])
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert not any("--flip_mask=row" in line for line in lines)
-
-
-def test_a_switch_that_a_rule_decides_is_refused_also_without_frozen_moments(words):
-    needed = "dense start fills the warm-up"
-    assert needed in error_of([*words, "--sparse=sr_ste", "--autoswitch=True", "--dense_pretrain=0.1"])
 
 
 def test_a_config_files_flip_reference_is_for_the_training_run(tmp_path, words, capsys):

@@ -223,8 +223,6 @@ def test_flops_by_hand():
     assert share("sparse=bi_mask") == pytest.approx(1 - 4 * gemm / 2 / total)
     assert share("sparse=s_ste") == pytest.approx(1 - 4 * gemm / 2 / total)
     assert share("sparse=s_ste ffn_ratio=8") == pytest.approx((total + ffn - 8 * gemm / 2) / total)
-    assert share("sparse=fst dense_finetune=0 mvue_layers=c_fc") == pytest.approx(1 - 5 * gemm / 2 / total)
-    assert share("sparse=fst dense_finetune=0 dense_blocks=1") == pytest.approx(1 - ffn / 4 / total)
     assert study_cost.flops_of(CPU, 50257) - total == 6 * 64 * (50304 - 65)  # the vocabulary is padded
 
 
@@ -247,8 +245,7 @@ def test_predicted_times_are_rooflines():
     assert found == pytest.approx(wide / 6 + all_six * 5 / 6)
     four = {"ratio": dict.fromkeys(("z", "y", "dw1", "dw2"), 2.0), "mask_interval": 1, "mvue": "fused"}
     soft = roofline.train_step(*shape, 5120, 50304, 1024, **batch, sparse=four)["ms"]
-    straight = "sparse=s_ste weight_gradient=straight"
-    assert study_cost.predicted_ms(straight, "h200", "774M", 2.0) == pytest.approx(soft)
+    assert study_cost.predicted_ms("sparse=s_ste_straight", "h200", "774M", 2.0) == pytest.approx(soft)
     jacobian = 32 * 36 * 2 * 1280 * 5120 * 12 / roofline.GPUS["h200"].bandwidth * 1e3  # two fp32 read, one written
     assert study_cost.predicted_ms("sparse=s_ste", "h200", "774M", 2.0) == pytest.approx(soft + jacobian)
     two = {"ratio": dict.fromkeys(("z", "y"), 2.0), "mask_interval": 1, "mvue": None}
@@ -435,14 +432,12 @@ def test_flip_rates_are_means_over_windows_and_mu_is_paired_by_seed(tmp_path, mo
 # Faults that were made by hand, and that nothing above had found
 
 
-def test_predicted_times_know_the_activation_and_no_dense_blocks():
+def test_predicted_times_know_the_activation():
     p = PRESETS["774M"]
     width = GPTConfig(**p, activation="swiglu").d_ff
     shape = (roofline.GPUS["h200"], p["n_layer"], 1280, width, 50304, 1024, 16)
     gated = roofline.train_step(*shape, activation="swiglu", accumulation=32)["ms"]
     assert study_cost.predicted_ms("sparse=none activation=swiglu", "h200", "774M", 1.5) == gated
-    with pytest.raises(ValueError, match="has no dense blocks; give --step_ms"):
-        study_cost.predicted_ms(f"{FST} dense_blocks=1", "h200", "774M", 1.5)
 
 
 def test_texts_are_put_together_pair_by_pair(tmp_path, capsys):

@@ -136,14 +136,14 @@ def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "mode", "device", "mask"),
+    ("compiled", "mode", "device", "name"),
     [
-        (True, "default", "cuda", "transposable"),
-        (True, "reduce-overhead", "cpu", "row"),
-        (False, "max-autotune", "cuda", "soft"),
+        (True, "default", "cuda", "fst"),
+        (True, "reduce-overhead", "cpu", "sr_ste"),
+        (False, "max-autotune", "cuda", "s_ste"),
     ],
 )
-def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode, device, mask):
+def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode, device, name):
     asked = []
 
     def plan(*args, **options):
@@ -152,13 +152,13 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
 
     monkeypatch.setattr(prepare, "plan_ffn", plan)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True, mask=mask)
+    given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse=name))
     device = torch.device(device)
     prepare._measure_gemms(train.all_settings(), model, None, 1, False, device)
     expected = {"graph": device.type == "cuda", "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
-    expected["transposable"] = mask == "transposable"
+    expected["transposable"] = name == "fst"
     assert asked == [((model.config, 15, device, torch.bfloat16, "auto", False, True), expected)]
 
 
@@ -208,7 +208,7 @@ def test_a_run_that_goes_back_to_sparse_gets_a_plan(run, tmp_path):
     assert "pruned matrices are multiplied" not in text
 
 
-def test_a_sparse_block_is_timed_where_the_first_ones_are_dense(run, tmp_path, monkeypatch):
+def test_a_sparse_block_is_timed(run, tmp_path, monkeypatch):
     timed = []
 
     def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
@@ -220,5 +220,5 @@ def test_a_sparse_block_is_timed_where_the_first_ones_are_dense(run, tmp_path, m
 
     monkeypatch.setattr(prepare, "plan_ffn", plan)
     monkeypatch.setattr(prepare, "time_ways", time_ways)
-    run(tmp_path / "out", n_layer=3, dense_blocks=1, max_iters=1)
+    run(tmp_path / "out", max_iters=1)
     assert timed == [2]

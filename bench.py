@@ -3,7 +3,6 @@
     python bench.py                              every suite; a GPU's go to results/<gpu>/bench.{json,md,png}
     python bench.py --suite ffn --quick          one suite, a smaller grid; --full for the whole one
     python bench.py --predict [h200]             S_model alone (roofline.py), any machine: see results/roofline.md
-    python bench.py --predict [h100] --gpus [64 1024]     a run on so many (cluster.py): see results/cluster.md
     python bench.py --suite kernels --predict    compile the Triton kernels and count: results/kernels.{json,md}
     python bench.py --plot bench.png --json results/h200/bench.json     draw the figure of a file that is there
     python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py
@@ -37,7 +36,6 @@ from pathlib import Path
 import torch
 
 import bench_kernels
-import cluster
 import roofline
 import spmm_choice
 from bench_suites import MASK_INTERVAL, PAPER_BATCH, SUITES, WIDTHS, Settings, gpt2, predict_step, suite_rows
@@ -273,30 +271,6 @@ def prediction(name: str) -> str:
     )
 
 
-def cluster_prediction(names: list[str], gpus: tuple[int, ...]) -> str:
-    """cluster.py's tables for GPUs of these names, and what they rest on."""
-    title, head, rows = cluster.memory_table(gpus)
-    texts = [
-        f"A plan for {' and '.join(map(str, gpus))} GPUs, predicted and not measured (cluster.py says what is counted "
-        "and what is assumed; one GPU's step is roofline.py's). s is dense over sparse time of a feed-forward GEMM.",
-        *map(cluster.model_text, cluster.MODELS),
-        title,
-        table(head, rows),
-    ]
-    for name in names:
-        gpu, net = roofline.GPUS[name], cluster.NETWORKS[name]
-        texts.append(
-            f"{name.upper()}, predicted and not measured: dense GEMMs at {gpu.flops / 1e12:.0f} TFLOP/s, "
-            f"{gpu.bandwidth / 1e12:.2f} TB/s, {cluster.MEMORY[name] / 1e9:.0f} GB of which {cluster.FITS:.0%} may be "
-            f"filled; {net.nvlink / 1e9:.0f} GB/s per GPU and direction in a node of {cluster.NODE}, "
-            f"{net.far / 1e9:.0f} GB/s out of it; "
-            f"{cluster.PCIE[name] / 1e9:.0f} GB/s to host memory, {cluster.DISK / 1e9:.0f} GB/s from a node to disk."
-        )
-        for title, head, rows in (cluster.step_table(name, gpus), cluster.upkeep_table(name, gpus)):
-            texts += [title, table(head, rows)]
-    return "\n\n".join(texts)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +326,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--predict", nargs="?", const="all", choices=("all", *roofline.GPUS), help="S_model alone, measures none"
     )
-    parser.add_argument("--gpus", type=_positive, nargs="*", help="with --predict: a run on so many; default: 64 1024")
     parser.add_argument("--out_dir", help="default: results/<gpu> on a GPU, nowhere on a CPU; kernels: results")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="smaller grids, and 60 s a suite")
@@ -405,17 +378,8 @@ def main(argv: list[str] | None = None) -> None:
         run_kernels(args, device)
         return
     if args.predict:
-        names = [name for name in roofline.GPUS if args.predict in ("all", name)]
-        if args.gpus is None:
-            print("\n\n".join(map(prediction, names)))
-            return
-        try:
-            print(cluster_prediction(names, tuple(args.gpus or (64, 1024))))
-        except ValueError as error:
-            sys.exit(f"bench.py: {error}")
+        print("\n\n".join(prediction(name) for name in roofline.GPUS if args.predict in ("all", name)))
         return
-    if args.gpus is not None:
-        sys.exit("bench.py: --gpus is what --predict plans for; give it --predict")
     if args.plot and args.suite is None:
         if not (args.json and args.json.exists()):
             sys.exit(f"bench.py: --plot without --suite draws a --json that is there, not {args.json}; see --suite all")

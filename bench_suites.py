@@ -26,7 +26,6 @@ import ffn
 import roofline
 import spmm_choice
 from checkpoint_writer import Writer
-from cluster import CHECK_INTERVAL, SAVE_EVERY
 from model import GPT, MLP, PRESETS, Block, GPTConfig, peak_flops
 from runtime import fingerprint
 from sparse24 import RECIPES, refresh_masks, seed_draws, sparsify, transposable_mask
@@ -34,6 +33,7 @@ from sparse24 import RECIPES, refresh_masks, seed_draws, sparsify, transposable_
 WIDTHS = (768, 1024, 1280, 1600, 2048, 3072, 4096, 6144, 8192)
 PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8's; it has no 1558M
 MASK_INTERVAL = RECIPES["fst"].mask_interval
+CHECK_INTERVAL, SAVE_EVERY = 1000, 300.0  # upkeep: steps between checks, seconds between saves
 # What may go wrong with a variant and becomes its row's reason: memory, an unsupported operation, a package that is
 # missing or has another interface. Where it is this repo's own, bench.py ends with an error for it.
 FAILURES = (RuntimeError, ValueError, ImportError, AttributeError, TypeError, AssertionError)

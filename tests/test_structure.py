@@ -18,7 +18,6 @@ LAYERS = [
     {"train", "sample", "study", "search_decay", "bench"},
     {"study_cost", "study_report", "prepare"},
     {"bench_suites", "bench_kernels", "study_grids"},
-    {"cluster"},
     {"runtime", "loader", "model", "plot", "roofline", "checkpoint_writer"},
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},
@@ -101,7 +100,7 @@ def test_readme_lists_every_setting_as_train_has_it():
     assert settings_table() in (ROOT / "README.md").read_text(), f"README's table should read:\n{settings_table()}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "results/README.md", "docs/many_gpus.md"])
 def test_readme_figures_are_there(name):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
         if "://" not in target:

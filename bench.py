@@ -8,8 +8,8 @@
     python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py
 
 Suites. gemm: the six GEMMs of a feed-forward layer, dense and by the fastest sound 2:4 backend. ffn, block: forward and
-backward of one layer (the paper's Figure 6). e2e: whole optimizer steps of GPT-2 (Table 8). upkeep: what saves and
-checks take from training. kernels: bench_kernels.py.
+backward of one layer (the paper's Figure 6). e2e: whole optimizer steps of GPT-2 (Table 8). kernels:
+bench_kernels.py.
 
 S is dense time over sparse time; what is due once per optimizer step (packing) or once per mask_interval steps (the
 mask search) is timed apart and its share added to the sparse time. Variants take turns within a run; each number is the
@@ -126,11 +126,6 @@ def line(suite: str, row: dict) -> str:
         texts.append(f"S({name}) {s['median']:.3f} ({s['min']:.3f} to {s['max']:.3f})")
     for key, form in (("s_measured", "S {:.3f}"), ("drift", "drift {:+.1%}"), ("s_model", "S_model {:.3f}")):
         texts += [form.format(row[key])] if key in row else []
-    for key, form in (
-        ("save_share", "save {:.3%} (to {:.3%}) of 5 minutes"),
-        ("check_share", "check {:.5%} (to {:.5%}) of 1000 steps"),
-    ):
-        texts += [form.format(row[key]["median"], row[key]["max"])] if key in row else []
     texts += [f"S/S_model {row['measured_over_model']:.2f}"] if "measured_over_model" in row else []
     return "  ".join(texts + ([f"({row['reason']})"] if row.get("reason") else []))
 

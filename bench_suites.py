@@ -1,5 +1,4 @@
-"""The suites of bench.py: GEMMs, feed-forward layers, transformer blocks and whole training steps, dense beside 2:4;
-and what saves and checks take from training.
+"""The suites of bench.py: GEMMs, feed-forward layers, transformer blocks and whole training steps, dense beside 2:4.
 
 A suite is a grid of cases and a generator of rows, plain dicts for JSON, from one case. Milliseconds unless a name says
 otherwise; a spread is the median, smallest and largest of the repetitions. What a variant fails with is its `reason`.
@@ -10,7 +9,6 @@ import functools
 import gc
 import itertools
 import statistics
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,19 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import checkpoint
 import ffn
 import roofline
 import spmm_choice
-from checkpoint_writer import Writer
 from model import GPT, MLP, PRESETS, Block, GPTConfig, peak_flops
-from runtime import fingerprint
 from sparse24 import RECIPES, refresh_masks, seed_draws, sparsify, transposable_mask
 
 WIDTHS = (768, 1024, 1280, 1600, 2048, 3072, 4096, 6144, 8192)
 PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8's; it has no 1558M
 MASK_INTERVAL = RECIPES["fst"].mask_interval
-CHECK_INTERVAL, SAVE_EVERY = 1000, 300.0  # upkeep: steps between checks, seconds between saves
 # What may go wrong with a variant and becomes its row's reason: memory, an unsupported operation, a package that is
 # missing or has another interface. Where it is this repo's own, bench.py ends with an error for it.
 FAILURES = (RuntimeError, ValueError, ImportError, AttributeError, TypeError, AssertionError)
@@ -444,11 +438,6 @@ class Run:
             ffn.pack_weights(self.model)
         self.iter_num += 1
 
-    def state(self) -> dict:
-        """What train.py saves, as far as it takes memory."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "iter_num": self.iter_num}
-        return dict.fromkeys(checkpoint.KEYS) | state
-
     def refresh(self) -> None:
         """The mask search. The weights must be packed again before the next step."""
         refresh_masks(self.model, measure=False)
@@ -568,65 +557,6 @@ def e2e_rows(case, settings: Settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# upkeep
-
-
-def upkeep_grid(settings: Settings) -> list[tuple[str, GPTConfig, int]]:
-    """(size, config, batch). A CPU takes sizes that are asked for by name, with short sequences."""
-    if not settings.toy:
-        sizes = settings.sizes or (("124M",) if settings.scale == "quick" else ("124M", "774M"))
-        return [(size, gpt2(size), PAPER_BATCH[size]) for size in sizes]
-    named = [(size, replace(gpt2(size), block_size=128), 1) for size in settings.sizes]
-    return named or [("toy", TOY, 2)]
-
-
-def upkeep_rows(case, settings: Settings) -> Iterator[dict]:
-    """What a save in a thread takes from training: the pause for the copy, and what steps take longer by until it is on
-    disk; beside a save that training waits for; and a check that ranks hold the same weights, without the collective.
-
-    It writes below the present folder. Shares: of SAVE_EVERY seconds, and of CHECK_INTERVAL steps. The first save also
-    allocates its host memory. write_s is up to one step too long."""
-    size, config, batch = case
-    device = settings.device
-    run = Run(config, True, batch, replace(settings, spmm="dense") if settings.toy else settings)
-    clock = functools.partial(_seconds, device=device)
-    for _ in range(3):
-        run.step()  # compiles
-    usual = [clock(run.step) for _ in range(max(5, settings.repetitions))]
-    step = statistics.median(usual)
-    saves, first = [], None
-    with tempfile.TemporaryDirectory(dir=".", prefix="out-upkeep-") as folder:
-        writer = Writer(folder)
-        for _ in range(1 + settings.repetitions):
-            pause, busy, begun = clock(lambda: writer.save(run.state())), [], time.perf_counter()
-            while writer.busy:
-                busy.append(clock(run.step))
-            writer.wait()
-            longer = sum(seconds - step for seconds in busy)
-            save = {"pause_s": pause, "longer_s": longer, "write_s": time.perf_counter() - begun}
-            first, saves = (first, [*saves, save]) if first else (save, saves)
-        at_once = Writer(folder, background=False)
-        waited = [clock(lambda: at_once.save(run.state())) for _ in range(settings.repetitions)]
-        size_bytes = (Path(folder) / checkpoint.NAME).stat().st_size
-    check = [clock(lambda: fingerprint(run.model)) for _ in range(settings.repetitions)]
-    row = {"size": size, "batch": batch, "bytes": size_bytes, "step_s": spread(usual), "first": first}
-    row |= {key: spread([save[key] for save in saves]) for key in first}
-    row |= {"waited_s": spread(waited), "check_s": spread(check)}
-    row["save_share"] = spread([(save["pause_s"] + save["longer_s"]) / SAVE_EVERY for save in saves])
-    row["check_share"] = spread([seconds / (CHECK_INTERVAL * step) for seconds in check])
-    yield row
-
-
-def _seconds(call: Callable, device: torch.device) -> float:
-    """Of one call, by the host's clock, the GPU's work included."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 # suite -> (its cases, the rows of one case)
 SUITES: dict[str, tuple[Callable, Callable[..., Iterator[dict]]]] = {
@@ -634,7 +564,6 @@ SUITES: dict[str, tuple[Callable, Callable[..., Iterator[dict]]]] = {
     "ffn": (functools.partial(layer_grid, "ffn"), functools.partial(layer_rows, "ffn")),
     "block": (functools.partial(layer_grid, "block"), functools.partial(layer_rows, "block")),
     "e2e": (e2e_grid, e2e_rows),
-    "upkeep": (upkeep_grid, upkeep_rows),
 }
 
 

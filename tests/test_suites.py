@@ -14,7 +14,7 @@ import bench_suites
 import ffn
 import roofline
 from bench_suites import TOY, Settings, largest_batch
-from model import GPT, GPTConfig
+from model import GPTConfig
 from sparse24 import sparse_linears, transposable_mask
 from spmm import Choice
 from spmm_choice import Report
@@ -184,54 +184,6 @@ def test_e2e_row(timed):
     assert row["runs"][0]["host_us"] > 0
     assert 1 < row["s_model"] < 2
     assert "S_model" in bench.line("e2e", row)
-    assert json.loads(json.dumps(row)) == row
-
-
-def test_upkeep_counts_the_pause_and_what_steps_take_longer_by(monkeypatch):
-    """By a clock that takes a second for a step, three while a save is written, ten for a save's copy."""
-    writing, now = [], [0.0]
-    case, settings = bench_suites.upkeep_grid(SETTINGS)[0], replace(SETTINGS, repetitions=2)
-
-    class Disk:
-        """It is done after two steps."""
-
-        def __init__(self, folder, background=True):
-            self.folder, self.background = folder, background
-
-        @property
-        def busy(self):
-            return bool(writing)
-
-        def save(self, state):
-            assert state["model"].keys() == GPT(replace(TOY, sparse="fst")).state_dict().keys()
-            assert len(state["optimizer"]["param_groups"]) == 2
-            (Path(self.folder) / "ckpt.pt").write_bytes(b"12345")
-            now[0] += 10 if self.background else 25
-            writing.extend([1, 1] if self.background else [])
-
-        def wait(self):
-            assert not writing
-
-    def step(self):
-        now[0] += 3 if writing else 1
-        if writing:
-            writing.pop()
-
-    monkeypatch.setattr(bench_suites, "Writer", Disk)
-    monkeypatch.setattr(bench_suites.Run, "step", step)
-    monkeypatch.setattr(bench_suites.time, "perf_counter", lambda: now[0])
-    (row,) = bench_suites.upkeep_rows(case, settings)
-    assert [row[key]["median"] for key in ("step_s", "pause_s", "longer_s", "write_s", "waited_s")] == [1, 10, 4, 6, 25]
-    assert row["save_share"]["median"] == pytest.approx(14 / 300)
-    assert row["bytes"] == 5
-    assert "save 4.667% (to 4.667%) of 5 minutes" in bench.line("upkeep", row)
-
-
-def test_upkeep_row():
-    (row,) = bench_suites.suite_rows("upkeep", replace(SETTINGS, repetitions=2))
-    assert row["bytes"] > 3 * 4 * 2 * 2 * 4 * 64 * 64  # weights and two moments of two layers
-    assert 0 < row["pause_s"]["min"] <= row["pause_s"]["median"]
-    assert row["check_share"]["median"] > 0
     assert json.loads(json.dumps(row)) == row
 
 

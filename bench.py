@@ -1,10 +1,9 @@
 """How fast 2:4 training is on this machine, measured beside dense training in the same run, and what it could be.
 
-    python bench.py                              every suite; a GPU's go to results/<gpu>/bench.{json,md,png}
+    python bench.py                              every suite; a GPU's go to results/<gpu>/bench.{json,md}
     python bench.py --suite ffn --quick          one suite, a smaller grid; --full for the whole one
     python bench.py --predict [h200]             S_model alone (roofline.py), any machine: see results/roofline.md
     python bench.py --suite kernels --predict    compile the Triton kernels and count: results/kernels.{json,md}
-    python bench.py --plot bench.png --json results/h200/bench.json     draw the figure of a file that is there
     python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py
 
 Suites. gemm: the six GEMMs of a feed-forward layer, dense and by the fastest sound 2:4 backend. ffn, block: forward and
@@ -41,7 +40,6 @@ import spmm_choice
 from bench_suites import MASK_INTERVAL, PAPER_BATCH, SUITES, WIDTHS, Settings, gpt2, predict_step, suite_rows
 from benchmarks import evidence
 from model import PRESETS, GPTConfig
-from plot import COLOURS
 from runtime import environment, write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,63 +168,6 @@ def failures(data: dict, suites) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figure
-
-
-def draw(data: dict, path: Path) -> None:
-    """S over d of the layers, measured and modelled, and end-to-end speed-ups, on one sheet."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(18, 4), layout="constrained")
-    panels = (("ffn", "gelu"), ("ffn", "geglu"), ("block", "gelu"))
-    for axis, (suite, activation) in zip(axes, panels, strict=False):
-        rows = data["suites"].get(suite, {"rows": []})["rows"]
-        draw_layer(axis, [row for row in rows if row.get("activation") == activation and "auto" in row.get("s", {})])
-        axis.set(title=f"{suite}, {activation}, forward and backward", xlabel="d", ylabel="S = dense / sparse")
-    rows = [row for row in data["suites"].get("e2e", {"rows": []})["rows"] if "s_measured" in row]
-    labels = [f"{row['size']}\nbatch {row['batch']}" for row in rows]
-    axes[3].bar(labels, [row["s_measured"] for row in rows], color="#0072B2", label="measured")
-    modelled = [(label, row["s_model"]) for label, row in zip(labels, rows, strict=True) if "s_model" in row]
-    axes[3].plot(*zip(*modelled, strict=True), "_k", markersize=30, label="S_model") if modelled else None
-    axes[3].set(title="whole training step", ylabel="S = dense / sparse")
-    for axis in axes:
-        axis.axhline(1, color="grey", linewidth=0.8)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
-    found = {suite["environment"]["device_name"]: suite["environment"]["torch"] for suite in data["suites"].values()}
-    figure.suptitle(", ".join(f"{name}, torch {version}" for name, version in found.items()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def draw_layer(axis, rows: list[dict]) -> None:
-    """One line for each n and batch, with its spread; S_model dashed."""
-    series = sorted({(row["n"], row["batch"]) for row in rows})
-    for colour, (n, batch) in zip(itertools.cycle(COLOURS), series):
-        mine = sorted((row for row in rows if (row["n"], row["batch"]) == (n, batch)), key=lambda row: row["d"])
-        d, s = [row["d"] for row in mine], [row["s"]["auto"] for row in mine]
-        below, above = ([abs(one["median"] - one[end]) for one in s] for end in ("min", "max"))
-        label = f"n={n}, batch {batch}"
-        axis.errorbar(d, [one["median"] for one in s], (below, above), color=colour, marker="o", capsize=2, label=label)
-        modelled = [(row["d"], row["s_model"]) for row in mine if "s_model" in row]
-        if modelled:
-            axis.plot(*zip(*modelled, strict=True), "--", color=colour, linewidth=1)
-
-
-def try_to_draw(data: dict, path: Path, source: Path | None) -> None:
-    if find_spec("matplotlib") is None:
-        later = f"python bench.py --plot {path} --json {source}"
-        print(f"no figure: matplotlib is not installed here; anywhere it is: {later}")
-        return
-    draw(data, path)
-    print(f"wrote {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Prediction
 
 
@@ -317,7 +258,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="with --evidence: when to end")
     parser.add_argument("--suite", choices=(*SUITES, "kernels", "all"), help="default: all")
     parser.add_argument("--json", type=Path, help="where to write the numbers; default: bench.json in --out_dir")
-    parser.add_argument("--plot", type=Path, help="where to write the figure; without --suite, of the --json there is")
     parser.add_argument(
         "--predict", nargs="?", const="all", choices=("all", *roofline.GPUS), help="S_model alone, measures none"
     )
@@ -375,11 +315,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.predict:
         print("\n\n".join(prediction(name) for name in roofline.GPUS if args.predict in ("all", name)))
         return
-    if args.plot and args.suite is None:
-        if not (args.json and args.json.exists()):
-            sys.exit(f"bench.py: --plot without --suite draws a --json that is there, not {args.json}; see --suite all")
-        try_to_draw(json.loads(args.json.read_text()), args.plot, args.json)
-        return
     on_gpu = device.type == "cuda"
     folder = args.out_dir or (Path("results") / slug(torch.cuda.get_device_name(device)) if on_gpu else None)
     path = args.json or (Path(folder) / "bench.json" if folder else None)
@@ -397,8 +332,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {path} and {path.with_suffix('.md')}, README's table")
     elif path:
         print(f"wrote {path}")
-    if args.plot or (path and on_gpu):
-        try_to_draw(results.data, args.plot or path.with_suffix(".png"), path)
     failed = failures(results.data, suites)
     if failed:
         print("bench.py: these failed:\n" + "\n".join(failed), file=sys.stderr)

@@ -311,8 +311,6 @@ def test_cli_on_a_cpu_runs_toys_and_writes_only_where_it_was_told(tmp_path, monk
     bench.main(["--suite", "ffn", "--repetitions", "2", "--out_dir", "here"])
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["bench.json", "bench.md"]
     assert json.loads(Path("here/bench.json").read_text())["suites"]["ffn"]["settings"]["scale"] == "toy"
-    with pytest.raises(SystemExit, match=r"--plot without --suite draws a --json that is there, not x.json"):
-        bench.main(["--plot", "x.png", "--json", "x.json"])
 
 
 def test_failures_end_the_command_with_an_error(monkeypatch, capsys):
@@ -343,38 +341,6 @@ def test_prediction_prints_all_tables(gpu, capsys):
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 3 * 2 + 2 * len(bench.WIDTHS) + 3 * len(bench.WIDTHS) + 4
     assert all(name in text for name in ("124M", "350M", "774M", "1558M"))
-
-
-def fake_data() -> dict:
-    spread = {"median": 1.2, "min": 1.1, "max": 1.3}
-    rows = [
-        {"activation": "gelu", "d": d, "n": n, "batch": 16, "s": {"auto": spread}, "s_model": 1.4}
-        for d in (1024, 768)
-        for n in (512, 1024)
-    ]
-    e2e = [{"size": "124M", "batch": b, "s_measured": 1.1} for b in (16, 64)]
-    e2e[0]["s_model"] = 1.15
-    environment = {"device_name": "GPU X", "torch": "2.11"}
-    rows += [{"case": [1], "reason": "left out"}, {"activation": "gelu", "s": {}}]
-    return {
-        "suites": {
-            "ffn": {"environment": environment, "rows": rows},
-            "e2e": {"environment": environment, "rows": [*e2e, {"size": "774M", "reason": "no batch fits"}]},
-        }
-    }
-
-
-def test_figure_is_drawn_from_the_file(tmp_path, monkeypatch, capsys):
-    source, figure = tmp_path / "in.json", tmp_path / "out" / "bench.png"
-    source.write_text(json.dumps(fake_data()))
-    with monkeypatch.context() as patch:
-        patch.setattr(bench, "find_spec", lambda name: None)
-        bench.main(["--plot", str(figure), "--json", str(source)])
-        assert f"python bench.py --plot {figure} --json {source}" in capsys.readouterr().out
-        assert not figure.exists()
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    bench.main(["--plot", str(figure), "--json", str(source)])
-    assert figure.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

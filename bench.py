@@ -7,15 +7,14 @@
     python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py
 
 Suites. gemm: the six GEMMs of a feed-forward layer, dense and by the fastest sound 2:4 backend. ffn, block: forward and
-backward of one layer (the paper's Figure 6). e2e: whole optimizer steps of GPT-2 (Table 8). kernels:
-bench_kernels.py.
+backward of one layer (the paper's Figure 6). e2e: whole optimizer steps of GPT-2 (Table 8), see benchmarks/steps.py.
+kernels: bench_kernels.py.
 
 S is dense time over sparse time; what is due once per optimizer step (packing) or once per mask_interval steps (the
 mask search) is timed apart and its share added to the sparse time. Variants take turns within a run; each number is the
 median, smallest and largest of the repetitions. S_model takes this card's own rates: its dense GEMMs and sparse ratios
-at that shape, and its copy bandwidth. A row that could not be measured says why. Every row is saved as it comes.
-e2e runs dense, sparse and dense one after the other, packing inside the step; instead of a spread S has the drift of
-dense beside it.
+at that shape, and its copy bandwidth. A row that could not be measured says why. Every row is saved as it comes, and
+the command ends with a table of all of them. A step of e2e packs the weights in its own time.
 
 On a CPU everything runs at toy sizes to show that it works: ratios mean nothing there and nothing is written unasked.
 """
@@ -29,18 +28,52 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 import bench_kernels
+import bench_suites
 import roofline
 import spmm_choice
-from bench_suites import MASK_INTERVAL, PAPER_BATCH, SUITES, WIDTHS, Settings, gpt2, predict_step, suite_rows
-from benchmarks import evidence
+from bench_suites import MASK_INTERVAL, PAPER_BATCH, WIDTHS, Settings, gpt2, predict_step, release
+from benchmarks import evidence, steps
+from benchmarks.report import table, with_spread
 from model import PRESETS, GPTConfig
 from runtime import environment, write_json
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Suites
+
+# suite -> (its cases, the rows of one case)
+SUITES: dict[str, tuple[Callable, Callable[..., Iterator[dict]]]] = {
+    "gemm": (bench_suites.gemm_grid, bench_suites.gemm_rows),
+    "ffn": (partial(bench_suites.layer_grid, "ffn"), partial(bench_suites.layer_rows, "ffn")),
+    "block": (partial(bench_suites.layer_grid, "block"), partial(bench_suites.layer_rows, "block")),
+    "e2e": (steps.cases, steps.rows),
+}
+
+
+def suite_rows(suite: str, settings: Settings) -> Iterator[dict]:
+    """All rows of a suite within its budget. A case that fails, or is left out, is a row that says why."""
+    grid, rows_of = SUITES[suite]
+    start = time.perf_counter()
+    for case in grid(settings):
+        if time.perf_counter() - start > settings.budget * (4 if suite == "e2e" else 1):
+            yield {"case": list(case), "reason": "left out: the suite's time was up"}
+            continue
+        release(settings.device)
+        try:
+            yield from rows_of(case, settings)
+        except Exception as error:  # the cases after it are worth having; bench.py ends with an error for it
+            traceback.print_exc()
+            yield {"case": list(case), "reason": spmm_choice.reason(error)}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
@@ -90,7 +123,7 @@ class Results:
 
     def add(self, suite: str, row: dict) -> None:
         self.data["suites"][suite]["rows"].append(row)
-        print(line(suite, row), flush=True)
+        print("\n".join("  ".join(filter(None, line)) for line in cells(suite, row)), flush=True)
         self.save()
 
     def end(self, suite: str) -> None:
@@ -110,50 +143,42 @@ class Results:
         write_json(self.path, self.data)
 
 
-def line(suite: str, row: dict) -> str:
-    """A row in one line."""
-    keys = ("size", "activation", "d", "n", "batch", "tokens", "name", "m", "k")
-    texts = [f"{suite:<5}"] + [f"{key} {row[key]}" for key in keys if row.get(key) is not None]
-    for key, form in (("dense_tflops", "dense {:.0f} TF/s"), ("best_tflops", "2:4 {:.0f} TF/s"), ("ratio", "x{:.2f}")):
-        texts += [form.format(row[key])] if row.get(key) else []
-    for name, found in row.get("variants", {}).items():
-        texts.append(f"{name} {found['ms']['median']:.3f} ms" if "ms" in found else f"{name}: {found['reason']}")
-    for run in row.get("runs", []):
-        texts.append(f"{run['variant']} {run['ms']['median']:.2f} ms {run['tokens_per_s']:,.0f} tok/s")
-    for name, s in row.get("s", {}).items():
-        texts.append(f"S({name}) {s['median']:.3f} ({s['min']:.3f} to {s['max']:.3f})")
-    for key, form in (("s_measured", "S {:.3f}"), ("drift", "drift {:+.1%}"), ("s_model", "S_model {:.3f}")):
-        texts += [form.format(row[key])] if key in row else []
-    texts += [f"S/S_model {row['measured_over_model']:.2f}"] if "measured_over_model" in row else []
-    return "  ".join(texts + ([f"({row['reason']})"] if row.get("reason") else []))
+HEAD = ["suite", "shape", "dense ms", "2:4 ms", "S (spread)", "S_model", "S / S_model", "memory, 2:4 over dense"]
+
+
+def cells(suite: str, row: dict) -> list[list[str]]:
+    """The lines of the table for one row of a suite, one for each way that is compared with dense."""
+    if suite == "gemm" and "name" in row:
+        shape = f"d {row['d']}, {row['tokens']} tokens, {row['name']}"
+        if row.get("ratio"):
+            return [[suite, shape, *(f"{row[k] / 1000:.3f}" for k in ("dense_us", "best_us")), f"{row['ratio']:.2f}"]]
+        return [[suite, shape, "", "", row["reason"]]]
+    if "variants" in row:
+        shape = f"{row['activation']}, d {row['d']}, n {row['n']}, batch {row['batch']}"
+        dense, found = row["variants"]["dense"], row["variants"].items()
+        ways = [(name, dense, one, row["s"].get(name)) for name, one in found if name != "dense"]
+    elif "compiled" in row:
+        shape = f"{row['size']}, batch {row['batch']} x {row['micro_steps']}"
+        found = [(way, row[way]) for way in ("compiled", "graphs") if way in row]
+        ways = [(way, one["dense"], one["sparse"], one["s"]) for way, one in found]
+    else:
+        return [[suite, str(row["case"]), "", "", row["reason"]]]
+    peaks = [row[name]["peak_gib"] for name in ("sparse", "dense") if "peak_gib" in row.get(name, {})]
+    lines = []
+    for way, dense, sparse, s in ways:
+        model = row.get("s_model") if s and way in ("auto", "compiled", "graphs") else None  # it counts our own kernels
+        ms = [f"{one['ms']['median']:.3f}" if "ms" in one else "" for one in (dense, sparse)]
+        reached = with_spread(s) if s else sparse.get("reason") or dense["reason"]
+        lines.append([suite, f"{shape}, {way}", *ms, reached])
+        lines[-1] += [f"{model:.2f}", f"{s['median'] / model:.2f}"] if model else ["", ""]
+        lines[-1] += [f"{peaks[0] / peaks[1]:.3f}"] if peaks else []
+    return lines
 
 
 def summary(data: dict) -> str:
-    """README's table of a bench.json: what was measured beside compiled dense, its spread, and the model."""
-    rows = []
-    for suite in ("ffn", "block", "e2e"):
-        for row in data["suites"].get(suite, {"rows": []})["rows"]:
-            found = row.get("s", {}).get("auto", {}) if suite != "e2e" else {"median": row.get("s_measured")}
-            shape = [
-                row[key] for key in ("size", "activation", "d", "n", "batch") if key in row and key in _SHAPE[suite]
-            ]
-            if not found.get("median"):
-                continue
-            measured = f"{found['median']:.3f}" + (
-                f" ({found['min']:.3f} to {found['max']:.3f})" if "min" in found else ""
-            )
-            memory = [run["peak_gib"] for run in row.get("runs", []) if run.get("peak_gib")]
-            cells = [suite, " x ".join(map(str, shape)), measured]
-            cells += [f"{row[key]:.2f}" if key in row else "" for key in ("s_model", "measured_over_model")]
-            rows.append([*cells, f"{memory[1] / memory[0]:.3f}" if memory else ""])
-    return table(["suite", "shape", "S (spread)", "S_model", "S / S_model", "memory, sparse over dense"], rows)
-
-
-_SHAPE = {
-    "ffn": ("activation", "d", "n", "batch"),
-    "block": ("activation", "d", "n", "batch"),
-    "e2e": ("size", "batch"),
-}
+    """The table of a bench.json: what was measured beside compiled dense, its spread, and the model."""
+    rows = [line for suite, found in data["suites"].items() for row in found["rows"] for line in cells(suite, row)]
+    return table(HEAD, [line + [""] * (len(HEAD) - len(line)) for line in rows])
 
 
 def failures(data: dict, suites) -> list[str]:
@@ -162,17 +187,13 @@ def failures(data: dict, suites) -> list[str]:
     for suite in suites:
         for row in data["suites"][suite]["rows"]:
             why = row.get("variants", {}).get("auto", {}).get("reason") or ("case" in row and row["reason"])
-            if why and not why.startswith(("OutOfMemoryError", "left out")):
+            if why and not re.search("OutOfMemoryError|out of memory|^left out", why):
                 found.append(f"{suite}: {why}")
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def prediction(name: str) -> str:
@@ -327,11 +348,10 @@ def main(argv: list[str] | None = None) -> None:
         suites = SUITES if args.suite in (None, "all") else (args.suite,)
         for suite in suites:
             results.run(suite, settings)
-    if path and any(suite in _SHAPE for suite in results.data["suites"]):
+    print(summary(results.data))
+    if path:
         path.with_suffix(".md").write_text(summary(results.data) + "\n")
-        print(f"wrote {path} and {path.with_suffix('.md')}, README's table")
-    elif path:
-        print(f"wrote {path}")
+        print(f"wrote {path} and {path.with_suffix('.md')}")
     failed = failures(results.data, suites)
     if failed:
         print("bench.py: these failed:\n" + "\n".join(failed), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The suites of bench.py: GEMMs, feed-forward layers, transformer blocks and whole training steps, dense beside 2:4.
+"""The suites of bench.py for GEMMs, feed-forward layers and transformer blocks, dense beside 2:4.
 
 A suite is a grid of cases and a generator of rows, plain dicts for JSON, from one case. Milliseconds unless a name says
 otherwise; a spread is the median, smallest and largest of the repetitions. What a variant fails with is its `reason`.
@@ -9,10 +9,8 @@ import functools
 import gc
 import itertools
 import statistics
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 import ffn
 import roofline
 import spmm_choice
-from model import GPT, MLP, PRESETS, Block, GPTConfig, peak_flops
-from sparse24 import RECIPES, refresh_masks, seed_draws, sparsify, transposable_mask
+from model import MLP, PRESETS, Block, GPTConfig
+from sparse24 import RECIPES, refresh_masks, sparsify, transposable_mask
 
 WIDTHS = (768, 1024, 1280, 1600, 2048, 3072, 4096, 6144, 8192)
 PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8's; it has no 1558M
@@ -102,12 +100,13 @@ def working_mib(call: Callable, device: torch.device) -> float | None:
 
 def count_launches(call: Callable, device: torch.device) -> int | None:
     """CUDA kernels that one call launches, copies and fills left out; None on a CPU."""
-    on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as recorded:
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
         synchronize(device)
     kernels = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels) if on_gpu else None
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
 
 
 @functools.cache
@@ -368,128 +367,10 @@ def layer_model(kind: str, row: dict, card, settings: Settings) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# e2e
+# Whole models
 
 
-class Run:
-    """A GPT in training: `step` is one whole optimizer step on random tokens, all but the mask refresh.
-
-    micro_steps: forward and backward passes per step. blocks: compile the blocks and the head one by one, which takes
-    a deep model's time to compile from minutes to seconds."""
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        sparse: bool,
-        batch: int,
-        settings: Settings,
-        compile: bool = True,
-        micro_steps: int = 1,
-        blocks: bool = False,
-    ):
-        device = settings.device
-        torch.manual_seed(0)
-        with device:
-            self.model = GPT(replace(config, sparse="fst" if sparse else "none"))
-        decay = RECIPES["fst"].masked_decay if sparse else 0.0
-        self.optimizer = self.model.configure_optimizers(0.1, 1.5e-4, (0.9, 0.95), device.type, decay)
-        self.sparse, self.report, self.plan = sparse, None, None
-        if sparse:
-            self.plan, self.report = plan(config, batch * config.block_size, settings)
-            ffn.set_plan(self.model, self.plan)
-        self.net = compiled(self.model, settings) if compile and not blocks else self.model
-        if compile and blocks:
-            for block in self.model.transformer.h:
-                block.compile(dynamic=False, mode=settings.compile_mode)
-            self.model.head = compiled(self.model.head, settings)
-        self.tokens = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
-        self.iter_num, self.micro_steps = 0, micro_steps
-        self.new_gradients = True
-        if settings.compile_mode != "default":
-            self.keep_gradients()
-
-    def micro_step(self) -> None:
-        """Forward and backward: gradients are added to what is there."""
-        with autocast(self.tokens.device):
-            _, loss = self.net(*self.tokens)
-        (loss / self.micro_steps).backward()
-
-    def capture(self) -> None:
-        """From now on the micro-step is the replay of one CUDA graph, so that the host's time does not count."""
-        self.keep_gradients()
-        self.micro_step = spmm_choice._captured(self.micro_step)
-
-    def keep_gradients(self) -> None:
-        """A CUDA graph overwrites what it returned at its next replay, so gradients are summed in tensors of ours."""
-        self.new_gradients = False
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
-
-    def step(self) -> None:
-        for micro_step in range(self.micro_steps):
-            if self.sparse:
-                seed_draws(self.model, 1, self.iter_num, micro_step)
-            torch.compiler.cudagraph_mark_step_begin()
-            self.micro_step()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.new_gradients)
-        if self.sparse:
-            ffn.pack_weights(self.model)
-        self.iter_num += 1
-
-    def refresh(self) -> None:
-        """The mask search. The weights must be packed again before the next step."""
-        refresh_masks(self.model, measure=False)
-
-
-def measure_run(config: GPTConfig, sparse: bool, batch: int, settings: Settings) -> tuple[dict, object]:
-    """Speed, memory and launches of one variant, and the report behind its plan."""
-    device = settings.device
-    release(device)
-    run = Run(config, sparse, batch, settings)
-    if device.type == "cuda":  # what the choice of GEMMs took is no memory of the run's
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(3):
-        run.step()  # compiles
-    (ms,) = time_ms([run.step], settings)
-    row = {"variant": "sparse" if sparse else "dense"}
-    if sparse:
-        refresh = spread(time_ms([run.refresh], settings)[0])
-        ffn.pack_weights(run.model)
-        ms = [t + refresh["median"] / MASK_INTERVAL for t in ms]
-        row |= {"refresh_ms": refresh, "plan": describe(run.plan, run.report)}
-    speed = batch * config.block_size / statistics.median(ms) * 1000
-    row |= {"ms": spread(ms), "tokens_per_s": speed, "mfu": run.model.estimate_mfu(speed, peak_flops(device))}
-    row["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    row["launches"] = count_launches(run.step, device)
-    row["host_us"] = spmm_choice.enqueue_us(run.step, device)
-    return row, run.report
-
-
-def e2e_row(size: str, config: GPTConfig, batch: int, settings: Settings) -> dict:
-    """Dense, sparse and dense again, one after the other: what dense changed by is the run's drift.
-
-    Raises torch.cuda.OutOfMemoryError where the batch does not fit."""
-    runs, report = [], None
-    for sparse in (False, True, False):
-        row, found = measure_run(config, sparse, batch, settings)
-        report = found or report
-        runs.append(row)
-    before, sparse_ms, after = (row["ms"]["median"] for row in runs)
-    row = {"size": size, "batch": batch, "d": config.n_embd, "runs": runs, "drift": after / before - 1}
-    row["s_measured"] = (before + after) / 2 / sparse_ms
-    card = measured_card(report, copy_bandwidth(settings.device))
-    if card is not None:
-        row["s_model"] = step_model(card[0], config, batch, card[1])
-        row["measured_over_model"] = row["s_measured"] / row["s_model"]
-    return row
-
-
-def step_model(gpu: roofline.GPU, config: GPTConfig, batch: int, ratio) -> float:
-    """S_model of a whole step."""
-    dense, sparse = (predict_step(gpu, config, batch, one)["ms"] for one in (None, {"ratio": ratio}))
-    return dense / sparse
+TOY = GPTConfig(vocab_size=128, block_size=32, n_layer=2, n_head=1, n_embd=64, bias=False)
 
 
 def predict_step(gpu: roofline.GPU, config: GPTConfig, batch: int, sparse: dict | None, accumulation: int = 1) -> dict:
@@ -498,87 +379,7 @@ def predict_step(gpu: roofline.GPU, config: GPTConfig, batch: int, sparse: dict 
 
 
 def gpt2(size: str) -> GPTConfig:
+    """GPT-2 of this size, or the model of a CPU's suites, "toy"."""
+    if size == "toy":
+        return TOY
     return GPTConfig(vocab_size=50304, block_size=1024, dropout=0.0, bias=False, **PRESETS[size])
-
-
-TOY = GPTConfig(vocab_size=128, block_size=32, n_layer=2, n_head=1, n_embd=64, bias=False)
-
-
-def largest_batch(fits: Callable[[int], bool], start: int = 4, limit: int = 4096) -> int:
-    """The largest batch that fits, to an eighth: doubled from `start` until one does not, then bisected; 0 if none."""
-    low, high = 0, start
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
-    while high - low > max(1, low // 8):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def fits_in_memory(config: GPTConfig, settings: Settings, batch: int) -> bool:
-    """Whether a dense step, not compiled, which needs at least what the compiled one does, has the memory it needs."""
-    release(settings.device)
-    try:
-        run = Run(config, False, batch, settings, compile=False)
-        run.step()
-        run.step()  # the optimizer's state is there from the first on
-        synchronize(settings.device)
-    except torch.cuda.OutOfMemoryError:
-        return False
-    return True
-
-
-def e2e_grid(settings: Settings) -> list[tuple[str, GPTConfig, int | None]]:
-    """(size, config, batch); batch None asks for the largest that fits."""
-    if settings.toy:
-        return [("toy", TOY, 2), ("toy", TOY, None)]
-    sizes = settings.sizes or (("124M", "774M") if settings.scale == "quick" else tuple(PRESETS))
-    cases = [(size, gpt2(size), PAPER_BATCH[size]) for size in sizes]
-    largest = [] if settings.scale == "quick" else [(size, config, None) for size, config, _ in cases]
-    return cases + largest
-
-
-def e2e_rows(case, settings: Settings):
-    """One row; where sparse needs more memory than the dense step that was tried, at a smaller batch."""
-    size, config, wanted = case
-    fits = functools.partial(fits_in_memory, config, settings)
-    batch = wanted or largest_batch(fits, 2 if settings.toy else 8, 4 if settings.toy else 4096)
-    while batch:
-        try:
-            yield e2e_row(size, config, batch, settings) | {"largest": wanted is None}
-            return
-        except RuntimeError as error:
-            if "out of memory" not in str(error):  # compilers wrap it in errors of their own
-                raise
-            failed = {"size": size, "batch": batch, "largest": wanted is None, "reason": spmm_choice.reason(error)}
-        batch = 0 if wanted else batch - max(1, batch // 8)
-    yield failed if wanted else {"size": size, "largest": True, "reason": "no batch fits in memory"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-# suite -> (its cases, the rows of one case)
-SUITES: dict[str, tuple[Callable, Callable[..., Iterator[dict]]]] = {
-    "gemm": (gemm_grid, gemm_rows),
-    "ffn": (functools.partial(layer_grid, "ffn"), functools.partial(layer_rows, "ffn")),
-    "block": (functools.partial(layer_grid, "block"), functools.partial(layer_rows, "block")),
-    "e2e": (e2e_grid, e2e_rows),
-}
-
-
-def suite_rows(suite: str, settings: Settings) -> Iterator[dict]:
-    """All rows of a suite within its budget. A case that fails, or is left out, is a row that says why."""
-    grid, rows_of = SUITES[suite]
-    start = time.perf_counter()
-    for case in grid(settings):
-        shown = {"case": [part for part in case if not isinstance(part, GPTConfig)]}
-        if time.perf_counter() - start > settings.budget * (4 if suite == "e2e" else 1):
-            yield shown | {"reason": "left out: the suite's time was up"}
-            continue
-        release(settings.device)
-        try:
-            yield from rows_of(case, settings)
-        except Exception as error:  # the cases after it are worth having; bench.py ends with an error for it
-            traceback.print_exc()
-            yield shown | {"reason": spmm_choice.reason(error)}

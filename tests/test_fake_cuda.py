@@ -107,7 +107,7 @@ out = sys.argv[1]
 assert probe.main([f"{out}/probe.json"]) == 0
 sweep.rows = lambda: [lambda: sweep.product_row("y", 64, 64, 128, True, False, sweep.torch.bfloat16)]
 assert sweep.main([f"{out}/sweep.json"]) == 0
-steps.gpt2 = lambda size: bench_suites.TOY
+steps.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
 steps.CASES = [steps.Case("toy", 2, 1)]
 steps.kernel_times = lambda call: call() or {"a": [1, 2.0]}  # the profiler sees no kernel here
 probe.ffn.ffn_gemms = real

@@ -186,7 +186,8 @@ def test_bench_compares_layers(tmp_path):
     suites = json.loads((tmp_path / "bench.json").read_text())["suites"]
     assert all(suites[name]["rows"][0]["variants"]["auto"]["ms"]["median"] > 0 for name in ("ffn", "block"))
     assert suites["gemm"]["rows"][0]["dense_us"] > 0
-    assert [run["variant"] for run in suites["e2e"]["rows"][0]["runs"]] == ["dense", "sparse", "dense"]
+    step = suites["e2e"]["rows"][0]
+    assert all(step[way]["s"]["median"] > 0 for way in ("compiled", "graphs"))
 
 
 @pytest.mark.parametrize("compile", [False, True])

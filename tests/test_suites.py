@@ -13,7 +13,8 @@ import bench
 import bench_suites
 import ffn
 import roofline
-from bench_suites import TOY, Settings, largest_batch
+from bench_suites import TOY, Settings
+from benchmarks import steps
 from model import GPTConfig
 from sparse24 import sparse_linears, transposable_mask
 from spmm import Choice
@@ -110,7 +111,10 @@ def test_gemm_rows(timed):
     rows = list(bench_suites.gemm_rows((64, 128), SETTINGS))
     assert [row["name"] for row in rows] == list(ffn.GEMMS)
     assert all(row["dense_tflops"] == pytest.approx(1) and row["best_tflops"] == pytest.approx(2) for row in rows)
-    assert "2:4 2 TF/s  x2.00" in bench.line("gemm", rows[0])
+    us = rows[0]["dense_us"]
+    assert bench.cells("gemm", rows[0]) == [
+        ["gemm", "d 64, 128 tokens, z", f"{us / 1000:.3f}", f"{us / 2000:.3f}", "2.00"]
+    ]
 
 
 def test_untimed_gemms_say_so():
@@ -156,82 +160,6 @@ def test_torchao_where_it_is_installed(monkeypatch):
     assert "torchao" in layer("ffn")["s"]
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_run_takes_whole_optimizer_steps(sparse):
-    run = bench_suites.Run(TOY, sparse, 2, SETTINGS)
-    before = [p.detach().clone() for p in run.model.parameters()]
-    run.step()
-    run.refresh()
-    ffn.pack_weights(run.model)
-    run.step()
-    assert run.iter_num == 2
-    assert all(not torch.equal(p, q) for p, q in zip(before, run.model.parameters(), strict=True))
-    assert all(p.grad is None for p in run.model.parameters())
-    for linear in sparse_linears(run.model):
-        assert int(linear.mask.sum()) == linear.weight.numel() // 2
-    assert len(sparse_linears(run.model)) == (4 if sparse else 0)
-    assert all(group["fused"] for group in run.optimizer.param_groups)  # on a CPU, as configure_optimizers asks
-
-
-def test_e2e_row(timed):
-    row = bench_suites.e2e_row("toy", TOY, 2, SETTINGS)
-    assert [run["variant"] for run in row["runs"]] == ["dense", "sparse", "dense"]
-    before, sparse, after = (run["ms"]["median"] for run in row["runs"])
-    assert row["s_measured"] == pytest.approx((before + after) / 2 / sparse)
-    assert row["drift"] == pytest.approx(after / before - 1)
-    assert row["runs"][1]["tokens_per_s"] == pytest.approx(2 * 32 * 1000 / sparse)
-    assert row["runs"][0]["launches"] is None is row["runs"][0]["mfu"]  # on a CPU
-    assert row["runs"][0]["host_us"] > 0
-    assert 1 < row["s_model"] < 2
-    assert "S_model" in bench.line("e2e", row)
-    assert json.loads(json.dumps(row)) == row
-
-
-@pytest.mark.parametrize("capacity", [0, 1, 3, 4, 5, 7, 16, 100, 111, 1000, 4096, 5000])
-def test_largest_batch(capacity):
-    tried = []
-
-    def fits(batch):
-        tried.append(batch)
-        return batch <= capacity
-
-    found = largest_batch(fits, 4)
-    assert found <= capacity
-    assert found >= min(capacity, 4096) * 8 / 9 - 1
-    assert found == 0 or found in tried
-    assert len(tried) <= 15
-    assert max(tried) <= 4096
-
-
-def test_a_batch_fits_until_memory_runs_out(monkeypatch):
-    assert bench_suites.fits_in_memory(TOY, SETTINGS, 2)
-
-    def out_of_memory(self):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    monkeypatch.setattr(bench_suites.Run, "step", out_of_memory)
-    assert not bench_suites.fits_in_memory(TOY, SETTINGS, 2)
-    (row,) = bench_suites.e2e_rows(("toy", TOY, 2), SETTINGS)
-    assert row["reason"].startswith("OutOfMemoryError: CUDA out of memory")
-    (row,) = bench_suites.e2e_rows(("toy", TOY, None), SETTINGS)
-    assert row == {"size": "toy", "largest": True, "reason": "no batch fits in memory"}
-
-
-def test_the_largest_batch_shrinks_until_sparse_fits_too(monkeypatch):
-    tried = []
-
-    def e2e_row(size, config, batch, settings):
-        tried.append(batch)
-        if batch > 50:
-            raise RuntimeError("BackendCompilerFailed: CUDA out of memory. Tried to allocate")
-        return {"batch": batch}
-
-    monkeypatch.setattr(bench_suites, "e2e_row", e2e_row)
-    monkeypatch.setattr(bench_suites, "largest_batch", lambda *_: 64)
-    assert list(bench_suites.e2e_rows(("toy", TOY, None), SETTINGS)) == [{"batch": 49, "largest": True}]
-    assert tried == [64, 56, 49]
-
-
 @pytest.mark.parametrize("scale", ["quick", "default", "full"])
 def test_grids_hold_what_they_promise(scale):
     settings = Settings(CPU, scale)
@@ -245,23 +173,22 @@ def test_grids_hold_what_they_promise(scale):
         assert {case[1] for case in layers} == set(bench_suites.WIDTHS)
         assert {case[2] for case in layers} == {512, 1024, 2048}
         assert {case[3] for case in layers} == {4, 8, 16, 32, 64}
-    e2e = bench_suites.e2e_grid(settings)
-    assert next(case[2] for case in e2e if case[0] == "774M") == 5
-    assert bench_suites.e2e_grid(replace(settings, sizes=("350M",)))[0][::2] == ("350M", 16)
+    assert next(case.batch for case in steps.cases(settings) if case.size == "774M") == 5
+    assert steps.cases(replace(settings, sizes=("350M",))) == [("350M", 16, 1)]
     assert len(bench_suites.gemm_grid(settings)) == (2 if scale == "quick" else 12)
 
 
 def test_a_budget_leaves_out_and_a_failure_is_a_row(monkeypatch):
-    rows = list(bench_suites.suite_rows("gemm", replace(SETTINGS, budget=-1.0)))
+    rows = list(bench.suite_rows("gemm", replace(SETTINGS, budget=-1.0)))
     assert rows == [{"case": [64, 128], "reason": "left out: the suite's time was up"}]
 
     def broken(*_, **__):
         raise ValueError("spmm='cutlass': cannot")
 
     monkeypatch.setattr(ffn, "plan_ffn", broken)
-    (row,) = bench_suites.suite_rows("gemm", SETTINGS)
+    (row,) = bench.suite_rows("gemm", SETTINGS)
     assert row["reason"] == "ValueError: spmm='cutlass': cannot"
-    rows = list(bench_suites.suite_rows("ffn", SETTINGS))
+    rows = list(bench.suite_rows("ffn", SETTINGS))
     assert all(row["variants"]["auto"]["reason"] == "ValueError: spmm='cutlass': cannot" for row in rows)
     assert all(row["s"] == {} for row in rows)
     data = {"suites": {"gemm": {"rows": [row]}, "ffn": {"rows": rows}}}
@@ -277,10 +204,10 @@ def test_results_are_saved_row_by_row_and_other_suites_stay(tmp_path):
     path.write_text(json.dumps({"suites": {"e2e": {"rows": [1]}, "gemm": {"rows": [2]}}}))
     results = bench.Results(path)
     results.begin("gemm", SETTINGS)
-    results.add("gemm", {"d": 1, "reason": "x"})
+    results.add("gemm", {"case": [1], "reason": "x"})
     saved = json.loads(path.read_text())["suites"]
     assert saved["e2e"] == {"rows": [1]}
-    assert saved["gemm"]["rows"] == [{"d": 1, "reason": "x"}]
+    assert saved["gemm"]["rows"] == [{"case": [1], "reason": "x"}]
     assert "after" not in saved["gemm"]  # a run that was killed shows as such
     assert saved["gemm"]["environment"].keys() >= {"commit", "torch", "triton", "python", "device_name"}
     results.end("gemm")
@@ -367,26 +294,26 @@ def test_readme_holds_the_table_of_every_gpu_that_was_measured():
         table = bench.summary(json.loads(path.read_text()))
         assert path.with_suffix(".md").read_text() == table + "\n"
         assert table in (ROOT / "README.md").read_text(), f"README should hold the table of {path}:\n{table}"
-    measured = {"s": {"auto": {"median": 1.25, "min": 1.2, "max": 1.3}}, "s_model": 1.5, "measured_over_model": 0.83}
+    measured = {"s": {"auto": {"median": 1.25, "min": 1.2, "max": 1.3}}, "s_model": 1.5}
     shape = {"activation": "gelu", "d": 768, "n": 1024, "batch": 4}
-    runs = [{"peak_gib": 8.0}, {"peak_gib": 10.0}, {"peak_gib": 8.0}]
-    e2e = {"size": "124M", "batch": 4, "d": 768, "s_measured": 1.1, "runs": runs}
-    suites = {"ffn": {"rows": [shape | measured, shape | {"reason": "OOM"}]}, "e2e": {"rows": [e2e]}}
+    torchao = {"reason": "ModuleNotFoundError: No module named 'torchao'"}
+    layers = {"variants": {"dense": {"ms": {"median": 2.0}}, "auto": {"ms": {"median": 1.6}}, "torchao": torchao}}
+    way = {
+        "dense": {"ms": {"median": 20.0}},
+        "sparse": {"ms": {"median": 10.0}},
+        "s": {"median": 2, "min": 1, "max": 3},
+    }
+    step = {"size": "124M", "batch": 4, "micro_steps": 2, "compiled": way, "graphs": way}
+    step |= {"dense": {"peak_gib": 8.0}, "sparse": {"peak_gib": 10.0}}
+    suites = {"ffn": {"rows": [shape | measured | layers, {"case": [1], "reason": "OOM"}]}, "e2e": {"rows": [step]}}
     lines = bench.summary({"suites": suites}).splitlines()[2:]
     assert lines == [
-        "| ffn | gelu x 768 x 1024 x 4 | 1.250 (1.200 to 1.300) | 1.50 | 0.83 |  |",
-        "| e2e | 124M x 4 | 1.100 |  |  | 1.250 |",
+        "| ffn | gelu, d 768, n 1024, batch 4, auto | 2.000 | 1.600 | 1.25 (1.20 to 1.30) | 1.50 | 0.83 |  |",
+        f"| ffn | gelu, d 768, n 1024, batch 4, torchao | 2.000 |  | {torchao['reason']} |  |  |  |",
+        "| ffn | [1] |  |  | OOM |  |  |  |",
+        "| e2e | 124M, batch 4 x 2, compiled | 20.000 | 10.000 | 2.00 (1.00 to 3.00) |  |  | 1.250 |",
+        "| e2e | 124M, batch 4 x 2, graphs | 20.000 | 10.000 | 2.00 (1.00 to 3.00) |  |  | 1.250 |",
     ]
-
-
-def test_a_step_pays_its_share_of_the_mask_search(monkeypatch):
-    """Steps of 10 ms and a search of 40 ms, one step in 40."""
-    ms = {"step": 10.0, "refresh": 40.0}
-    monkeypatch.setattr(bench_suites, "time_ms", lambda calls, *_: [[ms[call.__name__]] * 2 for call in calls])
-    for sparse, expected in ((True, 11.0), (False, 10.0)):
-        row, _ = bench_suites.measure_run(TOY, sparse, 2, SETTINGS)
-        assert row["ms"]["median"] == expected
-        assert row["tokens_per_s"] == pytest.approx(2 * 32 * 1000 / expected)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "block"])

@@ -1,6 +1,25 @@
-"""The profile of a step."""
+"""Whole optimizer steps at a toy size on the CPU, and the profile of a step."""
 
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench
+import ffn
+import roofline
+from bench_suites import MASK_INTERVAL, TOY, Settings, predict_step
 from benchmarks import steps
+from sparse24 import sparse_linears
+
+SETTINGS = Settings(torch.device("cpu"), scale="toy", repetitions=2, spmm="emulated")
+CASE = steps.Case("toy", 2, 1)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def test_long_names_that_begin_alike_are_added_up():
@@ -13,3 +32,78 @@ def test_long_names_that_begin_alike_are_added_up():
         ("short", 1.0),
     ]
     assert steps.sum_by_name(events) == {long[: steps.NAME]: [2, 32.0], "short": [2, 6.0]}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_run_takes_whole_optimizer_steps(sparse):
+    run = steps.Run(TOY, sparse, 2, SETTINGS)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.step()
+    run.refresh()
+    ffn.pack_weights(run.model)
+    run.step()
+    assert run.iter_num == 2
+    assert all(not torch.equal(p, q) for p, q in zip(before, run.model.parameters(), strict=True))
+    assert all(p.grad is None for p in run.model.parameters())
+    for linear in sparse_linears(run.model):
+        assert int(linear.mask.sum()) == linear.weight.numel() // 2
+    assert len(sparse_linears(run.model)) == (4 if sparse else 0)
+    assert all(group["fused"] for group in run.optimizer.param_groups)  # on a CPU, as configure_optimizers asks
+
+
+def test_gradients_of_micro_steps_are_averaged():
+    """On equal tokens and without draws, two micro-steps take the step of one."""
+    runs = [steps.Run(TOY, False, 2, SETTINGS, micro_steps) for micro_steps in (1, 2)]
+    runs[1].tokens = runs[0].tokens
+    for run in runs:
+        run.step()
+    for p, q in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_row_of_a_step():
+    (row,) = steps.rows(CASE, SETTINGS)
+    assert (row["size"], row["batch"], row["tokens"]) == ("toy", 2, 64)
+    dense, sparse = (row["compiled"][name] for name in ("dense", "sparse"))
+    assert row["compiled"]["s"].keys() == sparse["ms"].keys() == {"median", "min", "max"}
+    assert sparse["tokens_per_s"] == pytest.approx(64 * 1000 / sparse["ms"]["median"])
+    assert dense["mfu"] is None
+    assert row["dense"].keys() == {"seconds to the second step", "host_us"}  # all else is a GPU's
+    assert row["plan"].startswith("z emulated sm90")
+    assert "graphs" not in row
+    assert "s_model" not in row  # no GEMM was timed
+    assert json.loads(json.dumps(row)) == row
+    (line,) = bench.cells("e2e", row)
+    assert line[:2] == ["e2e", "toy, batch 2 x 1, compiled"]
+
+
+def test_a_step_pays_its_share_of_the_mask_search(monkeypatch):
+    """Dense steps of 12 ms, sparse ones of 10 ms, and a search of 80 ms in one step of 40."""
+    monkeypatch.setattr(steps, "time_ms", lambda calls, *_: [[12.0] * 2, [10.0] * 2])
+    runs = {name: steps.Run(TOY, False, 2, SETTINGS) for name in ("dense", "sparse")}
+    found = steps.timed(runs, 64, 80.0, SETTINGS)
+    assert [found[name]["ms"]["median"] for name in runs] == [12.0, 12.0]
+    assert found["s"]["median"] == 1.0
+
+
+@pytest.mark.parametrize("micro_steps", [1, 4])
+def test_the_model_of_a_step_has_this_cards_rates(monkeypatch, micro_steps):
+    gpu, ratio = roofline.GPU(1e12, 1e9), dict.fromkeys(roofline.GEMMS, 1.5)
+    monkeypatch.setattr(steps, "measured_card", lambda report, bandwidth: (gpu, ratio))
+    case = CASE._replace(micro_steps=micro_steps)
+    both = (None, {"ratio": ratio, "mask_interval": MASK_INTERVAL})
+    dense, sparse = (predict_step(gpu, TOY, 2, one, micro_steps)["ms"] for one in both)
+    assert steps.row_of(case, SETTINGS)["s_model"] == dense / sparse
+
+
+def test_memory_that_runs_out_is_a_reason_and_no_failure(monkeypatch):
+    def out_of_memory(self):
+        raise RuntimeError("BackendCompilerFailed: CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(steps.Run, "step", out_of_memory)
+    (row,) = bench.suite_rows("e2e", replace(SETTINGS, budget=9.0))
+    assert row == {
+        "case": [*CASE],
+        "reason": "RuntimeError: BackendCompilerFailed: CUDA out of memory. Tried to allocate",
+    }
+    assert bench.failures({"suites": {"e2e": {"rows": [row]}}}, ["e2e"]) == []

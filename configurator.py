@@ -50,10 +50,10 @@ def configure(defaults, argv, annotations=None):
     return overrides
 
 
-def configure_or_exit(defaults, argv, annotations=None):
+def configure_or_exit(defaults, argv):
     """`configure`, but a ConfigError becomes one line on stderr, `train.py: error: ...`, and exit status 2."""
     try:
-        return configure(defaults, argv, annotations)
+        return configure(defaults, argv)
     except ConfigError as error:
         print(f"{_script_name(defaults)}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -60,17 +60,10 @@ def activation_bytes(d_ff: int, tokens: int, activation: str, recompute: bool = 
     return float(d_ff * tokens * (forward + again + backward))
 
 
-def mvue_bytes(d: int, d_ff: int, tokens: int, activation: str, mvue: str | None = "fused") -> float:
-    """What 2:4 weight gradients cost: dY read and written packed, dZ written packed by the kernel that makes it.
-
-    mvue: "fused"; "separate" reads dZ back for it; None leaves the weight gradients dense.
-    """
-    if mvue not in ("fused", "separate", None):
-        raise ValueError(f"mvue_bytes: mvue={mvue!r}, need 'fused', 'separate' or None")
-    if mvue is None:
-        return 0.0
+def mvue_bytes(d: int, d_ff: int, tokens: int, activation: str) -> float:
+    """What 2:4 weight gradients cost: dY read and written packed, dZ written packed by the kernel that makes it."""
     first = 2 * d_ff if activation in GATED else d_ff
-    return tokens * (d * (2 + PACKED) + first * (PACKED + (2 if mvue == "separate" else 0)))
+    return tokens * (d * (2 + PACKED) + first * PACKED)
 
 
 def pack_bytes(weights: float, mask_interval: int = 40) -> float:
@@ -97,15 +90,16 @@ def ffn_sparse(
     tokens: int,
     activation: str = "gelu",
     ratio=2.0,
-    mvue: str | None = "fused",
+    mvue: bool = True,
     accumulation: int = 1,
     mask_interval: int = 40,
     recompute: bool = True,
 ) -> float:
     """Seconds of one sparse feed-forward layer, forward and backward, with its share of the packing, which is due once
     for `accumulation` micro-steps. ratio: see gemm_seconds; dense weight gradients are {"z": 2, "y": 2, ...} without
-    dw1 and dw2, and mvue=None."""
-    moved = activation_bytes(d_ff, tokens, activation, recompute) + mvue_bytes(d, d_ff, tokens, activation, mvue)
+    dw1 and dw2, and mvue=False."""
+    moved = activation_bytes(d_ff, tokens, activation, recompute)
+    moved += mvue_bytes(d, d_ff, tokens, activation) if mvue else 0
     moved += pack_bytes(ffn_weights(d, d_ff, activation), mask_interval) / accumulation
     return gemm_seconds(gpu, gemm_flops(d, d_ff, tokens, activation), ratio) + moved / gpu.bandwidth
 

@@ -80,7 +80,7 @@ def predicted_ms(settings: str, gpu: str, size: str, ratio: float) -> float:
     dense = predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
     if recipe is None:
         return dense
-    how = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": "fused" if recipe.mvue else None}
+    how = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": recipe.mvue}
     how["mask_interval"] = recipe.mask_interval
     sparse = predict_step(card, config, MICRO_BATCH, how, ACCUMULATION)["ms"]
     if recipe.mask == "soft" and recipe.weight_gradient != "straight":

@@ -8,28 +8,27 @@ from model import GPT, PEAK_TFLOPS, PRESETS, GPTConfig
 from roofline import GPU, GPUS
 
 NOTED = GPU(790e12, 4.3e12)
-# FFN d -> 4d -> d with GELU, 16384 tokens, pruned and packed every step: MVUE fused and apart, at three ratios.
+# FFN d -> 4d -> d with GELU, 16384 tokens, pruned and packed every step: S at three ratios.
 TABLE = {
-    768: {2: (1.60, 1.52), 1.5: (1.31, 1.25), 1.25: (1.14, 1.10)},
-    1024: {2: (1.67, 1.60), 1.5: (1.34, 1.30), 1.25: (1.16, 1.13)},
-    1280: {2: (1.71, 1.65), 1.5: (1.36, 1.33), 1.25: (1.17, 1.14)},
-    1600: {2: (1.75, 1.70), 1.5: (1.38, 1.35), 1.25: (1.18, 1.16)},
+    768: {2: 1.60, 1.5: 1.31, 1.25: 1.14},
+    1024: {2: 1.67, 1.5: 1.34, 1.25: 1.16},
+    1280: {2: 1.71, 1.5: 1.36, 1.25: 1.17},
+    1600: {2: 1.75, 1.5: 1.38, 1.25: 1.18},
 }
 
 
 @pytest.mark.parametrize("d", list(TABLE))
 def test_s_model_is_the_table(d):
-    for ratio, expected in TABLE[d].items():
-        for mvue, s in zip(("fused", "separate"), expected, strict=True):
-            found = roofline.s_model(NOTED, d, 4 * d, 16384, recompute=False, ratio=ratio, mvue=mvue)
-            assert found == pytest.approx(s, abs=0.006), (ratio, mvue)
+    for ratio, s in TABLE[d].items():
+        found = roofline.s_model(NOTED, d, 4 * d, 16384, recompute=False, ratio=ratio)
+        assert found == pytest.approx(s, abs=0.006), ratio
 
 
 @pytest.mark.parametrize(("d", "s"), [(768, 1.17), (1024, 1.19), (1280, 1.21), (1600, 1.22)])
 def test_two_of_three_gemms_sparse(d, s):
     four = dict.fromkeys(("z", "y", "da", "dx"), 1.5)
     assert roofline.s_model(NOTED, d, 4 * d, 16384, recompute=False, ratio=four) == pytest.approx(s, abs=0.01)
-    without = roofline.s_model(NOTED, d, 4 * d, 16384, recompute=False, ratio=four, mvue=None)
+    without = roofline.s_model(NOTED, d, 4 * d, 16384, recompute=False, ratio=four, mvue=False)
     assert without > s  # dense weight gradients need no MVUE
 
 
@@ -41,7 +40,6 @@ def test_times_of_the_table():
     assert roofline.activation_bytes(3072, 16384, "gelu", recompute=False) == 40 * 768 * 16384
     assert roofline.activation_bytes(3072, 16384, "gelu") == 56 * 768 * 16384  # 16 more to have A again
     assert roofline.mvue_bytes(768, 3072, 16384, "gelu") == 7.625 * 768 * 16384
-    assert roofline.mvue_bytes(768, 3072, 16384, "gelu", "separate") == 15.625 * 768 * 16384
     assert roofline.activation_bytes(3072, 16384, "gelu", fused=True) == 48 * 768 * 16384  # written beside dZ
     assert roofline.pack_bytes(8 * 768**2) == pytest.approx(51 * 768**2, rel=0.04)
     assert roofline.pack_bytes(16, mask_interval=10) == 97 + 6.9
@@ -56,11 +54,6 @@ def test_gated_counts():
     assert roofline.activation_bytes(2048, 64, "geglu", recompute=False) == 16 * 2048 * 64
     assert roofline.activation_bytes(2048, 64, "geglu") == 22 * 2048 * 64
     assert roofline.mvue_bytes(768, 2048, 64, "geglu") == 64 * (768 * 3.125 + 4096 * 1.125)
-
-
-def test_unknown_mvue_is_refused():
-    with pytest.raises(ValueError, match=r"mvue='public', need 'fused', 'separate' or None"):
-        roofline.mvue_bytes(8, 32, 64, "gelu", "public")
 
 
 def test_assumed_rates_are_those_of_the_data_sheets():

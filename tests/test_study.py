@@ -243,12 +243,12 @@ def test_predicted_times_are_rooflines():
     all_six = roofline.train_step(*shape, 10240, 50304, 1024, **batch, sparse={"ratio": 1.5, "mask_interval": 40})["ms"]
     found = study_cost.predicted_ms(f"{FST} ffn_ratio=8", "h200", "774M", 1.5)
     assert found == pytest.approx(wide / 6 + all_six * 5 / 6)
-    four = {"ratio": dict.fromkeys(("z", "y", "dw1", "dw2"), 2.0), "mask_interval": 1, "mvue": "fused"}
+    four = {"ratio": dict.fromkeys(("z", "y", "dw1", "dw2"), 2.0), "mask_interval": 1, "mvue": True}
     soft = roofline.train_step(*shape, 5120, 50304, 1024, **batch, sparse=four)["ms"]
     assert study_cost.predicted_ms("sparse=s_ste_straight", "h200", "774M", 2.0) == pytest.approx(soft)
     jacobian = 32 * 36 * 2 * 1280 * 5120 * 12 / roofline.GPUS["h200"].bandwidth * 1e3  # two fp32 read, one written
     assert study_cost.predicted_ms("sparse=s_ste", "h200", "774M", 2.0) == pytest.approx(soft + jacobian)
-    two = {"ratio": dict.fromkeys(("z", "y"), 2.0), "mask_interval": 1, "mvue": None}
+    two = {"ratio": dict.fromkeys(("z", "y"), 2.0), "mask_interval": 1, "mvue": False}
     row = roofline.train_step(*shape, 5120, 50304, 1024, **batch, sparse=two)["ms"]
     assert study_cost.predicted_ms("sparse=sr_ste", "h200", "774M", 2.0) == pytest.approx(row)
 

@@ -24,6 +24,14 @@ NEEDS = {bool: "True or False", int: "an int", float: "a float", str: "a string"
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
 
+# Settings that train.py had up to this commit: {name: (the value that every run has now, what replaces the setting)}.
+# The value None means that no weight depends on the setting, so that a saved run goes on whatever it says.
+LAST_WITH_REMOVED = "7ffc73d"
+REMOVED = {
+    "masked_decay_auto": (False, "search_decay.py finds a decay factor before the run"),
+    "masked_decay_auto_interval": (None, "search_decay.py finds a decay factor before the run"),
+}
+
 
 class ConfigError(ValueError):
     """A setting, file or word that the user must correct; the message names it and says how."""
@@ -64,6 +72,20 @@ def setting_names(defaults, annotations=None):
     return list(_kinds(defaults, annotations))
 
 
+def without_removed(saved: dict, source) -> dict:
+    """`saved`, a run's settings or model_args that were read from the file `source`, without those in REMOVED.
+
+    Raises ConfigError where one of them has another value than every run has now: the run would go on as another one.
+    """
+    for name, (fixed, replacement) in REMOVED.items():
+        if fixed is not None and saved.get(name, fixed) != fixed:
+            raise ConfigError(
+                f"{source} has {name}={saved[name]!r}, need {fixed!r}: the setting was removed after commit "
+                f"{LAST_WITH_REMOVED}: {replacement}; use that commit, or another out_dir"
+            )
+    return {name: value for name, value in saved.items() if name not in REMOVED}
+
+
 def _script_name(defaults):
     return os.path.basename(defaults.get("__file__") or "script")
 
@@ -90,6 +112,8 @@ def _kinds(defaults, annotations):
 
 
 def _check_name(name, kinds, where):
+    if name not in kinds and name in REMOVED:
+        raise ConfigError(f"{name} {where} was removed after commit {LAST_WITH_REMOVED}: {REMOVED[name][1]}")
     if name not in kinds:
         near = difflib.get_close_matches(name.replace("-", "_"), kinds, n=1)
         helper = f"name a helper _{name}" if where.startswith("in ") else "--help lists the settings"

@@ -17,6 +17,7 @@ import checkpoint
 import recipes
 import spmm_choice
 from checkpoint import like
+from configurator import without_removed
 from ffn import plan_ffn, time_ways
 from model import GPT, GPTConfig
 from recipes import Recipe
@@ -35,7 +36,7 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
         *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
         *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0), ("rewarm_iters", 0)),
-        *(("dense_blocks", 0), ("masked_decay_auto_interval", 1), ("max_skipped", 0), ("check_interval", 0)),
+        *(("dense_blocks", 0), ("max_skipped", 0), ("check_interval", 0)),
         *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
     ):
         if getattr(s, name) < least:
@@ -62,10 +63,6 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         raise ValueError(f"decay_schedule={s.decay_schedule!r}, need constant or cosine")
     if s.flip_mask not in ("auto", "transposable", "row"):
         raise ValueError(f"flip_mask={s.flip_mask!r}, need auto, transposable or row")
-    if s.masked_decay_auto and not s.flip_reference:
-        raise ValueError(
-            "masked_decay_auto=True needs flip_reference, a dense run's out_dir; search_decay.py records one"
-        )
     if s.sparse == "none":
         if s.flip_reference:
             raise ValueError(f"flip_reference={s.flip_reference} is for sparse runs, and sparse='none'; drop it")
@@ -73,12 +70,6 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         return None
     recipe = recipes.recipe_of({**overrides, "sparse": s.sparse})
     vars(s).update({field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "name"})
-    steers = s.masked_decay and s.warmup_iters and s.decay_schedule == "constant" and s.decay_on != "weight"
-    if s.masked_decay_auto and not steers:
-        raise ValueError(
-            "masked_decay_auto=True needs a masked_decay above 0 to start from, warmup_iters above 0 (it steers up to "
-            "5 of them), decay_schedule='constant', and a decay_on other than 'weight', to which no flip rate answers"
-        )
     begin = round(s.max_iters * (recipes.AUTOSWITCH_LATEST if s.autoswitch else s.dense_pretrain))
     end = planned_dense_start(s)
     if s.dense_pretrain and not begin < end:
@@ -163,7 +154,11 @@ def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
 
 
 def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
-    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's."""
+    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's.
+
+    Settings that train.py has no more are taken out of `state`, see configurator.without_removed."""
+    for key in ("config", "model_args"):
+        state[key] = without_removed(state[key], path)
     saved = state["config"]
     shape = (
         *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "sparse_layers"),

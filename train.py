@@ -36,7 +36,7 @@ import sparse24
 from checkpoint_writer import Writer
 from configurator import configure_or_exit, setting_names
 from ffn import pack_weights, set_plan
-from health import DecayController, FlipReference, FlipWatch, LossWatch
+from health import FlipReference, FlipWatch, LossWatch
 from loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from metrics import Metrics, read_metrics
 from model import peak_flops
@@ -115,8 +115,6 @@ fp8 = False  # simulate FP8 GEMMs in the sparse layers: E4M3, gradients E5M2
 flip_mask = "auto"  # masks whose flips count: auto (the recipe's; dense runs: transposable), transposable, row
 flip_layers = False  # also log the flip rate of each layer
 flip_reference = ""  # out_dir of a dense run to compare flip rates with, as search_decay.py records one
-masked_decay_auto = False  # adjust masked_decay to bring mu into 0.60 to 0.95; needs flip_reference
-masked_decay_auto_interval = 100  # steps between adjustments, after warmup_iters
 # ---- optimizer ----
 learning_rate = 6e-4  # peak
 max_iters = 600000  # optimizer steps, exactly
@@ -325,11 +323,6 @@ def run(resources: contextlib.ExitStack) -> None:
         best_val_loss, elapsed, (skipped, in_a_row) = state["best_val_loss"], state["elapsed_s"], state["skipped"]
     model_args = asdict(model.config)
     watch = FlipWatch(warmup_iters, lr_decay_iters if decay_lr else max_iters, reference)
-    controller = None
-    if masked_decay_auto:
-        controller = DecayController(masked_decay, reference, masked_decay_auto_interval, warmup_iters)
-        if state is not None:
-            controller.load_state_dict(state["controller"] or controller.state_dict())
     settling = AutoSwitch(model, optimizer) if autoswitch and recipe else None
     if settling and state is not None:
         settling.changes = state["autoswitch"]
@@ -371,7 +364,6 @@ def run(resources: contextlib.ExitStack) -> None:
             "dense_start": switch,
             "sparse_start": sparse_start,
             "autoswitch": settling.changes if settling else None,
-            "controller": controller.state_dict() if controller else None,
             "patterns_hash": sparse24.PATTERNS_HASH,
             "elapsed_s": elapsed,
             "skipped": [skipped, in_a_row],
@@ -453,8 +445,8 @@ def run(resources: contextlib.ExitStack) -> None:
             group["lr"] = row["lr"]
         decay = 0.0
         if is_sparse and masked_decay:
-            factor = controller.decay if controller else masked_decay
-            row["masked_decay"] = optimizer.masked_decay = decay = get_decay(iter_num, factor, sparse_start, switch)
+            decay = get_decay(iter_num, masked_decay, sparse_start, switch)
+            row["masked_decay"] = optimizer.masked_decay = decay
         if is_sparse and permutation_interval and iter_num % permutation_interval == 0:
             search_permutations(model, seed, iter_num)
         losses = []
@@ -499,8 +491,7 @@ def run(resources: contextlib.ExitStack) -> None:
                 f"checkpoint is {checkpoint.find(folder)}; lower learning_rate, or look at the data named above"
             )
         logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row or not finite
-        steering = bool(controller) and is_sparse and controller.measures(iter_num)
-        measuring = bool(linears) and (steering or (flip_interval > 0 and iter_num % flip_interval == 0))
+        measuring = bool(linears) and flip_interval > 0 and iter_num % flip_interval == 0
         measuring = measuring and finite  # else nothing flips
         if (logging or measuring) and finite and decay and decay_on != "weight":
             row["decay_ratio"] = decay_ratio(model, decay)
@@ -518,8 +509,6 @@ def run(resources: contextlib.ExitStack) -> None:
             if is_sparse:
                 for warning in watch.add(iter_num, row["flip_rate"], row["lr"]) if ranks.master else []:
                     print(f"warning, iteration {iter_num}: {warning}", flush=True)
-            if steering:
-                controller.add(iter_num, row["flip_rate"], row["lr"])
         if sparse_start is None:
             earliest, latest = (round(max_iters * share) for share in (dense_pretrain, recipes.AUTOSWITCH_LATEST))
             if iter_num + 1 >= (earliest if settled else latest):

@@ -1,6 +1,7 @@
 """configurator: what is accepted, what is refused and in which words, precedence, isolation, help."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import ConfigError, configure, configure_or_exit
+from configurator import REMOVED, ConfigError, configure, configure_or_exit, without_removed
 
 
 def settings():
@@ -105,6 +106,31 @@ def test_word_gives_the_value_in_the_type_of_the_setting(word, expected):
 def test_wrong_word_is_refused_with_a_remedy(word, message):
     with pytest.raises(ConfigError, match=message):
         give(word)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_setting_that_was_removed_is_refused_with_what_replaces_it(tmp_path, name):
+    replacement = rf"was removed after commit 7ffc73d: {re.escape(REMOVED[name][1])}$"
+    with pytest.raises(ConfigError, match=rf"^{name} on the command line {replacement}"):
+        give(f"--{name}=1")
+    with pytest.raises(ConfigError, match=rf"^{name} in .*x\.py {replacement}"):
+        give(write(tmp_path, f"{name} = 1"))
+    assert configure({name: 3}, [f"--{name}=1"]) == {name: 1}, "another script may have a setting of that name"
+
+
+def test_a_saved_run_is_taken_where_its_removed_settings_have_the_value_that_every_run_has_now():
+    fixed = {name: value for name, (value, _) in REMOVED.items()}
+    assert without_removed({"n_layer": 3, **fixed}, "ckpt.pt") == without_removed({"n_layer": 3}, "x") == {"n_layer": 3}
+    for name, value in fixed.items():
+        if value is None:  # no weight depends on it
+            assert without_removed({name: "another"}, "ckpt.pt") == {}
+            continue
+        with pytest.raises(ConfigError) as refused:
+            without_removed({name: "another"}, "ckpt.pt")
+        assert str(refused.value) == (
+            f"ckpt.pt has {name}='another', need {value!r}: the setting was removed after commit 7ffc73d: "
+            f"{REMOVED[name][1]}; use that commit, or another out_dir"
+        )
 
 
 def test_only_what_was_given_comes_back():

@@ -346,13 +346,6 @@ def test_table_has_spread_pruned_loss_and_paired_differences_sorted_by_mean():
     assert lines[3] == "| dense | 1.00 | 3.0000 +- 1.4142 |  |  |  |  |  |"
 
 
-def test_the_last_decay_factor_is_that_of_the_last_sparse_step(tmp_path):
-    for factors, expected in (([2e-4, 3e-4, None], 3e-4), ([None, None], None)):
-        rows = [{"iter": i, "phase": "sparse", "masked_decay": f} for i, f in enumerate(factors)]
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert study.last_decay(tmp_path) == expected
-
-
 def test_early_mu_is_of_the_steps_after_the_warm_up_and_of_one_kind_of_masks(tmp_path):
     def folder(name, rates, flip_mask="transposable"):
         (tmp_path / name).mkdir()

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from harness import DENSE_START, SETTINGS, read_rows, read_state, row_differences, state_differences
+from harness import SETTINGS, read_rows, read_state, row_differences, state_differences
 from test_train import data, given, refused, run  # noqa: F401 (fixtures)
 
 import prepare
@@ -234,24 +234,6 @@ def test_dense_runs_can_count_the_flips_of_row_masks(run, tmp_path):
     assert config["flip_mask"] == "transposable"
 
 
-def test_the_controller_changes_the_factor_at_its_interval_and_resumes(run, dense, tmp_path):
-    settings = {"masked_decay_auto": True, "masked_decay_auto_interval": 4, "flip_reference": str(dense)}
-    run(tmp_path / "whole", **settings)
-    rows = read_rows(tmp_path / "whole")
-    factors = [row["masked_decay"] for row in rows[:DENSE_START]]
-    changes = [i for i in range(1, DENSE_START) if factors[i] != factors[i - 1]]
-    warm = SETTINGS["warmup_iters"]
-    assert changes
-    assert all(i % 4 == 0 and i > warm for i in changes)
-    assert all(row["flip_rate"] is not None for row in rows[warm:DENSE_START])  # the window is the interval here
-    for stop in (7, 13):
-        out = tmp_path / f"parts{stop}"
-        run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": stop, "micro_batch": 1}, **settings)
-        run(out, **settings)
-        assert state_differences(read_state(out), read_state(tmp_path / "whole")) == []
-        assert row_differences(read_rows(out), rows) == []
-
-
 def test_an_exploding_flip_rate_is_warned_of_once(run, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
     text = run(tmp_path / "out", flip_reference=str(dense), flip_interval=1)
@@ -331,11 +313,9 @@ def test_a_resumed_run_keeps_the_masks_and_phases_that_it_began_with(refused, ru
     [
         ({"rewarm_iters": -1}, "rewarm_iters=-1, need at least 0"),
         ({"dense_blocks": -1}, "dense_blocks=-1, need at least 0"),
-        ({"masked_decay_auto_interval": 0}, "masked_decay_auto_interval=0, need at least 1"),
         ({"dense_pretrain": 0.5, "dense_start": 16}, "dense until iteration 16 and dense from 16: no sparse phase"),
         (as_recipe("step", dense_start=16), "dense until iteration 16 and dense from 16: no sparse phase"),
         (as_recipe("bi_mask", spmm="cusparselt"), "spmm='cusparselt' cannot multiply as these settings ask"),
-        ({"masked_decay_auto": True, "flip_reference": "x", "masked_decay": 0.0}, "needs a masked_decay above 0"),
     ],
     ids=str,
 )
@@ -382,15 +362,6 @@ def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp
     assert made == [(SETTINGS["warmup_iters"], 99, None), (SETTINGS["warmup_iters"], 1, None)]
 
 
-def test_a_run_may_be_steered_from_a_resume_on(run, dense, tmp_path):
-    run(tmp_path / "out", {"kind": "signal", "signal": "SIGTERM", "iter_num": 5, "micro_batch": 1})
-    assert read_state(tmp_path / "out")["controller"] is None
-    run(tmp_path / "out", masked_decay_auto=True, masked_decay_auto_interval=4, flip_reference=str(dense))
-    factors = [row["masked_decay"] for row in read_rows(tmp_path / "out")[:DENSE_START]]
-    assert set(factors[:8]) == {SETTINGS["masked_decay"]}
-    assert factors[8] != factors[7]
-
-
 def test_all_ranks_switch_where_one_finds_moments_settled(run, tmp_path, monkeypatch):
     """The other rank's answer, yes, is handed over in place of a reduction; it is the only float that is reduced."""
     monkeypatch.setattr(train.AutoSwitch, "settled", lambda self: 0.0)
@@ -430,32 +401,6 @@ def test_row_orders_are_searched_for_with_the_runs_own_seed(run, tmp_path, monke
     monkeypatch.setattr(train, "search_permutations", lambda model, *key: searched.append(key))
     run(tmp_path / "out", **METHODS["bi_mask"], seed=5, max_iters=6)
     assert searched == [(5, 0), (5, 4)]
-
-
-@pytest.mark.parametrize(
-    ("share", "measured", "changes"),
-    [(0.25, [9, 10, 11, *range(14, 24), *range(26, 32)], [12, 24]), (0.5, [*range(16, 24), *range(26, 32)], [24])],
-)
-def test_the_controller_answers_to_its_own_measurements_alone(run, dense, tmp_path, share, measured, changes):
-    """Of the sparse phase, after the warm-up, and in the last 10 steps of each 12; not to those that are logged."""
-    reference = tmp_path / "dense"
-    reference.mkdir()
-    config = json.loads((dense / "config.json").read_text()) | {"warmup_iters": 9}
-    (reference / "config.json").write_text(json.dumps(config))
-    (reference / "metrics.jsonl").write_text((dense / "metrics.jsonl").read_text())
-    settings = as_recipe("fst", dense_pretrain=share, dense_finetune=0.0, masked_decay=1e-2, warmup_iters=9)
-    settings |= {"masked_decay_auto": True, "masked_decay_auto_interval": 12, "flip_reference": str(reference)}
-    rates, factors = [], []
-    for interval in (0, 1):
-        run(tmp_path / str(interval), **settings, flip_interval=interval)
-        rows = read_rows(tmp_path / str(interval))[:-1]
-        rates.append([row["iter"] for row in rows if row["flip_rate"] is not None])
-        factors.append([row["masked_decay"] for row in rows])
-    begin = round(32 * share)
-    assert rates == [measured, [*range(32)]]
-    assert factors[0] == factors[1]
-    assert factors[0][: begin + 1] == [None] * begin + [1e-2]
-    assert [i for i in range(begin + 1, 32) if factors[0][i] != factors[0][i - 1]] == changes
 
 
 def test_each_layers_flip_rate_is_its_own(run, tmp_path):

@@ -30,6 +30,14 @@ LAST_WITH_REMOVED = "7ffc73d"
 REMOVED = {
     "masked_decay_auto": (False, "search_decay.py finds a decay factor before the run"),
     "masked_decay_auto_interval": (None, "search_decay.py finds a decay factor before the run"),
+    "checkpoint_async": (None, "checkpoints are always written in a thread"),
+    "wandb_mode": (None, "set the environment variable WANDB_MODE"),
+    "max_skipped": (None, "edit Diverged.MAX_SKIPPED in train.py"),
+    "check_interval": (None, "ranks are compared at each save, every checkpoint_interval steps"),
+    "backend": (None, "ranks meet by nccl on GPUs and by gloo on CPUs"),
+    "flip_layers": (None, "sparse24.flip_rate measures a layer's flip rate from its masks in two checkpoints"),
+    "ffn_recompute": (None, "the backward always recomputes the activation of a 2:4 FFN"),
+    "sparse_layers": ("ffn", "a GPT is sparse in its FFNs; sparse24.sparsify makes other linears sparse"),
 }
 
 

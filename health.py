@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import without_removed
 from metrics import read_config, read_metrics, smooth
 
 HEALTHY = (0.60, 0.95)  # section 4.3
 TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
 # What must agree for two flip rates to be compared. Seeds may differ: r differs little between them.
 COMPARABLE = (
-    *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers", "dense_blocks"),
+    *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "dense_blocks"),
     *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
     *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
 )
@@ -35,7 +36,7 @@ class FlipReference:
         there is none.
         """
         rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None and row["lr"] > 0]
-        config = read_config(folder)
+        config = without_removed(read_config(folder), folder)
         if config.get("sparse") != "none":
             raise ValueError(
                 f"flip_reference={folder}: sparse={config.get('sparse')!r}, need a dense run (sparse=none)"

@@ -36,7 +36,7 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
         *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
         *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0), ("rewarm_iters", 0)),
-        *(("dense_blocks", 0), ("max_skipped", 0), ("check_interval", 0)),
+        ("dense_blocks", 0),
         *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
     ):
         if getattr(s, name) < least:
@@ -161,7 +161,7 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
         state[key] = without_removed(state[key], path)
     saved = state["config"]
     shape = (
-        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "sparse_layers"),
+        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse"),
         *("dense_blocks", "mask", "backward_mask", "beta", "dense_pretrain", "autoswitch"),
     )
     differing = [
@@ -191,7 +191,7 @@ def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, v
     if s.init_from.startswith("gpt2"):
         model = GPT.from_pretrained(
             s.init_from,
-            {name: getattr(s, name) for name in ("dropout", "sparse", "sparse_layers", "dense_blocks")},
+            {name: getattr(s, name) for name in ("dropout", "sparse", "dense_blocks")},
             recipe,
         )
         if s.block_size < model.config.block_size:
@@ -251,15 +251,14 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
     shape = (model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype])
-    plan, report = plan_ffn(*shape, s.spmm, s.mvue, s.ffn_recompute, transposable=s.mask == "transposable", **options)
+    plan, report = plan_ffn(*shape, s.spmm, s.mvue, transposable=s.mask == "transposable", **options)
     if plan is not None and s.spmm == "auto":
         # shards are packed in each micro-step, in one form at a time, all else once in an optimizer step
         uses = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
         how = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
-        asked = {**how, "recompute": s.ffn_recompute}
-        if not whole or whole["asked"] != asked or rows != report.rows:
+        if not whole or whole["asked"] != how or rows != report.rows:
             mlp = copy.deepcopy(model.transformer.h[s.dense_blocks].mlp).to(dev)
-            whole = time_ways(mlp, plan, **how) | {"asked": asked}
+            whole = time_ways(mlp, plan, **how) | {"asked": how}
         report.whole = whole
         plan = plan if whole["taken"] == "plan" else None
     return plan, report

@@ -51,7 +51,7 @@ OWNED = {  # settings of train.py that are refused on the command line, and what
     "dense_start": "a search has no dense phase; leave it out",
     "flip_reference": "the search makes its own dense run; leave it out",
 }
-HARMLESS = ("log_interval", "wandb_project", "wandb_run_name", "wandb_mode")  # may change between two calls
+HARMLESS = ("log_interval", "wandb_project", "wandb_run_name")  # may change between two calls
 FACTOR = 3.0  # from the outermost candidate to the next one further out
 
 

@@ -44,6 +44,7 @@ def test_the_reference_is_the_smoothed_curve_and_goes_on_with_the_learning_rate(
     [
         ({"sparse": "fst"}, "sparse='fst', need a dense run"),
         ({"learning_rate": 2}, r"does not compare with this run: learning_rate=1 \(there 2\)"),
+        ({"sparse_layers": "ffn+attn"}, r"dense has sparse_layers='ffn\+attn', need 'ffn': the setting was removed"),
         ({"flip_mask": "row"}, r"masks transposable \(there flip_mask=row\)"),
     ],
 )
@@ -112,7 +113,7 @@ class Never:
 @pytest.mark.parametrize(
     "name",
     [
-        *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers", "dense_blocks"),
+        *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "dense_blocks"),
         *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
         *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
     ],

@@ -166,7 +166,7 @@ def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch, name, masks
 def test_fewer_micro_batches_than_ranks_are_refused(tmp_path, monkeypatch):
     settings = {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": make_dataset(tmp_path / "data")}
     with pristine_train():
-        monkeypatch.setattr(train, "start_ranks", lambda device, backend: Ranks(1, 1, 2))
+        monkeypatch.setattr(train, "start_ranks", lambda device: Ranks(1, 1, 2))
         done = run_here(tmp_path / "out", settings)
     assert done.returncode == 1
     assert "gradient_accumulation_steps=1, need one for each of 2 ranks" in done.stderr
@@ -191,7 +191,7 @@ def gloo_threads():
     names = [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
     return sum("gloo_run" in name for name in names)
 
-ranks = start_ranks("cpu", "gloo")
+ranks = start_ranks("cpu")
 assert ranks.total([1.0, 2.0]) == [2.0, 4.0] and ranks.maximum(ranks.rank) == 1 and ranks.decide(ranks.rank) == 0
 assert gloo_threads() > 0
 if ranks.rank == 1:

@@ -46,7 +46,6 @@ KEYS = {
     "dense_start",  # first iteration of the dense phase
     "sparse_start",  # first iteration of the sparse phase; None while STEP's rule has not said
     "autoswitch",  # what that rule has seen
-    "controller",  # state of the decay controller
     "elapsed_s",  # seconds of training
     "skipped",  # steps passed over, their gradients not being finite
     "patterns_hash",  # of sparse24.PATTERNS, whose order gives the mask indices their meaning

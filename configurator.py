@@ -24,6 +24,37 @@ NEEDS = {bool: "True or False", int: "an int", float: "a float", str: "a string"
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
 
+# Settings that train.py had up to this commit: {name: (the value that every run has now, what replaces the setting)}.
+# None: no weight depends on the setting, so a saved run goes on with any value. A dict: the value of each recipe.
+LAST_WITH_REMOVED = "7ffc73d"
+_IN_RECIPE = "it is a field of the recipe: edit RECIPES"
+REMOVED = {
+    "masked_decay_auto": (False, "search_decay.py finds a decay factor before the run"),
+    "masked_decay_auto_interval": (None, "search_decay.py finds a decay factor before the run"),
+    "checkpoint_async": (None, "checkpoints are always written in a thread"),
+    "wandb_mode": (None, "set the environment variable WANDB_MODE"),
+    "max_skipped": (None, "edit MAX_SKIPPED in health.py"),
+    "check_interval": (None, "ranks are compared at each save, every checkpoint_interval steps"),
+    "backend": (None, "ranks meet by nccl on GPUs and by gloo on CPUs"),
+    "flip_layers": (None, "sparse24.flip_rate measures a layer's flip rate from its masks in two checkpoints"),
+    "ffn_recompute": (None, "the backward always recomputes the activation of a 2:4 FFN"),
+    "sparse_layers": ("ffn", "a GPT is sparse in its FFNs; sparse24.sparsify makes other linears sparse"),
+    "dense_blocks": (0, "all blocks are sparse; sparse24.sparsify makes chosen linears sparse"),
+    "rewarm_iters": (0, "the learning rate is warmed up once, at the start"),
+    "decay_schedule": ("constant", "masked_decay is constant"),
+    "mvue_estimator": ("exact", "MVUE is the exact one; sparse24.mvue24_sequential is the predecessors'"),
+    "mvue_layers": ("", "mvue is for all sparse layers"),
+    "decay_on": ({"sr_ste": "weight", "": "grad"}, _IN_RECIPE),
+    "mask": ({"s_ste": "soft", **dict.fromkeys(("sr_ste", "step", "bi_mask"), "row"), "": "transposable"}, _IN_RECIPE),
+    "backward_mask": ({"bi_mask": "own", "": "same"}, _IN_RECIPE),
+    "permutation_interval": ({"bi_mask": 100, "": 0}, _IN_RECIPE),
+    "precondition": ({"step": True, "": False}, _IN_RECIPE),
+    "autoswitch": ({"step": True, "": False}, _IN_RECIPE),
+    "beta": ({"s_ste": "init", "": "none"}, "soft weights have a scale that is fixed when the sparse phase begins"),
+    "weight_gradient": ({"s_ste": "true", "": "straight"}, "sparse=s_ste has the true one, s_ste_straight the other"),
+    "fp8": (False, _IN_RECIPE),
+}
+
 
 class ConfigError(ValueError):
     """A setting, file or word that the user must correct; the message names it and says how."""
@@ -64,6 +95,23 @@ def setting_names(defaults, annotations=None):
     return list(_kinds(defaults, annotations))
 
 
+def without_removed(saved: dict, source) -> dict:
+    """`saved`, a run's settings or model_args that were read from the file `source`, without those in REMOVED.
+
+    Raises ConfigError where one of them has another value than every run has now: the run would go on as another one.
+    """
+    recipe = saved.get("sparse", "none")
+    for name, (fixed, replacement) in REMOVED.items():
+        if isinstance(fixed, dict):
+            fixed = None if recipe == "none" else fixed.get(recipe, fixed[""])
+        if fixed is not None and saved.get(name, fixed) != fixed:
+            raise ConfigError(
+                f"{source} has {name}={saved[name]!r}, need {fixed!r}: the setting was removed after commit "
+                f"{LAST_WITH_REMOVED}: {replacement}; use that commit, or another out_dir"
+            )
+    return {name: value for name, value in saved.items() if name not in REMOVED}
+
+
 def _script_name(defaults):
     return os.path.basename(defaults.get("__file__") or "script")
 
@@ -90,6 +138,8 @@ def _kinds(defaults, annotations):
 
 
 def _check_name(name, kinds, where):
+    if name not in kinds and name in REMOVED:
+        raise ConfigError(f"{name} {where} was removed after commit {LAST_WITH_REMOVED}: {REMOVED[name][1]}")
     if name not in kinds:
         near = difflib.get_close_matches(name.replace("-", "_"), kinds, n=1)
         helper = f"name a helper _{name}" if where.startswith("in ") else "--help lists the settings"

@@ -3,7 +3,8 @@
 transposed. X, Y (T, d) token-major; Z, A (d_ff, T) feature-major, gated Z (2 d_ff, T); C() a 2:4 operand.
 
     forward    Z  = C(W1) X^T + b1        A = f(Z)        Y = (C(W2) A)^T + b2                              Eq. 2
-    backward   dA = C(W2^T) dY^T          dZ = dA f'(Z), drawn and packed in the same pass                  Eq. 3, 7
+    backward   A is recomputed from Z: keeping it would take 2 bytes of d_ff * tokens a layer
+               dA = C(W2^T) dY^T          dZ = dA f'(Z), drawn and packed in the same pass                  Eq. 3, 7
                dX = (C(W1^T) dZ)^T        dW1 = C(MVUE(dZ)) X        dW2 = C(MVUE(dY^T)) A^T                Eq. 4-6
                db1, db2: sums over tokens of the unpruned dZ, dY
 
@@ -42,7 +43,6 @@ class FFNPlan(NamedTuple):
     tokens: int
     dtype: torch.dtype
     mvue: bool
-    recompute: bool  # A from Z in the backward, instead of keeping it: 2 B of d_ff * tokens less memory a layer
     z: Choice
     y: Choice
     da: Choice
@@ -53,7 +53,7 @@ class FFNPlan(NamedTuple):
     @property
     def padding(self) -> int:
         """Tokens of zeros that are added: packed operands come in 64 columns, groups of MVUE in four."""
-        packed = any(choice.order != "masked" for choice in self[5:])
+        packed = any(choice.order != "masked" for choice in self[4:])
         return -self.tokens % (64 if packed else 4)
 
 
@@ -82,7 +82,6 @@ def plan_ffn(
     dtype: torch.dtype,
     spmm: str = "auto",
     mvue: bool = True,
-    recompute: bool = True,
     graph: bool = False,
     cache: Path | None = None,
     known: Sequence[dict] = (),
@@ -102,7 +101,7 @@ def plan_ffn(
     if spmm == "dense" or (spmm == "auto" and all(choice.backend == "masked" for choice in report.choices.values())):
         return None, report
     choices = [report.choices.get(name, Choice()) for name in GEMMS]
-    return FFNPlan(config.activation, tokens, dtype, mvue, recompute, *choices), report
+    return FFNPlan(config.activation, tokens, dtype, mvue, *choices), report
 
 
 def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_steps: int = 1) -> dict:
@@ -234,14 +233,14 @@ class _SparseFFN(torch.autograd.Function):
         # copied: the next micro-step may fill them already
         seeds = (seed1.clone(), seed2.clone()) if plan.mvue else (None, None)
         through = (w1, w2, beta1, beta2) if gradient != "straight" else (None,) * 4
-        ctx.gradient, kept = gradient, (None if plan.recompute else a, *seeds, *through)
-        ctx.save_for_backward(x, z, *kept, *(made or (w1_t_24, w2_t_24)))
+        ctx.gradient = gradient
+        ctx.save_for_backward(x, z, *seeds, *through, *(made or (w1_t_24, w2_t_24)))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, z, a, seed1, seed2, w1, w2, beta1, beta2, *operands = ctx.saved_tensors
+        x, z, seed1, seed2, w1, w2, beta1, beta2, *operands = ctx.saved_tensors
         plan, dy = ctx.plan, dy.contiguous()
         if ctx.mask:
             w1_t_24 = _packed_again(*operands[:3], ctx.mask, plan.dx.order, plan.dtype, dy)
@@ -259,7 +258,7 @@ class _SparseFFN(torch.autograd.Function):
             else:
                 dy_24, db2 = dy.t(), dy.sum(0) if needs_b2 else None
             if needs_w2:
-                a = operators.activation(z, plan.activation, again=True) if a is None else a
+                a = operators.activation(z, plan.activation, again=True)
                 dw2 = matmul24(dy_24, a.t(), None, dy.shape[1], False, plan.dw2).to(ctx.w2_dtype)
                 dw2 = through_soft(dw2, w2, beta2, ctx.gradient)
             a = dy_24 = None  # freed before the large tensors of the other half are made

@@ -1,8 +1,8 @@
 """Is the flip rate healthy (section 4.1 to 4.3)? mu = r'/r, of a sparse run's flip rate and of a dense run's at the
 same step. A run is healthy with mu from 0.60 to 0.95; above 1 its masks explode, and it should rise and fade to 0.
 
-train.py watches it against a dense run that was recorded before (`flip_reference`), warns, and with masked_decay_auto
-brings mu into the band by itself. search_decay.py records that dense run, and finds a fixed decay factor.
+train.py compares it with a dense run that was recorded before (`flip_reference`), and warns. search_decay.py records
+that dense run, and finds a decay factor whose mu is in the band.
 """
 
 import math
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import without_removed
 from metrics import read_config, read_metrics, smooth
 
 HEALTHY = (0.60, 0.95)  # section 4.3
 TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
 # What must agree for two flip rates to be compared. Seeds may differ: r differs little between them.
 COMPARABLE = (
-    *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers"),
+    *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio"),
     *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
     *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
 )
@@ -35,7 +36,7 @@ class FlipReference:
         there is none.
         """
         rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None and row["lr"] > 0]
-        config = read_config(folder)
+        config = without_removed(read_config(folder), folder)
         if config.get("sparse") != "none":
             raise ValueError(
                 f"flip_reference={folder}: sparse={config.get('sparse')!r}, need a dense run (sparse=none)"
@@ -91,7 +92,7 @@ class FlipWatch:
         if len(self.mus) >= self.COUNT and (mu := statistics.fmean(self.mus[-self.COUNT :])) >= 1:
             found["explodes"] = (
                 f"the flip rate is {mu:.2f} times the dense run's, which costs loss (section 4.1); a larger "
-                "masked_decay lowers it: python search_decay.py finds one, masked_decay_auto=True adjusts it"
+                "masked_decay lowers it: python search_decay.py finds one"
             )
         if 2 * iter_num >= self.begin + self.end and len(self.rates) >= 2 * self.COUNT:
             means = smooth(self.rates, self.COUNT // 2)
@@ -133,49 +134,3 @@ class LossWatch:
         self.in_a_row = 0
         self.recent.append(loss)
         return None
-
-
-class DecayController:
-    """Adjusts the decay factor during training: an integral controller of its logarithm, every `interval` steps.
-
-        from 1 to 5 warm-ups    lambda <- lambda * clip((mu / TARGET)^2, 1/2, 2)
-        from there on           the same with the band's upper end for TARGET, and only upwards
-
-    mu is that of the last `window` steps before. Section 4.1 wants a high peak of the flip rate and a low tail, so
-    early mu has a floor and late mu has none: it falls by itself, and a controller that holds it up ends with too
-    little decay (tried: results/decay-two-sided.md). It waits for the end of the warm-up, since until then masks
-    hardly answer to lambda, and an integrator would run away. In and around the band the logarithm of mu falls by 0.1
-    to 0.5 for each unit of log lambda (results/flip_rate.md, results/decay.md), so each step of the square takes away
-    20 to 100 % of the error and does not overshoot; the clip is for one mu that is far off. But mu falls with time too,
-    whatever lambda is, so that from far below it stops too early (results/README.md): a search is to be preferred.
-    """
-
-    EARLY = 5  # warm-ups
-    LIMITS = (1e-8, 10.0)  # no factor outside of these ever made sense
-
-    def __init__(self, decay: float, reference: FlipReference, interval: int, warmup_iters: int, window: int = 10):
-        self.decay, self.reference = decay, reference
-        self.interval, self.warmup_iters, self.window = interval, warmup_iters, min(window, interval)
-        self.sums = [0.0, 0.0]  # of r' and r, since the last change
-
-    def measures(self, iter_num: int) -> bool:
-        """Whether it wants the flip rate of this step."""
-        return iter_num >= self.warmup_iters and -(iter_num + 1) % self.interval < self.window
-
-    def add(self, iter_num: int, rate: float, lr: float) -> float:
-        """The flip rate of a step that it `measures`; returns the decay factor from the next step on."""
-        self.sums = [self.sums[0] + rate, self.sums[1] + self.reference.rate(iter_num, lr)]
-        if (iter_num + 1) % self.interval == 0:
-            if self.sums[1] > 0:
-                early = iter_num < self.EARLY * self.warmup_iters
-                error = self.sums[0] / self.sums[1] / (TARGET if early else HEALTHY[1])
-                factor = min(max(error**2, 0.5 if early else 1.0), 2.0)
-                self.decay = min(max(self.decay * factor, self.LIMITS[0]), self.LIMITS[1])
-            self.sums = [0.0, 0.0]
-        return self.decay
-
-    def state_dict(self) -> dict:
-        return {"decay": self.decay, "sums": list(self.sums)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.decay, self.sums = state["decay"], list(state["sums"])

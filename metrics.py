@@ -10,7 +10,7 @@ class Metrics:
     """metrics.jsonl (one object a line, null = not measured at that iteration or not finite), the console and wandb."""
 
     KEYS = (
-        *("iter", "phase", "train_loss", "val_loss", "val_loss_24", "lr", "grad_norm", "flip_rate", "flip_rate_layers"),
+        *("iter", "phase", "train_loss", "val_loss", "val_loss_24", "lr", "grad_norm", "flip_rate"),
         *("masked_decay", "decay_ratio", "skipped", "tokens_per_s", "mfu", "elapsed_s"),
     )
     FORMATS = {  # noqa: RUF012
@@ -43,7 +43,7 @@ class Metrics:
             import wandb
 
             where = {"project": settings["wandb_project"], "name": settings["wandb_run_name"], "dir": str(folder)}
-            self.wandb = wandb.init(**where, mode=settings["wandb_mode"], config=settings)
+            self.wandb = wandb.init(**where, config=settings)
 
     def write(self, row: dict) -> None:
         numbers = {key: row.get(key) for key in self.KEYS}

@@ -34,11 +34,9 @@ PRESETS = {
 }  # fmt: skip
 HF_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
-# Which linears of a block become sparse. lm_head and the embeddings never do.
-SPARSE_LAYERS = {
-    "ffn": ("mlp.c_fc", "mlp.c_proj"),
-    "ffn+attn": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-}
+# The linears of a block that become sparse, and all of them.
+FFN_LINEARS = ("mlp.c_fc", "mlp.c_proj")
+LINEARS = ("attn.c_attn", "attn.c_proj", *FFN_LINEARS)
 
 
 def _glu(h, act):
@@ -69,7 +67,6 @@ class GPTConfig:
     activation: str = "gelu"  # a key of ACTIVATIONS
     ffn_ratio: float = 4.0  # d_ff / n_embd before the gated correction; 2.0 is the paper's "Half" baseline
     sparse: str = "none"  # "none" or a key of sparse24.RECIPES
-    sparse_layers: str = "ffn"  # a key of SPARSE_LAYERS
 
     @property
     def d_ff(self) -> int:
@@ -91,7 +88,6 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: n_embd={self.n_embd}, need a multiple of n_head={self.n_head}; change either")
         _one_of("GPTConfig: activation", self.activation, ACTIVATIONS)
         _one_of("GPTConfig: sparse", self.sparse, ["none", *RECIPES])
-        _one_of("GPTConfig: sparse_layers", self.sparse_layers, SPARSE_LAYERS)
         width = self.ffn_ratio * self.n_embd
         if not (0.5 < width < math.inf and abs(width - round(width)) < 1e-6 * width):
             sizes = f"ffn_ratio={self.ffn_ratio} times n_embd={self.n_embd} is {width:g}"
@@ -201,13 +197,9 @@ class GPT(nn.Module):
         elif recipe is not None:
             raise ValueError("GPT: a recipe was given but config.sparse='none'; set config.sparse or drop the recipe")
 
-    def sparse_names(self, sparse_layers=None) -> list[str]:
-        """Names of the linears that are sparse, or would be were `config.sparse` set, in module order. `sparse_layers`
-        (a key of SPARSE_LAYERS) asks for another choice than the config's."""
-        sparse_layers = sparse_layers or self.config.sparse_layers
-        _one_of("sparse_names: sparse_layers", sparse_layers, SPARSE_LAYERS)
-        linears = SPARSE_LAYERS[sparse_layers]
-        return [f"transformer.h.{i}.{linear}" for i in range(self.config.n_layer) for linear in linears]
+    def sparse_names(self) -> list[str]:
+        """Names of the linears that are sparse, or would be were `config.sparse` set, in module order."""
+        return [f"transformer.h.{i}.{linear}" for i in range(self.config.n_layer) for linear in FFN_LINEARS]
 
     def forward(self, idx, targets=None):
         """Logits and mean cross-entropy.
@@ -271,15 +263,15 @@ class GPT(nn.Module):
     def from_pretrained(cls, name, override_args=None, recipe=None):
         """OpenAI's weights (a key of HF_NAMES) through Hugging Face transformers.
 
-        override_args: dict of dropout, sparse, sparse_layers alone; the rest belongs to the weights.
+        override_args: dict of dropout and sparse alone; the rest belongs to the weights.
         Masks are made after loading, so they match them. OpenAI trained with the tanh form of GELU, which differs from
         our erf form by less than 5e-4 everywhere. Raises ValueError for a name or argument, ImportError without
         transformers.
         """
         _one_of("from_pretrained: name", name, HF_NAMES)
         override_args = override_args or {}
-        if extra := sorted(set(override_args) - {"dropout", "sparse", "sparse_layers"}):
-            need = "need only dropout, sparse, sparse_layers; remove the others, the weights fix them"
+        if extra := sorted(set(override_args) - {"dropout", "sparse"}):
+            need = "need only dropout and sparse; remove the others, the weights fix them"
             raise ValueError(f"from_pretrained: override_args has {', '.join(extra)}, {need}")
         config = GPTConfig(vocab_size=50257, **PRESETS[HF_NAMES[name]], **override_args)
         try:
@@ -338,7 +330,7 @@ def copy_hf_weights(model, hf_state):
     ours = dict(model.named_parameters(remove_duplicate=False))
     if wrong := sorted(ours.keys() ^ hf_state.keys()):
         raise ValueError(f"copy_hf_weights: {wrong} on one side only, need equal names; build the model with bias=True")
-    linears = tuple(f"{name}.weight" for name in SPARSE_LAYERS["ffn+attn"])
+    linears = tuple(f"{name}.weight" for name in LINEARS)
     source = {k: v.t() if k.endswith(linears) else v for k, v in hf_state.items()}
     for k, p in ours.items():
         if source[k].shape != p.shape:

@@ -17,6 +17,7 @@ import checkpoint
 import recipes
 import spmm_choice
 from checkpoint import like
+from configurator import without_removed
 from ffn import plan_ffn, time_ways
 from model import GPT, GPTConfig
 from recipes import Recipe
@@ -35,7 +36,6 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
         *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
         *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0)),
-        *(("masked_decay_auto_interval", 1), ("max_skipped", 0), ("check_interval", 0)),
         *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
     ):
         if getattr(s, name) < least:
@@ -60,10 +60,6 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         raise ValueError(f"dtype={s.dtype!r}, need one of auto, {', '.join(DTYPES)}")
     if s.flip_mask not in ("auto", "transposable", "row"):
         raise ValueError(f"flip_mask={s.flip_mask!r}, need auto, transposable or row")
-    if s.masked_decay_auto and not s.flip_reference:
-        raise ValueError(
-            "masked_decay_auto=True needs flip_reference, a dense run's out_dir; search_decay.py records one"
-        )
     if s.sparse == "none":
         if s.flip_reference:
             raise ValueError(f"flip_reference={s.flip_reference} is for sparse runs, and sparse='none'; drop it")
@@ -71,12 +67,6 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         return None
     recipe = recipes.recipe_of({**overrides, "sparse": s.sparse})
     vars(s).update({name: getattr(recipe, name) for name in recipes.SETTINGS})
-    steers = s.masked_decay and s.warmup_iters and recipe.decay_on != "weight"
-    if s.masked_decay_auto and not steers:
-        raise ValueError(
-            "masked_decay_auto=True needs a masked_decay above 0 to start from, warmup_iters above 0 (it steers up to "
-            "5 of them), and a recipe whose decay is not on the weights, to which no flip rate answers"
-        )
     begin = round(s.max_iters * (recipes.AUTOSWITCH_LATEST if recipe.autoswitch else s.dense_pretrain))
     end = planned_dense_start(s)
     if s.dense_pretrain and not begin < end:
@@ -161,11 +151,14 @@ def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
 
 
 def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
-    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's."""
+    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's.
+
+    Settings that train.py has no more are taken out of `state`, see configurator.without_removed."""
+    for key in ("config", "model_args"):
+        state[key] = without_removed(state[key], path)
     saved = state["config"]
     shape = (
-        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "sparse_layers"),
-        "dense_pretrain",
+        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "dense_pretrain"),
     )
     differing = [
         f"{name}={getattr(s, name)} (there {saved[name]})" for name in shape if getattr(s, name) != saved[name]
@@ -194,7 +187,7 @@ def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, v
     if s.init_from.startswith("gpt2"):
         model = GPT.from_pretrained(
             s.init_from,
-            {name: getattr(s, name) for name in ("dropout", "sparse", "sparse_layers")},
+            {name: getattr(s, name) for name in ("dropout", "sparse")},
             recipe,
         )
         if s.block_size < model.config.block_size:
@@ -255,14 +248,13 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
     shape, mlp = (model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype]), model.transformer.h[0].mlp
     options["transposable"] = mlp.c_fc.recipe.mask == "transposable"
-    plan, report = plan_ffn(*shape, s.spmm, s.mvue, s.ffn_recompute, **options)
+    plan, report = plan_ffn(*shape, s.spmm, s.mvue, **options)
     if plan is not None and s.spmm == "auto":
         # shards are packed in each micro-step, in one form at a time, all else once in an optimizer step
         uses = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
         how = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
-        asked = {**how, "recompute": s.ffn_recompute}
-        if not whole or whole["asked"] != asked or rows != report.rows:
-            whole = time_ways(copy.deepcopy(mlp).to(dev), plan, **how) | {"asked": asked}
+        if not whole or whole["asked"] != how or rows != report.rows:
+            whole = time_ways(copy.deepcopy(mlp).to(dev), plan, **how) | {"asked": how}
         report.whole = whole
         plan = plan if whole["taken"] == "plan" else None
     return plan, report

@@ -113,8 +113,8 @@ def outvoted(sums: list[tuple[int, int]]) -> list[int]:
     return [rank for rank, pair in enumerate(sums) if pair != most[pair[0]]]
 
 
-def start_ranks(device_name: str, backend_name: str) -> Ranks:
-    """Join torchrun's process group, or be a world of one."""
+def start_ranks(device_name: str) -> Ranks:
+    """Join torchrun's process group, by nccl on GPUs and gloo on CPUs, or be a world of one."""
     if int(os.environ.get("RANK", -1)) < 0:
         return Ranks()
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
@@ -123,11 +123,11 @@ def start_ranks(device_name: str, backend_name: str) -> Ranks:
         raise ValueError(f"device={device_name!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    name = ("nccl" if on_gpu else "gloo") if backend_name == "auto" else backend_name
+    name = "nccl" if on_gpu else "gloo"
     try:
         dist.init_process_group(name)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"backend={name!r} cannot be used: {error}; use --backend=auto") from error
+        raise ValueError(f"ranks cannot meet by {name}: {error}; start train.py with torchrun") from error
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo"))
 
 

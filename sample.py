@@ -12,7 +12,7 @@ import torch
 
 import checkpoint
 import sparse24
-from configurator import configure_or_exit
+from configurator import configure_or_exit, without_removed
 from loader import DATA_FOLDER, load_meta, load_tokenizer
 from model import GPT, GPTConfig
 from recipes import recipe_of
@@ -36,8 +36,10 @@ def load_model() -> tuple[GPT, dict]:
     """The model in eval mode on the CPU, and the meta.json of its dataset."""
     if init_from != "resume":
         return GPT.from_pretrained(init_from), {"tokenizer": "gpt2", "vocab_size": 50257}
-    state = checkpoint.load(Path(out_dir) / ckpt, sparse24.PATTERNS_HASH)
-    model = GPT(GPTConfig(**state["model_args"]), recipe_of(state["config"]))
+    path = Path(out_dir) / ckpt
+    state = checkpoint.load(path, sparse24.PATTERNS_HASH)
+    config, model_args = (without_removed(state[key], path) for key in ("config", "model_args"))
+    model = GPT(GPTConfig(**model_args), recipe_of(config))
     model.load_state_dict(state["model"])
     meta = load_meta(DATA_FOLDER / state["config"]["dataset"])
     if meta["vocab_size"] > model.config.vocab_size:
@@ -47,7 +49,7 @@ def load_model() -> tuple[GPT, dict]:
         )
     layers = sparse24.sparse_linears(model)
     sparse = sum(layer.sparse for layer in layers)
-    print(f"{out_dir}/{ckpt}: iteration {state['iter_num']}, {sparse} of {len(layers)} sparse linears in the 2:4 phase")
+    print(f"{path}: iteration {state['iter_num']}, {sparse} of {len(layers)} sparse linears in the 2:4 phase")
     return model, meta
 
 

@@ -36,7 +36,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from configurator import configure, setting_names
+from configurator import configure, setting_names, without_removed
 from health import HEALTHY, TARGET
 from loader import DATA_FOLDER, Tokens, load_meta
 from metrics import read_config, read_metrics, smooth
@@ -49,10 +49,9 @@ OWNED = {  # settings of train.py that are refused on the command line, and what
     "masked_decay": "it is what is searched for; choose the candidates with --candidates",
     "max_iters": "--steps is the length of the search; the training run's belongs in its config file",
     "dense_start": "a search has no dense phase; leave it out",
-    "masked_decay_auto": "a candidate's decay factor stays as it is; leave it out",
     "flip_reference": "the search makes its own dense run; leave it out",
 }
-HARMLESS = ("log_interval", "wandb_project", "wandb_run_name", "wandb_mode")  # may change between two calls
+HARMLESS = ("log_interval", "wandb_project", "wandb_run_name")  # may change between two calls
 FACTOR = 3.0  # from the outermost candidate to the next one further out
 
 
@@ -139,7 +138,7 @@ def own_settings(recipe: Recipe, steps: int, flip_mask: str) -> dict:
     own = {"sparse": recipe.name, "max_iters": steps, "dense_start": steps, "dense_pretrain": 0.0}
     own["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask  # of the dense run too
     own["flip_interval"] = max(1, window_size(steps) // 50)  # 50 or more in the window, for a mean without noise
-    own |= {"masked_decay_auto": False, "flip_reference": "", "init_from": "auto", "wandb_log": False}
+    own |= {"flip_reference": "", "init_from": "auto", "wandb_log": False}
     own |= {"eval_interval": 0, "eval_iters": 1, "always_save_checkpoint": True}
     return own | {"checkpoint_interval": max(1, steps // 10)}
 
@@ -183,6 +182,7 @@ def read_earlier(search: Search) -> None:
         saved, refined = earlier["settings"], [c["masked_decay"] for c in earlier["candidates"] if c["refined"]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is broken; delete {folder}, or use another --search_dir") from None
+    saved = without_removed(saved, path)
     compared = [name for name in search.settings if name in saved and name not in HARMLESS]
     differing = [f"{k}={search.settings[k]} (there {saved[k]})" for k in compared if search.settings[k] != saved[k]]
     if differing:

@@ -109,8 +109,7 @@ def planned(root: Path, common: str, settings: str, args) -> dict[Path, dict[str
     """{folder: settings} of a variant's runs, one per seed."""
     runs = {}
     for seed in range(1, args.seeds + 1):
-        dense = folder_of(root, common, "sparse=none", seed)
-        wanted = words(f"{common} {settings.replace('{dense}', str(dense))} seed={seed} dataset={args.dataset}")
+        wanted = words(f"{common} {settings} seed={seed} dataset={args.dataset}")
         runs[folder_of(root, common, settings, seed)] = wanted
     return runs
 
@@ -168,23 +167,16 @@ def compare(args) -> tuple[dict, list[str]]:
     mus = {label: values for label, values in mus.items() if label != "dense" and None not in values}
     if mus:
         note += " Early mu: flip rate over the dense run's, between 1.5 and 5 warm-ups (section 4.3)."
-    decays = {label: [last_decay(folder) for folder in found] for label, found in runs.items()}
     flops = relative_flops({k: v for k, v in study.variants.items() if not switches_by_itself(v)}, args)
     data = {"variants": study.variants, "val_loss": losses, "val_loss_24": pruned, "early_mu": mus, "panels": panels}
     data |= {"flops": flops}
-    if "dense" in runs:  # just after the warm-up, where search_decay.py looks, and where a controller stops to steer
+    if "dense" in runs:  # just after the warm-up, where search_decay.py looks, and late
         windows = {f"{first} to {last}": (first, last) for first, last in ((1.5, 2.5), (4, 5))}
         data["mu"] = {
             name: {label: early_mus(found, runs["dense"], window) for label, found in runs.items() if label in mus}
             for name, window in windows.items()
         }
-    data["last_masked_decay"] = {label: values for label, values in decays.items() if None not in values}
     return data | environment(runs), [*loss_table(losses, pruned, mus, flops, panels), "", note]
-
-
-def last_decay(folder: Path) -> float | None:
-    """The decay factor of the run's last sparse step, which a controller may have changed; None where none decayed."""
-    return next((row["masked_decay"] for row in read_metrics(folder)[::-1] if row.get("masked_decay")), None)
 
 
 def early_mus(folders: list[Path], dense: list[Path], warmups: tuple[float, float] = (1.5, 5)) -> list[float | None]:

@@ -22,13 +22,11 @@ DECAY = {"cpu": "2e-3", "gpu": "6e-5"}
 FST = f"sparse=fst masked_decay={DECAY['cpu']} mask_interval=40"
 
 STRAIGHT = "sparse=s_ste_straight"  # the paper's; s_ste has the true gradient
-CONTROLLER = "masked_decay_auto=True flip_reference={dense}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """{label: settings} on top of a preset; differences are to the `references` within each seed. {dense} in settings
-    stands for the folder of the same seed's dense run, which has to come before."""
+    """{label: settings} on top of a preset; differences are to the `references` within each seed."""
 
     variants: dict[str, str]
     references: tuple[str, ...] = ("dense",)
@@ -114,14 +112,13 @@ STUDIES = {
         },
         ("fst", "s_ste, straight through"),
     ),
-    # Section 4.3: does the factor of the best loss have its mu in the band, and does the controller find it?
+    # Section 4.3: does the factor of the best loss have its mu in the band?
     "decay": Study(
         {"dense": "sparse=none"}
         | {
             f"fst, decay {decay}": f"{FST} masked_decay={decay}"
             for decay in ("0", "6e-5", "2e-4", "6e-4", "2e-3", "6e-3", "2e-2")
-        }
-        | {f"fst, controller from {decay}": f"{FST} masked_decay={decay} {CONTROLLER}" for decay in ("6e-5", "2e-2")},
+        },
     ),
 }
 FLIP_COMMON = (  # the first 311 iterations of nanoGPT's CPU recipe, whose schedule is laid out for 1000

@@ -36,7 +36,7 @@ import sparse24
 from checkpoint_writer import Writer
 from configurator import configure_or_exit, setting_names
 from ffn import pack_weights, set_plan
-from health import DecayController, FlipReference, FlipWatch, LossWatch
+from health import FlipReference, FlipWatch, LossWatch
 from loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from metrics import Metrics, read_metrics
 from model import peak_flops
@@ -68,12 +68,10 @@ flip_interval = 100  # steps between measurements of the flip rate (Definition 4
 checkpoint_interval = 1000  # steps between saves of ckpt.pt; also saved at the dense switch, on a stop and at the end
 keep_last = 2  # so many of the latest saves stay; beyond ckpt.pt and ckpt_prev.pt as ckpt_ITERATION.pt
 keep_every = 0  # saves at multiples of this iteration stay for good, as ckpt_ITERATION.pt; 0 = none
-checkpoint_async = True  # save in a thread: training waits only while the state is copied to host memory
 always_save_checkpoint = True  # also save at every evaluation; False: save only the best so far, as ckpt_best.pt
-wandb_log = False  # log the same numbers to Weights & Biases
+wandb_log = False  # log the same numbers to Weights & Biases; it reads WANDB_MODE=offline from the environment
 wandb_project = "nano24"
 wandb_run_name = "gpt2"
-wandb_mode = "online"  # online, or offline (no network needed)
 # ---- data ----
 dataset = "openwebtext"  # folder under data/ (or a path) with train.bin, val.bin and meta.json
 sampling = "random"  # random (windows anywhere, nanoGPT's), epoch (each window once an epoch; keep windows per step)
@@ -90,7 +88,6 @@ activation = "gelu"  # gelu, relu2, geglu, swiglu (gated ones get a d_ff of 2/3,
 ffn_ratio = 4.0  # d_ff / n_embd; 2 is the paper's Half baseline
 # ---- 2:4 sparsity (the defaults are fst's; another recipe brings its own unless you set them) ----
 sparse = "none"  # none, fst, ste, sr_ste, s_ste, s_ste_straight, step, bi_mask: the equations are in recipes.py
-sparse_layers = "ffn"  # ffn, ffn+attn (the attention projections too)
 mask_interval = 40  # steps between mask refreshes
 masked_decay = 6e-5  # the decay factor lambda of Eq. 10; 0 = none
 mvue = True  # 2:4 weight gradients through MVUE; False = dense ones
@@ -99,10 +96,7 @@ dense_start = -1  # first dense iteration; -1 = round(max_iters * (1 - dense_fin
 dense_pretrain = 0.0  # share of max_iters that is dense, at the start
 # ---- flip-rate health ----
 flip_mask = "auto"  # masks whose flips count: auto (the recipe's; dense runs: transposable), transposable, row
-flip_layers = False  # also log the flip rate of each layer
 flip_reference = ""  # out_dir of a dense run to compare flip rates with, as search_decay.py records one
-masked_decay_auto = False  # adjust masked_decay to bring mu into 0.60 to 0.95; needs flip_reference
-masked_decay_auto_interval = 100  # steps between adjustments, after warmup_iters
 # ---- optimizer ----
 learning_rate = 6e-4  # peak
 max_iters = 600000  # optimizer steps, exactly
@@ -110,7 +104,6 @@ weight_decay = 1e-1  # AdamW's decoupled decay, on matrices only
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest global gradient norm; 0 = no clipping
-max_skipped = 20  # steps in a row with a gradient that is not finite, which are passed over, before the run gives up
 decay_lr = True  # linear warm-up, then cosine; False = learning_rate throughout
 warmup_iters = 2000
 lr_decay_iters = 600000  # iteration at which min_lr is reached
@@ -121,12 +114,9 @@ dtype = "auto"  # auto (bfloat16 where the GPU has it, else float16; float32 on 
 compile: bool | None = None  # torch.compile the model; None = on CUDA only
 compile_mode = "default"  # torch.compile's: default, reduce-overhead (CUDA graphs), max-autotune
 spmm = "auto"  # 2:4 GEMMs: auto (where faster), cusparselt, cutlass; or none: dense (by layer), masked (fused FFN)
-ffn_recompute = True  # recompute a 2:4 FFN's activation in the backward, as compiled dense ones do; False = keep it
 deterministic = False  # bit-reproducible GPU kernels, slower; CPU runs are reproducible anyway
-backend = "auto"  # torch.distributed's: auto (nccl on GPUs, gloo on CPUs), nccl, gloo
 # ---- several ranks ----
 parallel = "ddp"  # ddp (each holds the model), fsdp (weights, gradients and moments in shards, for models past a card)
-check_interval = 1000  # steps between checks that all ranks hold the same weights and masks; also at saves; 0 = there
 fsdp_copies = 1  # fsdp: so many copies of the model, each in shards over its share of the ranks; the nodes, often
 # ---- end of settings ----
 
@@ -211,7 +201,9 @@ def set_phase(model: torch.nn.Module, is_sparse: bool) -> None:
 
 
 class Diverged(RuntimeError):
-    """Gradients are not finite any more."""
+    """More than MAX_SKIPPED gradients in a row were not finite."""
+
+    MAX_SKIPPED = 20  # each is a step that is passed over
 
 
 def main() -> None:
@@ -233,7 +225,7 @@ def run(resources: contextlib.ExitStack) -> None:
     try:
         s = all_settings()
         recipe = prepare.resolve_settings(s, overrides)
-        ranks = start_ranks(device, backend)
+        ranks = start_ranks(device)
         if gradient_accumulation_steps < ranks.world_size:
             raise ValueError(
                 f"gradient_accumulation_steps={gradient_accumulation_steps}, need one for each of {ranks.world_size} "
@@ -300,11 +292,6 @@ def run(resources: contextlib.ExitStack) -> None:
         best_val_loss, elapsed, (skipped, in_a_row) = state["best_val_loss"], state["elapsed_s"], state["skipped"]
     model_args = asdict(model.config)
     watch = FlipWatch(warmup_iters, lr_decay_iters if decay_lr else max_iters, reference)
-    controller = None
-    if masked_decay_auto:
-        controller = DecayController(masked_decay, reference, masked_decay_auto_interval, warmup_iters)
-        if state is not None:
-            controller.load_state_dict(state["controller"] or controller.state_dict())
     settling = AutoSwitch(model, optimizer) if recipe and recipe.autoswitch else None
     if settling and state is not None:
         settling.changes = state["autoswitch"]
@@ -318,9 +305,8 @@ def run(resources: contextlib.ExitStack) -> None:
             keyword = "broadcast_buffers"
         ddp = DistributedDataParallel(net, device_ids=[dev] if dev.type == "cuda" else None, **{keyword: False})
         pack_weights(model)  # DDP has written every weight, rank 0's
-    probes = {name: model.get_submodule(name) for name in model.sparse_names(sparse_layers)}  # dense runs are measured
-    probes = {name: m for name, m in probes.items() if not (m.in_features % 4 or m.out_features % 4)}  # alike, where
-    linears = [*probes.values()]  # a mask would fit
+    linears = [model.get_submodule(name) for name in model.sparse_names()]  # flips are counted in dense runs too
+    linears = [m for m in linears if not (m.in_features % 4 or m.out_features % 4)]  # where a mask would fit
     local_steps = -(-gradient_accumulation_steps // ranks.world_size)
     share = gradient_accumulation_steps / ranks.world_size  # DDP and FSDP take the mean over the ranks
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
@@ -329,7 +315,7 @@ def run(resources: contextlib.ExitStack) -> None:
     def autocast():
         return torch.autocast(dev.type, prepare.DTYPES[dtype], enabled=dtype != "float32")
 
-    writer = Writer(folder, checkpoint_async, keep_last, keep_every, ranks)
+    writer = Writer(folder, keep_last=keep_last, keep_every=keep_every, ranks=ranks)
 
     def save(name: str = checkpoint.NAME) -> None:
         ranks.check_equal(model)
@@ -346,7 +332,6 @@ def run(resources: contextlib.ExitStack) -> None:
             "dense_start": switch,
             "sparse_start": sparse_start,
             "autoswitch": settling.changes if settling else None,
-            "controller": controller.state_dict() if controller else None,
             "patterns_hash": sparse24.PATTERNS_HASH,
             "elapsed_s": elapsed,
             "skipped": [skipped, in_a_row],
@@ -403,8 +388,6 @@ def run(resources: contextlib.ExitStack) -> None:
         best_val_loss = min(best_val_loss, row.get("val_loss", math.inf))
         if improved and not always_save_checkpoint and iter_num and not eval_only:
             save("ckpt_best.pt")
-        if check_interval and iter_num % check_interval == 0 and iter_num > first_iter:
-            ranks.check_equal(model)
         marks = iter_num % checkpoint_interval == 0 or iter_num in (switch, sparse_start)
         due = marks or ("val_loss" in row and always_save_checkpoint)
         writer.poll()
@@ -428,8 +411,7 @@ def run(resources: contextlib.ExitStack) -> None:
             group["lr"] = row["lr"]
         decay = 0.0
         if is_sparse and masked_decay:
-            decay = controller.decay if controller else masked_decay
-            row["masked_decay"] = optimizer.masked_decay = decay
+            row["masked_decay"] = optimizer.masked_decay = decay = masked_decay
         if is_sparse and recipe.permutation_interval and iter_num % recipe.permutation_interval == 0:
             search_permutations(model, seed, iter_num)
         losses = []
@@ -467,15 +449,14 @@ def run(resources: contextlib.ExitStack) -> None:
             skipped += 1
             if ranks.master:
                 print(f"warning, iteration {iter_num}: gradient norm {grad_norm}, step passed over", flush=True)
-        if in_a_row > max_skipped:
+        if in_a_row > Diverged.MAX_SKIPPED:
             writer.wait()
             raise Diverged(
                 f"the last {in_a_row} gradients were not finite; the weights are as they were before them, the last "
                 f"checkpoint is {checkpoint.find(folder)}; lower learning_rate, or look at the data named above"
             )
         logging = iter_num % log_interval == 0 or iter_num == switch or "val_loss" in row or not finite
-        steering = bool(controller) and is_sparse and controller.measures(iter_num)
-        measuring = bool(linears) and (steering or (flip_interval > 0 and iter_num % flip_interval == 0))
+        measuring = bool(linears) and flip_interval > 0 and iter_num % flip_interval == 0
         measuring = measuring and finite  # else nothing flips
         if (logging or measuring) and finite and decay and recipe.decay_on != "weight":
             row["decay_ratio"] = decay_ratio(model, decay)
@@ -488,13 +469,9 @@ def run(resources: contextlib.ExitStack) -> None:
         if measuring:
             after = sparse24.weight_indices(linears, flip_mask)
             row["flip_rate"] = flip_rate(before, after)
-            if flip_layers:
-                row["flip_rate_layers"] = dict(zip(probes, map(flip_rate, before, after), strict=True))
             if is_sparse:
                 for warning in watch.add(iter_num, row["flip_rate"], row["lr"]) if ranks.master else []:
                     print(f"warning, iteration {iter_num}: {warning}", flush=True)
-            if steering:
-                controller.add(iter_num, row["flip_rate"], row["lr"])
         if sparse_start is None:
             earliest, latest = (round(max_iters * share) for share in (dense_pretrain, recipes.AUTOSWITCH_LATEST))
             if iter_num + 1 >= (earliest if settled else latest):

@@ -27,7 +27,7 @@ def make_state(iter_num=1, seed=0):
     optimizer.step()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {}, "iter_num": iter_num}
     state |= {"best_val_loss": 1.5, "model_args": {"n_layer": 1, "sparse": "fst"}, "config": {"compile": None}}
-    phases = {"dense_start": 27, "sparse_start": 0, "autoswitch": None, "controller": None}
+    phases = {"dense_start": 27, "sparse_start": 0, "autoswitch": None}
     phases |= {"elapsed_s": 0.5, "skipped": 0}
     return state | phases | {"patterns_hash": PATTERNS_HASH}
 
@@ -55,7 +55,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path):
 def test_keys_are_the_documented_ones():
     assert set(KEYS) == {
         *("model", "optimizer", "scaler", "iter_num", "best_val_loss"),
-        *("model_args", "config", "dense_start", "sparse_start", "autoswitch", "controller", "patterns_hash"),
+        *("model_args", "config", "dense_start", "sparse_start", "autoswitch", "patterns_hash"),
         *("elapsed_s", "skipped"),
     }
 

@@ -1,6 +1,8 @@
 """configurator: what is accepted, what is refused and in which words, precedence, isolation, help."""
 
+import itertools
 import math
+import re
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import ConfigError, configure, configure_or_exit
+from configurator import REMOVED, ConfigError, configure, configure_or_exit, without_removed
 
 
 def settings():
@@ -105,6 +107,33 @@ def test_word_gives_the_value_in_the_type_of_the_setting(word, expected):
 def test_wrong_word_is_refused_with_a_remedy(word, message):
     with pytest.raises(ConfigError, match=message):
         give(word)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_setting_that_was_removed_is_refused_with_what_replaces_it(tmp_path, name):
+    replacement = rf"was removed after commit 7ffc73d: {re.escape(REMOVED[name][1])}$"
+    with pytest.raises(ConfigError, match=rf"^{name} on the command line {replacement}"):
+        give(f"--{name}=1")
+    with pytest.raises(ConfigError, match=rf"^{name} in .*x\.py {replacement}"):
+        give(write(tmp_path, f"{name} = 1"))
+    assert configure({name: 3}, [f"--{name}=1"]) == {name: 1}, "another script may have a setting of that name"
+
+
+def test_a_saved_run_is_taken_where_its_removed_settings_have_the_value_that_every_run_has_now():
+    assert without_removed({"n_layer": 3}, "ckpt.pt") == {"n_layer": 3}
+    for recipe, (name, (value, _)) in itertools.product(("none", "fst", "s_ste", "bi_mask"), REMOVED.items()):
+        value = value.get(recipe, value[""]) if isinstance(value, dict) else value
+        kept = {"n_layer": 3, "sparse": recipe}
+        assert without_removed({**kept, name: value}, "ckpt.pt") == kept
+        if value is None or (recipe == "none" and isinstance(REMOVED[name][0], dict)):  # no weight depends on it
+            assert without_removed({**kept, name: "another"}, "ckpt.pt") == kept
+            continue
+        with pytest.raises(ConfigError) as refused:
+            without_removed({**kept, name: "another"}, "ckpt.pt")
+        assert str(refused.value) == (
+            f"ckpt.pt has {name}='another', need {value!r}: the setting was removed after commit 7ffc73d: "
+            f"{REMOVED[name][1]}; use that commit, or another out_dir"
+        )
 
 
 def test_only_what_was_given_comes_back():

@@ -63,8 +63,8 @@ def make_mlp(activation="gelu", bias=True, recipe=FST, dtype=torch.float32, d=D,
     return mlp
 
 
-def make_plan(mlp, tokens, dtype=torch.float32, mvue=True, recompute=True, **choices) -> FFNPlan:
-    return FFNPlan(mlp.activation, tokens, dtype, mvue, recompute, *(choices.get(name, Choice()) for name in GEMMS))
+def make_plan(mlp, tokens, dtype=torch.float32, mvue=True, **choices) -> FFNPlan:
+    return FFNPlan(mlp.activation, tokens, dtype, mvue, *(choices.get(name, Choice()) for name in GEMMS))
 
 
 def emulated(order: str) -> dict[str, Choice]:
@@ -172,13 +172,12 @@ def test_layers_that_prune_again_give_the_same_gradients(recipe):
         assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize(("activation", "bias"), EVERY)
-def test_with_mvue_it_draws_what_the_layers_draw(activation, bias, recompute):
+def test_with_mvue_it_draws_what_the_layers_draw(activation, bias):
     mlp = make_mlp(activation, bias, dtype=torch.float64)
     x, dy = data(96, torch.float64, batch=3)
     expected = run(mlp, x, dy)
-    got = run(planned(mlp, make_plan(mlp, 96, torch.float64, recompute=recompute)), x, dy)
+    got = run(planned(mlp, make_plan(mlp, 96, torch.float64)), x, dy)
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12)
     without = make_mlp(activation, bias, STE, dtype=torch.float64)
@@ -512,10 +511,11 @@ def _(z, activation, again=False):
     return torch.empty_like(z)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_the_compiler_keeps_the_activation_only_where_it_is_told_to(monkeypatch, recompute):
-    """Two equal calls of an op would be merged, and the first one's result kept for the backward."""
-    monkeypatch.setattr(operators, "activation", opaque_activation)
+@pytest.mark.parametrize("told", [True, False])
+def test_the_compiler_keeps_no_activation(monkeypatch, told):
+    """Two equal calls of an op would be merged, and the first one's result kept for the backward: `again` differs."""
+    equal_calls = lambda z, activation, again=False: opaque_activation(z, activation)  # noqa: E731
+    monkeypatch.setattr(operators, "activation", opaque_activation if told else equal_calls)
     kept, calls = [], []
 
     def graph_of(into):
@@ -527,7 +527,7 @@ def test_the_compiler_keeps_the_activation_only_where_it_is_told_to(monkeypatch,
         return compiler
 
     mlp = make_mlp(bias=False)
-    set_plan(mlp, make_plan(mlp, 64, recompute=recompute))
+    set_plan(mlp, make_plan(mlp, 64))
     options = {"fw_compiler": graph_of(kept), "bw_compiler": graph_of(calls)}
     backend = aot_autograd(**options, partition_fn=min_cut_rematerialization_partition)
     x, dy = data(64)
@@ -537,7 +537,7 @@ def test_the_compiler_keeps_the_activation_only_where_it_is_told_to(monkeypatch,
     ((nodes, in_forward),), ((_, in_backward),) = kept, calls
     shapes = [tuple(node.meta["val"].shape) for node in nodes[-1].args[0] if hasattr(node, "meta")]
     hidden = sum(shape in ((D_FF, 64), (64, D_FF)) for shape in shapes)
-    assert (in_forward, in_backward, hidden) == ((1, 1, 1) if recompute else (1, 0, 2))
+    assert (in_forward, in_backward, hidden) == ((1, 1, 1) if told else (1, 0, 2))
 
 
 def test_a_gpt_trains_by_its_plan_as_without():
@@ -606,8 +606,8 @@ def test_plans_of_the_modes():
         plan, report = plan_ffn(config, 64, CPU, torch.bfloat16, spmm)
         assert plan is None
         assert set(report.choices.values()) == {Choice()}
-    plan, report = plan_ffn(config, 64, CPU, torch.float32, "masked", mvue=False, recompute=False)
-    assert plan == FFNPlan("relu2", 64, torch.float32, False, False, *[Choice()] * 6)
+    plan, report = plan_ffn(config, 64, CPU, torch.float32, "masked", mvue=False)
+    assert plan == FFNPlan("relu2", 64, torch.float32, False, *[Choice()] * 6)
     plan, report = plan_ffn(config, 50, CPU, torch.bfloat16, "emulated")
     assert [plan.z, plan.dw2, plan.padding] == [Choice("emulated", "sm90")] * 2 + [14]
     for gemm, fits in (
@@ -618,10 +618,10 @@ def test_plans_of_the_modes():
     assert _packable(ffn_gemms(192, 768, 64, "gelu", True, True)["dw1"], Choice("emulated", "sm80")) != Choice()
     odd = GPTConfig(n_embd=96, n_head=1, n_layer=1)  # 96 is no multiple of 64: nothing of it can be packed
     plan, report = plan_ffn(odd, 64, CPU, torch.bfloat16, "emulated")
-    assert plan[5:] == (Choice(), Choice(), Choice(), Choice(), Choice("emulated", "sm90"), Choice())
+    assert plan[4:] == (Choice(), Choice(), Choice(), Choice(), Choice("emulated", "sm90"), Choice())
     geglu = GPTConfig(n_embd=64, n_head=1, n_layer=1, activation="geglu")  # d_ff = 172
     plan, report = plan_ffn(geglu, 64, CPU, torch.bfloat16, "emulated")
-    assert plan[5:] == tuple([Choice()] * 6)
+    assert plan[4:] == tuple([Choice()] * 6)
     for spmm, message in (("cusparselt", "needs an NVIDIA GPU"), ("fast", "need one of auto, dense, masked")):
         with pytest.raises(ValueError, match=message):
             plan_ffn(config, 64, CPU, torch.bfloat16, spmm)
@@ -701,7 +701,7 @@ def test_plans_of_another_activation_or_recipe_are_refused():
 
 def test_modules_that_are_not_two_sparse_layers_are_left_alone():
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, bias=True))
-    set_plan(model, FFNPlan("gelu", 8, torch.float32, True, True, *[Choice()] * 6))
+    set_plan(model, FFNPlan("gelu", 8, torch.float32, True, *[Choice()] * 6))
     assert model.transformer.h[0].mlp.plan is None
     mlp = make_mlp()
     with pytest.raises(RuntimeError, match="call pack_weights"):
@@ -809,7 +809,7 @@ def test_one_sparse_gemm_is_enough_for_a_plan_and_the_question_is_passed_on_whol
     config = GPTConfig(n_embd=D, n_head=1, n_layer=1)
     rows = [{"key": "k"}]
     plan, _ = plan_ffn(config, 64, CPU, torch.bfloat16, graph=True, cache=tmp_path, known=rows)
-    assert plan[5:] == (Choice(), Choice(), Choice(), won, Choice(), Choice())
+    assert plan[4:] == (Choice(), Choice(), Choice(), won, Choice(), Choice())
     ((mode, options),) = seen
     assert mode == "auto"
     assert options == {
@@ -848,14 +848,13 @@ def test_a_layer_with_one_sparse_linear_gets_no_plan():
         assert mlp(torch.randn(64, D)).shape == (64, D)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_recomputing_keeps_no_activation(recompute):
+def test_no_activation_is_kept_for_the_backward():
     mlp = make_mlp()
-    set_plan(mlp, make_plan(mlp, 64, recompute=recompute))
+    set_plan(mlp, make_plan(mlp, 64))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         mlp(torch.randn(64, D, requires_grad=True))
-    assert kept.count((D_FF, 64)) == (1 if recompute else 2)  # Z, and A
+    assert kept.count((D_FF, 64)) == 1  # Z, not A
 
 
 def test_one_dense_layer_frees_both():

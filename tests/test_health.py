@@ -1,4 +1,4 @@
-"""health.py: the dense run's curve, warnings and the controller, on planted curves."""
+"""health.py: the dense run's curve and warnings, on planted curves."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 
 import health
-from health import HEALTHY, TARGET, DecayController, FlipReference, FlipWatch, smooth
+from health import HEALTHY, TARGET, FlipReference, FlipWatch, smooth
 
 SETTINGS = dict.fromkeys(health.COMPARABLE, 1)
 
@@ -44,6 +44,7 @@ def test_the_reference_is_the_smoothed_curve_and_goes_on_with_the_learning_rate(
     [
         ({"sparse": "fst"}, "sparse='fst', need a dense run"),
         ({"learning_rate": 2}, r"does not compare with this run: learning_rate=1 \(there 2\)"),
+        ({"sparse_layers": "ffn+attn"}, r"dense has sparse_layers='ffn\+attn', need 'ffn': the setting was removed"),
         ({"flip_mask": "row"}, r"masks transposable \(there flip_mask=row\)"),
     ],
 )
@@ -92,63 +93,6 @@ def test_a_sparse_phase_that_begins_late_is_given_half_of_what_is_left():
     assert [i for i in rates if watch.add(i, 0.01, 1e-3)] == [80]
 
 
-def test_the_controller_asks_for_the_last_steps_of_each_interval_after_the_warm_up():
-    controller = DecayController(1e-4, Constant(), interval=20, warmup_iters=30, window=5)
-    assert [i for i in range(85) if controller.measures(i)] == [*range(35, 40), *range(55, 60), *range(75, 80)]
-    assert [i for i in range(8) if DecayController(1e-4, Constant(), 3, 2).measures(i)] == [*range(2, 8)]
-
-
-def test_the_controller_moves_the_factor_by_the_square_of_the_error_and_never_by_more_than_two():
-    ratios = (
-        (TARGET, 1.0),
-        (0.95, 0.95**2 / TARGET**2),
-        (0.60, 0.60**2 / TARGET**2),
-        (5.0, 2.0),
-        (0.1, 0.5),
-        (0.0, 0.5),
-    )
-    for mu, expected in ratios:
-        controller = DecayController(1e-4, Constant(), interval=10, warmup_iters=4, window=2)
-        assert controller.add(8, 0.01 * mu, 1e-3) == 1e-4  # not before the window's end
-        assert controller.add(9, 0.01 * mu, 1e-3) == pytest.approx(1e-4 * expected)
-        assert controller.sums == [0.0, 0.0]
-
-
-def test_after_five_warm_ups_the_controller_only_raises_and_only_above_the_band():
-    for iter_num, mu, expected in (
-        *((18, 0.7, (0.7 / TARGET) ** 2), (19, 0.7, (0.7 / TARGET) ** 2), (20, 0.7, 1.0)),
-        *((20, 0.1, 1.0), (20, 0.94, 1.0), (20, 1.0, 1 / 0.95**2), (20, 9.0, 2.0)),
-    ):
-        controller = DecayController(1e-4, Constant(), interval=1, warmup_iters=4, window=1)
-        assert controller.add(iter_num, 0.01 * mu, 1e-3) == pytest.approx(1e-4 * expected), (iter_num, mu)
-
-
-def test_the_controller_brings_mu_into_the_band_for_every_plant_it_may_meet():
-    """log mu = -slope * log(lambda / lambda1), slopes as measured and beyond, from far too small and far too large."""
-    for slope in (0.1, 0.2, 0.5, 0.9):
-        for start in (1e-6, 1e-2):
-            controller = DecayController(start, Constant(), interval=10, warmup_iters=1000, window=1)
-            mus = []
-            for update in range(120):
-                mus.append(min(1.2, (controller.decay / 1e-4) ** -slope))
-                controller.add(10 * update + 9, 0.01 * mus[-1], 1e-3)
-            assert all(HEALTHY[0] <= mu <= HEALTHY[1] for mu in mus[-60:]), (slope, start)
-            assert mus[-1] == pytest.approx(TARGET, rel=1e-3)
-
-
-def test_the_controllers_factor_has_limits_and_its_state_resumes():
-    controller = DecayController(9.0, Constant(), 1, 2)
-    assert [controller.add(i, 1.0, 1e-3) for i in range(3)] == [10.0, 10.0, 10.0]
-    low = DecayController(1.5e-8, Constant(), 1, 2)
-    assert [low.add(i, 0.0, 1e-3) for i in range(3)] == [1e-8, 1e-8, 1e-8]
-    first = DecayController(1e-4, Constant(), 4, 2)
-    for i in range(6):
-        first.add(i, 0.02, 1e-3)
-    second = DecayController(5.0, Constant(), 4, 2)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [first.add(i, 0.02, 1e-3) for i in (6, 7)] == [second.add(i, 0.02, 1e-3) for i in (6, 7)]
-
-
 def test_the_target_is_the_middle_of_the_papers_band():
     assert HEALTHY == (0.60, 0.95)
     assert math.isclose(TARGET / HEALTHY[0], HEALTHY[1] / TARGET)
@@ -169,7 +113,7 @@ class Never:
 @pytest.mark.parametrize(
     "name",
     [
-        *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio", "sparse_layers"),
+        *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio"),
         *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
         *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
     ],
@@ -210,18 +154,3 @@ def test_the_peak_is_that_of_five_and_a_tenth_below_it_is_enough():
     assert "from its peak of 0.01040" in watched(spike)[60][0]
     assert list(watched([0.01] * 40 + [0.0092] * 30)) == [60]
     assert watched([0.01] * 40 + [0.0088] * 30) == {}
-
-
-def test_nothing_is_steered_by_a_dense_run_without_flips():
-    controller = DecayController(1e-4, Never(), 1, 0)
-    assert controller.add(0, 0.5, 1e-3) == 1e-4
-
-
-def test_half_an_interval_is_resumed_with_what_it_had_measured():
-    whole, first, second = (DecayController(1e-4, Constant(), 4, 0) for _ in range(3))
-    for i, rate in enumerate((0.02, 0.02, 0.012, 0.012)):
-        whole.add(i, rate, 1e-3)
-        if i == 2:
-            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        (first if i < 2 else second).add(i, rate, 1e-3)
-    assert second.decay == whole.decay == 2e-4  # of all four: the last two alone would not reach the limit

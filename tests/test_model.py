@@ -14,7 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ACTIVATIONS, GATED, GPT, HF_NAMES, PRESETS, GPTConfig, copy_hf_weights, peak_flops
-from sparse24 import RECIPES, MaskedDecayAdamW, Recipe, Sparse24Linear, refresh_masks, seed_draws, transposable_index
+from sparse24 import (
+    RECIPES,
+    MaskedDecayAdamW,
+    Recipe,
+    Sparse24Linear,
+    refresh_masks,
+    seed_draws,
+    sparsify,
+    transposable_index,
+)
 
 TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -22,6 +31,12 @@ TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd":
 def tiny(seed=0, recipe=None, **options):
     torch.manual_seed(seed)
     return GPT(GPTConfig(**(TINY | options)), recipe)
+
+
+def sparsify_attention(net, sparse):
+    """As in a model of someone else's, whose attention is sparse too."""
+    if sparse != "none":
+        assert len(sparsify(net, sparse, lambda name, module: ".attn." in name)) == 2 * net.config.n_layer
 
 
 def tokens(B=3, T=12, seed=1, vocab_size=61):
@@ -98,7 +113,8 @@ def reference_state(net):
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("sparse", ["none", "fst"])
 def test_logits_and_loss_equal_the_reference(activation, bias, sparse):
-    net = perturb(tiny(activation=activation, bias=bias, sparse=sparse, sparse_layers="ffn+attn").double())
+    net = perturb(tiny(activation=activation, bias=bias, sparse=sparse).double())
+    sparsify_attention(net, sparse)
     idx, targets = tokens(), tokens(seed=5)
     targets[0, :4] = -1
     want = reference_logits(reference_state(net), net.config, idx)
@@ -153,7 +169,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_head_and_token_embedding_are_one_parameter():
-    net = tiny(sparse="fst", sparse_layers="ffn+attn")
+    net = tiny(sparse="fst")
     assert net.lm_head.weight is net.transformer.wte.weight
     assert type(net.lm_head) is torch.nn.Linear
     assert sum(p is net.lm_head.weight for p in net.parameters()) == 1
@@ -364,8 +380,8 @@ def test_from_pretrained_makes_the_masks_after_loading(monkeypatch):
     assert torch.equal(dense.eval()(idx)[0], source(idx)[0])
 
     recipe = dataclasses.replace(RECIPES["fst"], name="mine")
-    net = GPT.from_pretrained("gpt2", {"sparse": "fst", "sparse_layers": "ffn+attn"}, recipe)
-    assert net.config == dataclasses.replace(source.config, sparse="fst", sparse_layers="ffn+attn")
+    net = GPT.from_pretrained("gpt2", {"sparse": "fst"}, recipe)
+    assert net.config == dataclasses.replace(source.config, sparse="fst")
     for name in net.sparse_names():
         layer = net.get_submodule(name)
         assert torch.equal(layer.index, transposable_index(source.get_submodule(name).weight))
@@ -381,7 +397,7 @@ def test_from_pretrained_without_transformers(monkeypatch):
 def test_from_pretrained_refuses():
     with pytest.raises(ValueError, match="from_pretrained: name='gpt3' is unknown, need one of gpt2, gpt2-medium"):
         GPT.from_pretrained("gpt3")
-    with pytest.raises(ValueError, match="override_args has n_layer, need only dropout, sparse, sparse_layers"):
+    with pytest.raises(ValueError, match="override_args has n_layer, need only dropout, sparse, dense_blocks"):
         GPT.from_pretrained("gpt2", {"n_layer": 3, "dropout": 0.1})
 
 
@@ -492,26 +508,20 @@ def test_dense_model_trains_as_with_plain_adamw():
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("layers", ["ffn", "ffn+attn"])
-def test_sparse_model_starts_from_the_dense_models_weights(activation, layers):
+def test_sparse_model_starts_from_the_dense_models_weights(activation):
     dense, rng = tiny(activation=activation), torch.get_rng_state()
-    sparse = tiny(activation=activation, sparse="fst", sparse_layers=layers)
+    sparse = tiny(activation=activation, sparse="fst")
     assert torch.equal(torch.get_rng_state(), rng)
     assert [n for n, _ in sparse.named_parameters()] == [n for n, _ in dense.named_parameters()]
     assert all(torch.equal(p, q) for p, q in zip(sparse.parameters(), dense.parameters(), strict=True))
     names = [n for n, m in sparse.named_modules() if isinstance(m, Sparse24Linear)]
-    assert names == sparse.sparse_names() == dense.sparse_names(layers)
+    assert names == sparse.sparse_names() == dense.sparse_names()
     for name in names:
         assert torch.equal(sparse.get_submodule(name).index, transposable_index(dense.get_submodule(name).weight))
 
 
 def test_sparse_names():
-    ffn = ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
-    net = tiny(n_layer=1)
-    assert net.sparse_names() == ffn
-    assert net.sparse_names("ffn+attn") == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", *ffn]
-    with pytest.raises(ValueError, match="sparse_names: sparse_layers='all' is unknown, need one of ffn, ffn\\+attn"):
-        net.sparse_names("all")
+    assert tiny(n_layer=1).sparse_names() == ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
 
 
 def test_recipe_overrides_the_named_one_and_is_never_ignored():
@@ -535,7 +545,8 @@ def test_sparse_state_dict_loads_strictly(phase):
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("sparse", ["none", "fst", "ste"])
 def test_a_training_step_reaches_every_parameter(sparse, activation):
-    net = tiny(sparse=sparse, sparse_layers="ffn+attn", activation=activation)
+    net = tiny(sparse=sparse, activation=activation)
+    sparsify_attention(net, sparse)
     optimizer = net.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", masked_decay=6e-5)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     seed_draws(net, 1, 0, 0)
@@ -580,7 +591,6 @@ def test_sparse_training_lowers_the_loss():
         ({"dropout": 1.0}, "GPTConfig: dropout=1.0, need 0 <= dropout < 1"),
         ({"activation": "tanh"}, "activation='tanh' is unknown, need one of gelu, relu2, geglu, swiglu"),
         ({"sparse": "2:4"}, "GPTConfig: sparse='2:4' is unknown, need one of none, fst, ste"),
-        ({"sparse_layers": "attn"}, r"sparse_layers='attn' is unknown, need one of ffn, ffn\+attn"),
         ({"ffn_ratio": 1.01}, "ffn_ratio=1.01 times n_embd=768 is 775.68, need a positive integer; change ffn_ratio"),
         ({"ffn_ratio": 0.0}, "ffn_ratio=0.0 times n_embd=768 is 0, need a positive integer"),
         ({"ffn_ratio": -4.0}, "ffn_ratio=-4.0 times n_embd=768"),

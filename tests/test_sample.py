@@ -175,3 +175,14 @@ def test_a_model_is_sampled_by_the_recipe_that_it_was_trained_with(run, monkeypa
     x = torch.randn(3, 16)
     with torch.no_grad():
         assert torch.equal(layer(x), F.linear(x, forward(layer.weight), layer.bias))
+
+
+def test_a_checkpoint_that_names_a_removed_setting_is_sampled_at_the_value_that_stayed(run):
+    folder, save, model = run
+    args = dataclasses.asdict(model.config)
+    save(model_args={**args, "sparse_layers": "ffn"})
+    assert run_sample(folder)[0] == 0
+    save(model_args={**args, "sparse_layers": "ffn+attn"})
+    status, _, stderr = run_sample(folder)
+    assert status == 1
+    assert "ckpt.pt has sparse_layers='ffn+attn', need 'ffn': the setting was removed after commit 7ffc73d" in stderr

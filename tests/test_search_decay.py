@@ -203,7 +203,7 @@ def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
     config = tmp_path / "run.py"
     config.write_text(
         'out_dir = "x"\nmax_iters = 1000\nmasked_decay = 1e-3\nsparse = "none"\ndense_start = 5\n'
-        "eval_interval = 7\ndense_pretrain = 0.5\nmasked_decay_auto = True\n"
+        "eval_interval = 7\ndense_pretrain = 0.5\n"
     )
     given = [word for word in words if not word.startswith(("--sparse", "--steps"))]
     search_decay.main([str(config), *given, "--dry_run"])
@@ -213,7 +213,7 @@ def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
     assert "recipe fst" in out
     final = search_decay.configure(search_decay.train_defaults(), shlex.split(out.splitlines()[-1])[2:])
     assert (final["sparse"], final["max_iters"], final["dense_start"]) == ("fst", 100, 100)
-    assert (final["masked_decay"], final["masked_decay_auto"]) == (1e-3, False)
+    assert final["masked_decay"] == 1e-3
     assert (final["eval_interval"], final["dense_pretrain"]) == (0, 0.0)
     assert final["out_dir"] == str(tmp_path / "search" / "decay-0.001")
 

@@ -53,8 +53,8 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
     short = {**row, "name": "y", "faults": {"cusparselt sm90 0/1": "raises OutOfMemoryError: CUDA"}}  # the moment's
     asked = []
 
-    def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
-        asked.append((tokens, str(device), dtype, spmm, mvue, recompute, [*options["known"]], options["graph"]))
+    def plan(config, tokens, device, dtype, spmm, mvue, **options):
+        asked.append((tokens, str(device), dtype, spmm, mvue, [*options["known"]], options["graph"]))
         return None, Report({}, [row, short], ["cusparselt: sound"])
 
     monkeypatch.setattr(prepare, "plan_ffn", plan)
@@ -64,7 +64,7 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
     assert "1.25  cusparselt 4/1" in text
     assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [row], "whole": None}
     run(out, spmm="masked")
-    options = (4 * 32, "cpu", torch.float32, "masked", True, True)
+    options = (4 * 32, "cpu", torch.float32, "masked", True)
     assert asked == [(*options, [], False), (*options, [row], False)]
     run(out, max_iters=33, dense_start=27)  # in the dense phase nothing is measured
     run(out, eval_only=True, max_iters=33, dense_start=27)
@@ -78,8 +78,8 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
     """GEMMs that each win may not make a layer that does. A run that is resumed does not ask again."""
     rows, timed = [{"key": "z", "chosen": True, "faults": {}}], []
 
-    def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
-        return FFNPlan("gelu", tokens, dtype, mvue, recompute, *[Choice()] * 6), Report({}, rows, [])
+    def plan(config, tokens, device, dtype, spmm, mvue, **options):
+        return FFNPlan("gelu", tokens, dtype, mvue, *[Choice()] * 6), Report({}, rows, [])
 
     def time_ways(mlp, plan, compile_mode, micro_steps):
         timed.append((type(mlp).__name__, plan.tokens, compile_mode, micro_steps))
@@ -96,11 +96,14 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
     assert timed == [("MLP", 4 * 32, None, 4)]
     assert plans == [taken == "plan"] * 2
     assert json.loads((out / "spmm.json").read_text())["whole"]["taken"] == taken
-    for count, changes in enumerate(({"ffn_recompute": False}, {"gradient_accumulation_steps": 2}), 2):
-        run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 0, "micro_batch": 0},
-            init_from="scratch", overwrite=True)  # fmt: skip
-        run(out, **changes)
-        assert len(timed) == 2 * count - 1  # a new run, and the question changed
+    run(
+        out,
+        {"kind": "signal", "signal": "SIGTERM", "iter_num": 0, "micro_batch": 0},
+        init_from="scratch",
+        overwrite=True,
+    )
+    run(out, gradient_accumulation_steps=2)
+    assert len(timed) == 3  # a new run, and the question changed
     run(
         out,
         {"kind": "signal", "signal": "SIGTERM", "iter_num": 0, "micro_batch": 0},
@@ -109,7 +112,7 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
     )
     rows[0] = {**rows[0], "alg_id": 7}  # measured anew, with another outcome
     run(out)
-    assert len(timed) == 7
+    assert len(timed) == 5
 
 
 @pytest.mark.parametrize(
@@ -152,20 +155,20 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
 
     monkeypatch.setattr(prepare, "plan_ffn", plan)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False, ffn_recompute=True)
+    given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse=name))
     device = torch.device(device)
     prepare._measure_gemms(train.all_settings(), model, None, 1, False, device)
     expected = {"graph": device.type == "cuda", "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
     expected["transposable"] = name == "fst"
-    assert asked == [((model.config, 15, device, torch.bfloat16, "auto", False, True), expected)]
+    assert asked == [((model.config, 15, device, torch.bfloat16, "auto", False), expected)]
 
 
 @pytest.mark.parametrize(("fsdp", "uses"), [(False, 4), (True, 1)])
 def test_packing_is_counted_as_often_as_it_is_done(given, tmp_path, monkeypatch, fsdp, uses):
     """Seven micro-batches on two ranks are four micro-steps; shards are packed in each of them."""
-    plan, timed = FFNPlan("gelu", 15, torch.float32, True, True, *[Choice()] * 6), []
+    plan, timed = FFNPlan("gelu", 15, torch.float32, True, *[Choice()] * 6), []
     monkeypatch.setattr(prepare, "plan_ffn", lambda *args, **options: (plan, Report({}, [], [])))
     monkeypatch.setattr(prepare, "time_ways", lambda mlp, plan, **how: timed.append(how) or {"taken": "plan"})
     given(gradient_accumulation_steps=7, dtype="float32", compile=False)
@@ -211,8 +214,8 @@ def test_a_run_that_goes_back_to_sparse_gets_a_plan(run, tmp_path):
 def test_a_sparse_block_is_timed(run, tmp_path, monkeypatch):
     timed = []
 
-    def plan(config, tokens, device, dtype, spmm, mvue, recompute, **options):
-        return FFNPlan("gelu", tokens, dtype, mvue, recompute, *[Choice()] * 6), Report({}, [], [])
+    def plan(config, tokens, device, dtype, spmm, mvue, **options):
+        return FFNPlan("gelu", tokens, dtype, mvue, *[Choice()] * 6), Report({}, [], [])
 
     def time_ways(mlp, plan, compile_mode, micro_steps):
         timed.append(len(sparse_linears(mlp)))

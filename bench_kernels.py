@@ -84,18 +84,12 @@ def _search(rows, columns, order, device, dtype=torch.float32):
     return lambda: kernels.transposable_index(w)
 
 
-def _flips(rows, columns, order, device):
-    index = _index(_randn(rows, columns, device=device))
-    after = index.flip(0).contiguous()
-    return lambda: kernels.flip_count(index, after, _tables(device))
-
-
 def _pack(rows, columns, order, device, dtype=torch.float32, forms=(True, True), **options):
     w = _randn(rows, columns, device=device, dtype=dtype)
     sizes = [w.numel() * 9 // 16 if form else None for form in forms]
     packed = [size and torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
-    index, flips = _index(w), torch.zeros((), dtype=torch.int64, device=device)
-    return lambda: kernels.pack_weight_(*packed, w, index, _tables(device), order, flips=flips, **options)
+    index = _index(w)
+    return lambda: kernels.pack_weight_(*packed, w, index, _tables(device), order, **options)
 
 
 def _mvue(rows, columns, order, device, dtype=torch.bfloat16, token_major=False):
@@ -140,12 +134,6 @@ def _pairs(rows, columns, order, device):
     return lambda: kernels.pair_index(w)
 
 
-def _decay(rows, columns, order, device):
-    grad, w = _randn(rows, columns, device=device), _randn(rows, columns, device=device)
-    index = _index(w)
-    return lambda: kernels.masked_decay_(grad, w, index, 1e-4, _tables(device))
-
-
 def _adamw(rows, columns, order, device):
     p, g, m, v = (_randn(rows, columns, device=device).abs_() for _ in range(4))
     scalars = [operators.adamw_scalars(1, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1e-4)]
@@ -159,10 +147,8 @@ CASES = [
     Case(
         "mask search, bf16 weights", "4x4 block", 16, 33, 270, (0, 0), functools.partial(_search, dtype=torch.bfloat16)
     ),
-    Case("flip count", "4x4 block", 16, 2, 25, (4, 0), _flips),
     Case("weight pack, values", "4x4 block", 16, 97, 250, (4, 0), functools.partial(_pack, metadata=False)),
     Case("weight pack, values and metadata", "4x4 block", 16, 101, 400, (4, 0), _pack),
-    Case("search, flips and weight pack", "4x4 block", 16, 102, 620, (4, 0), functools.partial(_pack, search=True)),
     *(  # as FSDP packs a gathered weight where it multiplies
         Case(
             f"weight pack of bf16{', transposed' if transposed else ''}",
@@ -229,7 +215,6 @@ CASES = [
     Case("row mask, fp32", _GROUP, 4, 17, 90, (1, 0), _pairs),
     Case("soft threshold, fp32", _GROUP, 4, 32, 80, (1, 1), _soft),
     Case("soft threshold and scale, fp32", _GROUP, 4, 32, 150, (1, 1), functools.partial(_soft, scale=True)),
-    Case("masked decay", "element", 1, 12.0625, 21, (2, 1), _decay),
     Case("AdamW with masked decay", "element", 1, 28.0625, 112, (4, 3), _adamw, graph=False),
 ]
 DEVICE = "cuda"  # where things are measured
@@ -241,7 +226,6 @@ TABLE3 = (768, 1024, 1280, 1600, 2048, 4096, 8192)
 # limited by the ALU pipe alone, if it runs at half rate as NVIDIA's table says.)
 ISSUE_BOUND = {
     "mask search, bf16 weights": "half the bytes for the same search; the master weights of training are float32",
-    "flip count": "2 B per 16 weights, a thirtieth of reading the weights",
     "MVUE, transposed and packed": "dY alone, a fifth of what is drawn; its exchange by shared memory comes on top",
 }
 

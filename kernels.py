@@ -1,4 +1,4 @@
-"""Triton kernels for weights, with their launchers: mask search, packing, soft threshold, masked decay, AdamW. Those
+"""Triton kernels for weights, with their launchers: mask search, packing, soft threshold, AdamW. Those
 for activations and their gradients are in kernels_ffn.py. The specification is operators' `name_ref`, for packed
 operands spmm's `pack_ref`.
 
@@ -212,47 +212,8 @@ def transposable_index(w: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flips, and the weight pack. `tables` is int32 (2, 90), from operators: [0] a pattern's 16 bits, bit 4*row + column;
+# The weight pack. `tables` is int32 (2, 90), from operators: [0] a pattern's 16 bits, bit 4*row + column;
 # [1] its metadata, the nibble of row r at bit 4r and that of column c at bit 16 + 4c (low index | high index << 2).
-
-
-@triton.jit
-def _flips(before, after, tables_ptr):
-    """In how many of its 16 entries each block's pattern differs."""
-    x = tl.load(tables_ptr + before.to(tl.int32)) ^ tl.load(tables_ptr + after.to(tl.int32))
-    x = x - ((x >> 1) & 0x5555)
-    x = (x & 0x3333) + ((x >> 2) & 0x3333)
-    x = (x + (x >> 4)) & 0x0F0F
-    return (x + (x >> 8)) & 0x1F
-
-
-@triton.jit
-def _flip_count_kernel(before_ptr, after_ptr, tables_ptr, flips_ptr, blocks, BLOCKS: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    before = tl.load(before_ptr + n, mask=n < blocks, other=0)
-    after = tl.load(after_ptr + n, mask=n < blocks, other=0)
-    tl.atomic_add(flips_ptr, tl.sum(_flips(before, after, tables_ptr)).to(tl.int64))
-
-
-def flip_count(before: torch.Tensor, after: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Mask entries that differ between two contiguous index matrices: an int64 0-d tensor. Twin: flip_count_ref.
-
-    Integers, so the order of the sum does not show. 2 B per block would allow 13 I, which it exceeds: bound by
-    instructions, but a thirtieth of what reading the weights takes.
-    """
-    flips = torch.zeros((), dtype=torch.int64, device=before.device)
-    _launch(
-        _flip_count_kernel,
-        triton.cdiv(before.numel(), 4096),
-        before,
-        after,
-        tables,
-        flips,
-        before.numel(),
-        BLOCKS=4096,
-        num_warps=4,
-    )
-    return flips
 
 
 @triton.jit
@@ -301,7 +262,6 @@ def _pack_weight_kernel(
     w_ptr,
     index_ptr,
     tables_ptr,
-    flips_ptr,
     values_ptr,
     metadata_ptr,
     values_t_ptr,
@@ -309,7 +269,6 @@ def _pack_weight_kernel(
     rows,
     columns,
     stride_row,
-    SEARCH: tl.constexpr,
     METADATA: tl.constexpr,
     ORDER: tl.constexpr,
     WRITE: tl.constexpr,
@@ -326,13 +285,7 @@ def _pack_weight_kernel(
         _load4(ptr + 2 * stride_row, 1, live),
         _load4(ptr + 3 * stride_row, 1, live),
     )
-    index_ptr += i.to(tl.int64) * (columns // 4) + j
-    index = tl.load(index_ptr).to(tl.int32)
-    if SEARCH:
-        found = _best_pattern(_abs4(a), _abs4(b), _abs4(c), _abs4(d))
-        tl.atomic_add(flips_ptr, tl.sum(_flips(index, found, tables_ptr)).to(tl.int64))
-        tl.store(index_ptr, found.to(tl.uint8))
-        index = found
+    index = tl.load(index_ptr + i.to(tl.int64) * (columns // 4) + j).to(tl.int32)
     bits = tl.load(tables_ptr + index)
     if WRITE:
         x = (a, b, c, d)
@@ -367,16 +320,14 @@ def _row_multiple(function: str, order: str) -> int:
     return 128 if order == "sm80" else 64
 
 
-def pack_weight_(packed, packed_t, w, index, tables, order, search=False, metadata=True, flips=None) -> None:
+def pack_weight_(packed, packed_t, w, index, tables, order, metadata=True) -> None:
     """Write the packed operands of w and of w^T, from w and its index, in one pass. Twin: spmm.pack_ref on both.
 
     packed, packed_t: 1-D bfloat16 buffers of 9/16 of w's elements; one may be None and is not written. w: (out, in),
     rows contiguous, float32 or bfloat16; index: uint8 (out/4, in/4). order: "sm80" (out and in multiples of 128) or
     "sm90" (of 64).
-    search: first replace the index by w's best patterns, adding the flips to the int64 tensor `flips`. metadata: it
-    depends on the index alone, so between refreshes only the values need writing; with `search` it is always written.
-    Per block of fp32 w: 64 B of w, 1 B of index, 2 x 16 B of values, at most 660 I; with 2 x 2 B of metadata 690,
-    with 1 B more of index, for the search, 695. Raises ValueError on input it would misread.
+    metadata: it depends on the index alone, so between refreshes only the values need writing. Raises ValueError on
+    input it would misread.
     """
     (rows, columns), multiple = w.shape, _row_multiple("pack_weight_", order)
     size = rows * columns * 9 // 16
@@ -396,26 +347,22 @@ def pack_weight_(packed, packed_t, w, index, tables, order, search=False, metada
             f"pack_weight_: index {index.dtype} {tuple(index.shape)}, need the contiguous uint8 "
             f"{(rows // 4, columns // 4)} of transposable_index"
         )
-    if search and flips is None:
-        raise ValueError("pack_weight_: search=True counts flips, need flips, an int64 0-d tensor")
     _launch(
         _pack_weight_kernel,
         rows * columns // 4096,
         w,
         index,
         tables,
-        flips if search else index,
         *_packed_pointers(written[0], rows, columns),
         *_packed_pointers(written[-1], columns, rows),
         rows,
         columns,
         w.stride(0),
-        SEARCH=search,
-        METADATA=metadata or search,
+        METADATA=metadata,
         ORDER=int(order[2:]),
         WRITE=packed is not None,
         WRITE_T=packed_t is not None,
-        written=(*written, *((index, flips) if search else ())),
+        written=written,
         num_warps=8,
     )
 
@@ -531,7 +478,7 @@ def _(w, scale=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masked decay (Eq. 10) and AdamW, over quads: four neighbours of a row of a weight, a thread each
+# AdamW with masked decay (Eq. 10), over quads: four neighbours of a row of a weight, a thread each
 
 
 @triton.jit
@@ -546,43 +493,6 @@ def _kept_quad(index_ptr, tables_ptr, quad, columns, live):
 def _masked(x, kept):
     """x (N, 4) with zeros where `kept` (N,) has its bit set."""
     return tl.where(((kept[:, None] >> tl.arange(0, 4)[None, :]) & 1) != 0, 0.0, x)
-
-
-@triton.jit
-def _masked_decay_kernel(grad_ptr, w_ptr, index_ptr, tables_ptr, decay, columns, quads, QUADS: tl.constexpr):
-    n = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
-    live = n < quads
-    kept = _kept_quad(index_ptr, tables_ptr, n, columns, live)
-    at = n.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    grad = tl.load(grad_ptr + at, mask=live[:, None])
-    w = _masked(_float32(tl.load(w_ptr + at, mask=live[:, None])), kept)
-    tl.store(grad_ptr + at, _round(_float32(grad) + decay * w, grad.dtype), mask=live[:, None])
-
-
-def masked_decay_(
-    grad: torch.Tensor, w: torch.Tensor, index: torch.Tensor, decay: float, tables: torch.Tensor
-) -> torch.Tensor:
-    """Eq. 10 in place from the index matrix. Twin: operators.masked_decay_ref_.
-
-    grad, w: (out, in), contiguous, float32 or 16-bit; index: uint8 (out/4, in/4). None of that is checked here;
-    operators.masked_decay_ does. Returns grad. Per fp32 element: 4 B of w, 8 B of grad, 1/16 B of index, at most 82 I.
-    """
-    quads = w.numel() // 4
-    _launch(
-        _masked_decay_kernel,
-        triton.cdiv(quads, 256),
-        grad,
-        w,
-        index,
-        tables,
-        decay,
-        w.shape[1] // 4,
-        quads,
-        QUADS=256,
-        written=(grad,),
-        num_warps=8,
-    )
-    return grad
 
 
 @triton.jit

@@ -148,18 +148,7 @@ def test_search_by_90_scores_is_the_optimum_within_tf32():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flips and the weight pack
-
-
-def test_flip_count_is_the_hamming_distance_of_any_two_patterns():
-    before, after = (torch.arange(90, dtype=torch.uint8, device=DEVICE).repeat(n) for n in (90, 90))
-    after = after.view(90, 90).t().contiguous().flatten()
-    pairs = (before.view(90, 90), after.view(90, 90))
-    expected = (expand_index(pairs[0]) != expand_index(pairs[1])).sum()
-    assert kernels.flip_count(*pairs, TABLES) == expected
-    assert kernels.flip_count(pairs[0][:1, :3].contiguous(), pairs[1][:1, :3].contiguous(), TABLES) == (
-        operators.flip_count_ref(pairs[0][:1, :3], pairs[1][:1, :3])
-    )
+# The weight pack
 
 
 def random_index(rows: int, columns: int) -> torch.Tensor:
@@ -176,16 +165,14 @@ def expected_packs(w, index, order):
     ("order", "rows", "columns"),
     [("sm80", 128, 128), ("sm80", 256, 128), ("sm90", 64, 64), ("sm90", 64, 192), ("sm90", 192, 64)],
 )
-@pytest.mark.parametrize(("search", "metadata"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_pack_equals_its_twin(order, rows, columns, search, metadata, dtype):
+def test_weight_pack_equals_its_twin(order, rows, columns, dtype):
     wide = awkward(rows, columns + 64, dtype=dtype)
     w, index = wide[:, :columns], random_index(rows, columns)
-    old, flips = index.clone(), seed_tensor(5)
+    old = index.clone()
     packed, packed_t = torch.zeros(2, rows * columns * 9 // 16, dtype=torch.bfloat16, device=DEVICE)
-    kernels.pack_weight_(packed, packed_t, w, index, TABLES, order, search=search, metadata=metadata, flips=flips)
-    assert torch.equal(index, transposable_index_ref(w) if search else old)
-    assert flips == 5 + (operators.flip_count_ref(old, index) if search else 0)
+    kernels.pack_weight_(packed, packed_t, w, index, TABLES, order)
+    assert torch.equal(index, old)
     for got, expected in zip((packed, packed_t), expected_packs(w, index, order), strict=True):
         size = rows * columns // 2
         assert_equal(got[:size], expected[:size])
@@ -223,7 +210,6 @@ def test_weight_pack_refuses_what_it_would_misread():
         ({"packed_t": packed_t[:-1]}, r"need a bfloat16 buffer of \(2304,\)"),
         ({"index": index[:8]}, r"index torch.uint8 \(8, 16\), need the contiguous uint8 \(16, 16\)"),
         ({"index": index.int()}, "index torch.int32"),
-        ({"search": True}, "search=True counts flips, need flips"),
         ({"packed": None, "packed_t": None}, "packed and packed_t are both None"),
     ):
         args = {"packed": packed, "packed_t": packed_t, "w": w, "index": index, "tables": TABLES, "order": "sm90"}
@@ -539,7 +525,7 @@ def test_fused_backward_refuses_what_it_would_misread():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Soft threshold, masked decay, AdamW
+# Soft threshold, AdamW
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -576,20 +562,6 @@ def test_soft_threshold_scale(dtype):
     assert scale.dtype == torch.float32
     assert abs(scale.double() / exact - 1) < 1024 * 2**-24  # the positive terms of one program, added in float32
     assert kernels.soft_threshold24(torch.ones(4, 8, dtype=dtype, device=DEVICE), scale=True)[1] == 1  # S(w) = 0
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 4), (20, 36), (64, 128)])
-def test_masked_decay_equals_its_twin(shape, dtype):
-    grad, w, index = randn(*shape, dtype=dtype), randn(*shape, seed=1), random_index(*shape)
-    got = grad.clone()
-    assert kernels.masked_decay_(got, w, index, 0.3, TABLES) is got
-    mask = expand_index(index)
-    assert_equal(got[mask], grad[mask])
-    exact = grad.double() + 0.3 * w.double()
-    # the product and the sum round in float32, and the sum once more to grad's dtype
-    bound = half_unit(exact, dtype) + 2**-23 * (grad.double().abs() + w.double().abs())
-    assert ((got.double() - exact).abs() <= bound)[~mask].all()
 
 
 @pytest.mark.parametrize("decay_on_weight", [False, True])

@@ -33,9 +33,10 @@ from runtime import write_json
 from spmm_choice import reason
 
 if find_spec("triton"):
-    import baselines
     import kernels
-    import kernels_ffn
+    from benchmarks import baselines
+
+    kernels.use_patterns(operators.PATTERNS)
 
 # Compute capability, SMs, clock in GHz (an assumption), memory bandwidth in TB/s by the vendor's data sheets.
 GPUS = {
@@ -75,10 +76,6 @@ def _randn(*shape: int, device: str, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(*shape, device=device, dtype=dtype)
 
 
-def _tables(device: str) -> torch.Tensor:
-    return operators._table("kernel", torch.device(device))
-
-
 def _search(rows, columns, order, device, dtype=torch.float32):
     w = _randn(rows, columns, device=device, dtype=dtype)
     return lambda: kernels.transposable_index(w)
@@ -89,44 +86,45 @@ def _pack(rows, columns, order, device, dtype=torch.float32, forms=(True, True),
     sizes = [w.numel() * 9 // 16 if form else None for form in forms]
     packed = [size and torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
     index = _index(w)
-    return lambda: kernels.pack_weight_(*packed, w, index, _tables(device), order, **options)
+    return lambda: kernels.pack_weight_(*packed, w, index, order, **options)
 
 
 def _mvue(rows, columns, order, device, dtype=torch.bfloat16, token_major=False):
     x, seed = _randn(rows, columns, device=device, dtype=dtype), torch.tensor(1, device=device)
     x = x.t().contiguous().t() if token_major else x
-    return lambda: kernels_ffn.mvue24(x, seed)
+    return lambda: kernels.mvue24(x, seed)
 
 
 def _mvue_pack(rows, columns, order, device, token_major=False):
     shape = (columns, rows) if token_major else (rows, columns)
     x, seed = _randn(*shape, device=device, dtype=torch.bfloat16), torch.tensor(1, device=device)
-    return lambda: kernels_ffn.mvue24_pack(x, seed, order, token_major, False)
+    return lambda: kernels.mvue24_pack(x, seed, order, token_major)
 
 
 def _z_and_da(rows, columns, device, activation):
-    z = _randn(rows * (2 if activation in kernels_ffn.GATED else 1), columns, device=device, dtype=torch.bfloat16)
+    z = _randn(rows * (2 if activation in operators.GATED else 1), columns, device=device, dtype=torch.bfloat16)
     return z, z[:rows].clone()
 
 
-def _activation(rows, columns, order, device, activation, rowwise=False):
+def _activation(rows, columns, order, device, activation, by_token=False):
     z, _ = _z_and_da(rows, columns, device, activation)
-    return lambda: kernels_ffn.activation(z, activation, rowwise)
+    return lambda: (baselines.activation_by_token if by_token else kernels.activation)(z, activation)
 
 
-def _activation_backward(rows, columns, order, device, activation, rowwise=False):
+def _activation_backward(rows, columns, order, device, activation, by_token=False):
     z, da = _z_and_da(rows, columns, device, activation)
-    return lambda: kernels_ffn.activation_backward(z, da, activation, rowwise)
+    f = baselines.activation_backward_by_token if by_token else kernels.activation_backward
+    return lambda: f(z, da, activation)
 
 
 def _fused(rows, columns, order, device, activation, bias=False):
     (z, da), seed = _z_and_da(rows, columns, device, activation), torch.tensor(1, device=device)
-    return lambda: kernels_ffn.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
+    return lambda: kernels.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
 
 
 def _soft(rows, columns, order, device, scale=False):
     w = _randn(rows, columns, device=device)
-    return lambda: kernels.soft_threshold24(w, scale)
+    return lambda: (kernels.sste_scale if scale else kernels.soft_threshold24)(w)
 
 
 def _pairs(rows, columns, order, device):
@@ -138,7 +136,7 @@ def _adamw(rows, columns, order, device):
     p, g, m, v = (_randn(rows, columns, device=device).abs_() for _ in range(4))
     scalars = [operators.adamw_scalars(1, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1e-4)]
     index = _index(p)
-    return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars, _tables(device))
+    return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars)
 
 
 _GROUP = "group of 4"
@@ -452,8 +450,8 @@ def table3(widths, repetitions: int) -> Iterator[dict]:
     compiled = torch.compile(lambda z: operators.activation_ref(z, "geglu"))
     for width in widths:
         cases = [
-            (name, make, moved, functools.partial(make, width, TOKENS, "", DEVICE, "geglu", rowwise))
-            for name, rowwise in (("along tokens (ours)", False), ("along features (intuitive)", True))
+            (name, make, moved, functools.partial(make, width, TOKENS, "", DEVICE, "geglu", by_token))
+            for name, by_token in (("along tokens (ours)", False), ("along features (intuitive)", True))
             for make, moved in ((_activation, 6), (_activation_backward, 10))
         ]
 

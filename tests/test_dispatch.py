@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
 import kernels
-import kernels_ffn
 import operators
 import sparse24
 from ffn import plan_ffn, set_plan
@@ -35,8 +34,8 @@ def on_kernels(monkeypatch):
     """CPU tensors go to the kernels, interpreted."""
     if torch.cuda.is_available():
         pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; test_gpu.py goes through dispatch")
+    kernels.use_patterns(operators.PATTERNS)
     monkeypatch.setattr(operators, "_kernels", kernels)
-    monkeypatch.setattr(operators, "_kernels_ffn", kernels_ffn)
     monkeypatch.setattr(operators, "_STATUS", {CPU: "on"})
 
 
@@ -48,16 +47,10 @@ def launched(on_kernels, monkeypatch):
     def counted(name, launch):
         return lambda *args, **kwargs: (calls.append(name), launch(*args, **kwargs))[1]
 
-    launchers = {
-        kernels: (*("transposable_index", "pair_index", "adamw_", "soft_threshold24", "pack_weight_"),),
-        kernels_ffn: (
-            *("mvue24", "activation", "activation_backward"),
-            *("mvue24_pack", "activation_backward_mvue24_pack"),
-        ),
-    }
-    for module, names in launchers.items():
-        for name in names:
-            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    launchers = ("transposable_index", "pack_weight_", "pair_index", "soft_threshold24", "sste_scale", "adamw_")
+    launchers += ("activation", "activation_backward", "mvue24", "mvue24_pack", "activation_backward_mvue24_pack")
+    for name in launchers:
+        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
     return calls
 
 
@@ -90,14 +83,12 @@ def test_status_says_why(monkeypatch, value, capability, hip, status):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(operators, "_STATUS", {})
     monkeypatch.setattr(operators, "_kernels", None)
-    monkeypatch.setattr(operators, "_kernels_ffn", None)
     tested = []
     monkeypatch.setattr(operators, "kernel_mismatches", lambda device: tested.append(device) or [])
     for _ in range(2):
         assert sparse24.kernel_status(torch.device("cuda", 0)) == status
     assert tested == ([torch.device("cuda", 0)] if status == "on" else [])  # once
     assert operators._kernels is (kernels if status == "on" else None)
-    assert operators._kernels_ffn is (kernels_ffn if status == "on" else None)
 
 
 def test_another_value_of_the_switch_is_refused(monkeypatch):
@@ -121,7 +112,6 @@ def test_a_failed_self_test_warns_and_leaves_the_twins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(operators, "_kernels", None)
-    monkeypatch.setattr(operators, "_kernels_ffn", None)
     device = torch.device("cuda", 0)
     for mismatches, reason in (
         (lambda device: ["mvue24"], "failed the self-test, unlike their twins: mvue24"),
@@ -155,7 +145,7 @@ def test_missing_triton_is_the_reason(monkeypatch):
 
 def test_self_test_passes_and_names_what_is_wrong(monkeypatch):
     assert operators.kernel_mismatches(CPU) == []
-    monkeypatch.setattr(kernels_ffn, "mvue24", lambda x, seed: operators.mvue24_ref(x, seed + 1))
+    monkeypatch.setattr(kernels, "mvue24", lambda x, seed: operators.mvue24_ref(x, seed + 1))
     monkeypatch.setattr(kernels, "pair_index", lambda w: torch.zeros(()))
     monkeypatch.setattr(kernels, "adamw_", lambda *args: None)
     paths = ("(float32)", "", "(whole tiles)", "(token-major)", "(transposed)")
@@ -220,7 +210,8 @@ def test_operators_reach_the_kernels(launched):
     assert torch.allclose(sparse24.activation(w, "gelu"), sparse24.activation_ref(w, "gelu"), atol=1e-6)
     expected = sparse24.activation_backward_ref(w, w, "gelu")
     assert torch.allclose(sparse24.activation_backward(w, w, "gelu"), expected, atol=1e-5)
-    kinds = ["transposable_index", "mvue24", "soft_threshold24", "pair_index", "activation", "activation_backward"]
+    kinds = ["transposable_index", "mvue24", "soft_threshold24", "pair_index", "sste_scale"]
+    kinds += ["activation", "activation_backward"]
     assert list(dict.fromkeys(launched)) == kinds
 
 
@@ -238,6 +229,19 @@ def test_what_no_kernel_takes_goes_to_the_twins(launched):
     da = torch.randn(8, 16, requires_grad=True)
     assert backward(w, da, "gelu").requires_grad
     assert not operators.adamw_fits([torch.zeros(9)[1:]])  # 16-byte loads would be misaligned
+    assert launched == []
+
+
+def test_an_unknown_activation_is_refused_before_a_launch(launched):
+    z = torch.randn(64, 64).to(torch.bfloat16)
+    for name, args in (
+        ("activation", (z,)),
+        ("activation_backward", (z, z)),
+        ("activation_backward_mvue24_pack", (z, z, 0)),
+    ):
+        order = ("sm90",) if name.endswith("pack") else ()
+        with pytest.raises(ValueError, match=f"{name}: activation 'selu' is unknown, need one of gelu, relu2, geglu"):
+            getattr(operators, name)(*args, "selu", *order)
     assert launched == []
 
 

@@ -502,13 +502,13 @@ def test_it_compiles_as_one_graph(order):
 
 
 @torch.library.custom_op("nano24_tests::activation", mutates_args=())
-def opaque_activation(z: torch.Tensor, activation: str, again: bool = False) -> torch.Tensor:
+def opaque_activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
     """What the compiler sees of the activation's kernel: an op that it cannot look into."""
     return operators.activation_ref(z, activation)
 
 
 @opaque_activation.register_fake
-def _(z, activation, again=False):
+def _(z, activation, recompute=False):
     return torch.empty_like(z)
 
 

@@ -33,9 +33,10 @@ from runtime import write_json
 from spmm_choice import reason
 
 if find_spec("triton"):
-    import baselines
     import kernels
-    import kernels_ffn
+    from benchmarks import baselines
+
+    kernels.use_patterns(operators.PATTERNS)
 
 # Compute capability, SMs, clock in GHz (an assumption), memory bandwidth in TB/s by the vendor's data sheets.
 GPUS = {
@@ -75,64 +76,55 @@ def _randn(*shape: int, device: str, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(*shape, device=device, dtype=dtype)
 
 
-def _tables(device: str) -> torch.Tensor:
-    return operators._table("kernel", torch.device(device))
-
-
 def _search(rows, columns, order, device, dtype=torch.float32):
     w = _randn(rows, columns, device=device, dtype=dtype)
     return lambda: kernels.transposable_index(w)
-
-
-def _flips(rows, columns, order, device):
-    index = _index(_randn(rows, columns, device=device))
-    after = index.flip(0).contiguous()
-    return lambda: kernels.flip_count(index, after, _tables(device))
 
 
 def _pack(rows, columns, order, device, dtype=torch.float32, forms=(True, True), **options):
     w = _randn(rows, columns, device=device, dtype=dtype)
     sizes = [w.numel() * 9 // 16 if form else None for form in forms]
     packed = [size and torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
-    index, flips = _index(w), torch.zeros((), dtype=torch.int64, device=device)
-    return lambda: kernels.pack_weight_(*packed, w, index, _tables(device), order, flips=flips, **options)
+    index = _index(w)
+    return lambda: kernels.pack_weight_(*packed, w, index, order, **options)
 
 
 def _mvue(rows, columns, order, device, dtype=torch.bfloat16, token_major=False):
     x, seed = _randn(rows, columns, device=device, dtype=dtype), torch.tensor(1, device=device)
     x = x.t().contiguous().t() if token_major else x
-    return lambda: kernels_ffn.mvue24(x, seed)
+    return lambda: kernels.mvue24(x, seed)
 
 
 def _mvue_pack(rows, columns, order, device, token_major=False):
     shape = (columns, rows) if token_major else (rows, columns)
     x, seed = _randn(*shape, device=device, dtype=torch.bfloat16), torch.tensor(1, device=device)
-    return lambda: kernels_ffn.mvue24_pack(x, seed, order, token_major, False)
+    return lambda: kernels.mvue24_pack(x, seed, order, token_major)
 
 
 def _z_and_da(rows, columns, device, activation):
-    z = _randn(rows * (2 if activation in kernels_ffn.GATED else 1), columns, device=device, dtype=torch.bfloat16)
+    z = _randn(rows * (2 if activation in operators.GATED else 1), columns, device=device, dtype=torch.bfloat16)
     return z, z[:rows].clone()
 
 
-def _activation(rows, columns, order, device, activation, rowwise=False):
+def _activation(rows, columns, order, device, activation, by_token=False):
     z, _ = _z_and_da(rows, columns, device, activation)
-    return lambda: kernels_ffn.activation(z, activation, rowwise)
+    return lambda: (baselines.activation_by_token if by_token else kernels.activation)(z, activation)
 
 
-def _activation_backward(rows, columns, order, device, activation, rowwise=False):
+def _activation_backward(rows, columns, order, device, activation, by_token=False):
     z, da = _z_and_da(rows, columns, device, activation)
-    return lambda: kernels_ffn.activation_backward(z, da, activation, rowwise)
+    f = baselines.activation_backward_by_token if by_token else kernels.activation_backward
+    return lambda: f(z, da, activation)
 
 
 def _fused(rows, columns, order, device, activation, bias=False):
     (z, da), seed = _z_and_da(rows, columns, device, activation), torch.tensor(1, device=device)
-    return lambda: kernels_ffn.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
+    return lambda: kernels.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
 
 
 def _soft(rows, columns, order, device, scale=False):
     w = _randn(rows, columns, device=device)
-    return lambda: kernels.soft_threshold24(w, scale)
+    return lambda: (kernels.sste_scale if scale else kernels.soft_threshold24)(w)
 
 
 def _pairs(rows, columns, order, device):
@@ -140,17 +132,11 @@ def _pairs(rows, columns, order, device):
     return lambda: kernels.pair_index(w)
 
 
-def _decay(rows, columns, order, device):
-    grad, w = _randn(rows, columns, device=device), _randn(rows, columns, device=device)
-    index = _index(w)
-    return lambda: kernels.masked_decay_(grad, w, index, 1e-4, _tables(device))
-
-
 def _adamw(rows, columns, order, device):
     p, g, m, v = (_randn(rows, columns, device=device).abs_() for _ in range(4))
     scalars = [operators.adamw_scalars(1, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1e-4)]
     index = _index(p)
-    return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars, _tables(device))
+    return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars)
 
 
 _GROUP = "group of 4"
@@ -159,10 +145,8 @@ CASES = [
     Case(
         "mask search, bf16 weights", "4x4 block", 16, 33, 270, (0, 0), functools.partial(_search, dtype=torch.bfloat16)
     ),
-    Case("flip count", "4x4 block", 16, 2, 25, (4, 0), _flips),
     Case("weight pack, values", "4x4 block", 16, 97, 250, (4, 0), functools.partial(_pack, metadata=False)),
     Case("weight pack, values and metadata", "4x4 block", 16, 101, 400, (4, 0), _pack),
-    Case("search, flips and weight pack", "4x4 block", 16, 102, 620, (4, 0), functools.partial(_pack, search=True)),
     *(  # as FSDP packs a gathered weight where it multiplies
         Case(
             f"weight pack of bf16{', transposed' if transposed else ''}",
@@ -229,7 +213,6 @@ CASES = [
     Case("row mask, fp32", _GROUP, 4, 17, 90, (1, 0), _pairs),
     Case("soft threshold, fp32", _GROUP, 4, 32, 80, (1, 1), _soft),
     Case("soft threshold and scale, fp32", _GROUP, 4, 32, 150, (1, 1), functools.partial(_soft, scale=True)),
-    Case("masked decay", "element", 1, 12.0625, 21, (2, 1), _decay),
     Case("AdamW with masked decay", "element", 1, 28.0625, 112, (4, 3), _adamw, graph=False),
 ]
 DEVICE = "cuda"  # where things are measured
@@ -241,7 +224,6 @@ TABLE3 = (768, 1024, 1280, 1600, 2048, 4096, 8192)
 # limited by the ALU pipe alone, if it runs at half rate as NVIDIA's table says.)
 ISSUE_BOUND = {
     "mask search, bf16 weights": "half the bytes for the same search; the master weights of training are float32",
-    "flip count": "2 B per 16 weights, a thirtieth of reading the weights",
     "MVUE, transposed and packed": "dY alone, a fifth of what is drawn; its exchange by shared memory comes on top",
 }
 
@@ -468,8 +450,8 @@ def table3(widths, repetitions: int) -> Iterator[dict]:
     compiled = torch.compile(lambda z: operators.activation_ref(z, "geglu"))
     for width in widths:
         cases = [
-            (name, make, moved, functools.partial(make, width, TOKENS, "", DEVICE, "geglu", rowwise))
-            for name, rowwise in (("along tokens (ours)", False), ("along features (intuitive)", True))
+            (name, make, moved, functools.partial(make, width, TOKENS, "", DEVICE, "geglu", by_token))
+            for name, by_token in (("along tokens (ours)", False), ("along features (intuitive)", True))
             for make, moved in ((_activation, 6), (_activation_backward, 10))
         ]
 

@@ -258,7 +258,7 @@ class _SparseFFN(torch.autograd.Function):
             else:
                 dy_24, db2 = dy.t(), dy.sum(0) if needs_b2 else None
             if needs_w2:
-                a = operators.activation(z, plan.activation, again=True)
+                a = operators.activation(z, plan.activation, recompute=True)
                 dw2 = matmul24(dy_24, a.t(), None, dy.shape[1], False, plan.dw2).to(ctx.w2_dtype)
                 dw2 = through_soft(dw2, w2, beta2, ctx.gradient)
             a = dy_24 = None  # freed before the large tensors of the other half are made

@@ -1,17 +1,15 @@
-"""Triton kernels for weights, with their launchers: mask search, packing, soft threshold, masked decay, AdamW. Those
-for activations and their gradients are in kernels_ffn.py. The specification is operators' `name_ref`, for packed
-operands spmm's `pack_ref`.
-
-One rule keeps shared memory out of the way: one thread owns one row of an (N, 4) tile, N = 32 * num_warps, and all the
-rest is 1-D, (N,). A (N, 4) load of contiguous memory is one 16-byte load per thread, and split twice it is four
-registers. What a thread owns is arithmetic on n = 0..N-1, not a 2-D tile. Arithmetic is float32 throughout.
+"""Every Triton kernel of a training step, with its launcher. The specification of `name` is `name_ref` in operators.py,
+in plain PyTorch: kernels.name(*arguments) is what operators.name_ref(*arguments) is.
 
 Launchers take CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, which is how the tests prove them without a GPU.
-Those on the path of a compiled model are torch custom ops with a fake beside them. Each docstring sums up the bytes (B)
-that must move and what they allow: an H200 at an assumed 1.75 GHz issues 132 SMs x 4 x 32 lanes x 1.75e9 = 2.96e13
-lane-instructions/s beside a copy, taken to reach 4.3 TB/s (0.9 of the data sheet's), so a kernel stays memory-bound
-below 6.8 instructions (I) per byte. What each compiles to is counted by bench.py, in results/kernels.md;
-tests/test_bench.py keeps it below its ceiling.
+They are not differentiable. Most are torch custom ops, so that torch.compile passes them by, with a fake beside them.
+
+One rule keeps shared memory out of the way: one thread owns one row of an (N, 4) tile, N = 32 * num_warps, and the rest
+of the arithmetic is 1-D, (N,). An (N, 4) load of contiguous memory is one 16-byte load a thread, and split twice it is
+four registers. Arithmetic is float32, and a result is rounded once. Offsets are int64.
+
+bench_kernels.py has the bytes that each kernel must move and the number of instructions that it may compile to, and
+measures it. The launch constants below were measured on an H200, on 16384 x 4096 elements: results/h200.
 """
 
 import functools
@@ -31,7 +29,7 @@ def _launch(kernel, programs: int, *args, written=(), **options) -> None:
     """
     torch.autograd.graph.increment_version(written)
     with torch.cuda.device_of(args[0]):
-        # Without contraction to FMA a kernel draws and rounds as its twin does: h - u*h is two roundings, not one.
+        # Without contraction to FMA a kernel rounds as its specification does: h - u*h is two roundings, not one.
         kernel[(programs,)](*args, **options, enable_fp_fusion=False)
 
 
@@ -100,13 +98,71 @@ def _bits16(x):
 
 
 @triton.jit
+def _low(word):
+    """The bfloat16 in the low half of an int32, as float32."""
+    return (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high(word):
+    return (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _copysign(magnitude, x):
     sign = x.to(tl.int32, bitcast=True) & -2147483648
     return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _load_quads(ptr, stride, live):
+    """float32 (N, 4): four columns from ptr (N,) on."""
+    return _float32(tl.load(ptr[:, None] + tl.arange(0, 4)[None, :] * stride, mask=live[:, None], other=0.0))
+
+
+@triton.jit
+def _bits4(bits):
+    """Whether each of the four low bits of (N,) is set, (N, 4)."""
+    return ((bits[:, None] >> tl.arange(0, 4)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _load_groups(ptr, n, columns, stride_row, stride_column, live):
+    """float32 (N, 4): groups number n of a matrix with `columns` groups a row."""
+    ptr += (n // columns).to(tl.int64) * stride_row + (n % columns).to(tl.int64) * (4 * stride_column)
+    return _load_quads(ptr, stride_column, live)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# transposable_index: Algorithm 1 by 8 candidates
+# The 90 patterns. Two kernels read a table of them, int32 (2, 90). [0]: the pattern's 16 bits, bit 4*row + column.
+# [1]: the two columns that each row keeps, low | high << 2, of row r at bit 4r; the same of column c at bit 16 + 4c.
+
+_TABLES: dict[torch.device, torch.Tensor] = {}
+
+
+def use_patterns(patterns: torch.Tensor) -> None:
+    """Say which patterns an index stands for: bool (90, 4, 4). Once a process; raises ValueError for other patterns."""
+    bits = (patterns.flatten(1).long() << torch.arange(16, device=patterns.device)).sum(-1)
+    both = torch.cat((patterns, patterns.transpose(1, 2)), dim=1).to(torch.uint8)  # (90, 8, 4)
+    low, high = both.sort(dim=-1, descending=True, stable=True).indices[..., :2].unbind(-1)
+    nibbles = ((low | high << 2) << 4 * torch.arange(8, device=patterns.device)).sum(-1)
+    table = torch.stack((bits, nibbles)).to(torch.int32)
+    if not torch.equal(_TABLES.setdefault(table.device, table), table):  # captured CUDA graphs hold the first one
+        raise ValueError("use_patterns: a process has one order of patterns, and these are others; start a new process")
+
+
+def _table(device: torch.device) -> torch.Tensor:
+    """The table of patterns on this device."""
+    if not _TABLES:
+        raise RuntimeError("kernels: the patterns are not known; call kernels.use_patterns(operators.PATTERNS) first")
+    table = _TABLES[device] if device in _TABLES else next(iter(_TABLES.values())).to(device)
+    if not torch.compiler.is_compiling():  # what is traced must not outlive its graph
+        _TABLES[device] = table
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transposable_index: Algorithm 1's argmax over 90 patterns, by 8 candidates
 
 
 @triton.jit
@@ -161,22 +217,20 @@ def _best_pattern(a, b, c, d):
 
 
 @triton.jit
-def _load4(ptr, stride, live):
-    """Four columns from ptr (N,) on, as float32, each (N,)."""
-    x = tl.load(ptr[:, None] + tl.arange(0, 4)[None, :] * stride, mask=live[:, None], other=0.0)
-    return _split4(_float32(x))
+def _load_rows(ptr, stride_row, stride_column, live):
+    """The four rows of the 4x4 blocks that begin at ptr (N,)."""
+    a = _split4(_load_quads(ptr, stride_column, live))
+    b = _split4(_load_quads(ptr + stride_row, stride_column, live))
+    c = _split4(_load_quads(ptr + 2 * stride_row, stride_column, live))
+    d = _split4(_load_quads(ptr + 3 * stride_row, stride_column, live))
+    return a, b, c, d
 
 
 @triton.jit
 def _load_block(w_ptr, block, columns, stride_row, stride_column, live):
     """The rows of the 4x4 blocks number `block` (N,) of w, `columns` blocks to a row."""
     ptr = w_ptr + (block // columns).to(tl.int64) * (4 * stride_row)
-    ptr += (block % columns).to(tl.int64) * (4 * stride_column)
-    a = _load4(ptr, stride_column, live)
-    b = _load4(ptr + stride_row, stride_column, live)
-    c = _load4(ptr + 2 * stride_row, stride_column, live)
-    d = _load4(ptr + 3 * stride_row, stride_column, live)
-    return a, b, c, d
+    return _load_rows(ptr + (block % columns).to(tl.int64) * (4 * stride_column), stride_row, stride_column, live)
 
 
 @triton.jit
@@ -189,70 +243,30 @@ def _transposable_index_kernel(w_ptr, index_ptr, columns, blocks, stride_row, st
 
 
 def transposable_index(w: torch.Tensor) -> torch.Tensor:
-    """The best of 90 patterns per 4x4 block. Twin: operators.transposable_index_ref, bit for bit.
+    """The pattern of largest L1 norm in each 4x4 block; bit for bit operators.transposable_index_ref.
 
-    w: (out, in), float32 or 16-bit, any strides (16-byte loads where the rows are contiguous). uint8 (out/4, in/4).
-    Its shape is not checked here; operators.transposable_index does. Per block: 64 B of fp32 w, 1 B of index, at most
-    440 I.
+    w: (out, in), both divisible by 4, float32 or 16-bit, any strides. Returns uint8 (out/4, in/4).
     """
     index = torch.empty((w.shape[0] // 4, w.shape[1] // 4), dtype=torch.uint8, device=w.device)
-    _launch(
-        _transposable_index_kernel,
-        triton.cdiv(index.numel(), 128),
-        w,
-        index,
-        index.shape[1],
-        index.numel(),
-        w.stride(0),
-        w.stride(1),
-        BLOCKS=128,
-        num_warps=4,
-    )
+    sizes, grid = (index.shape[1], index.numel(), *w.stride()), triton.cdiv(index.numel(), 128)
+    _launch(_transposable_index_kernel, grid, w, index, *sizes, BLOCKS=128, num_warps=4)
     return index
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flips, and the weight pack. `tables` is int32 (2, 90), from operators: [0] a pattern's 16 bits, bit 4*row + column;
-# [1] its metadata, the nibble of row r at bit 4r and that of column c at bit 16 + 4c (low index | high index << 2).
+# pack_weight_: the packed operands of w and of its transpose, from w and its index. A program takes 16x16 blocks.
 
 
-@triton.jit
-def _flips(before, after, tables_ptr):
-    """In how many of its 16 entries each block's pattern differs."""
-    x = tl.load(tables_ptr + before.to(tl.int32)) ^ tl.load(tables_ptr + after.to(tl.int32))
-    x = x - ((x >> 1) & 0x5555)
-    x = (x & 0x3333) + ((x >> 2) & 0x3333)
-    x = (x + (x >> 4)) & 0x0F0F
-    return (x + (x >> 8)) & 0x1F
+def _row_multiple(function: str, order: str) -> int:
+    """What the rows of an operand packed in this metadata order are a multiple of."""
+    if order not in ("sm80", "sm90"):
+        raise ValueError(f"{function}: metadata order {order!r} is unknown, need sm80 or sm90")
+    return 128 if order == "sm80" else 64
 
 
-@triton.jit
-def _flip_count_kernel(before_ptr, after_ptr, tables_ptr, flips_ptr, blocks, BLOCKS: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    before = tl.load(before_ptr + n, mask=n < blocks, other=0)
-    after = tl.load(after_ptr + n, mask=n < blocks, other=0)
-    tl.atomic_add(flips_ptr, tl.sum(_flips(before, after, tables_ptr)).to(tl.int64))
-
-
-def flip_count(before: torch.Tensor, after: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Mask entries that differ between two contiguous index matrices: an int64 0-d tensor. Twin: flip_count_ref.
-
-    Integers, so the order of the sum does not show. 2 B per block would allow 13 I, which it exceeds: bound by
-    instructions, but a thirtieth of what reading the weights takes.
-    """
-    flips = torch.zeros((), dtype=torch.int64, device=before.device)
-    _launch(
-        _flip_count_kernel,
-        triton.cdiv(before.numel(), 4096),
-        before,
-        after,
-        tables,
-        flips,
-        before.numel(),
-        BLOCKS=4096,
-        num_warps=4,
-    )
-    return flips
+def _packed_pointers(packed: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values as int32 pairs and metadata as int16 words: views of a packed operand."""
+    return packed.view(torch.int32)[: rows * columns // 4], packed[rows * columns // 2 :].view(torch.int16)
 
 
 @triton.jit
@@ -298,42 +312,16 @@ def _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns,
 
 @triton.jit
 def _pack_weight_kernel(
-    w_ptr,
-    index_ptr,
-    tables_ptr,
-    flips_ptr,
-    values_ptr,
-    metadata_ptr,
-    values_t_ptr,
-    metadata_t_ptr,
-    rows,
-    columns,
-    stride_row,
-    SEARCH: tl.constexpr,
-    METADATA: tl.constexpr,
-    ORDER: tl.constexpr,
-    WRITE: tl.constexpr,
-    WRITE_T: tl.constexpr,
-):
+    w_ptr, index_ptr, table_ptr, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, rows, columns, stride_row,
+    METADATA: tl.constexpr, ORDER: tl.constexpr, WRITE: tl.constexpr, WRITE_T: tl.constexpr,
+):  # fmt: skip
     tile_row, tile_column = tl.program_id(0) // (columns // 64), tl.program_id(0) % (columns // 64)
     n = tl.arange(0, 256)
     i, j = tile_row * 16 + n // 16, tile_column * 16 + n % 16  # this thread's block
     ptr = w_ptr + i.to(tl.int64) * (4 * stride_row) + 4 * j
-    live = n < 256
-    a, b, c, d = (
-        _load4(ptr, 1, live),
-        _load4(ptr + stride_row, 1, live),
-        _load4(ptr + 2 * stride_row, 1, live),
-        _load4(ptr + 3 * stride_row, 1, live),
-    )
-    index_ptr += i.to(tl.int64) * (columns // 4) + j
-    index = tl.load(index_ptr).to(tl.int32)
-    if SEARCH:
-        found = _best_pattern(_abs4(a), _abs4(b), _abs4(c), _abs4(d))
-        tl.atomic_add(flips_ptr, tl.sum(_flips(index, found, tables_ptr)).to(tl.int64))
-        tl.store(index_ptr, found.to(tl.uint8))
-        index = found
-    bits = tl.load(tables_ptr + index)
+    a, b, c, d = _load_rows(ptr, stride_row, 1, n < 256)
+    index = tl.load(index_ptr + i.to(tl.int64) * (columns // 4) + j).to(tl.int32)
+    bits = tl.load(table_ptr + index)
     if WRITE:
         x = (a, b, c, d)
         for r in tl.static_range(4):
@@ -346,7 +334,7 @@ def _pack_weight_kernel(
             out = values_t_ptr + (4 * j_t + r).to(tl.int64) * (rows // 4) + i_t
             tl.store(out, _transpose_tile(word, 16))
     if METADATA:
-        nibbles = tl.load(tables_ptr + 90 + index)
+        nibbles = tl.load(table_ptr + 90 + index)
         if WRITE:
             _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns, ORDER)
         if WRITE_T:
@@ -354,38 +342,21 @@ def _pack_weight_kernel(
             _store_metadata(metadata_t_ptr, nibbles_t, tile_column, tile_row, columns, rows, ORDER)
 
 
-def _packed_pointers(packed: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values as int32 pairs and metadata as int16 words: views of a packed operand."""
-    words = packed.view(torch.int32)
-    return words[: rows * columns // 4], packed[rows * columns // 2 :].view(torch.int16)
-
-
-def _row_multiple(function: str, order: str) -> int:
-    """What the rows of an operand that is packed in this metadata order are a multiple of."""
-    if order not in ("sm80", "sm90"):
-        raise ValueError(f"{function}: metadata order {order!r} is unknown, need sm80 or sm90")
-    return 128 if order == "sm80" else 64
-
-
-def pack_weight_(packed, packed_t, w, index, tables, order, search=False, metadata=True, flips=None) -> None:
-    """Write the packed operands of w and of w^T, from w and its index, in one pass. Twin: spmm.pack_ref on both.
+def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
+    """Write the packed operands of w and of its transpose under w's mask; equal to operators.pack_weight_ref_.
 
     packed, packed_t: 1-D bfloat16 buffers of 9/16 of w's elements; one may be None and is not written. w: (out, in),
     rows contiguous, float32 or bfloat16; index: uint8 (out/4, in/4). order: "sm80" (out and in multiples of 128) or
-    "sm90" (of 64).
-    search: first replace the index by w's best patterns, adding the flips to the int64 tensor `flips`. metadata: it
-    depends on the index alone, so between refreshes only the values need writing; with `search` it is always written.
-    Per block of fp32 w: 64 B of w, 1 B of index, 2 x 16 B of values, at most 660 I; with 2 x 2 B of metadata 690,
-    with 1 B more of index, for the search, 695. Raises ValueError on input it would misread.
+    "sm90" (of 64). metadata=False writes the values alone, for an index that has not changed since the last call.
+    Raises ValueError on input that it would misread.
     """
     (rows, columns), multiple = w.shape, _row_multiple("pack_weight_", order)
-    size = rows * columns * 9 // 16
     if rows % multiple or columns % multiple or w.stride(1) != 1:
         raise ValueError(
             f"pack_weight_: w {tuple(w.shape)} with strides {w.stride()}, order {order} needs multiples of {multiple} "
             "and contiguous rows; multiply masked dense matrices instead"
         )
-    written = [buffer for buffer in (packed, packed_t) if buffer is not None]
+    written, size = [buffer for buffer in (packed, packed_t) if buffer is not None], rows * columns * 9 // 16
     if not written:
         raise ValueError("pack_weight_: packed and packed_t are both None; give the one that is to be written")
     for buffer in written:
@@ -396,52 +367,23 @@ def pack_weight_(packed, packed_t, w, index, tables, order, search=False, metada
             f"pack_weight_: index {index.dtype} {tuple(index.shape)}, need the contiguous uint8 "
             f"{(rows // 4, columns // 4)} of transposable_index"
         )
-    if search and flips is None:
-        raise ValueError("pack_weight_: search=True counts flips, need flips, an int64 0-d tensor")
-    _launch(
-        _pack_weight_kernel,
-        rows * columns // 4096,
-        w,
-        index,
-        tables,
-        flips if search else index,
-        *_packed_pointers(written[0], rows, columns),
-        *_packed_pointers(written[-1], columns, rows),
-        rows,
-        columns,
-        w.stride(0),
-        SEARCH=search,
-        METADATA=metadata or search,
-        ORDER=int(order[2:]),
-        WRITE=packed is not None,
-        WRITE_T=packed_t is not None,
-        written=(*written, *((index, flips) if search else ())),
-        num_warps=8,
-    )
+    buffers = (*_packed_pointers(written[0], rows, columns), *_packed_pointers(written[-1], columns, rows))
+    arguments = (w, index, _table(w.device), *buffers, rows, columns, w.stride(0))
+    forms = {"WRITE": packed is not None, "WRITE_T": packed_t is not None, "METADATA": metadata}
+    grid = rows * columns // 4096
+    _launch(_pack_weight_kernel, grid, *arguments, ORDER=int(order[2:]), **forms, written=written, num_warps=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Row-wise masks, and the soft threshold (S-STE)
-
-
-@triton.jit
-def _bits_split(x):
-    """|x| (N, 4) as int32 bits, which order as the magnitudes do, NaN above inf."""
-    return _split4(tl.abs(x).to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _load_groups(w_ptr, n, columns, stride_row, stride_column, live):
-    """float32 (N, 4): groups number n of a matrix with `columns` groups a row."""
-    ptr = w_ptr + (n // columns).to(tl.int64) * stride_row + (n % columns).to(tl.int64) * (4 * stride_column)
-    return _float32(tl.load(ptr[:, None] + tl.arange(0, 4)[None, :] * stride_column, mask=live[:, None], other=0.0))
+# pair_index: row-wise 2:4 masks, the two largest magnitudes of each group of four
 
 
 @triton.jit
 def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_column, GROUPS: tl.constexpr):
     n = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = n < groups
-    a0, a1, a2, a3 = _bits_split(_load_groups(w_ptr, n, columns, stride_row, stride_column, live))
+    bits = tl.abs(_load_groups(w_ptr, n, columns, stride_row, stride_column, live)).to(tl.int32, bitcast=True)
+    a0, a1, a2, a3 = _split4(bits)  # which order as the magnitudes do
     NAN: tl.constexpr = 0x7F800001  # all NaNs are one, above inf
     a0, a1, a2, a3 = tl.minimum(a0, NAN), tl.minimum(a1, NAN), tl.minimum(a2, NAN), tl.minimum(a3, NAN)
     # An element is kept that loses to one other at most. Ties keep the lower index.
@@ -454,22 +396,24 @@ def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_col
 
 
 @torch.library.custom_op("nano24::pair_index", mutates_args=())
-def pair_index(w: torch.Tensor) -> torch.Tensor:
-    """Row-wise 2:4 mask by magnitude, as the number of the pair that each group keeps. Twin: operators.pair_index_ref.
+def pair_index(x: torch.Tensor) -> torch.Tensor:
+    """The number, 0..5, of the pair that each group of four keeps; equal to operators.pair_index_ref.
 
-    w: (rows, n), n divisible by 4, float32 or 16-bit, any strides. Returns uint8 (rows, n/4). Per group of fp32: 16 B
-    read, 1 B written, at most 90 I.
+    x: (..., n), n divisible by 4, float32 or 16-bit, any strides. Returns uint8 (..., n/4).
     """
-    index = torch.empty((w.shape[0], w.shape[1] // 4), dtype=torch.uint8, device=w.device)
-    groups = index.numel()
-    grid, how = triton.cdiv(groups, 256), {"GROUPS": 256, "num_warps": 8}
-    _launch(_pair_index_kernel, grid, w, index, w.shape[1] // 4, groups, *w.stride(), **how)
+    index = torch.empty((*x.shape[:-1], x.shape[-1] // 4), dtype=torch.uint8, device=x.device)
+    x, groups = x.reshape(-1, x.shape[-1]), index.numel()
+    sizes, grid = (x.shape[1] // 4, groups, *x.stride()), triton.cdiv(groups, 256)
+    _launch(_pair_index_kernel, grid, x, index, *sizes, GROUPS=256, num_warps=8)
     return index
 
 
-@pair_index.register_fake
-def _(w):
-    return w.new_empty((w.shape[0], w.shape[1] // 4), dtype=torch.uint8)
+pair_index.register_fake(lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 4), dtype=torch.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# soft_threshold24 and sste_scale (S-STE): S(w) = sign(w) max(|w| - t, 0), t the second-smallest magnitude of a group of
+# four, and beta = <w, S(w)> / <S(w), S(w)> in the same read
 
 
 @triton.jit
@@ -479,7 +423,7 @@ def _soft_threshold24_kernel(
     n = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = n < groups
     x = _load_groups(w_ptr, n, columns, stride_row, stride_column, live)
-    a = _bits_split(x)
+    a = _split4(tl.abs(x).to(tl.int32, bitcast=True))  # which order as the magnitudes do
     low01, low23 = tl.minimum(a[0], a[1]), tl.minimum(a[2], a[3])
     high01, high23 = tl.maximum(a[0], a[1]), tl.maximum(a[2], a[3])
     threshold = tl.minimum(tl.maximum(low01, low23), tl.minimum(high01, high23)).to(tl.float32, bitcast=True)
@@ -493,96 +437,44 @@ def _soft_threshold24_kernel(
 
 
 @torch.library.custom_op("nano24::soft_threshold24", mutates_args=())
-def soft_threshold24(w: torch.Tensor, scale: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """S-STE's pruning and, with `scale`, its least-squares scale in the same read.
-
-    Twins: operators.soft_threshold24_ref, equal to it, and operators.sste_scale_ref, to the rounding of the sums.
-
-    w: (rows, n), n divisible by 4, float32 or 16-bit, any strides. Returns the pruned w, contiguous, and beta, float32
-    0-d (empty without `scale`). The partial sums are added in a fixed order: deterministic. Per group of fp32: 16 B
-    read, 16 B written, at most 218 I.
-    """
-    out = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    groups, per_program = w.numel() // 4, 256
-    programs = triton.cdiv(groups, per_program)
-    sums = torch.empty((programs, 2) if scale else (0,), dtype=torch.float32, device=w.device)
-    _launch(
-        _soft_threshold24_kernel,
-        programs,
-        w,
-        out,
-        sums,
-        w.shape[1] // 4,
-        groups,
-        *w.stride(),
-        SCALE=scale,
-        GROUPS=per_program,
-        num_warps=8,
-    )
+def _soft_threshold_and_scale(w: torch.Tensor, scale: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, x = torch.empty(w.shape, dtype=w.dtype, device=w.device), w.reshape(-1, w.shape[-1])
+    groups, grid = w.numel() // 4, triton.cdiv(w.numel(), 1024)
+    sums = torch.empty((grid, 2) if scale else (0,), dtype=torch.float32, device=w.device)
+    sizes = (x.shape[1] // 4, groups, *x.stride())
+    _launch(_soft_threshold24_kernel, grid, x, out, sums, *sizes, SCALE=scale, GROUPS=256, num_warps=8)
     if not scale:
         return out, sums
-    product, square = sums.double().sum(0)
+    product, square = sums.double().sum(0)  # in a fixed order: deterministic
     return out, torch.where(square > 0, product / square, 1).float()
 
 
-@soft_threshold24.register_fake
-def _(w, scale=False):
+@_soft_threshold_and_scale.register_fake
+def _(w, scale):
     return w.new_empty(w.shape), w.new_empty(() if scale else (0,), dtype=torch.float32)
 
 
+def soft_threshold24(w: torch.Tensor) -> torch.Tensor:
+    """S(w), contiguous; equal to operators.soft_threshold24_ref. w: (..., n), n divisible by 4, any strides."""
+    return _soft_threshold_and_scale(w, False)[0]
+
+
+def sste_scale(w: torch.Tensor) -> torch.Tensor:
+    """beta of w, float32 0-d; operators.sste_scale_ref within the rounding of the sums."""
+    return _soft_threshold_and_scale(w, True)[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Masked decay (Eq. 10) and AdamW, over quads: four neighbours of a row of a weight, a thread each
+# adamw_: masked decay (Eq. 10) and AdamW on many tensors in one launch. A thread has four neighbours of a row, a quad.
+
+_ADAMW_QUADS = 256  # of a program
 
 
-@triton.jit
-def _kept_quad(index_ptr, tables_ptr, quad, columns, live):
-    """Four mask bits (N,) of quad number `quad` of a weight with `columns` quads a row, from its index matrix."""
-    row, column = quad // columns, quad % columns
-    index = tl.load(index_ptr + (row // 4).to(tl.int64) * columns + column, mask=live, other=0).to(tl.int32)
-    return (tl.load(tables_ptr + index) >> (4 * (row % 4))) & 15
-
-
-@triton.jit
-def _masked(x, kept):
-    """x (N, 4) with zeros where `kept` (N,) has its bit set."""
-    return tl.where(((kept[:, None] >> tl.arange(0, 4)[None, :]) & 1) != 0, 0.0, x)
-
-
-@triton.jit
-def _masked_decay_kernel(grad_ptr, w_ptr, index_ptr, tables_ptr, decay, columns, quads, QUADS: tl.constexpr):
-    n = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
-    live = n < quads
-    kept = _kept_quad(index_ptr, tables_ptr, n, columns, live)
-    at = n.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    grad = tl.load(grad_ptr + at, mask=live[:, None])
-    w = _masked(_float32(tl.load(w_ptr + at, mask=live[:, None])), kept)
-    tl.store(grad_ptr + at, _round(_float32(grad) + decay * w, grad.dtype), mask=live[:, None])
-
-
-def masked_decay_(
-    grad: torch.Tensor, w: torch.Tensor, index: torch.Tensor, decay: float, tables: torch.Tensor
-) -> torch.Tensor:
-    """Eq. 10 in place from the index matrix. Twin: operators.masked_decay_ref_.
-
-    grad, w: (out, in), contiguous, float32 or 16-bit; index: uint8 (out/4, in/4). None of that is checked here;
-    operators.masked_decay_ does. Returns grad. Per fp32 element: 4 B of w, 8 B of grad, 1/16 B of index, at most 82 I.
-    """
-    quads = w.numel() // 4
-    _launch(
-        _masked_decay_kernel,
-        triton.cdiv(quads, 256),
-        grad,
-        w,
-        index,
-        tables,
-        decay,
-        w.shape[1] // 4,
-        quads,
-        QUADS=256,
-        written=(grad,),
-        num_warps=8,
-    )
-    return grad
+@functools.lru_cache(maxsize=16)
+def _chunks(quads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int32 (programs, 2): of each program, which tensor and which of its chunks."""
+    chunks = [(i, c) for i, n in enumerate(quads) for c in range(triton.cdiv(n, _ADAMW_QUADS))]
+    return torch.tensor(chunks, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -593,7 +485,7 @@ def _aligned(address_ptr):
 
 @triton.jit
 def _adamw_kernel(
-    pointers_ptr, sizes_ptr, scalars_ptr, programs_ptr, tables_ptr, DECAY_ON_WEIGHT: tl.constexpr, QUADS: tl.constexpr
+    pointers_ptr, sizes_ptr, scalars_ptr, programs_ptr, table_ptr, DECAY_ON_WEIGHT: tl.constexpr, QUADS: tl.constexpr
 ):
     # Of this program's tensor: the addresses of p, g, m, v and the index (0 = none), its quads, its quads a row.
     tensor = tl.load(programs_ptr + 2 * tl.program_id(0))
@@ -619,11 +511,13 @@ def _adamw_kernel(
     m = tl.load(m_ptr + at, mask=live[:, None], other=0.0)
     v = tl.load(v_ptr + at, mask=live[:, None], other=0.0)
     if index_address != 0:
-        kept = _kept_quad(index_ptr, tables_ptr, n, columns, live)
+        row, column = n // columns, n % columns  # `columns` quads
+        index = tl.load(index_ptr + (row // 4).to(tl.int64) * columns + column, mask=live, other=0).to(tl.int32)
+        pruned = tl.where(_bits4(tl.load(table_ptr + index) >> (4 * (row % 4))), 0.0, p)
         if DECAY_ON_WEIGHT:
-            p -= decay * _masked(p, kept)
+            p -= decay * pruned
         else:
-            g += decay * _masked(p, kept)
+            g += decay * pruned
     p *= shrink
     m += one_minus_beta1 * (g - m)
     v = beta2 * v + one_minus_beta2 * (g * g)
@@ -633,49 +527,593 @@ def _adamw_kernel(
     tl.store(v_ptr + at, v, mask=live[:, None])
 
 
-_ADAMW_QUADS = 256  # a chunk of 1024 elements to a program
-
-
-@functools.lru_cache(maxsize=16)
-def _chunks(quads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int32 (programs, 2): of each program, which tensor and which of its chunks."""
-    chunks = [(i, c) for i, n in enumerate(quads) for c in range(triton.cdiv(n, _ADAMW_QUADS))]
-    return torch.tensor(chunks, dtype=torch.int32, device=device)
-
-
-def adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, tables, decay_on_weight=False) -> None:
-    """AdamW with masked decay on many tensors in one launch, in place. Twin: operators.masked_decay_ref_ on the
-    gradients (or Eq. 8 on the weights), then torch.optim.AdamW; as there, divisions and roots are rounded ones.
+def adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weight: bool = False) -> None:
+    """Masked decay of the gradients (or Eq. 8, of the weights), then torch.optim.AdamW's step, in place.
 
     Equally long lists of contiguous, 16-byte aligned float32 tensors of a multiple of 4 elements on one device;
     `indices` holds None where no mask is. scalars: of each tensor (1 - beta1, beta2, 1 - beta2, eps,
     1 - lr * weight_decay, lr / (1 - beta1^t), sqrt(1 - beta2^t), masked decay), the last one lr * lambda with
-    decay_on_weight. Gradients are read only. Per element: 16 B of p, g, m and v, 12 B written, 1/16 B of index, at
-    most 192 I. Raises ValueError for tensors that it would misread.
+    decay_on_weight. Gradients are read only. Raises ValueError for tensors that it would misread.
     """
     device = params[0].device
     for t in (*params, *grads, *exp_avgs, *exp_avg_sqs):  # the kernel sees addresses alone
-        odd = t.numel() % 4 or t.data_ptr() % 16
-        if t.dtype != torch.float32 or not t.is_contiguous() or t.device != device or odd:
+        misaligned = t.numel() % 4 or t.data_ptr() % 16
+        if t.dtype != torch.float32 or not t.is_contiguous() or t.device != device or misaligned:
             raise ValueError(
                 f"adamw_: {t.dtype} {tuple(t.shape)} on {t.device}, need contiguous float32 on {device}, aligned to 16 "
                 "bytes, a multiple of 4 elements; use torch.optim.AdamW"
             )
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, indices, strict=True)
-    pointers = [[0 if t is None else t.data_ptr() for t in row] for row in tensors]
+    pointers = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in tensors], dtype=torch.int64)
     quads = [p.numel() // 4 for p in params]
     sizes = [(n, p.shape[-1] // 4 if i is not None else 1) for n, p, i in zip(quads, params, indices, strict=True)]
-    chunks = _chunks(tuple(quads), device)
-    _launch(
-        _adamw_kernel,
-        len(chunks),
-        torch.tensor(pointers, dtype=torch.int64).to(device, non_blocking=True),
-        torch.tensor(sizes, dtype=torch.int32).to(device, non_blocking=True),
-        torch.tensor(scalars, dtype=torch.float32).to(device, non_blocking=True),
-        chunks,
-        tables,
-        DECAY_ON_WEIGHT=decay_on_weight,
-        QUADS=_ADAMW_QUADS,
-        num_warps=8,
-        written=(*params, *exp_avgs, *exp_avg_sqs),
-    )
+    host = (pointers, torch.tensor(sizes, dtype=torch.int32), torch.tensor(scalars, dtype=torch.float32))
+    chunks, written = _chunks(tuple(quads), device), (*params, *exp_avgs, *exp_avg_sqs)
+    arguments = (*(t.to(device, non_blocking=True) for t in host), chunks, _table(device))
+    options = {"DECAY_ON_WEIGHT": decay_on_weight, "QUADS": _ADAMW_QUADS, "num_warps": 8}
+    _launch(_adamw_kernel, len(chunks), *arguments, **options, written=written)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# activation, activation_backward: a = f(z), dz = da f'(z), on feature-major tensors: z is (d_ff, tokens). A gated z is
+# (2 d_ff, tokens), the gate's rows first: a = f(gate) * up. The names of gated activations end with "glu".
+
+
+@triton.jit
+def _exp2(x):
+    """2^x, by one hardware instruction; results below 2^-126 become 0."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _reciprocal(x):
+    if _INTERPRETED:
+        return 1.0 / x
+    asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _activation(z, ACTIVATION: tl.constexpr):
+    """f(z) and f'(z) of the nonlinearity, float32; of a gated one, the gate's.
+
+    GELU: erf's exponential is the normal density, so value and derivative share it. With k = 1/(1 + 0.2316419 |z|),
+    Phi(-|z|) = density * poly5(k) to 7.5e-8 (Abramowitz and Stegun 26.2.17): within 3e-7 of z Phi(z), 4e-7 of f'. FMAs
+    are written out, because no launch contracts to them.
+    """
+    gated: tl.constexpr = ACTIVATION == "geglu" or ACTIVATION == "swiglu"
+    tl.static_assert(gated or (ACTIVATION == "gelu" or ACTIVATION == "relu2"))
+    if ACTIVATION == "relu2":
+        r = _max(z, 0.0)
+        return r * r, 2 * r
+    if ACTIVATION == "swiglu":
+        s = _reciprocal(1 + _exp2(-1.4426950408889634 * z))
+        return z * s, s * tl.fma(z, 1 - s, 1.0)
+    e = _exp2(-0.7213475204444817 * z * z)  # exp(-z^2/2)
+    k = _reciprocal(tl.fma(tl.abs(z), 0.2316419, 1.0))
+    poly = tl.fma(k, 0.5307027145, -0.7265760135)  # the published coefficients times 1/sqrt(2 pi)
+    poly = tl.fma(k, poly, 0.7107068705)
+    poly = tl.fma(k, poly, -0.142248368)
+    poly = tl.fma(k, poly, 0.127414796)
+    tail = e * (k * poly)
+    phi = tl.where(z > 0, 1 - tail, tail)
+    return z * phi, tl.fma(0.3989422804014327 * z, e, phi)
+
+
+@triton.jit
+def _backward(z, up, da, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """dZ of the (gate's) pre-activation and, gated, of the linear half: a = f(z) or f(z) * up."""
+    value, slope = _activation(z, ACTIVATION)
+    if GATED:
+        return da * up * slope, da * value
+    return da * slope, da
+
+
+@triton.jit
+def _activation_kernel(z_ptr, a_ptr, size, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = n < size
+    a, _ = _activation(_float32(tl.load(z_ptr + n, mask=live, other=0.0)), ACTIVATION)
+    if GATED:
+        a *= _float32(tl.load(z_ptr + size + n, mask=live, other=0.0))
+    tl.store(a_ptr + n, _round(a, a_ptr.dtype.element_ty), mask=live)
+
+
+def _gated(function: str, z: torch.Tensor, activation: str, da: torch.Tensor | None = None) -> bool:
+    """Whether the activation is gated. Raises ValueError on tensors that the kernels would misread."""
+    halves = 2 if activation.endswith("glu") else 1
+    fits = z.dim() == 2 and z.shape[0] % halves == 0 and z.is_contiguous()
+    if not fits or (da is not None and (da.shape != (z.shape[0] // halves, z.shape[1]) or not da.is_contiguous())):
+        raise ValueError(
+            f"{function}: z {tuple(z.shape)}{'' if da is None else f', da {tuple(da.shape)}'}; need contiguous "
+            f"feature-major z ({'2 d_ff' if halves == 2 else 'd_ff'}, tokens) and da (d_ff, tokens); call .contiguous()"
+        )
+    return halves == 2
+
+
+@torch.library.custom_op("nano24::activation", mutates_args=())
+def activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
+    """a = f(z), or f(gate) * up; operators.activation_ref within rounding and 3e-7.
+
+    z: (d_ff, tokens), gated (2 d_ff, tokens), contiguous. activation: gelu, relu2, geglu or swiglu. Returns (d_ff,
+    tokens) in z's dtype. recompute changes nothing here: torch.compile merges equal calls, and would keep the forward's
+    a for the backward, which computes it a second time to save memory.
+    """
+    gated = _gated("activation", z, activation)
+    a = z.new_empty((z.shape[0] // (1 + gated), z.shape[1]))
+    options = {"ACTIVATION": activation, "GATED": gated, "BLOCK": 1024, "num_warps": 4}
+    _launch(_activation_kernel, triton.cdiv(a.numel(), 1024), z, a, a.numel(), **options)
+    return a
+
+
+@activation.register_fake
+def _(z, activation, recompute=False):
+    return z.new_empty((z.shape[0] // (1 + _gated("activation", z, activation)), z.shape[1]))
+
+
+@triton.jit
+def _activation_backward_kernel(
+    z_ptr, da_ptr, dz_ptr, size, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = n < size
+    z = _float32(tl.load(z_ptr + n, mask=live, other=0.0))
+    da = _float32(tl.load(da_ptr + n, mask=live, other=0.0))
+    up = _float32(tl.load(z_ptr + size + n, mask=live, other=0.0)) if GATED else z
+    dz, dup = _backward(z, up, da, ACTIVATION, GATED)
+    tl.store(dz_ptr + n, _round(dz, dz_ptr.dtype.element_ty), mask=live)
+    if GATED:
+        tl.store(dz_ptr + size + n, _round(dup, dz_ptr.dtype.element_ty), mask=live)
+
+
+@torch.library.custom_op("nano24::activation_backward", mutates_args=())
+def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
+    """dz of `activation` in z's shape and dtype, from z and da (d_ff, tokens); its specification is
+    operators.activation_backward_ref."""
+    gated, dz, size = _gated("activation_backward", z, activation, da), torch.empty_like(z), da.numel()
+    options = {"ACTIVATION": activation, "GATED": gated, "BLOCK": 1024, "num_warps": 4}
+    _launch(_activation_backward_kernel, triton.cdiv(size, 1024), z, da, dz, size, **options)
+    return dz
+
+
+activation_backward.register_fake(lambda z, da, activation: torch.empty_like(z))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mvue24 (Eq. 6) to masked dense, of any dtype and strides. A thread has one unit: the rows p and p+8 of a 16-row tile,
+# and of a 32-column panel the groups q, q+1, q+4, q+5, q even. Those eight groups are four 16-byte loads of bfloat16,
+# whole metadata words in sm90's order, and two Philox calls, whose four words serve (row half, column half), as
+# operators.group_uniforms says. A program's tile is 32 rows x 128 columns.
+
+
+@triton.jit
+def _philox(counter, seed):
+    """Philox4x32-10 of the int64 counter (N,) and key, as four uint32 (N,)."""
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        first, second = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (second >> 32).to(tl.uint32) ^ c1 ^ k0, (first >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = second.to(tl.uint32), first.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _unit_float(word):
+    """The low 23 bits of a uint32 as a multiple of 2^-23 in [0, 1), exact."""
+    if _INTERPRETED:
+        bits = ((word & 0x7FFFFF) | 0x3F800000).to(tl.int32, bitcast=True)
+    else:  # in one instruction, with the second constant in a register
+        asm: tl.constexpr = "lop3.b32 $0, $1, 0x7fffff, $2, 0xea;"
+        one = tl.full(word.shape, 0x3F800000, tl.int32)
+        bits = tl.inline_asm_elementwise(asm, "=r,r,r", [word, one], tl.int32, is_pure=True, pack=1)
+    return bits.to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
+def _draw(
+    a, word, K01: tl.constexpr, K02: tl.constexpr, K03: tl.constexpr, K12: tl.constexpr, K13: tl.constexpr,
+    K23: tl.constexpr,
+):  # fmt: skip
+    """MVUE of magnitudes a (four (N,)) with a random word: h, and the constant of the pair that is kept.
+
+    As operators.mvue24_ref, comparison by comparison, its `past1`, `past0`, `from3` and `from2` in one chain.
+    """
+    u = _unit_float(word)
+    rest = _min(a[0], a[1]) + _min(a[2], a[3]) + _min(_max(a[0], a[1]), _max(a[2], a[3]))
+    h = _min(rest, ((a[0] + a[1]) + (a[2] + a[3])) * 0.5)
+    t = u * h
+    t = tl.where(t < h, t, 0.0)
+    s = h - t
+    last = (a[3] >= s) & (a[2] <= h)
+    first0 = tl.where(a[1] <= h, tl.where(last, K03, tl.where(a[2] + a[3] >= s, K02, K01)), K01)
+    first1 = tl.where(last | (a[2] == 0), K13, K12)
+    return h, tl.where(a[0] + a[1] <= t, K23, tl.where(a[0] <= t, first1, first0))
+
+
+@triton.jit
+def _unit(tile, tile_columns, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr, rows_first: tl.constexpr):
+    """First row (N,) and first column (N,) of each thread's unit; tiles are 16*TILE_GROUPS x 32*PANELS."""
+    n = tl.arange(0, 16 * TILE_GROUPS * PANELS)
+    if rows_first:  # neighbouring threads take neighbouring rows, for a matrix that lies transposed
+        p, rest = n % 8, n // 8
+        group, part = rest % TILE_GROUPS, rest // TILE_GROUPS
+    else:
+        part, rest = n % (2 * PANELS), n // (2 * PANELS)
+        p, group = rest % 8, rest // 8
+    row = (tile // tile_columns) * (16 * TILE_GROUPS) + group * 16 + p
+    return row, (tile % tile_columns) * (32 * PANELS) + part // 2 * 32 + part % 2 * 8
+
+
+@triton.jit
+def _counters(row, column, columns):
+    """Philox counters of the unit's groups (q, q+4) and (q+1, q+5), rows p and p+8: operators.group_uniforms."""
+    counter = (row // 16 * 8 + row % 8).to(tl.int64) * (4 * ((columns + 31) // 32)) + column // 32 * 4
+    return counter + column % 32 // 4
+
+
+@triton.jit
+def _mvue24_kernel(
+    x_ptr, out_ptr, seed_ptr, rows, columns, x_stride_row, x_stride_column, out_stride_row, out_stride_column,
+    ROWS_FIRST: tl.constexpr,
+):  # fmt: skip
+    row, column = _unit(tl.program_id(0), (columns + 127) // 128, 2, 4, ROWS_FIRST)
+    counter, seed = _counters(row, column, columns), tl.load(seed_ptr)
+    random = _philox(counter, seed) + _philox(counter + 1, seed)
+    for hi in tl.static_range(2):
+        for qh in tl.static_range(2):
+            for j in tl.static_range(2):
+                r, c = (row + 8 * hi).to(tl.int64), (column + 16 * qh + 4 * j).to(tl.int64)
+                live = (r < rows) & (c < columns)
+                x = _load_quads(x_ptr + r * x_stride_row + c * x_stride_column, x_stride_column, live)
+                h, pair = _draw(_split4(tl.abs(x)), random[4 * j + 2 * hi + qh], 3, 5, 9, 6, 10, 12)
+                y = tl.where(_bits4(pair), _copysign(_max(tl.abs(x), h[:, None]), x), 0.0)
+                out = (out_ptr + r * out_stride_row + c * out_stride_column)[:, None]
+                out += tl.arange(0, 4)[None, :] * out_stride_column
+                tl.store(out, _round(y, out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+def _mvue24_empty(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if _takes_words(x, True) else torch.empty_like(x)
+
+
+@torch.library.custom_op("nano24::mvue24", mutates_args=())
+def _mvue24(x: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    (rows, columns), out = x.shape, _mvue24_empty(x)
+    for token_major in (False, True):
+        if _takes_words(x, token_major):
+            stored = x.t() if token_major else x
+            _launch_words(stored, stored, stored, seed, out, out, None, rows, columns, "none", "masked", token_major)
+            return out
+    arguments = (x, out, seed, rows, columns, *x.stride(), *out.stride())
+    grid = triton.cdiv(rows, 32) * triton.cdiv(columns, 128)
+    _launch(_mvue24_kernel, grid, *arguments, ROWS_FIRST=x.stride(1) != 1, num_warps=4)
+    return out
+
+
+_mvue24.register_fake(lambda x, seed: _mvue24_empty(x))
+
+
+def _seed_tensor(seed, device: torch.device) -> torch.Tensor:
+    """A seed as int64 0-d on the device; an int is taken modulo 2^64."""
+    if torch.is_tensor(seed):
+        return seed.to(device, torch.int64)
+    return torch.tensor((int(seed) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def mvue24(x: torch.Tensor, seed) -> torch.Tensor:
+    """MVUE along the last dimension to masked dense; equal to operators.mvue24_ref.
+
+    x: (..., n), n divisible by 4, float32 or 16-bit, any strides. Returns x's shape and dtype. The fast paths take
+    bfloat16 matrices with 8 dividing n, and 32 the rows where rows are contiguous, 64 where columns are.
+    """
+    return _mvue24(x.reshape(-1, x.shape[-1]), _seed_tensor(seed, x.device)).view(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mvue24_pack, activation_backward_mvue24_pack: bfloat16 drawn in words of two, written as an operand of a 2:4 GEMM or
+# masked dense; with the activation's backward, dZ = f'(Z) dA, before it. A thread has one unit, as above.
+
+
+@triton.jit
+def _byte_perm(x, y, selector):
+    """Four bytes of the eight in (x, y), x the low four, as the selector's four low nibbles say (0..7)."""
+    if _INTERPRETED:
+        out = tl.zeros_like(x)
+        for i in tl.static_range(4):
+            byte = (selector >> (4 * i)) & 7
+            out |= ((tl.where(byte < 4, x, y) >> (8 * (byte & 3))) & 0xFF) << (8 * i)
+        return out
+    asm: tl.constexpr = "prmt.b32 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r", [x, y, selector], tl.int32, is_pure=True, pack=1)
+
+
+_RAISE = tl.constexpr("""{
+    .reg .b32 magnitude, both;
+    cvt.rn.bf16x2.f32 both, $2, $2;
+    and.b32 magnitude, $1, 0x7fff7fff;
+    max.NaN.bf16x2 magnitude, magnitude, both;
+    and.b32 both, $1, 0x80008000;
+    or.b32 $0, magnitude, both;
+}""")
+
+
+@triton.jit
+def _raise(word, h):
+    """sign(x) * max(|x|, h) of both bfloat16 in an int32, h rounded to bfloat16."""
+    if _INTERPRETED:  # non-negative floats order as integers, NaN above inf
+        bits = _bits16(h)
+        low, high = tl.maximum(word & 0x7FFF, bits), tl.maximum(word & 0x7FFF0000, bits << 16)
+        return low | high | (word & -2147450880)  # 0x80008000
+    return tl.inline_asm_elementwise(_RAISE, "=r,r,f", [word, h], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _load_words(ptr, live, EVEN: tl.constexpr):
+    """Eight bfloat16 from ptr (N,) on, as four int32; EVEN: all threads are live."""
+    ptr = ptr[:, None] + tl.arange(0, 4)[None, :]
+    return _split4(tl.load(ptr) if EVEN else tl.load(ptr, mask=live[:, None], other=0))
+
+
+@triton.jit
+def _store_words(ptr, words, live, EVEN: tl.constexpr):
+    """A tile (N, width) of int32 from ptr (N,) on."""
+    tl.store(ptr[:, None] + tl.arange(0, words.shape[1])[None, :], words, mask=None if EVEN else live[:, None])
+
+
+@triton.jit
+def _load_token_major(
+    x_ptr, tile, tile_columns, rows, columns, EVEN: tl.constexpr, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr
+):
+    """A tile of x^T from x (columns, rows) bfloat16, as int32: the units' words[2*hi + qh][0..3], by shared memory."""
+    t = (tile % tile_columns) * (32 * PANELS) + 2 * tl.arange(0, 16 * PANELS)
+    pair = (tile // tile_columns) * (8 * TILE_GROUPS) + tl.arange(0, 8 * TILE_GROUPS)  # of rows, neighbours in memory
+    ptr = x_ptr + t.to(tl.int64)[:, None] * (rows // 2) + pair[None, :]
+    live = (t < columns)[:, None]
+    even = tl.load(ptr) if EVEN else tl.load(ptr, mask=live, other=0)
+    odd = tl.load(ptr + rows // 2) if EVEN else tl.load(ptr + rows // 2, mask=live, other=0)
+    words = tl.join(_byte_perm(even, odd, 0x5410), _byte_perm(even, odd, 0x7632))  # of the pair's first and second row
+    # columns are (panel, qh, c, word), rows (group, hi, p/2, p%2); c = 0, 1 are the two units of a panel
+    words = tl.permute(tl.reshape(words, (PANELS, 2, 2, 4, TILE_GROUPS, 2, 4, 2)), (4, 6, 7, 0, 2, 3, 5, 1))
+    qh0, qh1 = tl.split(tl.reshape(words, (16 * TILE_GROUPS * PANELS, 4, 2, 2)))
+    w00, w10 = tl.split(qh0)
+    w01, w11 = tl.split(qh1)
+    return _split4(w00), _split4(w01), _split4(w10), _split4(w11)
+
+
+@triton.jit
+def _activation_words(z, up, da, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """_backward on two bfloat16 in an int32 each: words of dZ, rounded."""
+    low, low_up = _backward(_low(z), _low(up), _low(da), ACTIVATION, GATED)
+    high, high_up = _backward(_high(z), _high(up), _high(da), ACTIVATION, GATED)
+    return _bits16(low) | (_bits16(high) << 16), _bits16(low_up) | (_bits16(high_up) << 16)
+
+
+@triton.jit
+def _magnitudes(w0, w1):
+    """|x| of the four bfloat16 in two int32, float32."""
+    if _INTERPRETED:
+        return tl.abs(_low(w0)), tl.abs(_high(w0)), tl.abs(_low(w1)), tl.abs(_high(w1))
+    # The shift hidden from LLVM, the sign bit is dropped by the float instructions that follow, at no cost.
+    asm: tl.constexpr = "shl.b32 $0, $1, 16;"
+    low0 = tl.inline_asm_elementwise(asm, "=f,r", [w0], tl.float32, is_pure=True, pack=1)
+    low1 = tl.inline_asm_elementwise(asm, "=f,r", [w1], tl.float32, is_pure=True, pack=1)
+    return tl.abs(low0), tl.abs(_high(w0)), tl.abs(low1), tl.abs(_high(w1))
+
+
+@triton.jit
+def _word_sum(w):
+    """The sum of the eight bfloat16 in four int32."""
+    first, second = (_low(w[0]) + _high(w[0])) + (_low(w[1]) + _high(w[1])), _low(w[2]) + _high(w[2])
+    return first + (second + (_low(w[3]) + _high(w[3])))
+
+
+@triton.jit
+def _mvue24_masked(w0, w1, random):
+    """The two int32 words of a group after MVUE, zeros where nothing is kept. The constants are byte masks."""
+    h, pair = _draw(_magnitudes(w0, w1), random, 0xFFFF, 0xFF00FF, -0xFFFF01, 0xFFFF00, -0xFF0100, -0x10000)
+    return _raise(w0, h) & _byte_perm(pair, pair, 0x1100), _raise(w1, h) & _byte_perm(pair, pair, 0x3322)
+
+
+@triton.jit
+def _mvue24_pair(w0, w1, random):
+    """The two kept of a group after MVUE as an int32, and their nibble at bit 16. The constants: a byte selector in the
+    low 16 bits, which is all that the selection reads, and the nibble."""
+    h, pair = _draw(_magnitudes(w0, w1), random, 0x43210, 0x85410, 0xC7610, 0x95432, 0xD7632, 0xE7654)
+    return _raise(_byte_perm(w0, w1, pair), h), pair
+
+
+@triton.jit
+def _mvue24_words(out_ptr, x, random0, random1, live, EVEN: tl.constexpr, PACK: tl.constexpr):
+    """MVUE of two groups, x four words, written packed or masked at out_ptr. Returns the nibbles, at bits 0 and 16."""
+    if not PACK:
+        w0, w1 = _mvue24_masked(x[0], x[1], random0)
+        w2, w3 = _mvue24_masked(x[2], x[3], random1)
+        _store_words(out_ptr, _join4((w0, w1, w2, w3)), live, EVEN)
+        return w0
+    word0, nibble0 = _mvue24_pair(x[0], x[1], random0)
+    word1, nibble1 = _mvue24_pair(x[2], x[3], random1)
+    _store_words(out_ptr, tl.join(word0, word1), live, EVEN)
+    return _byte_perm(nibble0, nibble1, 0x7632)
+
+
+@triton.jit
+def _store_unit_metadata(metadata_ptr, metadata, row, column, rows, columns, ORDER: tl.constexpr):
+    """metadata (N,): the nibble of group q + j, row half hi, column half qh at bit 16j + 8qh + 4hi."""
+    live = column < columns
+    if ORDER == 90:
+        word = (row // 64).to(tl.int64) * (2 * columns) + column // 32 * 64 + row % 64 // 16 * 16 + row % 8 * 2
+        tl.store(metadata_ptr + word + column // 8 % 2, metadata, mask=live)
+    else:  # a 16-bit word is four groups of a row: this unit has half of four words, a byte each
+        byte = (rows // 128).to(tl.int64) * (column // 64 * 1024) + row // 128 * 1024 + row % 128 // 32 * 128
+        byte += column % 64 // 32 * 512 + row % 8 * 16 + row // 16 % 2 * 8 + column // 8 % 2
+        byte_ptr = metadata_ptr.to(tl.pointer_type(tl.int8)) + byte
+        for hi in tl.static_range(2):
+            for qh in tl.static_range(2):
+                bits = metadata >> (8 * qh + 4 * hi)
+                tl.store(byte_ptr + 4 * qh + 2 * hi, ((bits & 15) | ((bits >> 12) & 0xF0)).to(tl.int8), mask=live)
+
+
+@triton.jit
+def _replace(pair, PART: tl.constexpr, value):
+    return pair[:PART] + (value,) + pair[PART + 1 :]  # noqa: RUF005 (Triton knows no unpacking)
+
+
+@triton.jit
+def _mvue24_words_kernel(
+    x_ptr, z_ptr, dz_ptr, seed_ptr, out_ptr, metadata_ptr, bias_ptr, rows, columns,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, ORDER: tl.constexpr, TOKEN_MAJOR: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr,
+):  # fmt: skip
+    # x is dA, (rows, columns). With an activation, z and dz are (rows, columns) too, or gated (2 rows, columns), and so
+    # is what is pruned and written: dZ. Without one dZ is x.
+    parts: tl.constexpr = 2 if GATED else 1
+    tile, tile_columns = tl.program_id(0), (columns + 32 * PANELS - 1) // (32 * PANELS)
+    row, column = _unit(tile, tile_columns, TILE_GROUPS, PANELS, False)
+    counter, seed = _counters(row, column, columns), tl.load(seed_ptr)
+    random = _philox(counter, seed) + _philox(counter + 1, seed)
+    if GATED:  # the second half's rows begin at `rows`, a multiple of 16
+        counter = _counters(row + rows, column, columns)
+        random = random + _philox(counter, seed) + _philox(counter + 1, seed)
+    words_of_row = columns.to(tl.int64) >> 1
+    at = row * words_of_row + column // 2
+    if TOKEN_MAJOR:
+        x = _load_token_major(x_ptr, tile, tile_columns, rows, columns, EVEN, TILE_GROUPS, PANELS)
+    metadata = (tl.zeros_like(row), tl.zeros_like(row))
+    for hi in tl.static_range(2):
+        sums = (tl.zeros(row.shape, tl.float32), tl.zeros(row.shape, tl.float32))
+        for qh in tl.static_range(2):
+            here = at + (8 * hi * words_of_row + 8 * qh)
+            live = column + 16 * qh < columns
+            dz = x[2 * hi + qh] if TOKEN_MAJOR else _load_words(x_ptr + here, live, EVEN)
+            dz_both = (dz, dz)
+            if ACTIVATION != "none":
+                z = _load_words(z_ptr + here, live, EVEN)
+                up = _load_words(z_ptr + rows * words_of_row + here, live, EVEN) if GATED else z
+                w0, v0 = _activation_words(z[0], up[0], dz[0], ACTIVATION, GATED)
+                w1, v1 = _activation_words(z[1], up[1], dz[1], ACTIVATION, GATED)
+                w2, v2 = _activation_words(z[2], up[2], dz[2], ACTIVATION, GATED)
+                w3, v3 = _activation_words(z[3], up[3], dz[3], ACTIVATION, GATED)
+                dz_both = ((w0, w1, w2, w3), (v0, v1, v2, v3))
+            for part in tl.static_range(parts):
+                there = here + part * (rows * words_of_row)
+                if ACTIVATION != "none":
+                    _store_words(dz_ptr + there, _join4(dz_both[part]), live, EVEN)
+                if BIAS:
+                    sums = _replace(sums, part, sums[part] + _word_sum(dz_both[part]))
+                out = out_ptr + (there >> 1 if ORDER else there)
+                random0, random1 = random[8 * part + 2 * hi + qh], random[8 * part + 4 + 2 * hi + qh]
+                nibbles = _mvue24_words(out, dz_both[part], random0, random1, live, EVEN, ORDER != 0)
+                metadata = _replace(metadata, part, metadata[part] + (nibbles << (8 * qh + 4 * hi)))
+        if BIAS:
+            for part in tl.static_range(parts):
+                total = tl.sum(tl.reshape(sums[part], (8 * TILE_GROUPS, 2 * PANELS)), 1)
+                m = tl.arange(0, 8 * TILE_GROUPS)
+                bias_row = (tile // tile_columns) * (16 * TILE_GROUPS) + m // 8 * 16 + m % 8 + 8 * hi + part * rows
+                tl.store(bias_ptr + bias_row.to(tl.int64) * tile_columns + tile % tile_columns, total)
+    if ORDER:
+        for part in tl.static_range(parts):
+            at, all_rows = row + part * rows, rows * parts
+            _store_unit_metadata(metadata_ptr, metadata[part], at, column, all_rows, columns, ORDER)
+
+
+_TILES = {False: (32, 128), True: (64, 64)}  # rows and columns that a program takes; token-major
+_ORDERS = {"masked": 0, "sm80": 80, "sm90": 90}  # how MVUE is written: masked dense, or packed
+
+
+def _takes_words(x: torch.Tensor, token_major: bool) -> bool:
+    """Whether `_launch_words` can read x (rows, columns), or with token_major its transpose, in words of two."""
+    words = x.dtype == torch.bfloat16 and x.storage_offset() % 2 == 0 and (x.t() if token_major else x).is_contiguous()
+    return words and x.shape[0] % _TILES[token_major][0] == 0 and x.shape[1] % 8 == 0
+
+
+def _launch_words(x, z, dz, seed, out, metadata, bias, rows, columns, activation, order, token_major) -> None:
+    tile_rows, tile_columns = _TILES[token_major]
+    words = [t.view(torch.int32) for t in (x, z, dz, out, metadata)]
+    arguments = (*words[:3], seed, *words[3:], seed if bias is None else bias, rows, columns)
+    forms = {"ACTIVATION": activation, "GATED": activation.endswith("glu"), "ORDER": _ORDERS[order]}
+    forms |= {"TOKEN_MAJOR": token_major, "BIAS": bias is not None, "EVEN": columns % tile_columns == 0}
+    forms |= {"TILE_GROUPS": tile_rows // 16, "PANELS": tile_columns // 32}
+    grid = rows // tile_rows * triton.cdiv(columns, tile_columns)
+    _launch(_mvue24_words_kernel, grid, *arguments, **forms, num_warps=4)
+
+
+def multiples(order: str, token_major: bool = False, halves: int = 1) -> tuple[int, int]:
+    """What rows and tokens must be multiples of, to be drawn and written in this order; rows of all `halves`."""
+    return (_TILES[token_major][0] * halves, 8) if order == "masked" else (_row_multiple("mvue24_pack", order), 64)
+
+
+def _mvue24_outputs(like: torch.Tensor, rows: int, columns: int, order: str, bias: bool, token_major=False, halves=1):
+    """Empty tensors for `_launch_words`: out (masked or packed), its metadata part, partial bias gradients. rows: those
+    of all `halves`."""
+    multiple = multiples(order, token_major, halves)
+    if like.dtype != torch.bfloat16 or rows % multiple[0] or columns % multiple[1]:
+        raise ValueError(
+            f"mvue24 ({order}): {like.dtype}, {rows} rows of {columns} tokens, need bfloat16, multiples of {multiple}; "
+            "change d_ff or the tokens per micro-batch, or use mvue24"
+        )
+    out = like.new_empty((rows, columns) if order == "masked" else (rows * columns * 9 // 16,))
+    metadata = out if order == "masked" else out[rows * columns // 2 :]
+    tiles = triton.cdiv(columns, _TILES[token_major][1])
+    return out, metadata, like.new_empty((rows, tiles), dtype=torch.float32) if bias else None
+
+
+@torch.library.custom_op("nano24::mvue24_pack", mutates_args=())
+def _mvue24_pack(
+    x: torch.Tensor, seed: torch.Tensor, order: str, token_major: bool, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (rows, columns), x = (x.shape[::-1] if token_major else x.shape), x.contiguous()
+    out, metadata, partial = _mvue24_outputs(x, rows, columns, order, bias, token_major)
+    _launch_words(x, x, x, seed, out, metadata, partial, rows, columns, "none", order, token_major)
+    return out, x.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(1)
+
+
+@_mvue24_pack.register_fake
+def _(x, seed, order, token_major, bias):
+    rows, columns = x.shape[::-1] if token_major else x.shape
+    out, _, _ = _mvue24_outputs(x, rows, columns, order, False, token_major)
+    return out, x.new_empty(rows if bias else 0, dtype=torch.float32)
+
+
+def mvue24_pack(x: torch.Tensor, seed, order: str, token_major: bool = False, bias: bool = False):
+    """MVUE straight to a packed operand; equal to operators.mvue24_pack_ref.
+
+    x: bfloat16, (rows, tokens), or with token_major (tokens, rows), transposed on the way. order: "sm80" (rows a
+    multiple of 128, tokens of 64), "sm90" (64 and 64), or "masked" for the masked dense (rows, tokens). Returns it, and
+    with `bias` x's sums over tokens before the pruning, float32 (rows,), else an empty tensor. Deterministic. Raises
+    ValueError for a shape or dtype that does not fit.
+    """
+    return _mvue24_pack(x, _seed_tensor(seed, x.device), order, token_major, bias)
+
+
+@torch.library.custom_op("nano24::activation_backward_mvue24_pack", mutates_args=())
+def _activation_backward_mvue24_pack(
+    z: torch.Tensor, da: torch.Tensor, seed: torch.Tensor, activation: str, order: str, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    halves = 1 + _gated("activation_backward_mvue24_pack", z, activation, da)
+    (rows, tokens), dz = z.shape, torch.empty_like(z)
+    out, metadata, partial = _mvue24_outputs(z, rows, tokens, order, bias, halves=halves)
+    _launch_words(da, z, dz, seed, out, metadata, partial, rows // halves, tokens, activation, order, False)
+    return dz, out, z.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(1)
+
+
+@_activation_backward_mvue24_pack.register_fake
+def _(z, da, seed, activation, order, bias):
+    halves = 1 + _gated("activation_backward_mvue24_pack", z, activation, da)
+    out, _, _ = _mvue24_outputs(z, *z.shape, order, False, halves=halves)
+    return torch.empty_like(z), out, z.new_empty(z.shape[0] if bias else 0, dtype=torch.float32)
+
+
+def activation_backward_mvue24_pack(z, da, seed, activation: str, order: str, bias: bool = False):
+    """dz of `activation_backward`, and `mvue24_pack` of that dz, in one pass over memory.
+
+    z: (d_ff, tokens), gated (2 d_ff, tokens), da: (d_ff, tokens), bfloat16, contiguous. Returns dz, and what
+    `mvue24_pack` returns of it. Raises ValueError for a shape or dtype that does not fit.
+    """
+    return _activation_backward_mvue24_pack(z, da, _seed_tensor(seed, z.device), activation, order, bias)

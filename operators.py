@@ -50,21 +50,10 @@ PATTERNS_HASH = hashlib.sha256(PATTERNS.numpy().tobytes()).hexdigest()[:16]
 _CPU = torch.device("cpu")
 
 
-def _kernel_tables() -> torch.Tensor:
-    """int32 (2, 90): a pattern's 16 bits, bit 4*row + column; and which two it keeps, low | high << 2: of row r at bit
-    4r, of column c at bit 16 + 4c."""
-    bits = (PATTERNS.flatten(1).long() << torch.arange(16)).sum(-1)
-    both = torch.cat((PATTERNS, PATTERNS.transpose(1, 2)), dim=1).to(torch.uint8)  # (90, 8, 4)
-    low, high = both.sort(dim=-1, descending=True, stable=True).indices[..., :2].unbind(-1)
-    nibbles = ((low | high << 2) << 4 * torch.arange(8)).sum(-1)
-    return torch.stack((bits, nibbles)).to(torch.int32)
-
-
 _TABLES = {  # per device, copied there once
     "flat": {_CPU: PATTERNS.flatten(1)},  # bool (90, 16)
     "hamming": {_CPU: (PATTERNS.flatten(1)[:, None] != PATTERNS.flatten(1)[None]).sum(-1)},  # entries that differ
     "pairs": {_CPU: torch.tensor([[column in pair for column in range(4)] for pair in PAIRS])},  # bool (6, 4)
-    "kernel": {_CPU: _kernel_tables()},  # int32 (2, 90), what kernels.py reads
 }
 
 
@@ -203,7 +192,7 @@ def mask24_ref(w: torch.Tensor) -> torch.Tensor:
     return expand_pairs(pair_index_ref(w))
 
 
-def flip_count_ref(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+def flip_count(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Mask entries that differ between two uint8 index matrices, an int64 0-d tensor. ValueError for unlike ones."""
     if before.shape != after.shape or not before.dtype == after.dtype == torch.uint8:
         raise ValueError(
@@ -211,6 +200,9 @@ def flip_count_ref(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
             "need two uint8 index matrices of one shape"
         )
     return _table("hamming", before.device)[before.long(), after.long()].sum()
+
+
+flip_count_ref = flip_count  # no kernel: it is wanted every hundred steps, and reads 2 bytes per 16 weights
 
 
 def flip_rate(before, after) -> float:
@@ -435,7 +427,7 @@ def sste_scale_ref(w: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def masked_decay_ref_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
+def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
     """Eq. 10, in place: grad += decay * ~mask * w. Returns grad; decay per step.
 
     grad, w: one shape. mask: bool of that shape, or its uint8 index matrix. Raises ValueError on anything else.
@@ -450,6 +442,9 @@ def masked_decay_ref_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, d
     return grad.add_(torch.where(mask, 0, w).to(grad.dtype), alpha=decay)
 
 
+masked_decay_ref_ = masked_decay_  # no kernel of its own: AdamW's kernel adds the decay while it reads the weights
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Activations on feature-major tensors, (d_ff, tokens), as the hidden layer of a sparse FFN lies in memory (section 5.2)
 
@@ -458,10 +453,14 @@ GATED = ("geglu", "swiglu")
 ACTIVATIONS = ("gelu", "relu2", *GATED)
 
 
-def _gate_and_up(function: str, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The nonlinearity's argument and, of gated activations, the other factor, in the arithmetic's dtype."""
+def _check_activation(function: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{function}: activation {activation!r} is unknown, need one of {', '.join(ACTIVATIONS)}")
+
+
+def _gate_and_up(function: str, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The nonlinearity's argument and, of gated activations, the other factor, in the arithmetic's dtype."""
+    _check_activation(function, activation)
     if activation in GATED and (z.dim() == 0 or z.shape[0] % 2):
         raise ValueError(f"{function}: z {tuple(z.shape)}, {activation} needs (2 d_ff, tokens): gate and up, stacked")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -479,12 +478,12 @@ def _nonlinearity(z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch
     return z * phi, phi + z * torch.exp(-0.5 * z * z) * (2 * math.pi) ** -0.5
 
 
-def activation_ref(z: torch.Tensor, activation: str) -> torch.Tensor:
+def activation_ref(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
     """A = f(Z), or f(gate) * up where Z holds the rows of gate and up one after the other.
 
     z: (d_ff, tokens), gated (2 d_ff, tokens). activation: gelu (exact, by erf), relu2, geglu, swiglu. Computed in
     float32 (float64 for float64) and rounded once. Returns (d_ff, tokens). Raises ValueError for another activation
-    or, gated, an odd number of rows.
+    or, gated, an odd number of rows. recompute changes nothing here; see kernels.activation.
     """
     gate, up = _gate_and_up("activation", z, activation)
     value, _ = _nonlinearity(gate, activation)
@@ -547,12 +546,12 @@ def pack_weight_ref_(packed, packed_t, w, index, order: str, metadata: bool = Tr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What everything else calls: the kernels of kernels.py and kernels_ffn.py for CUDA tensors, the twins for all else
+# What everything else calls: the kernels of kernels.py for CUDA tensors, the twins for all else
 # (other devices, float64, empty tensors, given uniforms, tensors that a gradient flows back through, layouts that no
 # kernel takes). NANO24_KERNELS=0 turns the kernels off. Whether a device can use them is decided once: each is run
 # beside its twin.
 
-_kernels = _kernels_ffn = None  # the modules of these names, once a device uses them
+_kernels = None  # the module kernels, once a device uses it
 _STATUS: dict[torch.device, str] = {}  # "on", or why not
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -572,7 +571,7 @@ def kernel_status(device: torch.device) -> str:
 
 
 def _try_kernels(device: torch.device) -> str:
-    global _kernels, _kernels_ffn
+    global _kernels
     wanted = os.environ.get("NANO24_KERNELS", "1")
     if wanted not in ("0", "1"):
         raise ValueError(f"NANO24_KERNELS={wanted!r}, need 0 (PyTorch twins) or 1 (Triton kernels where they can)")
@@ -581,9 +580,7 @@ def _try_kernels(device: torch.device) -> str:
     if torch.version.hip or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (8, 0):
         return "off: the kernels need an NVIDIA GPU of compute capability 8.0 or more"
     try:
-        import kernels
-        import kernels_ffn
-
+        kernels = _import_kernels()
         with torch.device("cpu"):  # whatever default device a model is being built under
             wrong = kernel_mismatches(device)
     except ImportError as error:
@@ -593,75 +590,73 @@ def _try_kernels(device: torch.device) -> str:
         return f"off: failed the self-test with {type(error).__name__}: {error}"
     if wrong:
         return f"off: failed the self-test, unlike their twins: {', '.join(wrong)}"
-    _kernels, _kernels_ffn = kernels, kernels_ffn
+    _kernels = kernels
     return "on"
+
+
+def _import_kernels():
+    import kernels
+
+    kernels.use_patterns(PATTERNS)
+    return kernels
 
 
 def kernel_mismatches(device: torch.device) -> list[str]:
     """The operators whose kernel and twin differ on a small awkward input: an empty list on a sound machine."""
-    import kernels
-    import kernels_ffn
-
+    kernels = _import_kernels()
     w = torch.randn(64, 136, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     w[:4, :8] = w.new_tensor([0.0, 1.0, -1.0, 1e-40]).repeat(2)  # ties, zeros, a subnormal
     w = w.to(device)
     x = w.to(torch.bfloat16)
     x[0, :3] = x.new_tensor([math.inf, -math.inf, math.nan])
     seed = torch.tensor(-(2**40) - 1, dtype=torch.int64, device=device)
-    index, tables = transposable_index_ref(w), _table("kernel", device)
-    other = transposable_index_ref(w.roll(1, 0))
+    index = transposable_index_ref(w)
 
     def same(got: torch.Tensor, expected: torch.Tensor, **tolerance) -> bool:
         if tolerance:
             return torch.allclose(got.double(), expected.double(), **tolerance)
         return torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
 
-    decayed = [w.clone(), w.clone()]
-    kernels.masked_decay_(decayed[0], w, index, 0.5, tables)
-    masked_decay_ref_(decayed[1], w, index, 0.5)
     options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     ours, theirs, moments = w.clone(), nn.Parameter(w.clone()), [torch.zeros_like(w), torch.zeros_like(w)]
     adamw = torch.optim.AdamW([theirs], **options)
     for step in (1, 2):
-        theirs.grad = masked_decay_ref_(w.clone(), theirs.detach(), index, 0.5)
+        theirs.grad = masked_decay_(w.clone(), theirs.detach(), index, 0.5)
         adamw.step()
         scalars = [adamw_scalars(step, **options, masked_decay=0.5)]
-        kernels.adamw_([ours], [w], *([m] for m in moments), [index], scalars, tables)
+        kernels.adamw_([ours], [w], *([m] for m in moments), [index], scalars)
     z = w.to(torch.bfloat16)
     equal = {
         "transposable_index": same(kernels.transposable_index(w), index),
-        "flip_count": same(kernels.flip_count(index, other, tables), flip_count_ref(index, other)),
-        "mvue24 (float32)": same(kernels_ffn.mvue24(w, seed), mvue24_ref(w, seed)),
-        "mvue24": same(kernels_ffn.mvue24(x, seed), mvue24_ref(x, seed)),
-        "mvue24 (whole tiles)": same(*(f(x[:, :128].contiguous(), seed) for f in (kernels_ffn.mvue24, mvue24_ref))),
-        "mvue24 (token-major)": same(*(f(x[:, :128].contiguous().t(), seed) for f in (kernels_ffn.mvue24, mvue24_ref))),
-        "mvue24 (transposed)": same(kernels_ffn.mvue24(x.t(), seed), mvue24_ref(x.t(), seed)),
+        "mvue24 (float32)": same(kernels.mvue24(w, seed), mvue24_ref(w, seed)),
+        "mvue24": same(kernels.mvue24(x, seed), mvue24_ref(x, seed)),
+        "mvue24 (whole tiles)": same(*(f(x[:, :128].contiguous(), seed) for f in (kernels.mvue24, mvue24_ref))),
+        "mvue24 (token-major)": same(*(f(x[:, :128].contiguous().t(), seed) for f in (kernels.mvue24, mvue24_ref))),
+        "mvue24 (transposed)": same(kernels.mvue24(x.t(), seed), mvue24_ref(x.t(), seed)),
         "pair_index": same(kernels.pair_index(x), pair_index_ref(x)),
-        "soft_threshold24": same(kernels.soft_threshold24(w, True)[0], soft_threshold24_ref(w)),
-        "sste_scale": same(kernels.soft_threshold24(w, True)[1], sste_scale_ref(w), rtol=1e-5),
-        "masked_decay_": same(*decayed, rtol=1e-6, atol=1e-7),
+        "soft_threshold24": same(kernels.soft_threshold24(w), soft_threshold24_ref(w)),
+        "sste_scale": same(kernels.sste_scale(w), sste_scale_ref(w), rtol=1e-5),
         "adamw_": same(ours, theirs.detach(), rtol=1e-5, atol=1e-6),
     }
     whole = w[:, :128].contiguous()
     packs = [whole.new_zeros(2, whole.numel() * 9 // 16, dtype=torch.bfloat16) for _ in range(2)]
     for pack, into in ((kernels.pack_weight_, packs[0]), (pack_weight_ref_, packs[1])):
-        more = (tables,) if pack is kernels.pack_weight_ else ()
-        pack(*into, whole, index[:, :32].contiguous(), *more, "sm90")
+        pack(*into, whole, index[:, :32].contiguous(), "sm90")
     equal["pack_weight_"] = torch.equal(*packs)
     whole = z[:, :128].contiguous()
     for name, x in (("mvue24_pack", whole), ("mvue24_pack (token-major)", whole.t().contiguous())):
-        ours, theirs = (f(x, seed, "sm90", x is not whole, True) for f in (kernels_ffn.mvue24_pack, mvue24_pack_ref))
+        ours, theirs = (f(x, seed, "sm90", x is not whole, True) for f in (kernels.mvue24_pack, mvue24_pack_ref))
         equal[name] = torch.equal(ours[0], theirs[0]) and same(ours[1], theirs[1], rtol=1e-5, atol=1e-4)
     for name in ACTIVATIONS:
         da = whole[: len(whole) // 2] if name in GATED else whole
-        dz, packed, _ = kernels_ffn.activation_backward_mvue24_pack(whole, da, seed, name, "sm90", False)
+        dz, packed, _ = kernels.activation_backward_mvue24_pack(whole, da, seed, name, "sm90", False)
         expected = activation_backward_ref(whole, da, name)
         packs_alike = torch.equal(packed, mvue24_pack_ref(dz, seed, "sm90")[0])
         equal[f"{name} backward, packed"] = packs_alike and same(dz, expected, rtol=2**-7, atol=1e-5)
         da = z[: len(z) // 2] if name in GATED else z
         # one unit of bfloat16, where the two round apart; and 1e-6 for GELU's polynomial
-        equal[name] = same(kernels_ffn.activation(z, name), activation_ref(z, name), rtol=2**-7, atol=1e-6)
-        got, expected = kernels_ffn.activation_backward(z, da, name), activation_backward_ref(z, da, name)
+        equal[name] = same(kernels.activation(z, name), activation_ref(z, name), rtol=2**-7, atol=1e-6)
+        got, expected = kernels.activation_backward(z, da, name), activation_backward_ref(z, da, name)
         equal[f"{name} backward"] = same(got, expected, rtol=2**-7, atol=1e-5)
     return [name for name, ok in equal.items() if not ok]
 
@@ -688,21 +683,11 @@ def transposable_index(w: torch.Tensor) -> torch.Tensor:
     return _kernels.transposable_index(w) if _on_kernels(w) else transposable_index_ref(w)
 
 
-def flip_count(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """flip_count_ref, by a kernel where it can."""
-    alike = before.shape == after.shape and before.dtype == after.dtype == torch.uint8
-    if alike and _STATUS.get(before.device) == "on" and before.is_contiguous() and after.is_contiguous():
-        return _kernels.flip_count(before, after, _table("kernel", before.device))
-    return flip_count_ref(before, after)
-
-
 def pair_index(x: torch.Tensor) -> torch.Tensor:
     """pair_index_ref, by a kernel where it can."""
+    _check_groups("pair_index", x)
     x = x.detach()
-    if _on_kernels(x):
-        _check_groups("pair_index", x)
-        return _kernels.pair_index(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-    return pair_index_ref(x)
+    return _kernels.pair_index(x) if _on_kernels(x) else pair_index_ref(x)
 
 
 def mask24(w: torch.Tensor) -> torch.Tensor:
@@ -713,56 +698,41 @@ def mask24(w: torch.Tensor) -> torch.Tensor:
 
 def mvue24(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Tensor:
     """mvue24_ref, by a kernel where it can."""
-    if u is None and _on_kernels(x):
-        _check_groups("mvue24", x)
-        matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        return _kernels_ffn.mvue24(matrix, _seed_tensor(seed, x.device)).view(x.shape)
-    return mvue24_ref(x, seed, u)
+    _check_groups("mvue24", x)
+    return _kernels.mvue24(x, seed) if u is None and _on_kernels(x) else mvue24_ref(x, seed, u)
 
 
 def soft_threshold24(w: torch.Tensor) -> torch.Tensor:
     """soft_threshold24_ref, by a kernel where it can."""
-    if _on_kernels(w):
-        _check_groups("soft_threshold24", w)
-        return _kernels.soft_threshold24(w.reshape(-1, w.shape[-1]))[0].view(w.shape)
-    return soft_threshold24_ref(w)
+    _check_groups("soft_threshold24", w)
+    return _kernels.soft_threshold24(w) if _on_kernels(w) else soft_threshold24_ref(w)
 
 
 def sste_scale(w: torch.Tensor) -> torch.Tensor:
     """sste_scale_ref, by a kernel where it can."""
-    if _on_kernels(w):
-        _check_groups("sste_scale", w)
-        return _kernels.soft_threshold24(w.reshape(-1, w.shape[-1]), True)[1]
-    return sste_scale_ref(w)
+    _check_groups("sste_scale", w)
+    return _kernels.sste_scale(w) if _on_kernels(w) else sste_scale_ref(w)
 
 
-def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
-    """masked_decay_ref_, by a kernel where it can; there the index matrix is what is fast."""
-    w = w.detach()
-    indexed = mask.dtype == torch.uint8 and [4 * n for n in mask.shape] == list(grad.shape) == list(w.shape)
-    if indexed and mask.dim() == 2 and _on_kernels(w) and all(t.is_contiguous() for t in (grad, w, mask)):
-        return _kernels.masked_decay_(grad, w, mask, decay, _table("kernel", w.device))
-    return masked_decay_ref_(grad, w, mask, decay)
-
-
-def activation(z: torch.Tensor, activation: str, again: bool = False) -> torch.Tensor:
-    """activation_ref, by a kernel where it can. again: a second time, in the backward; see kernels_ffn.activation."""
+def activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
+    """activation_ref, by a kernel where it can. recompute: this call is the backward's; see kernels.activation."""
+    _check_activation("activation", activation)
     kernel = _on_kernels(z) and z.dim() == 2 and z.is_contiguous()
-    return _kernels_ffn.activation(z, activation, again=again) if kernel else activation_ref(z, activation)
+    return (_kernels.activation if kernel else activation_ref)(z, activation, recompute)
 
 
 def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
     """activation_backward_ref, by a kernel where it can."""
+    _check_activation("activation_backward", activation)
     kernel = _on_kernels(z) and _on_kernels(da) and z.dim() == 2 and z.is_contiguous() and da.is_contiguous()
-    f = _kernels_ffn.activation_backward if kernel else activation_backward_ref
-    return f(z, da, activation)
+    return (_kernels.activation_backward if kernel else activation_backward_ref)(z, da, activation)
 
 
 def mvue24_pack(x, seed, order: str, token_major: bool = False, bias: bool = False):
     """mvue24_pack_ref, by a kernel where it can."""
     rows, tokens = x.shape[::-1] if token_major else x.shape
     if _packs(x, rows, tokens, order, token_major):
-        return _kernels_ffn.mvue24_pack(x, _seed_tensor(seed, x.device), order, token_major, bias)
+        return _kernels.mvue24_pack(x, seed, order, token_major, bias)
     if order != "masked":
         return mvue24_pack_ref(x, seed, order, token_major, bias)
     x = x.t() if token_major else x
@@ -771,11 +741,11 @@ def mvue24_pack(x, seed, order: str, token_major: bool = False, bias: bool = Fal
 
 def activation_backward_mvue24_pack(z, da, seed, activation: str, order: str, bias: bool = False):
     """activation_backward_mvue24_pack_ref, by one kernel where it can."""
+    _check_activation("activation_backward_mvue24_pack", activation)
     halves = 2 if activation in GATED else 1
     contiguous = z.is_contiguous() and da.is_contiguous() and da.dtype == torch.bfloat16
     if contiguous and _packs(z, *z.shape, order, False, halves):
-        seed = _seed_tensor(seed, z.device)
-        return _kernels_ffn.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
+        return _kernels.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
     dz = activation_backward(z, da, activation)
     return dz, *mvue24_pack(dz, seed, order, False, bias)
 
@@ -784,7 +754,7 @@ def _packs(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: boo
     """Whether a kernel draws x and writes it in this order."""
     if not _on_kernels(x) or x.dtype != torch.bfloat16 or order == "cutlass":
         return False
-    row_multiple, token_multiple = _kernels_ffn.multiples(order, token_major, halves)
+    row_multiple, token_multiple = _kernels.multiples(order, token_major, halves)
     return rows % row_multiple == 0 and tokens % token_multiple == 0
 
 
@@ -792,10 +762,8 @@ def _packs(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: boo
 def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
     """pack_weight_ref_, by one kernel where it can."""
     dtypes = {buffer.dtype for buffer in (packed, packed_t) if buffer is not None}
-    if order in ("sm80", "sm90") and dtypes == {torch.bfloat16} and w.stride(1) == 1 and _on_kernels(w.detach()):
-        tables = _table("kernel", w.device)
-        return _kernels.pack_weight_(packed, packed_t, w.detach(), index, tables, order, metadata=metadata)
-    return pack_weight_ref_(packed, packed_t, w, index, order, metadata)
+    kernel = order in ("sm80", "sm90") and dtypes == {torch.bfloat16} and w.stride(1) == 1 and _on_kernels(w.detach())
+    (_kernels.pack_weight_ if kernel else pack_weight_ref_)(packed, packed_t, w.detach(), index, order, metadata)
 
 
 def adamw_fits(tensors: Sequence[torch.Tensor]) -> bool:
@@ -814,5 +782,4 @@ def adamw_fits(tensors: Sequence[torch.Tensor]) -> bool:
 
 def adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weight: bool) -> None:
     """kernels.adamw_, for tensors that `adamw_fits`; scalars are `adamw_scalars`. Its twin is torch.optim.AdamW."""
-    tables = _table("kernel", params[0].device)
-    _kernels.adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, tables, decay_on_weight)
+    _kernels.adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weight)

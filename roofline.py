@@ -17,13 +17,14 @@ Seconds, bytes and FLOPs throughout; d = width, d_ff = hidden width, tokens = se
 
 from dataclasses import dataclass
 
+from operators import GATED
+
 # Dense bf16 TFLOP/s and memory TB/s by NVIDIA's data sheets (SXM parts). What is reached of them is an
 # assumption; a measured GPU(...) serves instead of any of these.
 DATA_SHEET = {"a100": (312, 2.04), "h100": (989.5, 3.35), "h200": (989.5, 4.8), "b200": (2250, 8.0)}
 GEMM_SHARE, COPY_SHARE = 0.8, 0.9
 FLASH_SHARE = 0.5  # rate of attention, of that of GEMMs: an assumption
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")  # forward, input gradients, weight gradients
-GATED = ("geglu", "swiglu")
 PACKED = 1.125  # bytes of a packed 2:4 operand per dense element: half of the values and 4 bits for each group
 
 

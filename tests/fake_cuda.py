@@ -420,16 +420,9 @@ def _launch(launch):
 
 # Kernels that take the interpreter seconds; tests/test_kernels.py shows that they are what these twins are.
 TWINS = {
-    "activation": lambda z, name, *_, **__: operators.activation_ref(z, name),
-    "activation_backward": lambda z, da, name, *_: operators.activation_backward_ref(z, da, name),
-    "mvue24": operators.mvue24_ref,
-    "mvue24_pack": operators.mvue24_pack_ref,
-    "activation_backward_mvue24_pack": operators.activation_backward_mvue24_pack_ref,
+    name: getattr(operators, f"{name}_ref")
+    for name in ("activation", "activation_backward", "mvue24", "mvue24_pack", "activation_backward_mvue24_pack")
 }
-
-
-def _pack_weight(packed, packed_t, w, index, tables, order, metadata=True) -> None:
-    operators.pack_weight_ref_(packed, packed_t, w, index, order, metadata)
 
 
 def by_twin(kernel, twin):
@@ -454,7 +447,7 @@ def by_twin(kernel, twin):
 
 def change_libraries() -> None:
     kernels.transposable_index = by_twin(kernels.transposable_index, operators.transposable_index_ref)
-    kernels.pack_weight_ = by_twin(kernels.pack_weight_, _pack_weight)
+    kernels.pack_weight_ = by_twin(kernels.pack_weight_, operators.pack_weight_ref_)
     torch.backends.cusparselt.is_available = lambda: True
     torch.backends.cusparselt.version = lambda: 800
     torch._cslt_compress, torch._cslt_sparse_mm = _compress, _sparse_mm

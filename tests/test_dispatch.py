@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
 import kernels
-import kernels_ffn
 import operators
 import sparse24
 from ffn import plan_ffn, set_plan
@@ -35,8 +34,8 @@ def on_kernels(monkeypatch):
     """CPU tensors go to the kernels, interpreted."""
     if torch.cuda.is_available():
         pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; test_gpu.py goes through dispatch")
+    kernels.use_patterns(operators.PATTERNS)
     monkeypatch.setattr(operators, "_kernels", kernels)
-    monkeypatch.setattr(operators, "_kernels_ffn", kernels_ffn)
     monkeypatch.setattr(operators, "_STATUS", {CPU: "on"})
 
 
@@ -48,19 +47,10 @@ def launched(on_kernels, monkeypatch):
     def counted(name, launch):
         return lambda *args, **kwargs: (calls.append(name), launch(*args, **kwargs))[1]
 
-    launchers = {
-        kernels: (
-            *("transposable_index", "flip_count", "masked_decay_", "adamw_", "soft_threshold24", "pack_weight_"),
-            "pair_index",
-        ),
-        kernels_ffn: (
-            *("mvue24", "activation", "activation_backward"),
-            *("mvue24_pack", "activation_backward_mvue24_pack"),
-        ),
-    }
-    for module, names in launchers.items():
-        for name in names:
-            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    launchers = ("transposable_index", "pack_weight_", "pair_index", "soft_threshold24", "sste_scale", "adamw_")
+    launchers += ("activation", "activation_backward", "mvue24", "mvue24_pack", "activation_backward_mvue24_pack")
+    for name in launchers:
+        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
     return calls
 
 
@@ -93,14 +83,12 @@ def test_status_says_why(monkeypatch, value, capability, hip, status):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(operators, "_STATUS", {})
     monkeypatch.setattr(operators, "_kernels", None)
-    monkeypatch.setattr(operators, "_kernels_ffn", None)
     tested = []
     monkeypatch.setattr(operators, "kernel_mismatches", lambda device: tested.append(device) or [])
     for _ in range(2):
         assert sparse24.kernel_status(torch.device("cuda", 0)) == status
     assert tested == ([torch.device("cuda", 0)] if status == "on" else [])  # once
     assert operators._kernels is (kernels if status == "on" else None)
-    assert operators._kernels_ffn is (kernels_ffn if status == "on" else None)
 
 
 def test_another_value_of_the_switch_is_refused(monkeypatch):
@@ -110,14 +98,13 @@ def test_another_value_of_the_switch_is_refused(monkeypatch):
         sparse24.kernel_status(torch.device("cuda", 0))
 
 
-def test_flip_count_refuses_unlike_matrices(launched):
+def test_flip_count_refuses_unlike_matrices():
     a = torch.zeros(4, 4, dtype=torch.uint8)
     for b in (a[:1], a.int()):
         with pytest.raises(
             ValueError, match=r"flip_count: torch.uint8 \(4, 4\) against .* need two uint8 index matrices"
         ):
             sparse24.flip_count(a, b)
-    assert launched == []
 
 
 def test_a_failed_self_test_warns_and_leaves_the_twins(monkeypatch):
@@ -125,7 +112,6 @@ def test_a_failed_self_test_warns_and_leaves_the_twins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(operators, "_kernels", None)
-    monkeypatch.setattr(operators, "_kernels_ffn", None)
     device = torch.device("cuda", 0)
     for mismatches, reason in (
         (lambda device: ["mvue24"], "failed the self-test, unlike their twins: mvue24"),
@@ -159,12 +145,12 @@ def test_missing_triton_is_the_reason(monkeypatch):
 
 def test_self_test_passes_and_names_what_is_wrong(monkeypatch):
     assert operators.kernel_mismatches(CPU) == []
-    monkeypatch.setattr(kernels_ffn, "mvue24", lambda x, seed: operators.mvue24_ref(x, seed + 1))
-    monkeypatch.setattr(kernels, "flip_count", lambda *args: torch.tensor(0))
+    monkeypatch.setattr(kernels, "mvue24", lambda x, seed: operators.mvue24_ref(x, seed + 1))
+    monkeypatch.setattr(kernels, "pair_index", lambda w: torch.zeros(()))
     monkeypatch.setattr(kernels, "adamw_", lambda *args: None)
     paths = ("(float32)", "", "(whole tiles)", "(token-major)", "(transposed)")
     mvue = [f"mvue24 {path}".strip() for path in paths]
-    assert operators.kernel_mismatches(CPU) == ["flip_count", *mvue, "adamw_"]
+    assert operators.kernel_mismatches(CPU) == [*mvue, "pair_index", "adamw_"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -203,17 +189,12 @@ def test_gradients_flow_on_as_through_the_twins(on_kernels, name):
     assert torch.equal(got, x.grad)
 
 
-@pytest.mark.parametrize("name", ["masked_decay_", "adamw_"])
-def test_a_backward_pass_that_needs_what_was_overwritten_is_refused(launched, name):
+def test_a_backward_pass_that_needs_what_was_overwritten_is_refused(launched):
     p = torch.nn.Parameter(torch.ones(4, 4))
     loss = p.square().sum()
-    index = torch.zeros(1, 1, dtype=torch.uint8)
-    if name == "adamw_":
-        p.grad = torch.ones(4, 4)
-        MaskedDecayAdamW([p], torch.nn.Module(), lr=0.1, masked_decay=0.1).step()
-    else:
-        sparse24.masked_decay_(p.detach(), torch.ones(4, 4), index, 0.1)
-    assert launched == [name]
+    p.grad = torch.ones(4, 4)
+    MaskedDecayAdamW([p], torch.nn.Module(), lr=0.1, masked_decay=0.1).step()
+    assert launched == ["adamw_"]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -226,17 +207,10 @@ def test_operators_reach_the_kernels(launched):
     assert torch.equal(sparse24.soft_threshold24(x), sparse24.soft_threshold24_ref(x))
     assert torch.equal(sparse24.pair_index(x), operators.pair_index_ref(x))
     assert torch.allclose(sparse24.sste_scale(x), sparse24.sste_scale_ref(x))
-    old, new = sparse24.transposable_index(w), sparse24.transposable_index(w.flip(0))
-    assert sparse24.flip_rate(old, new) == float(
-        (sparse24.expand_index(old) != sparse24.expand_index(new)).float().mean()
-    )
-    grad = torch.randn(8, 16)
-    expected = sparse24.masked_decay_ref_(grad.clone(), w, old, 0.5)
-    assert torch.allclose(sparse24.masked_decay_(grad, w, old, 0.5), expected)
     assert torch.allclose(sparse24.activation(w, "gelu"), sparse24.activation_ref(w, "gelu"), atol=1e-6)
     expected = sparse24.activation_backward_ref(w, w, "gelu")
     assert torch.allclose(sparse24.activation_backward(w, w, "gelu"), expected, atol=1e-5)
-    kinds = ["transposable_index", "mvue24", "soft_threshold24", "pair_index", "flip_count", "masked_decay_"]
+    kinds = ["transposable_index", "mvue24", "soft_threshold24", "pair_index", "sste_scale"]
     kinds += ["activation", "activation_backward"]
     assert list(dict.fromkeys(launched)) == kinds
 
@@ -246,8 +220,6 @@ def test_what_no_kernel_takes_goes_to_the_twins(launched):
     assert torch.equal(sparse24.mvue24(w, 0, u=u), sparse24.mvue24_ref(w, 0, u=u))
     assert torch.equal(sparse24.mvue24(w.double(), 1), sparse24.mvue24_ref(w.double(), 1))
     assert sparse24.mvue24(torch.empty(0, 8), 1).shape == (0, 8)
-    mask = sparse24.expand_index(sparse24.transposable_index_ref(w))
-    sparse24.masked_decay_(w.clone(), w, mask, 0.1)  # a bool mask
     assert torch.equal(sparse24.activation(w.t(), "gelu"), sparse24.activation_ref(w.t(), "gelu"))  # not contiguous
     assert sparse24.activation(torch.ones(2, 2, 4), "geglu").shape == (1, 2, 4)
     backward, twin = sparse24.activation_backward, sparse24.activation_backward_ref
@@ -256,12 +228,20 @@ def test_what_no_kernel_takes_goes_to_the_twins(launched):
         assert torch.equal(backward(*args, "gelu"), twin(*args, "gelu"))
     da = torch.randn(8, 16, requires_grad=True)
     assert backward(w, da, "gelu").requires_grad
-    index = torch.randint(0, 90, (2, 4, 4), dtype=torch.uint8)
-    assert sparse24.flip_count(index[0], index[1].t()) == sparse24.flip_count_ref(index[0], index[1].t())
-    grad = torch.randn(16, 16)
-    expected = sparse24.masked_decay_ref_(grad.t().clone(), grad, index[0], 0.1)
-    assert torch.equal(sparse24.masked_decay_(grad.t(), grad.clone(), index[0], 0.1), expected)
     assert not operators.adamw_fits([torch.zeros(9)[1:]])  # 16-byte loads would be misaligned
+    assert launched == []
+
+
+def test_an_unknown_activation_is_refused_before_a_launch(launched):
+    z = torch.randn(64, 64).to(torch.bfloat16)
+    for name, args in (
+        ("activation", (z,)),
+        ("activation_backward", (z, z)),
+        ("activation_backward_mvue24_pack", (z, z, 0)),
+    ):
+        order = ("sm90",) if name.endswith("pack") else ()
+        with pytest.raises(ValueError, match=f"{name}: activation 'selu' is unknown, need one of gelu, relu2, geglu"):
+            getattr(operators, name)(*args, "selu", *order)
     assert launched == []
 
 
@@ -277,10 +257,6 @@ def test_wrong_shapes_are_refused_before_a_launch(launched, function):
     args = (0,) if function == "mvue24" else ()
     with pytest.raises(ValueError, match=rf"{function.replace('sste_scale', 'sste_scale|soft_threshold24')}: shape"):
         getattr(sparse24, function)(torch.randn(4, 6), *args)
-    with pytest.raises(ValueError, match="need"):
-        sparse24.masked_decay_(torch.randn(8, 8), torch.randn(8, 8), torch.zeros(2, 3, dtype=torch.uint8), 0.1)
-    with pytest.raises(ValueError, match="need"):
-        sparse24.masked_decay_(torch.randn(8), torch.randn(8), torch.zeros(2, dtype=torch.uint8), 0.1)
     assert launched == []
 
 
@@ -308,7 +284,7 @@ def train(steps: int, **options) -> tuple[torch.nn.Module, list, MaskedDecayAdam
 @pytest.mark.parametrize("decay_on", ["grad", "weight"])
 def test_training_on_the_kernels_is_training_on_the_twins(launched, monkeypatch, decay_on):
     ours, gradients, optimizer = train(3, decay_on=decay_on)
-    assert {"transposable_index", "mvue24", "adamw_", "flip_count"} <= set(launched)
+    assert {"transposable_index", "mvue24", "adamw_"} <= set(launched)
     assert launched.count("adamw_") == 3  # one launch a step
     monkeypatch.undo()
     theirs, expected, reference = train(3, decay_on=decay_on)
@@ -327,7 +303,6 @@ def test_training_on_the_kernels_is_training_on_the_twins(launched, monkeypatch,
 def test_options_of_torchs_go_to_torch(launched, options):
     train(1, **options)
     assert "adamw_" not in launched
-    assert "masked_decay_" in launched
 
 
 @pytest.mark.parametrize("key", ["capturable", "differentiable"])

@@ -155,7 +155,7 @@ CHECKS = {
     "no copy to the GPU": ("forbid_waiting(); torch.ones(4).cuda()", "RuntimeError: called a synchronizing"),
     "no copy to the CPU": ("forbid_waiting(); torch.ones(4, 4).copy_(x)", "RuntimeError: called a synchronizing"),
     "copies that do not wait": ("forbid_waiting(); torch.ones(4, 4).copy_(x, non_blocking=True)", ""),
-    "kernels take GPU tensors": ("kernels.flip_count(x.byte(), x.byte(), torch.ones(4))", "ValueError: Pointer arg"),
+    "kernels take GPU tensors": ("kernels.pair_index(torch.ones(4, 4))", "ValueError: Pointer arg"),
     "so does cuSPARSELt": ("torch._cslt_compress(torch.ones(64, 64))", "NotImplementedError: Could not run"),
 }  # fmt: skip
 CHECK = """

@@ -501,20 +501,20 @@ def test_it_compiles_as_one_graph(order):
 
 
 @torch.library.custom_op("nano24_tests::activation", mutates_args=())
-def opaque_activation(z: torch.Tensor, activation: str, again: bool = False) -> torch.Tensor:
+def opaque_activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
     """What the compiler sees of the activation's kernel: an op that it cannot look into."""
     return operators.activation_ref(z, activation)
 
 
 @opaque_activation.register_fake
-def _(z, activation, again=False):
+def _(z, activation, recompute=False):
     return torch.empty_like(z)
 
 
 @pytest.mark.parametrize("told", [True, False])
 def test_the_compiler_keeps_no_activation(monkeypatch, told):
-    """Two equal calls of an op would be merged, and the first one's result kept for the backward: `again` differs."""
-    equal_calls = lambda z, activation, again=False: opaque_activation(z, activation)  # noqa: E731
+    """Two equal calls of an op would be merged, and the first one's result kept for the backward: `recompute` differs."""
+    equal_calls = lambda z, activation, recompute=False: opaque_activation(z, activation)  # noqa: E731
     monkeypatch.setattr(operators, "activation", opaque_activation if told else equal_calls)
     kept, calls = [], []
 

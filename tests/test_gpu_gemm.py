@@ -319,7 +319,7 @@ def test_recomputing_the_activation_saves_its_memory_compiled_too(device, monkey
     needed, activation = [], operators.activation
     for recompute in (True, False):
         if not recompute:  # the second call is equal to the first, whose result is then kept
-            monkeypatch.setattr(operators, "activation", lambda z, name, again=False: activation(z, name))
+            monkeypatch.setattr(operators, "activation", lambda z, name, recompute=False: activation(z, name))
         set_plan(model, plan)
         torch._dynamo.reset()
         mlp = torch.compile(model.transformer.h[0].mlp, fullgraph=True)

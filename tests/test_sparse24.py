@@ -971,12 +971,17 @@ def test_masked_decay_in_other_layouts_and_dtypes():
     assert (storage[:, 1::2] == 0).all()
     low = masked_decay_(torch.zeros(8, 12, dtype=torch.bfloat16), w, mask, 1.0)
     assert torch.equal(low, (~mask * w).bfloat16())
+    index = transposable_index(w)
+    by_index, by_mask = (masked_decay_(torch.zeros(8, 12), w, m, 0.1) for m in (index, expand_index(index)))
+    assert torch.equal(by_index, by_mask)
     parameter = torch.nn.Parameter(w.clone())
     assert not masked_decay_(torch.zeros(8, 12), parameter, mask, 1.0).requires_grad
 
 
 def test_masked_decay_refuses_unequal_shapes_and_masks():
     grad, mask = torch.zeros(4, 8), torch.ones(4, 8).bool()
-    for arguments in ((grad, grad[:, :4], mask), (grad, grad, mask[:1]), (grad[:1], grad, mask), (grad, grad, grad)):
+    index = torch.zeros(1, 3, dtype=torch.uint8)  # (1, 2) would fit
+    wrong = ((grad, grad[:, :4], mask), (grad, grad, mask[:1]), (grad[:1], grad, mask), (grad, grad, grad))
+    for arguments in (*wrong, (grad, grad, index), (grad[0], grad[0], index[0, :2])):
         with pytest.raises(ValueError, match="masked_decay_"):
             masked_decay_(*arguments, 0.1)

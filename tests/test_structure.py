@@ -21,9 +21,8 @@ LAYERS = [
     {"runtime", "loader", "model", "plot", "roofline", "checkpoint_writer"},
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},
-    {"operators", "baselines", "spmm_choice", "metrics", "recipes", "checkpoint_shards"},
-    {"kernels_ffn", "spmm", "shards"},
-    {"kernels"},
+    {"operators", "spmm_choice", "metrics", "recipes", "checkpoint_shards"},
+    {"kernels", "spmm", "shards"},
 ]
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 

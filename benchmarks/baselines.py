@@ -1,14 +1,14 @@
-"""What the mask search is measured against (the paper's Table 2): Triton kernels that no training step uses.
+"""What the kernels are measured against in the paper's Tables 2 and 3: Triton kernels that no training step uses.
 
-They read w once and write their result once, as kernels.transposable_index does. The baseline of Table 3 is
-kernels_ffn.activation(..., rowwise=True).
+Table 2, mask search: they read w once and write their result once, as kernels.transposable_index does. Table 3, GEGLU:
+they walk along a token's features, across the memory layout, where kernels.activation walks along tokens.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels import _float32, _launch, _load_block
+from kernels import _activation, _backward, _float32, _gated, _launch, _load_block, _round
 
 
 @triton.jit
@@ -40,19 +40,8 @@ def transposable_index_dot(w: torch.Tensor, table: torch.Tensor) -> torch.Tensor
     `transposable_index`.
     """
     index = torch.empty((w.shape[0] // 4, w.shape[1] // 4), dtype=torch.uint8, device=w.device)
-    _launch(
-        _transposable_index_dot_kernel,
-        triton.cdiv(index.numel(), 128),
-        w,
-        table,
-        index,
-        index.shape[1],
-        index.numel(),
-        w.stride(0),
-        w.stride(1),
-        BLOCKS=128,
-        num_warps=4,
-    )
+    sizes, grid = (index.shape[1], index.numel(), *w.stride()), triton.cdiv(index.numel(), 128)
+    _launch(_transposable_index_dot_kernel, grid, w, table, index, *sizes, BLOCKS=128, num_warps=4)
     return index
 
 
@@ -122,17 +111,59 @@ def _transposable_mask_2approx_kernel(
 def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
     """Baseline: sort-and-pick, one read of w, one thread a block. Twin: operators.transposable_mask_2approx."""
     mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
-    blocks = w.numel() // 16
-    _launch(
-        _transposable_mask_2approx_kernel,
-        triton.cdiv(blocks, 128),
-        w,
-        mask.view(torch.uint8),
-        w.shape[1] // 4,
-        blocks,
-        w.stride(0),
-        w.stride(1),
-        BLOCKS=128,
-        num_warps=4,
-    )
+    sizes, grid = (w.shape[1] // 4, w.numel() // 16, *w.stride()), triton.cdiv(w.numel() // 16, 128)
+    _launch(_transposable_mask_2approx_kernel, grid, w, mask.view(torch.uint8), *sizes, BLOCKS=128, num_warps=4)
     return mask
+
+
+@triton.jit
+def _feature_block(features, tokens, BLOCK: tl.constexpr):
+    """Offsets (BLOCK,) of a block of one token's features in a feature-major (features, tokens) tensor, and which are
+    in it."""
+    blocks = tl.cdiv(features, BLOCK)
+    feature = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return feature.to(tl.int64) * tokens + tl.program_id(0) // blocks, feature < features
+
+
+@triton.jit
+def _activation_by_token_kernel(
+    z_ptr, a_ptr, features, tokens, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    n, live = _feature_block(features, tokens, BLOCK)
+    a, _ = _activation(_float32(tl.load(z_ptr + n, mask=live, other=0.0)), ACTIVATION)
+    if GATED:
+        a *= _float32(tl.load(z_ptr + features.to(tl.int64) * tokens + n, mask=live, other=0.0))
+    tl.store(a_ptr + n, _round(a, a_ptr.dtype.element_ty), mask=live)
+
+
+def activation_by_token(z: torch.Tensor, activation: str) -> torch.Tensor:
+    """Baseline: kernels.activation along the features of a token."""
+    gated, tokens = _gated("activation_by_token", z, activation), z.shape[1]
+    a = z.new_empty((z.shape[0] // (1 + gated), tokens))
+    options = {"ACTIVATION": activation, "GATED": gated, "BLOCK": 1024, "num_warps": 4}
+    _launch(_activation_by_token_kernel, tokens * triton.cdiv(len(a), 1024), z, a, len(a), tokens, **options)
+    return a
+
+
+@triton.jit
+def _activation_backward_by_token_kernel(
+    z_ptr, da_ptr, dz_ptr, features, tokens, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    n, live = _feature_block(features, tokens, BLOCK)
+    size = features.to(tl.int64) * tokens
+    z = _float32(tl.load(z_ptr + n, mask=live, other=0.0))
+    da = _float32(tl.load(da_ptr + n, mask=live, other=0.0))
+    up = _float32(tl.load(z_ptr + size + n, mask=live, other=0.0)) if GATED else z
+    dz, dup = _backward(z, up, da, ACTIVATION, GATED)
+    tl.store(dz_ptr + n, _round(dz, dz_ptr.dtype.element_ty), mask=live)
+    if GATED:
+        tl.store(dz_ptr + size + n, _round(dup, dz_ptr.dtype.element_ty), mask=live)
+
+
+def activation_backward_by_token(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
+    """Baseline: kernels.activation_backward along the features of a token."""
+    gated, dz = _gated("activation_backward_by_token", z, activation, da), torch.empty_like(z)
+    programs = da.shape[1] * triton.cdiv(len(da), 1024)
+    options = {"ACTIVATION": activation, "GATED": gated, "BLOCK": 1024, "num_warps": 4}
+    _launch(_activation_backward_by_token_kernel, programs, z, da, dz, *da.shape, **options)
+    return dz

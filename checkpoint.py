@@ -47,7 +47,7 @@ KEYS = {
     "sparse_start",  # first iteration of the sparse phase; None while STEP's rule has not said
     "autoswitch",  # what that rule has seen
     "elapsed_s",  # seconds of training
-    "skipped",  # steps passed over, their gradients not being finite
+    "skipped",  # [steps skipped because a gradient was not finite, how many of them were the last ones]
     "patterns_hash",  # of sparse24.PATTERNS, whose order gives the mask indices their meaning
 }
 

@@ -9,13 +9,16 @@ ckpt_prev.pt whole with its shards. Collectives are done by save, poll and wait,
 """
 
 import itertools
+import math
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import checkpoint
 from checkpoint_shards import CheckpointError, Place, fsync_folder, rebuild, take_apart, write
+from sparse24 import PATTERNS_HASH
 
 
 class HostCopy:
@@ -199,3 +202,50 @@ class Writer:
         if isinstance(answer, CheckpointError):
             raise answer
         return self.out_dir / answer
+
+
+class Saver:
+    """Saves a checkpoint when it is due: every checkpoint_interval steps, at the starts of the sparse phase and of the
+    dense end, at evaluations, when the run is stopped, and at its end."""
+
+    def __init__(self, s, writer: Writer, ranks, phase, guard, log, parts: dict, first_iter: int, best_val_loss: float):
+        """parts: {name in the checkpoint: model, optimizer and scaler}."""
+        self.s, self.writer, self.ranks, self.phase, self.guard, self.log = s, writer, ranks, phase, guard, log
+        self.parts, self.first_iter, self.best_val_loss = parts, first_iter, best_val_loss
+
+    def save_if_due(self, row: dict, last: bool, stopping: bool) -> None:
+        """Call it once per iteration, before its step. last: the run ends here; stopping: before it is done."""
+        s, iter_num, val_loss = self.s, row["iter"], row.get("val_loss", math.inf)
+        improved, self.best_val_loss = val_loss < self.best_val_loss, min(val_loss, self.best_val_loss)
+        self.writer.poll()
+        if s.eval_only:
+            return
+        if last and not stopping:
+            self.log.write(row)  # write the row first: a run resumed from this save never repeats this iteration
+        if improved and not s.always_save_checkpoint and iter_num:
+            self.save(iter_num, "ckpt_best.pt")
+        due = iter_num % s.checkpoint_interval == 0 or iter_num in (self.phase.dense_start, self.phase.sparse_start)
+        due = due or ("val_loss" in row and s.always_save_checkpoint)
+        if last or (due and iter_num > self.first_iter):
+            self.save(iter_num)
+        if last:
+            self.writer.wait()
+
+    def save(self, iter_num: int, name: str = checkpoint.NAME) -> None:
+        """Write out_dir/name, in a thread. Raises RanksDiffer where ranks hold different weights or masks."""
+        self.ranks.check_equal(self.parts["model"])
+        self.log.sync()
+        state = {
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "iter_num": iter_num,
+            "best_val_loss": self.best_val_loss,
+            "model_args": asdict(self.parts["model"].config),
+            "config": vars(self.s),
+            "dense_start": self.phase.dense_start,
+            "sparse_start": self.phase.sparse_start,
+            "autoswitch": self.phase.autoswitch.changes if self.phase.autoswitch else None,
+            "patterns_hash": PATTERNS_HASH,
+            "elapsed_s": self.log.elapsed,
+            "skipped": [self.guard.skipped, self.guard.in_a_row],
+        }
+        self.writer.save(state, name)

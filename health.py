@@ -3,17 +3,25 @@ same step. A run is healthy with mu from 0.60 to 0.95; above 1 its masks explode
 
 train.py compares it with a dense run that was recorded before (`flip_reference`), and warns. search_decay.py records
 that dense run, and finds a decay factor whose mu is in the band.
+
+Beside it: the guard that skips steps with a gradient that is not finite, and names the data of losses that stand out.
 """
 
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
+import checkpoint
 from configurator import without_removed
 from metrics import read_config, read_metrics, smooth
+from shards import local, total
+from sparse24 import flip_rate, sparse_linears, weight_indices
 
 HEALTHY = (0.60, 0.95)  # section 4.3
 TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
@@ -82,6 +90,12 @@ class FlipWatch:
         self.mus: list[float] = []
         self.warned: set[str] = set()
 
+    def replay(self, rows: list[dict]) -> None:
+        """The rows of metrics.jsonl that an earlier start of this run has written; what they show was said then."""
+        for row in rows:
+            if row["phase"] == "sparse" and row["flip_rate"] is not None:
+                self.add(row["iter"], row["flip_rate"], row["lr"])
+
     def add(self, iter_num: int, rate: float, lr: float) -> list[str]:
         """The flip rate of a sparse step; returns what is wrong and what to do."""
         self.rates.append(rate)
@@ -106,6 +120,48 @@ class FlipWatch:
         new = [text for kind, text in found.items() if kind not in self.warned]
         self.warned |= found.keys()
         return new
+
+
+class FlipMeter:
+    """Measures the flip rate every flip_interval steps (Definition 4.1), and beside it how strong masked decay is."""
+
+    def __init__(self, s, recipe, model: nn.Module, linears: list[nn.Linear], watch: FlipWatch, ranks):
+        """linears: the layers whose masks count; in a dense run the masks that their weights would have."""
+        self.s, self.recipe, self.model, self.linears = s, recipe, model, linears
+        self.watch, self.ranks, self.before = watch, ranks, None
+
+    def before_step(self, row: dict, log_now: bool, finite: bool) -> None:
+        """Call it between clipping and the optimizer's step. Adds masked_decay and decay_ratio to the row."""
+        due = bool(self.linears) and self.s.flip_interval > 0 and row["iter"] % self.s.flip_interval == 0
+        if row["phase"] == "sparse" and self.s.masked_decay:
+            row["masked_decay"] = self.s.masked_decay
+            if finite and (log_now or due) and self.recipe.decay_on == "grad":
+                row["decay_ratio"] = decay_ratio(self.model, self.s.masked_decay)
+        # A step with a gradient that is not finite is skipped, so nothing flips.
+        self.before = weight_indices(self.linears, self.s.flip_mask) if due and finite else None
+
+    def after_step(self, row: dict) -> None:
+        """Call it after the optimizer's step. Adds flip_rate to the row, and warns if it is not healthy."""
+        if self.before is None:
+            return
+        row["flip_rate"] = flip_rate(self.before, weight_indices(self.linears, self.s.flip_mask))
+        if row["phase"] == "sparse" and self.ranks.master:
+            for warning in self.watch.add(row["iter"], row["flip_rate"], row["lr"]):
+                print(f"warning, iteration {row['iter']}: {warning}", flush=True)
+
+
+def decay_ratio(model: nn.Module, masked_decay: float) -> float | None:
+    """RMS(masked_decay * ~mask * w) / RMS(grad) over the sparse weights: the strength of masked decay.
+
+    Call it between clipping and the optimizer's step. None where no layer is sparse or has a gradient.
+    """
+    layers = [m for m in sparse_linears(model) if m.sparse and m.weight.grad is not None]
+    if not layers:
+        return None
+    decayed = sum(torch.where(m.mask_rows(), 0, local(m.weight.detach())).float().square().sum() for m in layers)
+    gradient = sum(local(m.weight.grad).float().square().sum() for m in layers)
+    decayed, gradient = total(torch.stack([decayed, gradient]), layers[0].weight.detach())
+    return float(masked_decay * (decayed / gradient).sqrt()) if float(gradient) > 0 else None
 
 
 class LossWatch:
@@ -134,3 +190,42 @@ class LossWatch:
         self.in_a_row = 0
         self.recent.append(loss)
         return None
+
+
+class Diverged(RuntimeError):
+    """The gradients of MAX_SKIPPED steps in a row, and of one more, were not finite."""
+
+
+class StepGuard:
+    """Skips the steps whose gradient is not finite, and warns of losses that stand out."""
+
+    MAX_SKIPPED = 20  # steps in a row
+
+    def __init__(self, s, ranks, writer, skipped: int, in_a_row: int):
+        """skipped, in_a_row: the steps that the run has skipped so far, and those that were the last ones."""
+        self.s, self.ranks, self.writer = s, ranks, writer
+        self.skipped, self.in_a_row, self.losses = skipped, in_a_row, LossWatch()
+
+    def check(self, row: dict, losses: list[float], starts_of: Callable) -> bool:
+        """Whether this step may be taken. losses: of this rank's micro-batches. starts_of(micro_batch): the positions
+        in the training split at which its windows begin. Raises Diverged after MAX_SKIPPED skipped steps in a row."""
+        mine = range(self.ranks.rank, self.s.gradient_accumulation_steps, self.ranks.world_size)
+        for micro_batch, loss in zip(mine, losses, strict=True):
+            if spike := self.losses.add(loss):
+                starts = ", ".join(str(start) for start in starts_of(micro_batch)[:8])
+                place = f"iteration {row['iter']}, micro-batch {micro_batch}, whose windows begin at tokens {starts}"
+                print(f"warning, rank {self.ranks.rank}: {spike}; {place}", flush=True)
+        finite = math.isfinite(row["grad_norm"])
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.skipped += not finite
+        row["skipped"] = self.skipped
+        if not finite and self.ranks.master:
+            print(f"warning, iteration {row['iter']}: gradient norm {row['grad_norm']}, step skipped", flush=True)
+        if self.in_a_row > self.MAX_SKIPPED:
+            self.writer.wait()
+            raise Diverged(
+                f"the last {self.in_a_row} gradients were not finite; the weights are as they were before them, the "
+                f"last checkpoint is {checkpoint.find(self.s.out_dir)}; lower learning_rate, or look at the data named "
+                "above"
+            )
+        return finite

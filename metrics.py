@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 
@@ -71,6 +72,62 @@ class Metrics:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class Log:
+    """Times the steps, and writes a row where it is due: to metrics.jsonl, to wandb, and to the console."""
+
+    def __init__(self, s, model, ranks, peak: float | None, metrics: Metrics | None, elapsed: float):
+        """peak: FLOP/s of all GPUs together, for the MFU; None where it is not known. metrics: None on all ranks but
+        the first, and with eval_only. elapsed: seconds of training so far."""
+        self.s, self.model, self.ranks, self.metrics, self.elapsed = s, model, ranks, metrics, elapsed
+        self.tokens_per_step, self.peak = s.gradient_accumulation_steps * s.batch_size * s.block_size, peak
+        self.steps, self.seconds, self.started = 0, 0.0, 0.0  # steps since the last row, what they took
+
+    def start_step(self) -> None:
+        self.started = time.perf_counter()
+
+    def end_step(self, row: dict, losses: list[float], log_now: bool) -> None:
+        """losses: of this rank's micro-batches. The row is written with log_now, or where it has a flip rate."""
+        writing = log_now or "flip_rate" in row
+        if writing:
+            row["train_loss"] = self.ranks.total([sum(losses)])[0] / self.s.gradient_accumulation_steps
+        seconds = time.perf_counter() - self.started
+        self.elapsed, self.seconds, self.steps = self.elapsed + seconds, self.seconds + seconds, self.steps + 1
+        if not writing:
+            return
+        row["s_per_iter"] = self.seconds / self.steps
+        row["tokens_per_s"] = round(self.tokens_per_step / row["s_per_iter"], 1)
+        row["mfu"] = self.model.estimate_mfu(row["tokens_per_s"], self.peak)
+        self.steps, self.seconds = 0, 0.0
+        self.write(row)
+        if self.metrics and log_now:
+            self.metrics.show(row)
+
+    def write(self, row: dict) -> None:
+        if self.metrics:
+            self.metrics.write(row)
+
+    def sync(self) -> None:
+        """Bring the rows to disk: before a checkpoint, which must not outlive them."""
+        if self.metrics:
+            self.metrics.sync()
+
+    def close(self, row: dict, stopping: bool, best_val_loss: float) -> None:
+        """Say how the run ended. row: the last one."""
+        s, folder, iter_num = self.s, Path(self.s.out_dir), row["iter"]
+        if self.ranks.master and "val_loss" in row:
+            pruned = f", hard-pruned to 2:4 {row['val_loss_24']:.4f}" if "val_loss_24" in row else ""
+            print(f"iter {iter_num:>6}/{s.max_iters}  {row['phase']:<6}  val {row['val_loss']:.4f}{pruned}", flush=True)
+        if not self.metrics:
+            return
+        self.metrics.close()
+        command = "run the same command again"
+        command += "" if s.init_from in ("auto", "resume") else " with --init_from=resume"
+        if stopping:
+            print(f"stopped after iteration {iter_num}, saved in {folder / 'ckpt.pt'}; to go on, {command}")
+        else:
+            print(f"done: {iter_num} iterations, best validation loss {best_val_loss:.4f}, saved in {folder}")
 
 
 def read_metrics(folder):

@@ -1,182 +1,298 @@
-"""A run before its first step: settings are checked and filled in, its start is found, model and optimizer are made.
+"""A run before its first step: everything that train.py's loop uses is made here, and checked.
 
-Everything that can be wrong is found here, before anything is written. `s` is a namespace of all of train.py's
-settings by name; `resolve_settings` and `pick_device` fill in what the recipe, "auto" and None stand for.
+`begin` is what train.py calls. Everything that can be wrong is found before anything is written.
 """
 
+import contextlib
 import copy
-import importlib.util
+import inspect
+import math
 import os
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import recipes
 import spmm_choice
 from checkpoint import like
-from configurator import without_removed
-from ffn import plan_ffn, time_ways
-from model import GPT, GPTConfig
-from recipes import Recipe
-from runtime import Ranks
-from sparse24 import kernel_status, sparse_linears
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-
-
-def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
-    """Check the settings and fill in what the recipe and "auto" stand for. Returns the recipe, None for a dense run."""
-    for name, least in (
-        *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
-        *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
-        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0)),
-        *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
-    ):
-        if getattr(s, name) < least:
-            raise ValueError(f"{name}={getattr(s, name)}, need at least {least}")
-    if s.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
-    if s.seed >= 2**32:
-        raise ValueError(f"seed={s.seed}, need a seed below 2**32")
-    if s.sampling not in ("random", "epoch"):
-        raise ValueError(f"sampling={s.sampling!r}, need random or epoch")
-    if s.parallel not in ("ddp", "fsdp"):
-        raise ValueError(f"parallel={s.parallel!r}, need ddp or fsdp")
-    if s.parallel == "ddp" and s.fsdp_copies > 1:
-        raise ValueError(f"fsdp_copies={s.fsdp_copies} is for parallel='fsdp'; under ddp each rank has a copy")
-    if s.parallel == "fsdp" and (s.dtype == "float16" or s.compile_mode != "default"):
-        raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
-    if s.compile_mode not in ("default", "reduce-overhead", "max-autotune"):
-        raise ValueError(f"compile_mode={s.compile_mode!r}, need default, reduce-overhead or max-autotune")
-    if s.spmm not in spmm_choice.MODES:
-        raise ValueError(f"spmm={s.spmm!r}, need one of {', '.join(spmm_choice.MODES)}")
-    if s.dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype={s.dtype!r}, need one of auto, {', '.join(DTYPES)}")
-    if s.flip_mask not in ("auto", "transposable", "row"):
-        raise ValueError(f"flip_mask={s.flip_mask!r}, need auto, transposable or row")
-    if s.sparse == "none":
-        if s.flip_reference:
-            raise ValueError(f"flip_reference={s.flip_reference} is for sparse runs, and sparse='none'; drop it")
-        s.flip_mask = "transposable" if s.flip_mask == "auto" else s.flip_mask
-        return None
-    recipe = recipes.recipe_of({**overrides, "sparse": s.sparse})
-    vars(s).update({name: getattr(recipe, name) for name in recipes.SETTINGS})
-    begin = round(s.max_iters * (recipes.AUTOSWITCH_LATEST if recipe.autoswitch else s.dense_pretrain))
-    end = planned_dense_start(s)
-    if s.dense_pretrain and not begin < end:
-        raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
-    if recipe.precondition and not begin:
-        raise ValueError(
-            f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is no step, sparse={s.sparse!r} needs some"
-        )
-    if not recipe.fused and s.spmm not in ("auto", "dense"):
-        raise ValueError(f"spmm={s.spmm!r} cannot multiply as sparse={s.sparse!r} asks; use --spmm=auto (dense GEMMs)")
-    s.flip_mask = recipe.virtual_mask if s.flip_mask == "auto" else s.flip_mask
-    return recipe
+from checkpoint_writer import Saver, Writer
+from configurator import setting_names
+from ffn import pack_weights, plan_ffn, set_plan, time_ways
+from health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
+from loader import DATA_FOLDER, DataLost, Tokens, load_meta
+from metrics import Log, Metrics, read_metrics
+from model import GPT, GPTConfig, peak_flops
+from recipes import AUTOSWITCH_LATEST, Recipe
+from runtime import FolderInUse, Ranks, RanksDiffer, environment, hold, shard_model, sign, start_ranks, write_json
+from settings import (
+    DTYPES,
+    announce,
+    announce_changes,
+    check_resume,
+    find_start,
+    pick_device,
+    planned_dense_start,
+    planned_sparse_start,
+    resolve_settings,
+)
+from sparse24 import PATTERNS_HASH, AutoSwitch, sparse_linears
 
 
-def pick_device(s: SimpleNamespace, ranks: Ranks) -> torch.device:
-    """The device of this rank; sets `device`, `dtype` and `compile` to what "auto" and None stand for."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={s.device!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
+class SetupError(RuntimeError):
+    """A setting, the data or out_dir keeps the run from starting."""
+
+
+ERRORS = (SetupError, checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged, OSError)
+
+
+class Phase:
+    """Says which phase an iteration is in: a dense start, the sparse phase, or the dense end (section 4.4).
+
+    The sparse phase begins at `sparse_start`, which is None while STEP's AutoSwitch has not decided it, and ends at
+    `dense_start`.
+    """
+
+    def __init__(self, s: SimpleNamespace, sparse_start: int | None, autoswitch: AutoSwitch | None, ranks: Ranks):
+        self.max_iters, self.dense_start, self.sparse_start = s.max_iters, s.dense_start, sparse_start
+        self.autoswitch, self.ranks = autoswitch, ranks
+        self.earliest, self.latest = round(s.max_iters * s.dense_pretrain), round(s.max_iters * AUTOSWITCH_LATEST)
+
+    def enter(self, model: torch.nn.Module, iter_num: int) -> bool:
+        """Put every sparse layer into the phase of this iteration. Returns whether that is the sparse one."""
+        step = max(0, min(iter_num, self.max_iters - 1))  # after the last step the model stays in its phase
+        is_sparse = self.sparse_start is not None and self.sparse_start <= step < self.dense_start
+        changed = [layer for layer in sparse_linears(model) if layer.sparse != is_sparse]
+        for layer in changed:
+            layer.sparse = is_sparse
+            if is_sparse:  # the weights have moved since the mask was made
+                layer.refresh(begin=True)
+        if changed:
+            pack_weights(model)
+        return is_sparse
+
+    def watch_moments(self, iter_num: int) -> None:
+        """STEP: the sparse phase begins with the next iteration, if Adam's second moments have settled. Call it between
+        clipping and the optimizer's step."""
+        if self.sparse_start is None:
+            settled = self.ranks.maximum(self.autoswitch.settled())  # ranks may round differently
+            if iter_num + 1 >= (self.earliest if settled else self.latest):
+                self.sparse_start = iter_num + 1
+
+
+@dataclass
+class Training:
+    """Everything that train.py's loop uses."""
+
+    settings: SimpleNamespace
+    recipe: Recipe | None
+    ranks: Ranks
+    device: torch.device
+    train_data: Tokens
+    val_data: Tokens
+    model: GPT
+    net: Callable  # the model, compiled if asked for
+    ddp: DistributedDataParallel | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    iter_num: int  # the first iteration
+    linears: list[torch.nn.Linear]  # the feed-forward linears, which are sparse or could be
+    phase: Phase
+    flips: FlipMeter
+    guard: StepGuard
+    saver: Saver
+    log: Log
+    static_grads: bool  # CUDA graphs overwrite their results at the next replay: sum gradients in tensors that stay
+
+    def autocast(self):
+        """The context of every forward: mixed precision, unless dtype is float32."""
+        return torch.autocast(self.device.type, DTYPES[self.settings.dtype], enabled=self.settings.dtype != "float32")
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor):
+        """(logits, loss) of a micro-batch."""
+        if self.static_grads:
+            torch.compiler.cudagraph_mark_step_begin()
+        return (self.ddp or self.net)(x, y)
+
+    def sync_gradients(self, last: bool):
+        """The context of a micro-step. Gradients are averaged over the ranks in the last one of a step alone."""
+        if hasattr(self.model, "set_requires_all_reduce"):  # FSDP: between replicas; shards are summed in every one
+            self.model.set_requires_all_reduce(last)
+        return self.ddp.no_sync() if self.ddp and not last else contextlib.nullcontext()
+
+
+def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Training | None:
+    """Everything that the loop uses, made and checked; None if the run has done all of its steps already.
+
+    script: train.py's globals, which get the settings as they are resolved. overrides: what config files and the
+    command line set. resources: closes what the run holds open. Raises one of ERRORS, and then has written nothing.
+    """
     try:
-        chosen = torch.device(name)
-        if name == "cuda":  # set_device needs an index
-            chosen = torch.device("cuda", ranks.local_rank if ranks.world_size > 1 else torch.cuda.current_device())
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device={s.device!r} cannot be used: {reason}; use --device=cpu") from error
-    best = "float32"
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        best = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    s.device, s.dtype = chosen.type, best if s.dtype == "auto" else s.dtype
-    s.compile = chosen.type == "cuda" if s.compile is None else s.compile
-    return chosen
+        return _begin(script, overrides, resources)
+    except (ValueError, ImportError) as error:
+        raise SetupError(str(error)) from error
 
 
-def planned_dense_start(s: SimpleNamespace) -> int:
-    """First iteration of the dense phase (section 4.4); 0 for a dense run."""
-    if s.sparse == "none":
-        return 0
-    return s.dense_start if s.dense_start >= 0 else round(s.max_iters * (1 - s.dense_finetune))
+def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Training | None:
+    s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
+    recipe = resolve_settings(s, overrides)
+    ranks = start_ranks(s.device)
+    if s.gradient_accumulation_steps < ranks.world_size:
+        raise ValueError(
+            f"gradient_accumulation_steps={s.gradient_accumulation_steps}, need one for each of {ranks.world_size} "
+            "ranks; raise it, and lower batch_size to keep the tokens per step"
+        )
+    device = pick_device(s, ranks)
+    vocab_size = load_meta(DATA_FOLDER / s.dataset)["vocab_size"]
+    data = [Tokens(DATA_FOLDER / s.dataset, split, s.block_size, vocab_size) for split in ("train", "val")]
+    path, state, lock = load_start(s, ranks, resources)
+    s.dense_start = state["dense_start"] if state and s.dense_start < 0 else planned_dense_start(s)
+    script.update(vars(s))
+    start = state or fresh_state(s, recipe)
 
+    model, report = place_model(s, state, recipe, vocab_size, ranks, device)
+    optimizer = build_optimizer(s, model, recipe, state)
+    reference = FlipReference(s.flip_reference, vars(s), s.flip_mask) if s.flip_reference else None
+    if state and start["iter_num"] >= s.max_iters and not s.eval_only:
+        if ranks.master:
+            print(f"{path}: all of max_iters={s.max_iters} iterations are done; raise max_iters or delete {s.out_dir}")
+        ranks.leave()
+        return None
+    scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
+    if start["scaler"]:
+        scaler.load_state_dict(start["scaler"])
+    net, ddp = wrap_model(s, model, ranks, device)
 
-def planned_sparse_start(s: SimpleNamespace, recipe: Recipe | None) -> int | None:
-    """First iteration of the sparse phase; None where STEP's rule is to say."""
-    return None if recipe and recipe.autoswitch else round(s.max_iters * s.dense_pretrain)
+    autoswitch = AutoSwitch(model, optimizer) if recipe and recipe.autoswitch else None
+    if autoswitch:
+        autoswitch.changes = start["autoswitch"]
+    phase = Phase(s, start["sparse_start"], autoswitch, ranks)
+    linears = [model.get_submodule(name) for name in model.sparse_names()]
+    linears = [m for m in linears if not (m.in_features % 4 or m.out_features % 4)]  # a dense run may have any width
+    writes = ranks.master and not s.eval_only
+    metrics = open_folder(s, path, lock, start["iter_num"], report, ranks, device, resources) if writes else None
+    watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, reference)
+    if metrics and start["iter_num"]:
+        watch.replay(read_metrics(s.out_dir))
+    flips = FlipMeter(s, recipe, model, linears, watch, ranks)
+    writer = Writer(s.out_dir, keep_last=s.keep_last, keep_every=s.keep_every, ranks=ranks)
+    guard = StepGuard(s, ranks, writer, *start["skipped"])
+    peak = peak_flops(device)
+    log = Log(s, model, ranks, peak and peak * ranks.world_size, metrics, start["elapsed_s"])
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    saver = Saver(s, writer, ranks, phase, guard, log, parts, start["iter_num"], start["best_val_loss"])
+    if ranks.master:
+        announce(s, model, path, start["iter_num"], phase.sparse_start, ranks, report)
+        if state:
+            announce_changes(state["config"], vars(s))
+    static_grads = bool(s.compile) and s.compile_mode != "default"
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if static_grads else None
+    return Training(
+        settings=s, recipe=recipe, ranks=ranks, device=device, train_data=data[0], val_data=data[1],
+        model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
+        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log,
+        static_grads=static_grads,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where it starts
+# The parts of `begin`, in its order
 
 
-def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
-    """The checkpoint to resume from, or None to begin anew. Raises ValueError where init_from and out_dir disagree."""
-    if s.init_from not in ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
+    """(path of the checkpoint to resume from or None, its state or None, the lock on out_dir or None)."""
+    folder, lock = Path(s.out_dir), None
+    if ranks.master and not s.eval_only and (folder / "run.lock").exists():
+        lock = resources.enter_context(hold(folder))  # before reading: another run may be about to write there
+    path = find_start(s, folder)
+    if ranks.decide(path) != path:
+        raise ValueError(f"out_dir={s.out_dir} is not the same folder on every rank; put it on a shared file system")
+    if path is None:
+        return None, None, lock
+    state = checkpoint.load(path, PATTERNS_HASH, whole=False, ranks=ranks)
+    read = state["iter_num"], state["elapsed_s"]
+    if ranks.decide(read) != read:
+        raise ValueError(f"{path} is another checkpoint here than on rank 0; put out_dir on a shared file system")
+    check_resume(s, state, path)
+    return path, state, lock
+
+
+def fresh_state(s, recipe: Recipe | None) -> dict:
+    """What a run that begins anew has, of the keys of a checkpoint that the loop goes on from."""
+    return {
+        "iter_num": 0,
+        "best_val_loss": math.inf,
+        "sparse_start": planned_sparse_start(s, recipe),
+        "autoswitch": [],
+        "scaler": {},
+        "elapsed_s": 0.0,
+        "skipped": (0, 0),
+    }
+
+
+def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, ranks: Ranks, device: torch.device):
+    """(the model on its device or in FSDP shards, with weights and chosen GEMMs; the report on these GEMMs)."""
+    torch.set_float32_matmul_precision("high")
+    if s.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    model, report, plan = build_model(s, state, recipe, vocab_size), None, None
+    if vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"init_from={s.init_from!r}, need auto, scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+            f"dataset={s.dataset} has {vocab_size} tokens, the model {model.config.vocab_size}; "
+            "use the dataset it was made for"
         )
-    if s.init_from not in ("auto", "resume") and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise ValueError(
-            f"init_from={s.init_from} would begin anew at each restart by torchrun; use init_from=auto, which begins "
-            "from scratch in an empty out_dir (for gpt2, after a run of --max_iters=0), or --max_restarts=0"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out_dir={s.out_dir} is a file; use another out_dir")
-    existing, others = checkpoint.find(folder), sorted(path.name for path in folder.glob("ckpt_*.pt"))
-    if s.init_from == "auto" and not existing and others and not s.overwrite:
-        raise ValueError(
-            f"{folder} has no {checkpoint.NAME}, but {', '.join(others)}: mv one of these to {checkpoint.NAME}, to go "
-            "on from it, or use --overwrite=True to delete them"
-        )
-    if s.init_from == "resume" and not existing:
-        raise ValueError(f"init_from=resume, but {folder} holds no {checkpoint.NAME}; use init_from=scratch or auto")
-    if s.init_from in ("auto", "resume"):
-        return existing
-    if not s.overwrite and (existing or (folder / "metrics.jsonl").exists()):
-        raise ValueError(
-            f"init_from={s.init_from}, but {folder} holds a run already; use --init_from=resume to go on with it, "
-            "another out_dir, or --overwrite=True to delete it"
-        )
-    return None
+    fsdp = s.parallel == "fsdp" and ranks.control is not None
+    if not fsdp:
+        model.to(device)
+    if recipe and recipe.fused and not s.eval_only and (state["iter_num"] if state else 0) < s.dense_start:
+        kept = Path(s.out_dir) / "spmm.json" if state else None
+        plan, report = plan_gemms(s, model, kept, ranks, fsdp, device)
+    if fsdp:  # moves one shard at a time to the device
+        mode = s.compile_mode if s.compile else None
+        shard_model(model, model.transformer.h, ranks, device, s.fsdp_copies, DTYPES[s.dtype], mode)
+    if state:
+        load_weights(model, state["model"])
+    set_plan(model, plan)
+    return model, report
 
 
-def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
-    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's.
-
-    Settings that train.py has no more are taken out of `state`, see configurator.without_removed."""
-    for key in ("config", "model_args"):
-        state[key] = without_removed(state[key], path)
-    saved = state["config"]
-    shape = (
-        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "dense_pretrain"),
-    )
-    differing = [
-        f"{name}={getattr(s, name)} (there {saved[name]})" for name in shape if getattr(s, name) != saved[name]
-    ]
-    if differing:
-        raise ValueError(
-            f"resume: {path} holds another model than these settings: {', '.join(differing)}; "
-            "use its settings, or another out_dir"
-        )
-    if s.dense_start < 0 and planned_dense_start(s) != state["dense_start"]:
-        raise ValueError(
-            f"resume: {path} switches to dense at iteration {state['dense_start']} of {saved['max_iters']}, these "
-            f"settings at {planned_dense_start(s)} of {s.max_iters}; say which with --dense_start=..."
-        )
+def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
+    """(the model as it is called, compiled if asked for; its DDP wrapper where several ranks hold the whole model)."""
+    if s.parallel == "fsdp" and ranks.control is not None:  # its blocks are compiled one by one already
+        if s.compile:  # of the rest, the logits in float32 cost most
+            model.head = torch.compile(model.head, mode=s.compile_mode)
+        return model, None
+    net = torch.compile(model, mode=s.compile_mode) if s.compile else model
+    if ranks.world_size == 1:
+        return net, None
+    keyword = "forward_sync_buffers"  # its name since torch 2.13
+    if keyword not in inspect.signature(DistributedDataParallel).parameters:
+        keyword = "broadcast_buffers"
+    # Masks come from the same weights on every rank, so buffers need no broadcast.
+    ddp = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, **{keyword: False})
+    pack_weights(model)  # DDP has written rank 0's weights everywhere
+    return net, ddp
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model and optimizer
+def open_folder(s, path, lock, iter_num: int, report, ranks: Ranks, device: torch.device, resources) -> Metrics:
+    """Make out_dir this run's: lock it, delete an earlier run that is to be overwritten, write config.json and
+    spmm.json. Returns metrics.jsonl, open."""
+    folder = Path(s.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    sign(lock or resources.enter_context(hold(folder)))
+    if path is None:
+        checkpoint.clear(folder)
+        for stale in ("metrics.jsonl", "spmm.json"):
+            (folder / stale).unlink(missing_ok=True)
+    write_json(folder / "config.json", {**vars(s), "environment": environment(device, ranks.world_size)})
+    if report and report.rows:
+        report.save(folder / "spmm.json")
+    return Metrics(folder, iter_num, vars(s))
 
 
 def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, vocab_size: int) -> GPT:
@@ -258,48 +374,3 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
         report.whole = whole
         plan = plan if whole["taken"] == "plan" else None
     return plan, report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is printed
-
-
-def announce(
-    s: SimpleNamespace, model: GPT, path: Path | None, iter_num: int, sparse_start, switch: int, ranks: Ranks, report
-) -> None:
-    """A few lines on what is about to run. report: of `plan_gemms`, or None."""
-    layers = sparse_linears(model)
-    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
-    spread = f" by {s.parallel}" if ranks.world_size > 1 else " alone" if s.parallel == "fsdp" else ""
-    where = f"resuming {path} at iteration {iter_num}" if path else f"init {s.init_from.replace('auto', 'scratch')}"
-    machines = f"{ranks.world_size} x {s.device}{spread}"
-    print(f"{s.out_dir}: {where}; {machines}, {s.dtype}, compile={s.compile}, torch {torch.__version__}")
-    if s.device.startswith("cuda"):
-        print(f"Triton kernels: {kernel_status(next(model.parameters()).device)}")
-    print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {s.max_iters:,} steps")
-    if layers:
-        share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
-        print(
-            f"sparse: {s.sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {s.mask_interval} "
-            f"steps, decay {s.masked_decay:g}, mvue={s.mvue}; dense from iteration {switch}"
-            + (f" and until {'the second moments settle' if sparse_start is None else sparse_start}")
-            * (sparse_start != 0)
-        )
-        own = {name: getattr(recipes.RECIPES[s.sparse], name) for name in recipes.SETTINGS}
-        changed = [f"{name}={getattr(s, name)} ({value})" for name, value in own.items() if getattr(s, name) != value]
-        if changed:
-            print(f"unlike {s.sparse}'s own: {', '.join(changed)}")
-    if report and (s.device.startswith("cuda") or s.spmm != "auto"):
-        print(report.text())
-    if report and s.device.startswith("cuda") and s.spmm == "auto" and not report.pays():
-        why = "no 2:4 GEMM can be used, for the reasons above"
-        if report.rows:
-            why = "a sparse layer is not faster than a dense one, see the times above"
-        print(f"{why}: --sparse=none trains at least as fast here")
-
-
-def announce_changes(before: dict, now: dict) -> None:
-    """Which settings differ from the ones the checkpoint was saved with."""
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
-    if changed:
-        print(f"changed since the checkpoint: {', '.join(changed)}")

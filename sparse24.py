@@ -454,21 +454,6 @@ def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> 
 # The optimizer
 
 
-def decay_ratio(model: nn.Module, decay: float) -> float | None:
-    """RMS(decay * ~mask * w) / RMS(grad) over the sparse weights: how strong masked decay is beside the gradient.
-
-    Call it between clipping and the optimizer's step. None where no layer is sparse or has a gradient. Decay on weights
-    (Eq. 8) is not beside the gradient: it has no such ratio.
-    """
-    layers = [m for m in sparse_linears(model) if m.sparse and m.weight.grad is not None]
-    if not layers:
-        return None
-    decayed = sum(torch.where(m.mask_rows(), 0, local(m.weight.detach())).float().square().sum() for m in layers)
-    gradient = sum(local(m.weight.grad).float().square().sum() for m in layers)
-    decayed, gradient = total(torch.stack([decayed, gradient]), layers[0].weight.detach())
-    return float(decay * (decayed / gradient).sqrt()) if float(gradient) > 0 else None
-
-
 class MaskedDecayAdamW(torch.optim.AdamW):
     """AdamW with masked decay on the weights of `model`'s sparse layers, with their current (maybe stale) masks.
 

@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file and faults.py are also run as scripts
 
@@ -31,9 +32,11 @@ import numpy as np
 import torch
 
 import checkpoint
+import runtime
 import train
+from configurator import setting_names
 from model import GPT
-from sparse24 import MaskedDecayAdamW
+from sparse24 import PATTERNS_HASH, MaskedDecayAdamW
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -47,6 +50,11 @@ SETTINGS = {
 }  # fmt: skip
 DENSE_START = round(32 * 5 / 6)
 TIMED = {"tokens_per_s", "mfu", "elapsed_s"}  # metrics that no two runs share
+
+
+def all_settings() -> SimpleNamespace:
+    """train.py's settings as its globals have them now."""
+    return SimpleNamespace(**{name: vars(train)[name] for name in setting_names(vars(train))})
 
 
 def make_dataset(folder: Path, sentences: int = 270) -> Path:
@@ -375,7 +383,7 @@ def _dump(undo, folder: str) -> None:
         return patched
 
     _replace(undo, MaskedDecayAdamW, "step", make_step)
-    _replace(undo, train.Ranks, "check_equal", make_check)
+    _replace(undo, runtime.Ranks, "check_equal", make_check)
 
 
 def _alter(undo, iter_num: int) -> None:
@@ -436,7 +444,7 @@ def install(fault: dict, undo: contextlib.ExitStack) -> None:
 
 def read_state(out_dir, name: str = checkpoint.NAME) -> dict:
     """A checkpoint, verified as train.py verifies it."""
-    return checkpoint.load(Path(out_dir) / name, train.sparse24.PATTERNS_HASH)
+    return checkpoint.load(Path(out_dir) / name, PATTERNS_HASH)
 
 
 def read_rows(out_dir) -> list[dict]:

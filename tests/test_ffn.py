@@ -513,7 +513,7 @@ def _(z, activation, recompute=False):
 
 @pytest.mark.parametrize("told", [True, False])
 def test_the_compiler_keeps_no_activation(monkeypatch, told):
-    """Two equal calls of an op would be merged, and the first one's result kept for the backward: `recompute` differs."""
+    """Two equal calls of an op would be merged, and the first result kept for the backward. `recompute` differs."""
     equal_calls = lambda z, activation, recompute=False: opaque_activation(z, activation)  # noqa: E731
     monkeypatch.setattr(operators, "activation", opaque_activation if told else equal_calls)
     kept, calls = [], []

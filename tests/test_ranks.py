@@ -19,7 +19,7 @@ from harness import (
     run_here,
 )
 
-import train
+import prepare
 from model import GPT, GPTConfig
 from runtime import Ranks
 from sparse24 import sparse_linears
@@ -166,7 +166,7 @@ def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch, name, masks
 def test_fewer_micro_batches_than_ranks_are_refused(tmp_path, monkeypatch):
     settings = {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": make_dataset(tmp_path / "data")}
     with pristine_train():
-        monkeypatch.setattr(train, "start_ranks", lambda device: Ranks(1, 1, 2))
+        monkeypatch.setattr(prepare, "start_ranks", lambda device: Ranks(1, 1, 2))
         done = run_here(tmp_path / "out", settings)
     assert done.returncode == 1
     assert "gradient_accumulation_steps=1, need one for each of 2 ranks" in done.stderr

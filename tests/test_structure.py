@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"train", "sample", "study", "search_decay", "bench"},
     {"study_cost", "study_report", "prepare"},
-    {"bench_suites", "bench_kernels", "study_grids"},
+    {"bench_suites", "bench_kernels", "study_grids", "settings"},
     {"runtime", "loader", "model", "plot", "roofline", "checkpoint_writer"},
     {"ffn", "health"},
     {"sparse24", "checkpoint", "configurator"},

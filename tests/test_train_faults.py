@@ -30,9 +30,10 @@ from harness import (
 from test_train import data  # noqa: F401 (a fixture)
 
 import loader
+import prepare
 import runtime
-import train
-from health import LossWatch
+from health import LossWatch, StepGuard
+from metrics import Metrics
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ def nan_at(*iter_nums):
 def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(run, tmp_path):
     done = run(tmp_path / "out", nan_at(5), max_iters=7, dense_start=7, checkpoint_interval=1)
     run(tmp_path / "before", max_iters=5, dense_start=7, checkpoint_interval=1)
-    # the last save is that of iteration 7, the one before it that of 6: after the step that was passed over
+    # the last save is that of iteration 7, the one before it that of 6: after the step that was skipped
     before, after = read_state(tmp_path / "before"), read_state(tmp_path / "out", "ckpt_prev.pt")
     assert (before["iter_num"], after["iter_num"]) == (5, 6)
     assert state_differences(after["model"], before["model"]) == []
@@ -68,7 +69,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(run,
     assert rows[5]["train_loss"] is rows[5]["grad_norm"] is rows[5]["decay_ratio"] is None
     assert rows[6]["train_loss"] > 0
     assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
-    assert "warning, iteration 5: gradient norm nan, step passed over" in done.stdout
+    assert "warning, iteration 5: gradient norm nan, step skipped" in done.stdout
     assert re.search(
         r"warning, rank 0: loss nan; iteration 5, micro-batch 0, whose windows begin at tokens \d+", done.stdout
     )
@@ -86,7 +87,7 @@ def test_the_count_goes_over_a_stop(run, tmp_path):
 
 
 def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Diverged, "MAX_SKIPPED", 5)
+    monkeypatch.setattr(StepGuard, "MAX_SKIPPED", 5)
     done = run(tmp_path / "out", nan_at(*range(9, 40)), status=1)
     assert "train.py: error: the last 6 gradients were not finite" in done.stderr
     assert "lower learning_rate" in done.stderr
@@ -101,7 +102,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(run, tmp_path, m
 
 def test_a_restart_does_not_begin_the_count_anew(run, tmp_path, monkeypatch):
     """Saves go on meanwhile, so a job that is started again and again must not creep on."""
-    monkeypatch.setattr(train.Diverged, "MAX_SKIPPED", 5)
+    monkeypatch.setattr(StepGuard, "MAX_SKIPPED", 5)
     fault = nan_at(*range(9, 40))
     run(tmp_path / "out", fault, status=1)
     done = run(tmp_path / "out", fault, status=1)
@@ -110,7 +111,7 @@ def test_a_restart_does_not_begin_the_count_anew(run, tmp_path, monkeypatch):
 
 
 def test_just_enough_in_a_row_do_not(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Diverged, "MAX_SKIPPED", 3)
+    monkeypatch.setattr(StepGuard, "MAX_SKIPPED", 3)
     run(tmp_path / "out", nan_at(4, 5, 6, 8, 9, 10), max_iters=12)
     assert read_state(tmp_path / "out")["skipped"] == [6, 0]
 
@@ -261,7 +262,7 @@ def test_checkpoints_that_were_kept_are_not_deleted_unasked(run, tmp_path):
 
 def test_saving_in_a_thread_changes_nothing(run, tmp_path, monkeypatch):
     run(tmp_path / "thread", max_iters=14)
-    monkeypatch.setattr(train, "Writer", functools.partial(train.Writer, background=False))
+    monkeypatch.setattr(prepare, "Writer", functools.partial(prepare.Writer, background=False))
     run(tmp_path / "at once", max_iters=14)
     assert state_differences(read_state(tmp_path / "thread"), read_state(tmp_path / "at once")) == []
     assert row_differences(read_rows(tmp_path / "thread"), read_rows(tmp_path / "at once")) == []
@@ -346,7 +347,7 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_counts_on_them(run, tmp_
 def test_no_row_holds_what_json_has_no_word_for(tmp_path):
     with pristine_train():
         rows = [{"iter": 0, "phase": "dense", "train_loss": float("nan"), "lr": float("inf"), "val_loss": 1.5}]
-        metrics = train.Metrics(tmp_path, 0, {"max_iters": 1, "wandb_log": False})
+        metrics = Metrics(tmp_path, 0, {"max_iters": 1, "wandb_log": False})
         metrics.write(rows[0])
         metrics.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -413,8 +414,8 @@ def test_clocks_that_jump_change_no_number(run, tmp_path, monkeypatch):
     """As of a machine that slept, and one whose time was set back."""
     run(tmp_path / "whole", max_iters=8)
     clock, wall, calls = time.perf_counter, time.time, []
-    monkeypatch.setattr(train.time, "perf_counter", lambda: calls.append(1) or clock() + 3600 * (len(calls) // 5))
-    monkeypatch.setattr(train.time, "time", lambda: wall() - 3600 * (len(calls) // 5))
+    monkeypatch.setattr(time, "perf_counter", lambda: calls.append(1) or clock() + 3600 * (len(calls) // 5))
+    monkeypatch.setattr(time, "time", lambda: wall() - 3600 * (len(calls) // 5))
     run(tmp_path / "jumps", max_iters=8)
     assert len(calls) > 10
     assert state_differences(read_state(tmp_path / "jumps"), read_state(tmp_path / "whole")) == []
@@ -425,5 +426,5 @@ def test_a_disk_that_is_full_for_metrics_is_an_error_without_a_traceback(run, tm
     def full(self, row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.Metrics, "write", full)
+    monkeypatch.setattr(Metrics, "write", full)
     assert run(tmp_path / "out", status=1).stderr == "train.py: error: [Errno 28] No space left on device\n"

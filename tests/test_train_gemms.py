@@ -2,14 +2,14 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import read_rows, read_state, row_differences, state_differences
+from harness import all_settings, read_rows, read_state, row_differences, state_differences
 from test_train import _stopped, data, given, refused, run, stopped  # noqa: F401 (fixtures)
 
 import prepare
-import train
 from ffn import FFNPlan, plan_ffn, set_plan
 from model import GPT, GPTConfig
 from runtime import Ranks
@@ -88,7 +88,7 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
     monkeypatch.setattr(prepare, "plan_ffn", plan)
     monkeypatch.setattr(prepare, "time_ways", time_ways)
     plans = []
-    monkeypatch.setattr(train, "set_plan", lambda model, plan: plans.append(plan is not None))
+    monkeypatch.setattr(prepare, "set_plan", lambda model, plan: plans.append(plan is not None))
     monkeypatch.setattr(Report, "text", lambda self: "")
     out = tmp_path / "out"
     run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1})
@@ -159,7 +159,7 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse=name))
     device = torch.device(device)
-    prepare._measure_gemms(train.all_settings(), model, None, 1, False, device)
+    prepare._measure_gemms(all_settings(), model, None, 1, False, device)
     expected = {"graph": device.type == "cuda", "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
     expected["transposable"] = name == "fst"
     assert asked == [((model.config, 15, device, torch.bfloat16, "auto", False), expected)]
@@ -173,7 +173,7 @@ def test_packing_is_counted_as_often_as_it_is_done(given, tmp_path, monkeypatch,
     monkeypatch.setattr(prepare, "time_ways", lambda mlp, plan, **how: timed.append(how) or {"taken": "plan"})
     given(gradient_accumulation_steps=7, dtype="float32", compile=False)
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
-    prepare._measure_gemms(train.all_settings(), model, None, 2, fsdp, torch.device("cpu"))
+    prepare._measure_gemms(all_settings(), model, None, 2, fsdp, torch.device("cpu"))
     assert timed == [{"compile_mode": None, "micro_steps": uses}]
 
 
@@ -193,11 +193,13 @@ def test_a_phase_brings_its_operands_and_frees_them():
     plan, _ = plan_ffn(config, 64, torch.device("cpu"), torch.float32, "masked")
     set_plan(model, plan)
     mlp = model.transformer.h[0].mlp
-    train.set_phase(model, False)
+    settings = SimpleNamespace(max_iters=9, dense_start=8, dense_pretrain=0.0)
+    phase = prepare.Phase(settings, 5, None, Ranks())
+    assert phase.enter(model, 4) is False
     assert "w_24" not in mlp.c_fc._buffers
     with torch.no_grad():
         mlp.c_fc.weight.mul_(-1)
-    train.set_phase(model, True)
+    assert phase.enter(model, 5) is True
     assert torch.equal(mlp.c_fc.w_24, mlp.c_fc.weight * mlp.c_fc.mask)
     model(torch.zeros(2, 32, dtype=torch.int64))
 

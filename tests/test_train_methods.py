@@ -10,7 +10,11 @@ import torch
 from harness import SETTINGS, read_rows, read_state, row_differences, state_differences
 from test_train import data, given, refused, run  # noqa: F401 (fixtures)
 
+import checkpoint
+import health
 import prepare
+import runtime
+import sparse24
 import train
 from sparse24 import (
     RECIPES,
@@ -100,7 +104,7 @@ def test_steps_rule_switches_when_moments_settle_and_by_half_time(run, tmp_path,
         calls.append(0)
         return len(calls) > 9
 
-    monkeypatch.setattr(train.AutoSwitch, "settled", settled)
+    monkeypatch.setattr(sparse24.AutoSwitch, "settled", settled)
     run(tmp_path / "settled", **METHODS["step"])
     assert phases(tmp_path / "settled") == ["dense"] * 10 + ["sparse"] * 23
     calls += [0] * 9
@@ -129,14 +133,14 @@ def test_bi_mask_searches_its_permutations_at_its_interval(run, tmp_path, monkey
 
 
 def test_a_dense_start_gives_s_ste_the_beta_of_the_weights_it_begins_with(run, tmp_path, monkeypatch):
-    begun, refresh = [], train.sparse24.Sparse24Linear.refresh
+    begun, refresh = [], sparse24.Sparse24Linear.refresh
 
     def counted(layer, begin=False):
         refresh(layer, begin)
         if begin:
             begun.append((float(layer.beta), float(sste_scale(layer.weight.detach()))))
 
-    monkeypatch.setattr(train.sparse24.Sparse24Linear, "refresh", counted)
+    monkeypatch.setattr(sparse24.Sparse24Linear, "refresh", counted)
     run(tmp_path / "out", **METHODS["s_ste"] | {"dense_pretrain": 0.25})
     assert len(begun) == 4
     assert all(beta == fitted for beta, fitted in begun)
@@ -164,7 +168,7 @@ def test_the_loss_as_deployed_is_that_of_pruned_weights_and_changes_none(run, tm
     assert row["val_loss_24"] != row["val_loss"]
     out = tmp_path / "pruned"
     out.mkdir()
-    train.checkpoint.save(out, state | {"model": pruned})
+    checkpoint.save(out, state | {"model": pruned})
     text = run(out, sparse="none", eval_only=True)
     assert f"val {row['val_loss_24']:.4f}, hard-pruned to 2:4 {row['val_loss_24']:.4f}" in text
 
@@ -208,7 +212,7 @@ def test_dense_runs_can_count_the_flips_of_row_masks(run, tmp_path):
 
 
 def test_an_exploding_flip_rate_is_warned_of_once(run, dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
+    monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
     text = run(tmp_path / "out", flip_reference=str(dense), flip_interval=1)
     found = re.findall(
         r"^warning, iteration (\d+): the flip rate is .* times the dense run's, .*masked_decay", text, re.M
@@ -217,7 +221,7 @@ def test_an_exploding_flip_rate_is_warned_of_once(run, dense, tmp_path, monkeypa
 
 
 def test_a_healthy_run_is_not_warned_of(run, dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1.0)
+    monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1.0)
     text = run(tmp_path / "out", flip_reference=str(dense), flip_interval=1)
     assert "times the dense run's" not in text
 
@@ -242,9 +246,9 @@ def test_soft_masks_follow_every_step(run, tmp_path):
 
 
 def test_both_switches_are_saved(run, tmp_path, monkeypatch):
-    saved, save = [], train.checkpoint.save
+    saved, save = [], checkpoint.save
     watched = lambda f, state, *rest, **keep: saved.append(state["iter_num"]) or save(f, state, *rest, **keep)  # noqa: E731
-    monkeypatch.setattr(train.checkpoint, "save", watched)
+    monkeypatch.setattr(checkpoint, "save", watched)
     quiet = {"checkpoint_interval": 1000, "eval_interval": 0}
     run(tmp_path / "out", **as_recipe("fst", dense_pretrain=0.25, **quiet))
     assert saved == [8, 27, 32]
@@ -297,7 +301,7 @@ def warned(text):
 @pytest.mark.parametrize("stop", [5, 10, 14])
 def test_warnings_count_sparse_steps_alone_and_go_on_after_a_stop(run, dense, tmp_path, monkeypatch, stop):
     """Sparse from 8 on, so that the fifth flip rate to compare is that of step 12."""
-    monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
+    monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
     settings = as_recipe("fst", dense_pretrain=0.25, flip_reference=str(dense), flip_interval=1)
     fault = {"kind": "signal", "signal": "SIGTERM", "iter_num": stop, "micro_batch": 1}
     first, second = run(tmp_path / "out", fault, **settings), run(tmp_path / "out", **settings)
@@ -305,8 +309,8 @@ def test_warnings_count_sparse_steps_alone_and_go_on_after_a_stop(run, dense, tm
 
 
 def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp_path, monkeypatch):
-    made, watch = [], train.FlipWatch
-    monkeypatch.setattr(train, "FlipWatch", lambda *args: made.append(args) or watch(*args))
+    made, watch = [], health.FlipWatch
+    monkeypatch.setattr(prepare, "FlipWatch", lambda *args: made.append(args) or watch(*args))
     for changes in ({"lr_decay_iters": 99}, {"lr_decay_iters": 99, "decay_lr": False}):
         run(tmp_path / str(len(made)), max_iters=1, **changes)
     assert made == [(SETTINGS["warmup_iters"], 99, None), (SETTINGS["warmup_iters"], 1, None)]
@@ -314,16 +318,16 @@ def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp
 
 def test_all_ranks_switch_where_one_finds_moments_settled(run, tmp_path, monkeypatch):
     """The other rank's answer, yes, is handed over in place of a reduction; it is the only float that is reduced."""
-    monkeypatch.setattr(train.AutoSwitch, "settled", lambda self: 0.0)
-    monkeypatch.setattr(train.Ranks, "maximum", lambda self, value: 1 if isinstance(value, float) else value)
+    monkeypatch.setattr(sparse24.AutoSwitch, "settled", lambda self: 0.0)
+    monkeypatch.setattr(runtime.Ranks, "maximum", lambda self, value: 1 if isinstance(value, float) else value)
     run(tmp_path / "out", **METHODS["step"])
     assert read_state(tmp_path / "out")["sparse_start"] == 3
 
 
 def test_row_orders_are_a_stream_of_draws_of_their_own(monkeypatch):
-    keys, words = [], train.sparse24.seed_words
-    monkeypatch.setattr(train.sparse24, "seed_words", lambda n, *key: keys.append(key) or words(n, *key))
-    layer = train.sparse24.Sparse24Linear(8, 8, False, "bi_mask")
+    keys, words = [], sparse24.seed_words
+    monkeypatch.setattr(sparse24, "seed_words", lambda n, *key: keys.append(key) or words(n, *key))
+    layer = sparse24.Sparse24Linear(8, 8, False, "bi_mask")
     search_permutations(layer, 1, 2)
     seed_draws(layer, 1, 2, 0)
     others = [(1, 2, 0, tag) for tag in (train._DATA, train._DROPOUT, train._EVAL)]
@@ -332,8 +336,8 @@ def test_row_orders_are_a_stream_of_draws_of_their_own(monkeypatch):
 
 def test_other_ranks_than_the_first_say_and_write_nothing(run, dense, tmp_path, monkeypatch):
     """Not even warnings."""
-    monkeypatch.setattr(train.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
-    monkeypatch.setattr(train, "start_ranks", lambda device: train.Ranks(1, 0, 1))
+    monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
+    monkeypatch.setattr(prepare, "start_ranks", lambda device: runtime.Ranks(1, 0, 1))
     monkeypatch.setattr(prepare, "plan_gemms", lambda *_: (None, None))  # rank 0 would have answered
     assert run(tmp_path / "out", flip_reference=str(dense), flip_interval=1, max_iters=12, dense_start=12) == ""
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,209 @@
+"""The settings of a run: checked, and filled in where they say "auto" or leave a value to the recipe.
+
+Everything here happens before anything is written. `s` is a namespace of all of train.py's settings by name.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import checkpoint
+import recipes
+import spmm_choice
+from configurator import without_removed
+from recipes import Recipe
+from runtime import Ranks
+from sparse24 import kernel_status, sparse_linears
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
+    """Check the settings and fill in what the recipe and "auto" stand for. Returns the recipe, None for a dense run."""
+    for name, least in (
+        *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
+        *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
+        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0)),
+        *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
+    ):
+        if getattr(s, name) < least:
+            raise ValueError(f"{name}={getattr(s, name)}, need at least {least}")
+    if s.wandb_log and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
+    if s.seed >= 2**32:
+        raise ValueError(f"seed={s.seed}, need a seed below 2**32")
+    if s.sampling not in ("random", "epoch"):
+        raise ValueError(f"sampling={s.sampling!r}, need random or epoch")
+    if s.parallel not in ("ddp", "fsdp"):
+        raise ValueError(f"parallel={s.parallel!r}, need ddp or fsdp")
+    if s.parallel == "ddp" and s.fsdp_copies > 1:
+        raise ValueError(f"fsdp_copies={s.fsdp_copies} is for parallel='fsdp'; under ddp each rank has a copy")
+    if s.parallel == "fsdp" and (s.dtype == "float16" or s.compile_mode != "default"):
+        raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
+    if s.compile_mode not in ("default", "reduce-overhead", "max-autotune"):
+        raise ValueError(f"compile_mode={s.compile_mode!r}, need default, reduce-overhead or max-autotune")
+    if s.spmm not in spmm_choice.MODES:
+        raise ValueError(f"spmm={s.spmm!r}, need one of {', '.join(spmm_choice.MODES)}")
+    if s.dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype={s.dtype!r}, need one of auto, {', '.join(DTYPES)}")
+    if s.flip_mask not in ("auto", "transposable", "row"):
+        raise ValueError(f"flip_mask={s.flip_mask!r}, need auto, transposable or row")
+    if s.sparse == "none":
+        if s.flip_reference:
+            raise ValueError(f"flip_reference={s.flip_reference} is for sparse runs, and sparse='none'; drop it")
+        s.flip_mask = "transposable" if s.flip_mask == "auto" else s.flip_mask
+        return None
+    recipe = recipes.recipe_of({**overrides, "sparse": s.sparse})
+    vars(s).update({name: getattr(recipe, name) for name in recipes.SETTINGS})
+    begin = round(s.max_iters * (recipes.AUTOSWITCH_LATEST if recipe.autoswitch else s.dense_pretrain))
+    end = planned_dense_start(s)
+    if s.dense_pretrain and not begin < end:
+        raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
+    if recipe.precondition and not begin:
+        raise ValueError(
+            f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is no step, sparse={s.sparse!r} needs some"
+        )
+    if not recipe.fused and s.spmm not in ("auto", "dense"):
+        raise ValueError(f"spmm={s.spmm!r} cannot multiply as sparse={s.sparse!r} asks; use --spmm=auto (dense GEMMs)")
+    s.flip_mask = recipe.virtual_mask if s.flip_mask == "auto" else s.flip_mask
+    return recipe
+
+
+def pick_device(s: SimpleNamespace, ranks: Ranks) -> torch.device:
+    """The device of this rank; sets `device`, `dtype` and `compile` to what "auto" and None stand for."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={s.device!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
+    try:
+        chosen = torch.device(name)
+        if name == "cuda":  # set_device needs an index
+            chosen = torch.device("cuda", ranks.local_rank if ranks.world_size > 1 else torch.cuda.current_device())
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={s.device!r} cannot be used: {reason}; use --device=cpu") from error
+    best = "float32"
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        best = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    s.device, s.dtype = chosen.type, best if s.dtype == "auto" else s.dtype
+    s.compile = chosen.type == "cuda" if s.compile is None else s.compile
+    return chosen
+
+
+def planned_dense_start(s: SimpleNamespace) -> int:
+    """First iteration of the dense phase (section 4.4); 0 for a dense run."""
+    if s.sparse == "none":
+        return 0
+    return s.dense_start if s.dense_start >= 0 else round(s.max_iters * (1 - s.dense_finetune))
+
+
+def planned_sparse_start(s: SimpleNamespace, recipe: Recipe | None) -> int | None:
+    """First iteration of the sparse phase; None where STEP's rule is to say."""
+    return None if recipe and recipe.autoswitch else round(s.max_iters * s.dense_pretrain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the run starts
+
+
+def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
+    """The checkpoint to resume from, or None to begin anew. Raises ValueError where init_from and out_dir disagree."""
+    if s.init_from not in ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        raise ValueError(
+            f"init_from={s.init_from!r}, need auto, scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+        )
+    if s.init_from not in ("auto", "resume") and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ValueError(
+            f"init_from={s.init_from} would begin anew at each restart by torchrun; use init_from=auto, which begins "
+            "from scratch in an empty out_dir (for gpt2, after a run of --max_iters=0), or --max_restarts=0"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out_dir={s.out_dir} is a file; use another out_dir")
+    existing, others = checkpoint.find(folder), sorted(path.name for path in folder.glob("ckpt_*.pt"))
+    if s.init_from == "auto" and not existing and others and not s.overwrite:
+        raise ValueError(
+            f"{folder} has no {checkpoint.NAME}, but {', '.join(others)}: mv one of these to {checkpoint.NAME}, to go "
+            "on from it, or use --overwrite=True to delete them"
+        )
+    if s.init_from == "resume" and not existing:
+        raise ValueError(f"init_from=resume, but {folder} holds no {checkpoint.NAME}; use init_from=scratch or auto")
+    if s.init_from in ("auto", "resume"):
+        return existing
+    if not s.overwrite and (existing or (folder / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"init_from={s.init_from}, but {folder} holds a run already; use --init_from=resume to go on with it, "
+            "another out_dir, or --overwrite=True to delete it"
+        )
+    return None
+
+
+def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
+    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's.
+
+    Settings that train.py has no more are taken out of `state`, see configurator.without_removed."""
+    for key in ("config", "model_args"):
+        state[key] = without_removed(state[key], path)
+    saved = state["config"]
+    shape = (
+        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "dense_pretrain"),
+    )
+    differing = [
+        f"{name}={getattr(s, name)} (there {saved[name]})" for name in shape if getattr(s, name) != saved[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"resume: {path} holds another model than these settings: {', '.join(differing)}; "
+            "use its settings, or another out_dir"
+        )
+    if s.dense_start < 0 and planned_dense_start(s) != state["dense_start"]:
+        raise ValueError(
+            f"resume: {path} switches to dense at iteration {state['dense_start']} of {saved['max_iters']}, these "
+            f"settings at {planned_dense_start(s)} of {s.max_iters}; say which with --dense_start=..."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def announce(s: SimpleNamespace, model, path: Path | None, iter_num: int, sparse_start, ranks: Ranks, report) -> None:
+    """A few lines on what is about to run. report: of prepare.plan_gemms, or None."""
+    layers = sparse_linears(model)
+    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+    spread = f" by {s.parallel}" if ranks.world_size > 1 else " alone" if s.parallel == "fsdp" else ""
+    where = f"resuming {path} at iteration {iter_num}" if path else f"init {s.init_from.replace('auto', 'scratch')}"
+    machines = f"{ranks.world_size} x {s.device}{spread}"
+    print(f"{s.out_dir}: {where}; {machines}, {s.dtype}, compile={s.compile}, torch {torch.__version__}")
+    if s.device.startswith("cuda"):
+        print(f"Triton kernels: {kernel_status(next(model.parameters()).device)}")
+    print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {s.max_iters:,} steps")
+    if layers:
+        share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
+        print(
+            f"sparse: {s.sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {s.mask_interval} "
+            f"steps, decay {s.masked_decay:g}, mvue={s.mvue}; dense from iteration {s.dense_start}"
+            + (f" and until {'the second moments settle' if sparse_start is None else sparse_start}")
+            * (sparse_start != 0)
+        )
+        own = {name: getattr(recipes.RECIPES[s.sparse], name) for name in recipes.SETTINGS}
+        changed = [f"{name}={getattr(s, name)} ({value})" for name, value in own.items() if getattr(s, name) != value]
+        if changed:
+            print(f"unlike {s.sparse}'s own: {', '.join(changed)}")
+    if report and (s.device.startswith("cuda") or s.spmm != "auto"):
+        print(report.text())
+    if report and s.device.startswith("cuda") and s.spmm == "auto" and not report.pays():
+        why = "no 2:4 GEMM can be used, for the reasons above"
+        if report.rows:
+            why = "a sparse layer is not faster than a dense one, see the times above"
+        print(f"{why}: --sparse=none trains at least as fast here")
+
+
+def announce_changes(before: dict, now: dict) -> None:
+    """Which settings differ from the ones the checkpoint was saved with."""
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        print(f"changed since the checkpoint: {', '.join(changed)}")

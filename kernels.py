@@ -121,12 +121,6 @@ def _load_quads(ptr, stride, live):
 
 
 @triton.jit
-def _bits4(bits):
-    """Whether each of the four low bits of (N,) is set, (N, 4)."""
-    return ((bits[:, None] >> tl.arange(0, 4)[None, :]) & 1) != 0
-
-
-@triton.jit
 def _load_groups(ptr, n, columns, stride_row, stride_column, live):
     """float32 (N, 4): groups number n of a matrix with `columns` groups a row."""
     ptr += (n // columns).to(tl.int64) * stride_row + (n % columns).to(tl.int64) * (4 * stride_column)
@@ -254,7 +248,8 @@ def transposable_index(w: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pack_weight_: the packed operands of w and of its transpose, from w and its index. A program takes 16x16 blocks.
+# pack_weight_: the packed operands of w and of its transpose, from w and its index. A program takes 16x16 blocks. The
+# first six patterns keep pair p in their first row: there the table has the bits and the nibble of a pair.
 
 
 def _row_multiple(function: str, order: str) -> int:
@@ -313,15 +308,23 @@ def _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns,
 @triton.jit
 def _pack_weight_kernel(
     w_ptr, index_ptr, table_ptr, values_ptr, metadata_ptr, values_t_ptr, metadata_t_ptr, rows, columns, stride_row,
-    METADATA: tl.constexpr, ORDER: tl.constexpr, WRITE: tl.constexpr, WRITE_T: tl.constexpr,
+    PAIRS: tl.constexpr, METADATA: tl.constexpr, ORDER: tl.constexpr, WRITE: tl.constexpr, WRITE_T: tl.constexpr,
 ):  # fmt: skip
     tile_row, tile_column = tl.program_id(0) // (columns // 64), tl.program_id(0) % (columns // 64)
     n = tl.arange(0, 256)
     i, j = tile_row * 16 + n // 16, tile_column * 16 + n % 16  # this thread's block
     ptr = w_ptr + i.to(tl.int64) * (4 * stride_row) + 4 * j
     a, b, c, d = _load_rows(ptr, stride_row, 1, n < 256)
-    index = tl.load(index_ptr + i.to(tl.int64) * (columns // 4) + j).to(tl.int32)
-    bits = tl.load(table_ptr + index)
+    index_ptr += i.to(tl.int64) * (columns if PAIRS else columns // 4) + j
+    if PAIRS:  # a row-wise mask: a pair for each of the block's rows
+        bits, nibbles = tl.zeros_like(n), tl.zeros_like(n)
+        for r in tl.static_range(4):
+            pair = tl.load(index_ptr + r * (columns // 4)).to(tl.int32)
+            bits |= (tl.load(table_ptr + pair) & 15) << (4 * r)
+            nibbles |= (tl.load(table_ptr + 90 + pair) & 15) << (4 * r)
+    else:
+        index = tl.load(index_ptr).to(tl.int32)
+        bits, nibbles = tl.load(table_ptr + index), tl.load(table_ptr + 90 + index)
     if WRITE:
         x = (a, b, c, d)
         for r in tl.static_range(4):
@@ -334,7 +337,6 @@ def _pack_weight_kernel(
             out = values_t_ptr + (4 * j_t + r).to(tl.int64) * (rows // 4) + i_t
             tl.store(out, _transpose_tile(word, 16))
     if METADATA:
-        nibbles = tl.load(table_ptr + 90 + index)
         if WRITE:
             _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns, ORDER)
         if WRITE_T:
@@ -343,15 +345,16 @@ def _pack_weight_kernel(
 
 
 def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
-    """Write the packed operands of w and of its transpose under w's mask; equal to operators.pack_weight_ref_.
+    """Write the packed operands of w and of its transpose under w's mask; equal to pack_weight_'s specification.
 
     packed, packed_t: 1-D bfloat16 buffers of 9/16 of w's elements; one may be None and is not written. w: (out, in),
-    rows contiguous, float32 or bfloat16; index: uint8 (out/4, in/4). order: "sm80" (out and in multiples of 128) or
-    "sm90" (of 64). metadata=False writes the values alone, for an index that has not changed since the last call.
-    Raises ValueError on input that it would misread.
+    rows contiguous, float32 or bfloat16. index: uint8 (out/4, in/4) of transposable_index; or (out, in/4) of
+    pair_index, for a row-wise mask, whose transpose is not 2:4. order: "sm80" (out and in multiples of 128) or "sm90"
+    (of 64). Without packed_t, in may be any multiple of 64. metadata=False writes the values alone, for an index that
+    has not changed since the last call. Raises ValueError on input that it would misread.
     """
     (rows, columns), multiple = w.shape, _row_multiple("pack_weight_", order)
-    if rows % multiple or columns % multiple or w.stride(1) != 1:
+    if rows % multiple or columns % (64 if packed_t is None else multiple) or w.stride(1) != 1:
         raise ValueError(
             f"pack_weight_: w {tuple(w.shape)} with strides {w.stride()}, order {order} needs multiples of {multiple} "
             "and contiguous rows; multiply masked dense matrices instead"
@@ -362,14 +365,19 @@ def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) 
     for buffer in written:
         if buffer.dtype != torch.bfloat16 or buffer.shape != (size,) or not buffer.is_contiguous():
             raise ValueError(f"pack_weight_: {buffer.dtype} {tuple(buffer.shape)}, need a bfloat16 buffer of ({size},)")
-    if index.dtype != torch.uint8 or index.shape != (rows // 4, columns // 4) or not index.is_contiguous():
+    pairs = index.shape == (rows, columns // 4) and packed_t is None
+    if (
+        index.dtype != torch.uint8
+        or not index.is_contiguous()
+        or not (pairs or index.shape == (rows // 4, columns // 4))
+    ):
         raise ValueError(
             f"pack_weight_: index {index.dtype} {tuple(index.shape)}, need the contiguous uint8 "
-            f"{(rows // 4, columns // 4)} of transposable_index"
+            f"{(rows // 4, columns // 4)} of transposable_index, or for packed alone {(rows, columns // 4)} of pair_index"
         )
     buffers = (*_packed_pointers(written[0], rows, columns), *_packed_pointers(written[-1], columns, rows))
     arguments = (w, index, _table(w.device), *buffers, rows, columns, w.stride(0))
-    forms = {"WRITE": packed is not None, "WRITE_T": packed_t is not None, "METADATA": metadata}
+    forms = {"WRITE": packed is not None, "WRITE_T": packed_t is not None, "METADATA": metadata, "PAIRS": pairs}
     grid = rows * columns // 4096
     _launch(_pack_weight_kernel, grid, *arguments, ORDER=int(order[2:]), **forms, written=written, num_warps=8)
 
@@ -511,9 +519,10 @@ def _adamw_kernel(
     m = tl.load(m_ptr + at, mask=live[:, None], other=0.0)
     v = tl.load(v_ptr + at, mask=live[:, None], other=0.0)
     if index_address != 0:
-        row, column = n // columns, n % columns  # `columns` quads
+        row, column = n // columns, n % columns  # in a weight with `columns` quads a row
         index = tl.load(index_ptr + (row // 4).to(tl.int64) * columns + column, mask=live, other=0).to(tl.int32)
-        pruned = tl.where(_bits4(tl.load(table_ptr + index) >> (4 * (row % 4))), 0.0, p)
+        bits = tl.load(table_ptr + index) >> (4 * (row % 4))
+        pruned = tl.where(((bits[:, None] >> tl.arange(0, 4)[None, :]) & 1) != 0, 0.0, p)
         if DECAY_ON_WEIGHT:
             p -= decay * pruned
         else:
@@ -771,12 +780,16 @@ def _mvue24_kernel(
             for j in tl.static_range(2):
                 r, c = (row + 8 * hi).to(tl.int64), (column + 16 * qh + 4 * j).to(tl.int64)
                 live = (r < rows) & (c < columns)
-                x = _load_quads(x_ptr + r * x_stride_row + c * x_stride_column, x_stride_column, live)
-                h, pair = _draw(_split4(tl.abs(x)), random[4 * j + 2 * hi + qh], 3, 5, 9, 6, 10, 12)
-                y = tl.where(_bits4(pair), _copysign(_max(tl.abs(x), h[:, None]), x), 0.0)
+                x = _split4(_load_quads(x_ptr + r * x_stride_row + c * x_stride_column, x_stride_column, live))
+                a = _abs4(x)
+                h, pair = _draw(a, random[4 * j + 2 * hi + qh], 3, 5, 9, 6, 10, 12)
+                y0 = tl.where((pair & 1) != 0, _copysign(_max(a[0], h), x[0]), 0.0)
+                y1 = tl.where((pair & 2) != 0, _copysign(_max(a[1], h), x[1]), 0.0)
+                y2 = tl.where((pair & 4) != 0, _copysign(_max(a[2], h), x[2]), 0.0)
+                y3 = tl.where((pair & 8) != 0, _copysign(_max(a[3], h), x[3]), 0.0)
                 out = (out_ptr + r * out_stride_row + c * out_stride_column)[:, None]
                 out += tl.arange(0, 4)[None, :] * out_stride_column
-                tl.store(out, _round(y, out_ptr.dtype.element_ty), mask=live[:, None])
+                tl.store(out, _round(_join4((y0, y1, y2, y3)), out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 def _mvue24_empty(x: torch.Tensor) -> torch.Tensor:

@@ -365,19 +365,16 @@ def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) 
     for buffer in written:
         if buffer.dtype != torch.bfloat16 or buffer.shape != (size,) or not buffer.is_contiguous():
             raise ValueError(f"pack_weight_: {buffer.dtype} {tuple(buffer.shape)}, need a bfloat16 buffer of ({size},)")
-    pairs = index.shape == (rows, columns // 4) and packed_t is None
-    if (
-        index.dtype != torch.uint8
-        or not index.is_contiguous()
-        or not (pairs or index.shape == (rows // 4, columns // 4))
-    ):
+    blocks, pairs = (rows // 4, columns // 4), (rows, columns // 4)
+    by_rows = index.shape == pairs and packed_t is None
+    if index.dtype != torch.uint8 or not (by_rows or index.shape == blocks) or not index.is_contiguous():
         raise ValueError(
-            f"pack_weight_: index {index.dtype} {tuple(index.shape)}, need the contiguous uint8 "
-            f"{(rows // 4, columns // 4)} of transposable_index, or for packed alone {(rows, columns // 4)} of pair_index"
+            f"pack_weight_: index {index.dtype} {tuple(index.shape)}, need the contiguous uint8 {blocks} of "
+            f"transposable_index, or for packed alone {pairs} of pair_index"
         )
     buffers = (*_packed_pointers(written[0], rows, columns), *_packed_pointers(written[-1], columns, rows))
     arguments = (w, index, _table(w.device), *buffers, rows, columns, w.stride(0))
-    forms = {"WRITE": packed is not None, "WRITE_T": packed_t is not None, "METADATA": metadata, "PAIRS": pairs}
+    forms = {"WRITE": packed is not None, "WRITE_T": packed_t is not None, "METADATA": metadata, "PAIRS": by_rows}
     grid = rows * columns // 4096
     _launch(_pack_weight_kernel, grid, *arguments, ORDER=int(order[2:]), **forms, written=written, num_warps=8)
 

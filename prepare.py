@@ -137,6 +137,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
 
 
 def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Training | None:
+    # the settings, the ranks, the data, and the checkpoint to resume from
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
     recipe = resolve_settings(s, overrides)
     ranks = start_ranks(s.device)
@@ -153,9 +154,11 @@ def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tr
     script.update(vars(s))
     start = state or fresh_state(s, recipe)
 
+    # the model, its GEMMs, and the optimizer
     model, report = place_model(s, state, recipe, vocab_size, ranks, device)
     optimizer = build_optimizer(s, model, recipe, state)
     reference = FlipReference(s.flip_reference, vars(s), s.flip_mask) if s.flip_reference else None
+    # From here on nothing that the user set can be wrong.
     if state and start["iter_num"] >= s.max_iters and not s.eval_only:
         if ranks.master:
             print(f"{path}: all of max_iters={s.max_iters} iterations are done; raise max_iters or delete {s.out_dir}")
@@ -166,6 +169,7 @@ def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tr
         scaler.load_state_dict(start["scaler"])
     net, ddp = wrap_model(s, model, ranks, device)
 
+    # what decides by itself, in the loop, when it is its turn
     autoswitch = AutoSwitch(model, optimizer) if recipe and recipe.autoswitch else None
     if autoswitch:
         autoswitch.changes = start["autoswitch"]

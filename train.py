@@ -31,7 +31,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import prepare
-import recipes
 import sparse24
 from checkpoint_writer import Writer
 from configurator import configure_or_exit, setting_names
@@ -41,17 +40,18 @@ from loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from metrics import Metrics, read_metrics
 from model import peak_flops
 from runtime import FolderInUse, Ranks, RanksDiffer, StopSignal, environment, hold, shard_model, sign, start_ranks
-from shards import is_dtensor, whole
 from sparse24 import (
     AutoSwitch,
     decay_ratio,
     flip_rate,
     hard_pruned,
+    is_dtensor,
     refresh_masks,
     search_permutations,
     seed_draws,
     seed_words,
     sparse_linears,
+    whole,
 )
 
 # ---- the run ----
@@ -87,7 +87,7 @@ bias = False  # biases in linears and layer norms
 activation = "gelu"  # gelu, relu2, geglu, swiglu (gated ones get a d_ff of 2/3, so that parameters match)
 ffn_ratio = 4.0  # d_ff / n_embd; 2 is the paper's Half baseline
 # ---- 2:4 sparsity (the defaults are fst's; another recipe brings its own unless you set them) ----
-sparse = "none"  # none, fst, ste, sr_ste, s_ste, s_ste_straight, step, bi_mask: the equations are in recipes.py
+sparse = "none"  # none, fst, ste, sr_ste, s_ste, s_ste_straight, step, bi_mask: the equations are in sparse24.py
 mask_interval = 40  # steps between mask refreshes
 masked_decay = 6e-5  # the decay factor lambda of Eq. 10; 0 = none
 mvue = True  # 2:4 weight gradients through MVUE; False = dense ones
@@ -473,7 +473,7 @@ def run(resources: contextlib.ExitStack) -> None:
                 for warning in watch.add(iter_num, row["flip_rate"], row["lr"]) if ranks.master else []:
                     print(f"warning, iteration {iter_num}: {warning}", flush=True)
         if sparse_start is None:
-            earliest, latest = (round(max_iters * share) for share in (dense_pretrain, recipes.AUTOSWITCH_LATEST))
+            earliest, latest = (round(max_iters * share) for share in (dense_pretrain, sparse24.AUTOSWITCH_LATEST))
             if iter_num + 1 >= (earliest if settled else latest):
                 sparse_start = iter_num + 1
         if is_sparse and (iter_num + 1) % mask_interval == 0:

@@ -19,10 +19,10 @@ LAYERS = [
     {"study_cost", "study_report", "prepare"},
     {"bench_suites", "bench_kernels", "study_grids"},
     {"runtime", "loader", "model", "plot", "roofline", "checkpoint_writer"},
-    {"ffn", "health"},
-    {"sparse24", "checkpoint", "configurator"},
-    {"operators", "spmm_choice", "metrics", "recipes", "checkpoint_shards"},
-    {"kernels", "spmm", "shards"},
+    {"ffn", "health", "checkpoint"},
+    {"checkpoint_shards", "configurator", "spmm_choice", "metrics"},
+    {"sparse24", "spmm"},
+    {"kernels"},
 ]
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 

@@ -46,6 +46,7 @@ from benchmarks import evidence, steps
 from benchmarks.report import table, with_spread
 from model import PRESETS, GPTConfig
 from runtime import environment, write_json
+from sparse24 import use_kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Suites
@@ -330,6 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.stages:
         sys.exit(f"bench.py: {args.stages[0]} is no option; stages need --evidence OUT, suites --suite NAME")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not args.predict:
+        use_kernels(device)
     if args.suite == "kernels":
         run_kernels(args, device)
         return

@@ -27,8 +27,9 @@ from pathlib import Path
 
 import torch
 
-import operators
 import roofline
+import sparse24
+from gemm24.operands import GATED, activation_ref
 from runtime import write_json
 from spmm_choice import reason
 
@@ -36,7 +37,7 @@ if find_spec("triton"):
     import kernels
     from benchmarks import baselines
 
-    kernels.use_patterns(operators.PATTERNS)
+    kernels.use_patterns(sparse24.PATTERNS)
 
 # Compute capability, SMs, clock in GHz (an assumption), memory bandwidth in TB/s by the vendor's data sheets.
 GPUS = {
@@ -102,7 +103,7 @@ def _mvue_pack(rows, columns, order, device, token_major=False):
 
 
 def _z_and_da(rows, columns, device, activation):
-    z = _randn(rows * (2 if activation in operators.GATED else 1), columns, device=device, dtype=torch.bfloat16)
+    z = _randn(rows * (2 if activation in GATED else 1), columns, device=device, dtype=torch.bfloat16)
     return z, z[:rows].clone()
 
 
@@ -134,7 +135,7 @@ def _pairs(rows, columns, order, device):
 
 def _adamw(rows, columns, order, device):
     p, g, m, v = (_randn(rows, columns, device=device).abs_() for _ in range(4))
-    scalars = [operators.adamw_scalars(1, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1e-4)]
+    scalars = [sparse24.adamw_scalars(1, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1e-4)]
     index = _index(p)
     return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars)
 
@@ -415,7 +416,7 @@ def speed(row: dict) -> str:
 
 def table2(shapes, repetitions: int) -> Iterator[dict]:
     """The paper's Table 2: transposable mask search, GB/s of real bytes (w read, its result written)."""
-    patterns = baselines.pattern_table(operators.PATTERNS.to(DEVICE))
+    patterns = baselines.pattern_table(sparse24.PATTERNS.to(DEVICE))
     for dtype in (torch.float32, torch.bfloat16):
         for shape in shapes:
             ours_us = None  # the first row of these
@@ -447,7 +448,7 @@ def _torch_tile(w):
 
 def table3(widths, repetitions: int) -> Iterator[dict]:
     """The paper's Table 3: GEGLU on feature-major tensors of 32x512 tokens, along tokens, along features, by torch."""
-    compiled = torch.compile(lambda z: operators.activation_ref(z, "geglu"))
+    compiled = torch.compile(lambda z: activation_ref(z, "geglu"))
     for width in widths:
         cases = [
             (name, make, moved, functools.partial(make, width, TOKENS, "", DEVICE, "geglu", by_token))

@@ -7,7 +7,7 @@
     ckpt_00001200.shards/3.pt       {"model": {"wte.weight": rows}, "optimizer": {"state.0.exp_avg": rows}} of shard 3
 
 torch.distributed.checkpoint is not used: its .metadata is a pickle that runs code, and nothing in it has a checksum.
-Rows are cut as FSDP2 cuts them (shards.cut), and cut anew for another number of ranks.
+Rows are cut as FSDP2 cuts them (sparse24.cut), and cut anew for another number of ranks.
 """
 
 import copy
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from shards import cut, is_dtensor
+from sparse24 import cut, is_dtensor
 
 MARKER = "nano24.sharded"  # the key that makes a dict the marker of a sharded tensor
 

@@ -27,8 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-import operators
-from sparse24 import Sparse24Linear, prune, through_soft, transposable_index
+from gemm24 import operands
+from sparse24 import AUTOCAST, Sparse24Linear, expand_index, prune, through_soft, transposable_index
 from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, compressed_size, matmul24
 from spmm_choice import Report, choose, enqueue_us, reason, time_interleaved, wins
 
@@ -62,7 +62,7 @@ def ffn_gemms(
 ) -> dict[str, Gemm]:
     """The GEMMs of an FFN that may be sparse, by name: the forward's z and y; with transposable masks da and dx; with
     MVUE dw1 and dw2."""
-    hidden, t = d_ff * (2 if activation in operators.GATED else 1), tokens + -tokens % 64
+    hidden, t = d_ff * (2 if activation in operands.GATED else 1), tokens + -tokens % 64
     gemms = [
         Gemm("z", hidden, t, d_model, True, False, bias),
         Gemm("y", d_model, t, d_ff, False, True, bias),
@@ -176,7 +176,7 @@ def _packable(gemm: Gemm, choice: Choice) -> Choice:
 def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
     """A matrix with two non-zeros in each group, packed as the layers pack gradients: MVUE keeps it as it is."""
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
-    return _packed(operators.mvue24_pack(x, seed, "masked" if order in CONVERTED else order)[0], order)
+    return _packed(operands.mvue24_pack(x, seed, "masked" if order in CONVERTED else order)[0], order)
 
 
 def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -190,11 +190,11 @@ def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor,
         w = torch.where(w.abs() < 0.01, 0.01, w).to(device)  # libraries keep what is `!= 0`: no kept entry may be 0
         index = transposable_index(w)
         blobs = [torch.empty(w.numel() * 9 // 16, dtype=torch.bfloat16, device=device) for _ in range(2)]
-        operators.pack_weight_(*blobs, w, index, order)
-        w_24 = torch.where(operators.expand_index(index), w, 0).to(torch.bfloat16)
+        operands.pack_weight_(*blobs, w, index, order)
+        w_24 = torch.where(expand_index(index), w, 0).to(torch.bfloat16)
         w_24_t = w_24.t().contiguous()
         pairs += [(w_24, blobs[0]), (w_24_t, blobs[1]), (w_24, pack_matrix(w_24, order))]
-        pairs += [(w_24, operators.mvue24_pack(w_24_t, 0, order, token_major=True)[0])]
+        pairs += [(w_24, operands.mvue24_pack(w_24_t, 0, order, token_major=True)[0])]
     return pairs
 
 
@@ -227,7 +227,7 @@ class _SparseFFN(torch.autograd.Function):
             w1_t_24 = w2_t_24 = None
         d_model, d_ff = w2.shape
         z = matmul24(w1_24, x.t(), b1, w1.shape[0], False, plan.z)
-        a = operators.activation(z, plan.activation)
+        a = operands.activation(z, plan.activation)
         y = matmul24(w2_24, a, b2, d_model, True, plan.y)
         ctx.plan, ctx.mask, ctx.d_ff, ctx.w1_dtype, ctx.w2_dtype = plan, mask, d_ff, w1.dtype, w2.dtype
         # copied: the next micro-step may fill them already
@@ -240,25 +240,25 @@ class _SparseFFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, z, seed1, seed2, w1, w2, beta1, beta2, *operands = ctx.saved_tensors
+        x, z, seed1, seed2, w1, w2, beta1, beta2, *weights = ctx.saved_tensors
         plan, dy = ctx.plan, dy.contiguous()
         if ctx.mask:
-            w1_t_24 = _packed_again(*operands[:3], ctx.mask, plan.dx.order, plan.dtype, dy)
-            w2_t_24 = _packed_again(*operands[3:], ctx.mask, plan.da.order, plan.dtype, dy)
+            w1_t_24 = _packed_again(*weights[:3], ctx.mask, plan.dx.order, plan.dtype, dy)
+            w2_t_24 = _packed_again(*weights[3:], ctx.mask, plan.da.order, plan.dtype, dy)
             w1_t_24 = w1_t_24.t() if plan.dx.order == "masked" else w1_t_24
             w2_t_24 = w2_t_24.t() if plan.da.order == "masked" else w2_t_24
         else:
-            w1_t_24, w2_t_24 = operands
+            w1_t_24, w2_t_24 = weights
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         dx = dw1 = db1 = dw2 = db2 = None
         if needs_w2 or needs_b2:
             if plan.mvue and needs_w2:
-                dy_24, db2 = operators.mvue24_pack(dy, seed2, _pack_order(plan.dw2), True, needs_b2)
+                dy_24, db2 = operands.mvue24_pack(dy, seed2, _pack_order(plan.dw2), True, needs_b2)
                 dy_24 = _packed(dy_24, plan.dw2.order)
             else:
                 dy_24, db2 = dy.t(), dy.sum(0) if needs_b2 else None
             if needs_w2:
-                a = operators.activation(z, plan.activation, recompute=True)
+                a = operands.activation(z, plan.activation, recompute=True)
                 dw2 = matmul24(dy_24, a.t(), None, dy.shape[1], False, plan.dw2).to(ctx.w2_dtype)
                 dw2 = through_soft(dw2, w2, beta2, ctx.gradient)
             a = dy_24 = None  # freed before the large tensors of the other half are made
@@ -266,12 +266,12 @@ class _SparseFFN(torch.autograd.Function):
             da = matmul24(w2_t_24, dy.t(), None, ctx.d_ff, False, plan.da)
             if plan.mvue and needs_w1:
                 order = _pack_order(plan.dw1)
-                dz, dz_24, db1 = operators.activation_backward_mvue24_pack(
+                dz, dz_24, db1 = operands.activation_backward_mvue24_pack(
                     z, da, seed1, plan.activation, order, needs_b1
                 )
                 dz_24 = _packed(dz_24, plan.dw1.order)
             else:
-                dz = dz_24 = operators.activation_backward(z, da, plan.activation)
+                dz = dz_24 = operands.activation_backward(z, da, plan.activation)
                 db1 = dz.sum(1) if needs_b1 else None
             da = None
             if needs_w1:
@@ -294,7 +294,7 @@ def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: n
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
     """What a linear layer computes in here."""
-    on = x.device.type in operators.AUTOCAST and torch.is_autocast_enabled(x.device.type)
+    on = x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if on and x.dtype != torch.float64 else x.dtype
 
 
@@ -314,12 +314,12 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
     x = F.pad(x, (0, 0, 0, plan.padding)) if plan.padding else x
     b1, b2 = (None if layer.bias is None else layer.bias.to(plan.dtype) for layer in (c_fc, c_proj))
     if mask:
-        operands = (t for layer in (c_fc, c_proj) for t in (layer.index, layer.scale))
+        weights = (t for layer in (c_fc, c_proj) for t in (layer.index, layer.scale))
     else:
-        operands = (*_operands(c_fc, *orders[0]), *_operands(c_proj, *orders[1]))
+        weights = (*_operands(c_fc, *orders[0]), *_operands(c_proj, *orders[1]))
     state = (c_fc.seed, c_proj.seed, c_fc.scale, c_proj.scale)
     how = (plan, mask, c_fc.recipe.weight_gradient)
-    y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *operands, *state, *how)
+    y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *weights, *state, *how)
     return (y[: plan.tokens] if plan.padding else y).view(shape)  # a slice would cost the backward a copy of dY
 
 
@@ -431,7 +431,7 @@ def _write(w_24, packed, packed_t, w, index, beta, mask: str, orders: tuple, met
         blob if order in _OURS and mask == "transposable" else None for blob, order in zip(blobs, orders, strict=True)
     ]
     if any(blob is not None for blob in ours):
-        operators.pack_weight_(*ours, w, index, orders[ours[0] is None], metadata=metadata)
+        operands.pack_weight_(*ours, w, index, orders[ours[0] is None], metadata=metadata)
     if w_24 is None:
         return
     w_24.copy_(prune(w, index, beta, mask))

@@ -20,8 +20,7 @@ from torch import nn
 import checkpoint
 from configurator import without_removed
 from metrics import read_config, read_metrics, smooth
-from shards import local, total
-from sparse24 import flip_rate, sparse_linears, weight_indices
+from sparse24 import flip_rate, local, sparse_linears, total, weight_indices
 
 HEALTHY = (0.60, 0.95)  # section 4.3
 TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go

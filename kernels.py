@@ -1,5 +1,5 @@
-"""Every Triton kernel of a training step, with its launcher. The specification of `name` is `name_ref` in operators.py,
-in plain PyTorch: kernels.name(*arguments) is what operators.name_ref(*arguments) is.
+"""Every Triton kernel of a training step, with its launcher. kernels.name(*arguments) returns what its specification in
+plain PyTorch does: name.torch(*arguments), of sparse24.py or, for activations and packing, of gemm24/operands.py.
 
 Launchers take CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, which is how the tests prove them without a GPU.
 They are not differentiable. Most are torch custom ops, so that torch.compile passes them by, with a fake beside them.
@@ -148,7 +148,7 @@ def use_patterns(patterns: torch.Tensor) -> None:
 def _table(device: torch.device) -> torch.Tensor:
     """The table of patterns on this device."""
     if not _TABLES:
-        raise RuntimeError("kernels: the patterns are not known; call kernels.use_patterns(operators.PATTERNS) first")
+        raise RuntimeError("kernels: the patterns are not known; call kernels.use_patterns(sparse24.PATTERNS) first")
     table = _TABLES[device] if device in _TABLES else next(iter(_TABLES.values())).to(device)
     if not torch.compiler.is_compiling():  # what is traced must not outlive its graph
         _TABLES[device] = table
@@ -189,7 +189,7 @@ def _second_greater(jk, x):
 
 @triton.jit
 def _best_pattern(a, b, c, d):
-    """Index of the best of the 90 patterns for the rows a, b, c, d of |w|: as operators.transposable_index_ref."""
+    """Index of the best of the 90 patterns for the rows a, b, c, d of |w|: as sparse24.transposable_index.torch."""
     x, y, f = _sub4(a, b), _sub4(c, d), _sub4(b, c)
     e = (x[0] + y[0] + 2 * f[0], x[1] + y[1] + 2 * f[1], x[2] + y[2] + 2 * f[2], x[3] + y[3] + 2 * f[3])
     best, index = _top2(e)
@@ -237,7 +237,7 @@ def _transposable_index_kernel(w_ptr, index_ptr, columns, blocks, stride_row, st
 
 
 def transposable_index(w: torch.Tensor) -> torch.Tensor:
-    """The pattern of largest L1 norm in each 4x4 block; bit for bit operators.transposable_index_ref.
+    """The pattern of largest L1 norm in each 4x4 block; bit for bit sparse24.transposable_index.torch.
 
     w: (out, in), both divisible by 4, float32 or 16-bit, any strides. Returns uint8 (out/4, in/4).
     """
@@ -345,7 +345,7 @@ def _pack_weight_kernel(
 
 
 def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
-    """Write the packed operands of w and of its transpose under w's mask; equal to pack_weight_'s specification.
+    """Write the packed operands of w and of its transpose under w's mask; equal to operands.pack_weight_.torch.
 
     packed, packed_t: 1-D bfloat16 buffers of 9/16 of w's elements; one may be None and is not written. w: (out, in),
     rows contiguous, float32 or bfloat16. index: uint8 (out/4, in/4) of transposable_index; or (out, in/4) of
@@ -402,7 +402,7 @@ def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_col
 
 @torch.library.custom_op("nano24::pair_index", mutates_args=())
 def pair_index(x: torch.Tensor) -> torch.Tensor:
-    """The number, 0..5, of the pair that each group of four keeps; equal to operators.pair_index_ref.
+    """The number, 0..5, of the pair that each group of four keeps; equal to sparse24.pair_index.torch.
 
     x: (..., n), n divisible by 4, float32 or 16-bit, any strides. Returns uint8 (..., n/4).
     """
@@ -460,12 +460,12 @@ def _(w, scale):
 
 
 def soft_threshold24(w: torch.Tensor) -> torch.Tensor:
-    """S(w), contiguous; equal to operators.soft_threshold24_ref. w: (..., n), n divisible by 4, any strides."""
+    """S(w), contiguous; equal to sparse24.soft_threshold24.torch. w: (..., n), n divisible by 4, any strides."""
     return _soft_threshold_and_scale(w, False)[0]
 
 
 def sste_scale(w: torch.Tensor) -> torch.Tensor:
-    """beta of w, float32 0-d; operators.sste_scale_ref within the rounding of the sums."""
+    """beta of w, float32 0-d; sparse24.sste_scale.torch within the rounding of the sums."""
     return _soft_threshold_and_scale(w, True)[1]
 
 
@@ -642,7 +642,7 @@ def _gated(function: str, z: torch.Tensor, activation: str, da: torch.Tensor | N
 
 @torch.library.custom_op("nano24::activation", mutates_args=())
 def activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
-    """a = f(z), or f(gate) * up; operators.activation_ref within rounding and 3e-7.
+    """a = f(z), or f(gate) * up; operands.activation.torch within rounding and 3e-7.
 
     z: (d_ff, tokens), gated (2 d_ff, tokens), contiguous. activation: gelu, relu2, geglu or swiglu. Returns (d_ff,
     tokens) in z's dtype. recompute changes nothing here: torch.compile merges equal calls, and would keep the forward's
@@ -678,7 +678,7 @@ def _activation_backward_kernel(
 @torch.library.custom_op("nano24::activation_backward", mutates_args=())
 def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
     """dz of `activation` in z's shape and dtype, from z and da (d_ff, tokens); its specification is
-    operators.activation_backward_ref."""
+    operands.activation_backward.torch."""
     gated, dz, size = _gated("activation_backward", z, activation, da), torch.empty_like(z), da.numel()
     options = {"ACTIVATION": activation, "GATED": gated, "BLOCK": 1024, "num_warps": 4}
     _launch(_activation_backward_kernel, triton.cdiv(size, 1024), z, da, dz, size, **options)
@@ -692,7 +692,7 @@ activation_backward.register_fake(lambda z, da, activation: torch.empty_like(z))
 # mvue24 (Eq. 6) to masked dense, of any dtype and strides. A thread has one unit: the rows p and p+8 of a 16-row tile,
 # and of a 32-column panel the groups q, q+1, q+4, q+5, q even. Those eight groups are four 16-byte loads of bfloat16,
 # whole metadata words in sm90's order, and two Philox calls, whose four words serve (row half, column half), as
-# operators.group_uniforms says. A program's tile is 32 rows x 128 columns.
+# sparse24.group_uniforms says. A program's tile is 32 rows x 128 columns.
 
 
 @triton.jit
@@ -729,7 +729,7 @@ def _draw(
 ):  # fmt: skip
     """MVUE of magnitudes a (four (N,)) with a random word: h, and the constant of the pair that is kept.
 
-    As operators.mvue24_ref, comparison by comparison, its `past1`, `past0`, `from3` and `from2` in one chain.
+    As sparse24.mvue24.torch, comparison by comparison, its `past1`, `past0`, `from3` and `from2` in one chain.
     """
     u = _unit_float(word)
     rest = _min(a[0], a[1]) + _min(a[2], a[3]) + _min(_max(a[0], a[1]), _max(a[2], a[3]))
@@ -759,7 +759,7 @@ def _unit(tile, tile_columns, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr, r
 
 @triton.jit
 def _counters(row, column, columns):
-    """Philox counters of the unit's groups (q, q+4) and (q+1, q+5), rows p and p+8: operators.group_uniforms."""
+    """Philox counters of the unit's groups (q, q+4) and (q+1, q+5), rows p and p+8: sparse24.group_uniforms."""
     counter = (row // 16 * 8 + row % 8).to(tl.int64) * (4 * ((columns + 31) // 32)) + column // 32 * 4
     return counter + column % 32 // 4
 
@@ -818,7 +818,7 @@ def _seed_tensor(seed, device: torch.device) -> torch.Tensor:
 
 
 def mvue24(x: torch.Tensor, seed) -> torch.Tensor:
-    """MVUE along the last dimension to masked dense; equal to operators.mvue24_ref.
+    """MVUE along the last dimension to masked dense; equal to sparse24.mvue24.torch.
 
     x: (..., n), n divisible by 4, float32 or 16-bit, any strides. Returns x's shape and dtype. The fast paths take
     bfloat16 matrices with 8 dividing n, and 32 the rows where rows are contiguous, 64 where columns are.
@@ -1092,7 +1092,7 @@ def _(x, seed, order, token_major, bias):
 
 
 def mvue24_pack(x: torch.Tensor, seed, order: str, token_major: bool = False, bias: bool = False):
-    """MVUE straight to a packed operand; equal to operators.mvue24_pack_ref.
+    """MVUE straight to a packed operand; equal to operands.mvue24_pack.torch.
 
     x: bfloat16, (rows, tokens), or with token_major (tokens, rows), transposed on the way. order: "sm80" (rows a
     multiple of 128, tokens of 64), "sm90" (64 and 64), or "masked" for the masked dense (rows, tokens). Returns it, and

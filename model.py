@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ffn import sparse_ffn, takes_plan
-from operators import GATED
+from gemm24.operands import ACTIVATIONS, GATED
 from sparse24 import RECIPES, MaskedDecayAdamW, kernel_status, sparsify
 
 # n_layer, n_head, n_embd of the four published GPT-2 sizes, and what Hugging Face calls them
@@ -37,20 +37,6 @@ HF_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-x
 # The linears of a block that become sparse, and all of them.
 FFN_LINEARS = ("mlp.c_fc", "mlp.c_proj")
 LINEARS = ("attn.c_attn", "attn.c_proj", *FFN_LINEARS)
-
-
-def _glu(h, act):
-    """act(gate) * value; the gate is the first half of h's features and the value the second: row blocks of c_fc."""
-    gate, value = h.chunk(2, dim=-1)  # (B, T, d_ff) each
-    return act(gate) * value
-
-
-ACTIVATIONS = {
-    "gelu": F.gelu,  # exact, by erf; not the tanh approximation
-    "relu2": lambda h: F.relu(h).square(),
-    "geglu": lambda h: _glu(h, F.gelu),
-    "swiglu": lambda h: _glu(h, F.silu),
-}
 
 
 @dataclass

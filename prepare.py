@@ -26,7 +26,6 @@ from health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
 from loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from metrics import Log, Metrics, read_metrics
 from model import GPT, GPTConfig, peak_flops
-from recipes import AUTOSWITCH_LATEST, Recipe
 from runtime import FolderInUse, Ranks, RanksDiffer, environment, hold, shard_model, sign, start_ranks, write_json
 from settings import (
     DTYPES,
@@ -39,7 +38,7 @@ from settings import (
     planned_sparse_start,
     resolve_settings,
 )
-from sparse24 import PATTERNS_HASH, AutoSwitch, sparse_linears
+from sparse24 import AUTOSWITCH_LATEST, PATTERNS_HASH, AutoSwitch, Recipe, sparse_linears
 
 
 class SetupError(RuntimeError):

@@ -17,7 +17,7 @@ Seconds, bytes and FLOPs throughout; d = width, d_ff = hidden width, tokens = se
 
 from dataclasses import dataclass
 
-from operators import GATED
+from gemm24.operands import GATED
 
 # Dense bf16 TFLOP/s and memory TB/s by NVIDIA's data sheets (SXM parts). What is reached of them is an
 # assumption; a measured GPU(...) serves instead of any of these.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import shards
+import sparse24
 from sparse24 import kernel_status, sparse_linears
 
 
@@ -76,7 +76,7 @@ class Ranks:
         sums of their bits, and names the ranks that the fewest agree with."""
         if self.world_size == 1:
             return
-        mine = torch.tensor([shards.piece(next(model.parameters())), *fingerprint(model)])
+        mine = torch.tensor([sparse24.piece(next(model.parameters())), *fingerprint(model)])
         found = [torch.zeros_like(mine) for _ in range(self.world_size)]
         dist.all_gather(found, mine, group=self.control)
         pieces, weights, masks = zip(*(row.tolist() for row in found), strict=True)
@@ -92,7 +92,7 @@ def fingerprint(model: torch.nn.Module) -> tuple[int, int]:
     """(sum of the bits of this rank's weights, of all masks). Waits for the GPU."""
     names = ("index", "index_t", "beta")  # an order of rows has the sum of any other, but index_t is made by it
     buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
-    weights = _sum_of_bits([shards.local(p.detach()) for p in model.parameters()])
+    weights = _sum_of_bits([sparse24.local(p.detach()) for p in model.parameters()])
     return weights, _sum_of_bits([b for b in buffers if b is not None])
 
 
@@ -148,9 +148,9 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
         raise ValueError(f"fsdp_copies={copies}, need a divisor of the number of ranks, {ranks.world_size}")
     pieces = ranks.world_size // copies
     for layer in sparse_linears(model):
-        if not shards.fits(layer.out_features, pieces):
+        if not sparse24.fits(layer.out_features, pieces):
             fitting = [n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
-            fitting = [n for n in fitting if all(shards.fits(m.out_features, n) for m in sparse_linears(model))]
+            fitting = [n for n in fitting if all(sparse24.fits(m.out_features, n) for m in sparse_linears(model))]
             raise ValueError(
                 f"parallel='fsdp': {layer.out_features} rows of a sparse layer do not lie on {pieces} ranks by fours; "
                 f"set fsdp_copies to one of {', '.join(str(ranks.world_size // n) for n in fitting)}"
@@ -161,7 +161,6 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
     if dtype != torch.float32 and device.type == "cuda" and not soft:
         low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = {"mp_policy": low}
-    kernel_status(device)  # tested now, since a compiled forward cannot
     if compile_mode:  # all blocks share the limit: phases, training and evaluation, a last batch of another size
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for block in blocks:

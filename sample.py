@@ -15,7 +15,7 @@ import sparse24
 from configurator import configure_or_exit, without_removed
 from loader import DATA_FOLDER, load_meta, load_tokenizer
 from model import GPT, GPTConfig
-from recipes import recipe_of
+from sparse24 import recipe_of
 
 # ---- settings ----
 out_dir = "out"  # the run's folder

@@ -41,7 +41,7 @@ from health import HEALTHY, TARGET
 from loader import DATA_FOLDER, Tokens, load_meta
 from metrics import read_config, read_metrics, smooth
 from plot import curve, finish, new_figure
-from recipes import Recipe, recipe_of
+from sparse24 import Recipe, recipe_of
 
 ROOT = Path(__file__).resolve().parent
 OWNED = {  # settings of train.py that are refused on the command line, and what to do instead

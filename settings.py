@@ -11,12 +11,11 @@ from types import SimpleNamespace
 import torch
 
 import checkpoint
-import recipes
+import sparse24
 import spmm_choice
 from configurator import without_removed
-from recipes import Recipe
 from runtime import Ranks
-from sparse24 import kernel_status, sparse_linears
+from sparse24 import Recipe, kernel_status, sparse_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,9 +55,9 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
             raise ValueError(f"flip_reference={s.flip_reference} is for sparse runs, and sparse='none'; drop it")
         s.flip_mask = "transposable" if s.flip_mask == "auto" else s.flip_mask
         return None
-    recipe = recipes.recipe_of({**overrides, "sparse": s.sparse})
-    vars(s).update({name: getattr(recipe, name) for name in recipes.SETTINGS})
-    begin = round(s.max_iters * (recipes.AUTOSWITCH_LATEST if recipe.autoswitch else s.dense_pretrain))
+    recipe = sparse24.recipe_of({**overrides, "sparse": s.sparse})
+    vars(s).update({name: getattr(recipe, name) for name in sparse24.SETTINGS})
+    begin = round(s.max_iters * (sparse24.AUTOSWITCH_LATEST if recipe.autoswitch else s.dense_pretrain))
     end = planned_dense_start(s)
     if s.dense_pretrain and not begin < end:
         raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
@@ -89,6 +88,7 @@ def pick_device(s: SimpleNamespace, ranks: Ranks) -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         best = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    sparse24.use_kernels(chosen)
     s.device, s.dtype = chosen.type, best if s.dtype == "auto" else s.dtype
     s.compile = chosen.type == "cuda" if s.compile is None else s.compile
     return chosen
@@ -189,7 +189,7 @@ def announce(s: SimpleNamespace, model, path: Path | None, iter_num: int, sparse
             + (f" and until {'the second moments settle' if sparse_start is None else sparse_start}")
             * (sparse_start != 0)
         )
-        own = {name: getattr(recipes.RECIPES[s.sparse], name) for name in recipes.SETTINGS}
+        own = {name: getattr(sparse24.RECIPES[s.sparse], name) for name in sparse24.SETTINGS}
         changed = [f"{name}={getattr(s, name)} ({value})" for name, value in own.items() if getattr(s, name) != value]
         if changed:
             print(f"unlike {s.sparse}'s own: {', '.join(changed)}")

@@ -25,8 +25,15 @@ import prepare
 from configurator import configure_or_exit
 from ffn import pack_weights
 from runtime import Ranks, StopSignal
-from shards import is_dtensor, whole
-from sparse24 import hard_pruned, refresh_masks, search_permutations, seed_draws, seed_words
+from sparse24 import (
+    hard_pruned,
+    is_dtensor,
+    refresh_masks,
+    search_permutations,
+    seed_draws,
+    seed_words,
+    whole,
+)
 
 # ---- the run ----
 out_dir = "out"  # folder that the run writes: ckpt.pt, metrics.jsonl, config.json, spmm.json

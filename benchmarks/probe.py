@@ -1,7 +1,7 @@
 """Probe a GPU, its 2:4 library and our kernels in about a minute: python -m benchmarks.probe OUT.json [part ...]
 
-Parts, in this order: machine (card, versions, copy bandwidth, rate of a large product), kernels (each beside its
-specification), order (which bytes the library's compress writes, and whether they are ours), host (microseconds that
+Parts, in this order: kernels (each beside its specification), machine (card, versions, copy bandwidth, rate of a large
+product), order (which bytes the library's compress writes, and whether they are ours), host (microseconds that
 the host takes to enqueue a product), graph (a captured product, replayed with other inputs). Each part's result is
 written before the next begins; a part that fails says why.
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 import ffn
-import operators
+import sparse24
 import spmm
 import spmm_choice
 from gemm24 import cusparselt
+from gemm24.operands import activation, mvue24_pack
 from runtime import environment, write_json
 from spmm import Choice, Gemm, matmul24
 
@@ -65,7 +66,7 @@ def machine() -> dict:
 def kernels() -> dict:
     """Test the Triton kernels against their specifications, and time that test."""
     start = time.perf_counter()
-    status = operators.kernel_status(device())
+    status = sparse24.use_kernels(device())
     return {"status": status, "seconds": time.perf_counter() - start}
 
 
@@ -168,11 +169,11 @@ def host() -> dict:
         calls["2:4 by kept plans"] = lambda: cusparselt.matmul(packed, b, *shape, 0)
     for name, call in calls.items():
         found[f"{name} us"] = enqueue_us(call)
-    found["kernel launch us"] = enqueue_us(lambda: operators.activation(a, "gelu"))
+    found["kernel launch us"] = enqueue_us(lambda: activation(a, "gelu"))
     for rows, columns in PACKED:
         x = spmm_choice.random_24(rows, columns, device())
         found[f"compress {rows}x{columns} us"] = median_us(lambda x=x: torch._cslt_compress(x))
-        ours = median_us(lambda x=x: operators.mvue24_pack(x, 0, "sm90"))
+        ours = median_us(lambda x=x: mvue24_pack(x, 0, "sm90"))
         found[f"our MVUE and packing {rows}x{columns} us"] = ours
     return found
 
@@ -216,12 +217,15 @@ def graph() -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-PARTS = {part.__name__: part for part in (machine, kernels, order, host, graph)}
+PARTS = {part.__name__: part for part in (kernels, machine, order, host, graph)}
 
 
 def main(argv: list[str]) -> int:
     path, results, failed = Path(argv[0]), {}, False
-    for name in argv[1:] or PARTS:
+    names = argv[1:] or PARTS
+    if "kernels" not in names:
+        sparse24.use_kernels(device())
+    for name in names:
         start = time.perf_counter()
         try:
             results[name] = PARTS[name]()

@@ -46,7 +46,7 @@ from bench_suites import (
 )
 from model import GPT, GPTConfig, peak_flops
 from runtime import environment, write_json
-from sparse24 import RECIPES, refresh_masks, seed_draws
+from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
 
 TOP = 30  # number of kernels that a row lists
 NAME = 120  # characters of a kernel's name
@@ -228,6 +228,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--verdicts", type=Path, help="a file of verdicts on GEMMs, as bench.py writes it")
     args = parser.parse_args(argv)
     device = torch.device("cuda", torch.cuda.current_device())
+    use_kernels(device)
     torch.set_float32_matmul_precision("high")
     results, failed = {"environment": environment(device, 1), "rows": []}, False
     for case in CASES:

@@ -22,6 +22,7 @@ import ffn
 import spmm_choice
 from benchmarks.probe import device
 from runtime import environment, write_json
+from sparse24 import use_kernels
 
 TOKENS = 16384
 ALGORITHMS = 64
@@ -128,6 +129,7 @@ def rows() -> Iterator[Callable[[], dict]]:
 
 
 def main(argv: list[str]) -> int:
+    use_kernels(device())
     path, results, failed = Path(argv[0]), {"environment": environment(device(), 1), "rows": []}, False
     for make in rows():
         try:

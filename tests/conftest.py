@@ -9,8 +9,19 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are tiny and processes run side by side; also for what tests start
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic runs; CUDA reads it once, at the start
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available() and "NANO24_PTX" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_where_they_can():
+    """On a GPU the operators go to the kernels, as after a run's set-up."""
+    if torch.cuda.is_available():
+        import gemm24.operands  # noqa: F401 (so that its operators are compared too)
+        from sparse24 import use_kernels
+
+        use_kernels("cuda")

@@ -37,9 +37,9 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 import kernels
-import operators
+import sparse24
 import spmm
-from gemm24 import cusparselt
+from gemm24 import cusparselt, operands
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CARD = SimpleNamespace(
@@ -420,8 +420,11 @@ def _launch(launch):
 
 # Kernels that take the interpreter seconds; tests/test_kernels.py shows that they are what these twins are.
 TWINS = {
-    name: getattr(operators, f"{name}_ref")
-    for name in ("activation", "activation_backward", "mvue24", "mvue24_pack", "activation_backward_mvue24_pack")
+    operator.__name__: operator.torch
+    for operator in (
+        *(sparse24.mvue24, operands.activation, operands.activation_backward, operands.mvue24_pack),
+        operands.activation_backward_mvue24_pack,
+    )
 }
 
 
@@ -446,8 +449,8 @@ def by_twin(kernel, twin):
 
 
 def change_libraries() -> None:
-    kernels.transposable_index = by_twin(kernels.transposable_index, operators.transposable_index_ref)
-    kernels.pack_weight_ = by_twin(kernels.pack_weight_, operators.pack_weight_ref_)
+    kernels.transposable_index = by_twin(kernels.transposable_index, sparse24.transposable_index_ref)
+    kernels.pack_weight_ = by_twin(kernels.pack_weight_, operands.pack_weight_ref_)
     torch.backends.cusparselt.is_available = lambda: True
     torch.backends.cusparselt.version = lambda: 800
     torch._cslt_compress, torch._cslt_sparse_mm = _compress, _sparse_mm

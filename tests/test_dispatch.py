@@ -14,9 +14,9 @@ import torch
 pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
 import kernels
-import operators
 import sparse24
 from ffn import plan_ffn, set_plan
+from gemm24 import operands
 from model import GPT, GPTConfig
 from sparse24 import MaskedDecayAdamW, Sparse24Linear, refresh_masks, sparsify
 
@@ -34,9 +34,9 @@ def on_kernels(monkeypatch):
     """CPU tensors go to the kernels, interpreted."""
     if torch.cuda.is_available():
         pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; test_gpu.py goes through dispatch")
-    kernels.use_patterns(operators.PATTERNS)
-    monkeypatch.setattr(operators, "_kernels", kernels)
-    monkeypatch.setattr(operators, "_STATUS", {CPU: "on"})
+    kernels.use_patterns(sparse24.PATTERNS)
+    monkeypatch.setattr(sparse24, "_kernels", kernels)
+    monkeypatch.setattr(sparse24, "_STATUS", {CPU: "on"})
 
 
 @pytest.fixture
@@ -55,16 +55,17 @@ def launched(on_kernels, monkeypatch):
 
 
 def test_cpu_tensors_go_to_the_twins(monkeypatch):
-    monkeypatch.setattr(operators, "_kernels", None)  # a launch would fail
+    monkeypatch.setattr(sparse24, "_kernels", None)  # a launch would fail
     w = torch.randn(8, 16)
     assert torch.equal(sparse24.transposable_index(w), sparse24.transposable_index_ref(w))
     assert torch.equal(sparse24.mvue24(w, 1), sparse24.mvue24_ref(w, 1))
-    assert sparse24.kernel_status(CPU) == "off: the kernels need CUDA, this is cpu"
+    assert sparse24.use_kernels(CPU) == sparse24.kernel_status(CPU) == "off: the kernels need CUDA, this is cpu"
 
 
 def test_importing_the_operators_imports_no_triton():
-    code = "import sys, sparse24, model; assert 'triton' not in sys.modules and 'kernels' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(operators.__file__), check=True)
+    code = "import sys, sparse24; assert not {'triton', 'kernels', 'torch._dynamo'} & {*sys.modules}; import model"
+    code += "; assert not {'triton', 'kernels'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(sparse24.__file__), check=True)
 
 
 @pytest.mark.parametrize(
@@ -81,21 +82,23 @@ def test_status_says_why(monkeypatch, value, capability, hip, status):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(operators, "_STATUS", {})
-    monkeypatch.setattr(operators, "_kernels", None)
+    monkeypatch.setattr(sparse24, "_STATUS", {})
+    monkeypatch.setattr(sparse24, "_kernels", None)
     tested = []
-    monkeypatch.setattr(operators, "kernel_mismatches", lambda device: tested.append(device) or [])
+    monkeypatch.setattr(sparse24, "kernel_mismatches", lambda device: tested.append(device) or [])
+    device = torch.device("cuda", 0)
+    assert sparse24.kernel_status(device) == "off: use_kernels was not called for this device"
     for _ in range(2):
-        assert sparse24.kernel_status(torch.device("cuda", 0)) == status
+        assert sparse24.use_kernels(device) == sparse24.kernel_status(device) == status
     assert tested == ([torch.device("cuda", 0)] if status == "on" else [])  # once
-    assert operators._kernels is (kernels if status == "on" else None)
+    assert sparse24._kernels is (kernels if status == "on" else None)
 
 
 def test_another_value_of_the_switch_is_refused(monkeypatch):
     monkeypatch.setenv("NANO24_KERNELS", "off")
-    monkeypatch.setattr(operators, "_STATUS", {})
+    monkeypatch.setattr(sparse24, "_STATUS", {})
     with pytest.raises(ValueError, match=r"NANO24_KERNELS='off', need 0 .* or 1"):
-        sparse24.kernel_status(torch.device("cuda", 0))
+        sparse24.use_kernels(torch.device("cuda", 0))
 
 
 def test_flip_count_refuses_unlike_matrices():
@@ -111,46 +114,46 @@ def test_a_failed_self_test_warns_and_leaves_the_twins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(operators, "_kernels", None)
+    monkeypatch.setattr(sparse24, "_kernels", None)
     device = torch.device("cuda", 0)
     for mismatches, reason in (
         (lambda device: ["mvue24"], "failed the self-test, unlike their twins: mvue24"),
         (lambda device: 1 / 0, "failed the self-test with ZeroDivisionError: division by zero"),
     ):
-        monkeypatch.setattr(operators, "_STATUS", {})
-        monkeypatch.setattr(operators, "kernel_mismatches", mismatches)
+        monkeypatch.setattr(sparse24, "_STATUS", {})
+        monkeypatch.setattr(sparse24, "kernel_mismatches", mismatches)
         with pytest.warns(UserWarning, match=f"nano24 kernels on cuda:0 off: {reason}; PyTorch twins serve"):
-            assert sparse24.kernel_status(device) == f"off: {reason}"
-        assert operators._kernels is None
+            assert sparse24.use_kernels(device) == f"off: {reason}"
+        assert sparse24._kernels is None
 
 
 def test_a_triton_too_old_is_no_crash(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(operators, "_STATUS", {})
+    monkeypatch.setattr(sparse24, "_STATUS", {})
     monkeypatch.delitem(sys.modules, "kernels")
     monkeypatch.delattr(kernels.triton, "knobs")
     with pytest.warns(UserWarning, match=r"AttributeError: .*knobs"):
-        assert operators.kernel_status(torch.device("cuda", 0)).startswith("off: failed")
+        assert sparse24.use_kernels("cuda:0").startswith("off: failed")
 
 
 def test_missing_triton_is_the_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(operators, "_STATUS", {})
+    monkeypatch.setattr(sparse24, "_STATUS", {})
     monkeypatch.setitem(sys.modules, "kernels", None)
-    assert sparse24.kernel_status(torch.device("cuda", 0)).startswith("off: import of kernels halted")
+    assert sparse24.use_kernels("cuda:0").startswith("off: import of kernels halted")
 
 
 def test_self_test_passes_and_names_what_is_wrong(monkeypatch):
-    assert operators.kernel_mismatches(CPU) == []
-    monkeypatch.setattr(kernels, "mvue24", lambda x, seed: operators.mvue24_ref(x, seed + 1))
+    assert sparse24.kernel_mismatches(CPU) == []
+    monkeypatch.setattr(kernels, "mvue24", lambda x, seed: sparse24.mvue24_ref(x, seed + 1))
     monkeypatch.setattr(kernels, "pair_index", lambda w: torch.zeros(()))
     monkeypatch.setattr(kernels, "adamw_", lambda *args: None)
     paths = ("(float32)", "", "(whole tiles)", "(token-major)", "(transposed)")
     mvue = [f"mvue24 {path}".strip() for path in paths]
-    assert operators.kernel_mismatches(CPU) == [*mvue, "pair_index", "adamw_"]
+    assert sparse24.kernel_mismatches(CPU) == [*mvue, "pair_index", "adamw_"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -158,7 +161,7 @@ def test_self_test_passes_whatever_the_defaults(dtype):
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"), torch.device("cpu"):  # as _try_kernels calls it
-            assert operators.kernel_mismatches(CPU) == []
+            assert sparse24.kernel_mismatches(CPU) == []
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -166,8 +169,8 @@ def test_self_test_passes_whatever_the_defaults(dtype):
 def test_a_lost_gpu_is_no_reason_to_go_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(operators, "_STATUS", {})
-    monkeypatch.setattr(operators, "kernel_mismatches", lambda device: 1 / 0)
+    monkeypatch.setattr(sparse24, "_STATUS", {})
+    monkeypatch.setattr(sparse24, "kernel_mismatches", lambda device: 1 / 0)
 
     def lost(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -175,17 +178,18 @@ def test_a_lost_gpu_is_no_reason_to_go_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     device = torch.device("cuda", 0)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        operators.kernel_status(device)
-    assert operators._STATUS[device] == "off: being tested"
+        sparse24.use_kernels(device)
+    assert sparse24._STATUS[device] == "off: being tested"
 
 
 @pytest.mark.parametrize("name", ["mvue24", "soft_threshold24", "sste_scale", "activation", "activation_backward"])
 def test_gradients_flow_on_as_through_the_twins(on_kernels, name):
     x = torch.randn(8, 16, requires_grad=True)
     args = {"mvue24": (x, 1), "activation": (x, "gelu"), "activation_backward": (x, x, "gelu")}.get(name, (x,))
-    getattr(operators, name)(*args).sum().backward()
+    operator = getattr(operands if name.startswith("activation") else sparse24, name)
+    operator(*args).sum().backward()
     got, x.grad = x.grad, None
-    getattr(operators, f"{name}_ref")(*args).sum().backward()
+    operator.torch(*args).sum().backward()
     assert torch.equal(got, x.grad)
 
 
@@ -205,11 +209,11 @@ def test_operators_reach_the_kernels(launched):
     x = torch.randn(2, 6, 8)
     assert torch.equal(sparse24.mvue24(x, 2**64 - 1), sparse24.mvue24_ref(x, 2**64 - 1))
     assert torch.equal(sparse24.soft_threshold24(x), sparse24.soft_threshold24_ref(x))
-    assert torch.equal(sparse24.pair_index(x), operators.pair_index_ref(x))
+    assert torch.equal(sparse24.pair_index(x), sparse24.pair_index_ref(x))
     assert torch.allclose(sparse24.sste_scale(x), sparse24.sste_scale_ref(x))
-    assert torch.allclose(sparse24.activation(w, "gelu"), sparse24.activation_ref(w, "gelu"), atol=1e-6)
-    expected = sparse24.activation_backward_ref(w, w, "gelu")
-    assert torch.allclose(sparse24.activation_backward(w, w, "gelu"), expected, atol=1e-5)
+    assert torch.allclose(operands.activation(w, "gelu"), operands.activation_ref(w, "gelu"), atol=1e-6)
+    expected = operands.activation_backward_ref(w, w, "gelu")
+    assert torch.allclose(operands.activation_backward(w, w, "gelu"), expected, atol=1e-5)
     kinds = ["transposable_index", "mvue24", "soft_threshold24", "pair_index", "sste_scale"]
     kinds += ["activation", "activation_backward"]
     assert list(dict.fromkeys(launched)) == kinds
@@ -220,15 +224,15 @@ def test_what_no_kernel_takes_goes_to_the_twins(launched):
     assert torch.equal(sparse24.mvue24(w, 0, u=u), sparse24.mvue24_ref(w, 0, u=u))
     assert torch.equal(sparse24.mvue24(w.double(), 1), sparse24.mvue24_ref(w.double(), 1))
     assert sparse24.mvue24(torch.empty(0, 8), 1).shape == (0, 8)
-    assert torch.equal(sparse24.activation(w.t(), "gelu"), sparse24.activation_ref(w.t(), "gelu"))  # not contiguous
-    assert sparse24.activation(torch.ones(2, 2, 4), "geglu").shape == (1, 2, 4)
-    backward, twin = sparse24.activation_backward, sparse24.activation_backward_ref
+    assert torch.equal(operands.activation(w.t(), "gelu"), operands.activation_ref(w.t(), "gelu"))  # not contiguous
+    assert operands.activation(torch.ones(2, 2, 4), "geglu").shape == (1, 2, 4)
+    backward, twin = operands.activation_backward, operands.activation_backward_ref
     da = torch.randn(16, 8).t()
     for args in ((w.t(), da.t()), (w, da)):
         assert torch.equal(backward(*args, "gelu"), twin(*args, "gelu"))
     da = torch.randn(8, 16, requires_grad=True)
     assert backward(w, da, "gelu").requires_grad
-    assert not operators.adamw_fits([torch.zeros(9)[1:]])  # 16-byte loads would be misaligned
+    assert not sparse24.adamw_fits([torch.zeros(9)[1:]])  # 16-byte loads would be misaligned
     assert launched == []
 
 
@@ -241,7 +245,7 @@ def test_an_unknown_activation_is_refused_before_a_launch(launched):
     ):
         order = ("sm90",) if name.endswith("pack") else ()
         with pytest.raises(ValueError, match=f"{name}: activation 'selu' is unknown, need one of gelu, relu2, geglu"):
-            getattr(operators, name)(*args, "selu", *order)
+            getattr(operands, name)(*args, "selu", *order)
     assert launched == []
 
 
@@ -376,26 +380,26 @@ def test_compiled_layer_on_the_kernels(on_kernels, tokens):
 def test_packs_reach_the_kernels(launched):
     x = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     for order, token_major in ((o, t) for o in ("masked", "sm80", "sm90") for t in (False, True)):
-        ours = operators.mvue24_pack(x if not token_major else x.t().contiguous(), 5, order, token_major, True)
+        ours = operands.mvue24_pack(x if not token_major else x.t().contiguous(), 5, order, token_major, True)
         assert launched.pop() == "mvue24_pack"
-        twins = operators.mvue24_pack_ref(x, 5, order, False, True)
+        twins = operands.mvue24_pack_ref(x, 5, order, False, True)
         assert torch.equal(ours[0], twins[0])
         torch.testing.assert_close(ours[1], x.float().sum(1), rtol=1e-5, atol=1e-4)
         z = torch.cat((x, x.flip(0)))
         if token_major:
             continue
-        dz, packed, db = operators.activation_backward_mvue24_pack(z, x, 5, "swiglu", order, True)
+        dz, packed, db = operands.activation_backward_mvue24_pack(z, x, 5, "swiglu", order, True)
         assert launched.pop() == "activation_backward_mvue24_pack"
-        assert torch.equal(packed, operators.mvue24_pack_ref(dz, 5, order)[0])
+        assert torch.equal(packed, operands.mvue24_pack_ref(dz, 5, order)[0])
         torch.testing.assert_close(db, dz.float().sum(1), rtol=1e-5, atol=1e-4)
-    assert operators.mvue24_pack(x, 5, "sm90")[1].shape == (0,)
+    assert operands.mvue24_pack(x, 5, "sm90")[1].shape == (0,)
     w, launched[:] = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)), []
-    index = operators.transposable_index_ref(w)
+    index = sparse24.transposable_index_ref(w)
     for order in ("sm80", "sm90"):
         ours, twins = torch.zeros(2, 2, w.numel() * 9 // 16, dtype=torch.bfloat16)
-        operators.pack_weight_(*ours, w, index, order)
+        operands.pack_weight_(*ours, w, index, order)
         assert launched.pop() == "pack_weight_"
-        operators.pack_weight_ref_(*twins, w, index, order)
+        operands.pack_weight_ref_(*twins, w, index, order)
         assert torch.equal(ours, twins)
 
 
@@ -403,19 +407,19 @@ def test_packs_that_no_kernel_takes_go_to_the_twins(launched):
     x = torch.randn(128, 192, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     others = [(x.half(), "sm90"), (x, "cutlass"), (x[:, :188].contiguous(), "masked"), (x.float(), "masked")]
     for y, order in others:
-        got, sums = operators.mvue24_pack(y, 5, order, False, True)
-        assert torch.equal(got, operators.mvue24_pack_ref(y, 5, order)[0])
+        got, sums = operands.mvue24_pack(y, 5, order, False, True)
+        assert torch.equal(got, operands.mvue24_pack_ref(y, 5, order)[0])
         assert torch.equal(sums, y.sum(1, dtype=torch.float32))
-        got = operators.activation_backward_mvue24_pack(y, y, 5, "relu2", order)[1]
-        assert torch.equal(got, operators.mvue24_pack_ref(operators.activation_backward(y, y, "relu2"), 5, order)[0])
+        got = operands.activation_backward_mvue24_pack(y, y, 5, "relu2", order)[1]
+        assert torch.equal(got, operands.mvue24_pack_ref(operands.activation_backward(y, y, "relu2"), 5, order)[0])
     assert not {"mvue24_pack", "activation_backward_mvue24_pack"} & {*launched}
     with pytest.raises(ValueError, match="order sm90 needs multiples"):
-        operators.mvue24_pack(x[:32], 5, "sm90")
+        operands.mvue24_pack(x[:32], 5, "sm90")
     w, launched[:] = torch.randn(64, 64), []
     blobs = torch.zeros(2, w.numel() * 9 // 16, dtype=torch.float16)
-    operators.pack_weight_(*blobs, w, operators.transposable_index_ref(w), "sm90")
+    operands.pack_weight_(*blobs, w, sparse24.transposable_index_ref(w), "sm90")
     assert blobs.any()
-    operators.pack_weight_(*blobs.bfloat16(), w.t(), operators.transposable_index_ref(w), "sm90")
+    operands.pack_weight_(*blobs.bfloat16(), w.t(), sparse24.transposable_index_ref(w), "sm90")
     assert launched == []
 
 
@@ -440,7 +444,7 @@ def test_a_planned_ffn_on_the_kernels_is_one_on_the_twins(launched, monkeypatch,
     on_kernels = gradients()
     assert {"activation", "mvue24_pack", "activation_backward_mvue24_pack"} <= {*launched}
     assert ("pack_weight_" in launched) == (spmm == "emulated")
-    monkeypatch.setattr(operators, "_STATUS", {})
+    monkeypatch.setattr(sparse24, "_STATUS", {})
     model.c_fc.packed_from = model.c_proj.packed_from = None  # packed anew, metadata too
     for ours, twin in zip(on_kernels, gradients(), strict=True):
         if activation == "relu2" and ours.dim() == 2:
@@ -456,19 +460,19 @@ def test_packs_of_strides_and_halves_that_no_kernel_takes(launched):
     halves = z[:96]  # geglu: d_ff = 48, where "masked" is drawn 64 rows at a time
     for pre, da, activation, order in ((z, strided, "relu2", "sm90"), (strided, z, "relu2", "sm90"),
                                        (halves, halves[:48], "geglu", "masked")):  # fmt: skip
-        dz, packed, _ = operators.activation_backward_mvue24_pack(pre, da, 5, activation, order)
-        assert torch.equal(packed, operators.mvue24_pack_ref(dz, 5, order)[0])
+        dz, packed, _ = operands.activation_backward_mvue24_pack(pre, da, 5, activation, order)
+        assert torch.equal(packed, operands.mvue24_pack_ref(dz, 5, order)[0])
     assert "activation_backward_mvue24_pack" not in launched
     launched.clear()
     wide = z[:96].t().contiguous()  # token-major, where 64 rows are drawn at a time too
-    assert torch.equal(operators.mvue24_pack(wide, 5, "masked", True)[0], operators.mvue24_ref(z[:96], 5))
+    assert torch.equal(operands.mvue24_pack(wide, 5, "masked", True)[0], sparse24.mvue24_ref(z[:96], 5))
     assert "mvue24_pack" not in launched
 
 
 def test_metadata_that_stands_is_not_written_again(launched):
     w = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
     blobs = torch.zeros(2, w.numel() * 9 // 16, dtype=torch.bfloat16)
-    operators.pack_weight_(*blobs, w, operators.transposable_index_ref(w), "sm90", metadata=False)
+    operands.pack_weight_(*blobs, w, sparse24.transposable_index_ref(w), "sm90", metadata=False)
     assert launched[-1] == "pack_weight_"
     assert blobs[:, : w.numel() // 2].any()
     assert not blobs[:, w.numel() // 2 :].any()

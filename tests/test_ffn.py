@@ -17,7 +17,6 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
 import ffn
-import operators
 import sparse24
 from ffn import (
     GEMMS,
@@ -31,6 +30,7 @@ from ffn import (
     sparse_ffn,
     takes_plan,
 )
+from gemm24 import operands
 from model import ACTIVATIONS, GATED, GPT, MLP, GPTConfig
 from sparse24 import (
     RECIPES,
@@ -370,8 +370,8 @@ def test_a_plan_may_follow_another(first, then):
 
 def test_values_alone_are_written_while_the_mask_stands(monkeypatch):
     calls = []
-    real = operators.pack_weight_
-    monkeypatch.setattr(operators, "pack_weight_", lambda *a, metadata: calls.append(metadata) or real(*a, metadata))
+    real = operands.pack_weight_
+    monkeypatch.setattr(operands, "pack_weight_", lambda *a, metadata: calls.append(metadata) or real(*a, metadata))
     mlp = make_mlp(dtype=torch.bfloat16)
     set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **emulated("sm90")))
     with torch.no_grad():
@@ -503,7 +503,7 @@ def test_it_compiles_as_one_graph(order):
 @torch.library.custom_op("nano24_tests::activation", mutates_args=())
 def opaque_activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
     """What the compiler sees of the activation's kernel: an op that it cannot look into."""
-    return operators.activation_ref(z, activation)
+    return operands.activation_ref(z, activation)
 
 
 @opaque_activation.register_fake
@@ -515,7 +515,7 @@ def _(z, activation, recompute=False):
 def test_the_compiler_keeps_no_activation(monkeypatch, told):
     """Two equal calls of an op would be merged, and the first result kept for the backward. `recompute` differs."""
     equal_calls = lambda z, activation, recompute=False: opaque_activation(z, activation)  # noqa: E731
-    monkeypatch.setattr(operators, "activation", opaque_activation if told else equal_calls)
+    monkeypatch.setattr(operands, "activation", opaque_activation if told else equal_calls)
     kept, calls = [], []
 
     def graph_of(into):
@@ -720,7 +720,7 @@ def test_the_dense_phase_frees_what_was_packed():
 def metadata_spy(monkeypatch) -> list:
     """Which calls write metadata; the others leave what was there, as the kernel does and the twin does not."""
     calls = []
-    real = operators.pack_weight_
+    real = operands.pack_weight_
 
     def spy(packed, packed_t, w, index, order, metadata):
         calls.append(metadata)
@@ -731,7 +731,7 @@ def metadata_spy(monkeypatch) -> list:
             if not metadata:
                 blob[half:] = tail
 
-    monkeypatch.setattr(operators, "pack_weight_", spy)
+    monkeypatch.setattr(operands, "pack_weight_", spy)
     return calls
 
 

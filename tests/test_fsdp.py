@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import SETTINGS, Crew, free_port, make_dataset, read_rows, read_state, run_here
 
-import shards
+import sparse24
 from model import GPT, GPTConfig
 from runtime import Ranks, shard_model
 from sparse24 import sparse_linears, transposable_index
@@ -143,7 +143,7 @@ def test_every_block_and_the_head_are_compiled(data, tmp_path, monkeypatch):
     assert [call.__self__ for call, _ in compiled[:-1]] == [*model.transformer.h]
     assert all(how == {"mode": "default"} for _, how in compiled)
     assert all(layer.prune_again for layer in sparse_linears(model))
-    assert all(shards.is_dtensor(p) for p in model.parameters())
+    assert all(sparse24.is_dtensor(p) for p in model.parameters())
 
 
 def test_bfloat16_shards_follow_bfloat16_copies(train_on, tmp_path):
@@ -193,14 +193,14 @@ def test_settings_that_shards_cannot_have(data, tmp_path, changes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# shards.py
+# Rows on ranks
 
 
 def test_rows_are_cut_as_torch_cuts_them():
     for rows in range(9):
         for ranks in range(1, 6):
             chunks = [len(chunk) for chunk in torch.empty(rows, 2).chunk(ranks)] if rows else []
-            assert shards.cut(rows, ranks) == chunks + [0] * (ranks - len(chunks))
+            assert sparse24.cut(rows, ranks) == chunks + [0] * (ranks - len(chunks))
 
 
 def piece_of(w: torch.Tensor, ranks: int, rank: int):
@@ -213,14 +213,14 @@ def piece_of(w: torch.Tensor, ranks: int, rank: int):
 
 @pytest.mark.parametrize(("rows", "ranks"), [(16, 4), (16, 5), (24, 2), (24, 3), (36, 9), (36, 5), (8, 1)])
 def test_every_rank_takes_its_rows_of_a_mask(rows, ranks):
-    assert shards.fits(rows, ranks)
+    assert sparse24.fits(rows, ranks)
     w = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
     index, mask = transposable_index(w), torch.rand(w.shape) < 0.5
     for rank in range(ranks):
         piece = piece_of(w, ranks, rank)
-        assert torch.equal(shards.rows_of(piece, index), transposable_index(shards.local(piece)))
-        assert torch.equal(shards.rows_of(piece, mask), mask[[*range(rows)][slice(*bounds(rows, ranks, rank))]])
-    assert shards.rows_of(w, index) is index
+        assert torch.equal(sparse24.rows_of(piece, index), transposable_index(sparse24.local(piece)))
+        assert torch.equal(sparse24.rows_of(piece, mask), mask[[*range(rows)][slice(*bounds(rows, ranks, rank))]])
+    assert sparse24.rows_of(w, index) is index
 
 
 def bounds(rows: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -230,6 +230,6 @@ def bounds(rows: int, ranks: int, rank: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("rows", "ranks"), [(24, 4), (16, 3), (40, 3), (12, 2), (1600, 1024)])
 def test_blocks_that_would_lie_on_two_ranks_are_found(rows, ranks):
-    assert not shards.fits(rows, ranks)
+    assert not sparse24.fits(rows, ranks)
     edges = [bounds(rows, ranks, rank)[0] for rank in range(ranks)]
     assert any(edge % 4 for edge in edges)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from harness import ROOT, SETTINGS, make_dataset, read_rows, read_state, run_here, state_differences, to_words
 
-import operators
 import sparse24
 from model import GPT, GPTConfig
 
@@ -26,12 +25,9 @@ pytestmark = [
 def test_the_kernels_serve_where_they_can():
     device = torch.device("cuda", torch.cuda.current_device())
     able = torch.cuda.get_device_capability() >= (8, 0)
-    assert (
-        sparse24.kernel_status(device) == "on"
-        if able
-        else sparse24.kernel_status(device).startswith("off: the kernels")
-    )
-    code = "import torch, sparse24; print(sparse24.kernel_status(torch.device('cuda', 0)))"
+    status = sparse24.use_kernels(device)
+    assert status == "on" if able else status.startswith("off: the kernels")
+    code = "import sparse24; print(sparse24.use_kernels('cuda:0'))"
     environment = os.environ | {"NANO24_KERNELS": "0"}
     root = os.path.dirname(sparse24.__file__)
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
@@ -135,10 +131,10 @@ def test_compiled_model_trains_in_bf16_and_sees_new_seeds():
 def test_training_on_the_kernels_is_training_on_the_twins(monkeypatch):
     """Three steps of a small model: masks and MVUE draws the same, weights within AdamW's rounding."""
     device, runs = torch.device("cuda", torch.cuda.current_device()), []
-    if operators.kernel_status(device) != "on":
-        pytest.skip(f"CUDA backend: {operators.kernel_status(device)}")
+    if sparse24.kernel_status(device) != "on":
+        pytest.skip(f"CUDA backend: {sparse24.kernel_status(device)}")
     for status in ("on", "off"):
-        monkeypatch.setitem(operators._STATUS, device, status)
+        monkeypatch.setitem(sparse24._STATUS, device, status)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)).cuda()
         sparse24.sparsify(model, "fst", ["0", "2"])

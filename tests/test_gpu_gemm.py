@@ -8,10 +8,9 @@ import copy
 import pytest
 import torch
 
-import operators
 import sparse24
 from ffn import GEMMS, ffn_gemms, kernel_samples, pack_matrix, pack_weights, plan_ffn, set_plan
-from gemm24 import cusparselt
+from gemm24 import cusparselt, operands
 from model import GPT, GPTConfig
 from spmm import Choice, matmul24, pack_ref
 from spmm_choice import (
@@ -316,10 +315,10 @@ def test_a_planned_model_compiles(device, mode):
 def test_recomputing_the_activation_saves_its_memory_compiled_too(device, monkeypatch):
     """The activation is an op that the compiler cannot look into, and of two equal calls it would keep the first."""
     model, plan = planned("masked", device)
-    needed, activation = [], operators.activation
+    needed, activation = [], operands.activation
     for recompute in (True, False):
         if not recompute:  # the second call is equal to the first, whose result is then kept
-            monkeypatch.setattr(operators, "activation", lambda z, name, recompute=False: activation(z, name))
+            monkeypatch.setattr(operands, "activation", lambda z, name, recompute=False: activation(z, name))
         set_plan(model, plan)
         torch._dynamo.reset()
         mlp = torch.compile(model.transformer.h[0].mlp, fullgraph=True)

@@ -16,12 +16,12 @@ import torch
 pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
 import kernels
-import operators
+import sparse24
 import spmm
 from benchmarks import baselines
-from operators import (
-    activation_backward_ref,
-    activation_ref,
+from gemm24 import operands
+from gemm24.operands import activation_backward_ref, activation_ref
+from sparse24 import (
     adamw_scalars,
     expand_index,
     expand_pairs,
@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning"),  # numpy's
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
-kernels.use_patterns(operators.PATTERNS)
+kernels.use_patterns(sparse24.PATTERNS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -93,7 +93,7 @@ LAUNCHERS += ["activation", "activation_backward", "mvue24", "mvue24_pack", "act
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launchers_take_the_arguments_of_their_specifications(name):
     launcher = getattr(kernels, name)
-    specification = getattr(operators, "pack_weight_ref_" if name == "pack_weight_" else f"{name}_ref")
+    specification = getattr(sparse24 if hasattr(sparse24, name) else operands, name).torch
     ours, theirs = (inspect.signature(getattr(f, "_init_fn", f)).parameters for f in (launcher, specification))
     assert [(p.name, p.default) for p in ours.values()] == [
         (p.name, p.default)
@@ -104,27 +104,27 @@ def test_launchers_take_the_arguments_of_their_specifications(name):
 
 def test_launchers_take_any_number_of_leading_dimensions_and_seeds_that_are_numbers():
     for x in (awkward(8), awkward(2, 5, 12), awkward(3, 2, 4, 8).transpose(0, 2)):
-        assert torch.equal(kernels.pair_index(x), operators.pair_index_ref(x[None])[0])
-        assert_equal(kernels.soft_threshold24(x), operators.soft_threshold24_ref(x[None])[0])
+        assert torch.equal(kernels.pair_index(x), sparse24.pair_index_ref(x[None])[0])
+        assert_equal(kernels.soft_threshold24(x), sparse24.soft_threshold24_ref(x[None])[0])
         assert_equal(kernels.mvue24(x, 2**64 - 1), mvue24_ref(x[None], -1)[0])
     x = randn(2, 5, 12)
-    torch.testing.assert_close(kernels.sste_scale(x), operators.sste_scale_ref(x), rtol=1e-6, atol=0)
+    torch.testing.assert_close(kernels.sste_scale(x), sparse24.sste_scale_ref(x), rtol=1e-6, atol=0)
 
 
 def test_tables_are_of_the_patterns_that_were_given(monkeypatch):
     with pytest.raises(ValueError, match="use_patterns: a process has one order of patterns"):
-        kernels.use_patterns(operators.PATTERNS.flip(0))
+        kernels.use_patterns(sparse24.PATTERNS.flip(0))
     bits, nibbles = kernels._table(torch.device("cpu"))
     entries = (bits[:, None] >> torch.arange(16)) & 1
-    assert torch.equal(entries.bool().view(90, 4, 4), operators.PATTERNS)
+    assert torch.equal(entries.bool().view(90, 4, 4), sparse24.PATTERNS)
     for line in range(8):  # four rows, then four columns
         nibble = (nibbles >> 4 * line) & 15
         kept = torch.stack((nibble & 3, nibble >> 2), dim=1).long()
-        mask = operators.PATTERNS[:, line] if line < 4 else operators.PATTERNS[:, :, line - 4]
+        mask = sparse24.PATTERNS[:, line] if line < 4 else sparse24.PATTERNS[:, :, line - 4]
         assert torch.equal(torch.zeros(90, 4).scatter(1, kept, 1).bool(), mask)
         assert (kept[:, 0] < kept[:, 1]).all()
     monkeypatch.setattr(kernels, "_TABLES", {})
-    with pytest.raises(RuntimeError, match=r"call kernels.use_patterns\(operators.PATTERNS\) first"):
+    with pytest.raises(RuntimeError, match=r"call kernels.use_patterns\(sparse24.PATTERNS\) first"):
         kernels._table(torch.device("cpu"))
 
 
@@ -161,26 +161,26 @@ def test_search_breaks_ties_as_its_twin_does():
     index = kernels.transposable_index(w)
     assert torch.equal(index, transposable_index_ref(w))
     kept = (w * expand_index(index)).view(64, 4, 32, 4).sum((1, 3))
-    scores = bits.float() @ operators.PATTERNS.flatten(1).t().float()
+    scores = bits.float() @ sparse24.PATTERNS.flatten(1).t().float()
     assert torch.equal(kept.cpu(), scores.amax(-1))
 
 
 def test_search_finds_every_pattern():
-    w = operators.PATTERNS.float().view(9, 10, 4, 4).transpose(1, 2).reshape(36, 40).to(DEVICE) + 1
+    w = sparse24.PATTERNS.float().view(9, 10, 4, 4).transpose(1, 2).reshape(36, 40).to(DEVICE) + 1
     assert torch.equal(kernels.transposable_index(w).flatten().cpu(), torch.arange(90, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_approximation_equals_its_twin(dtype):
     for w in (awkward(20, 36, dtype=dtype), awkward(36, 64, dtype=dtype).t()):
-        assert torch.equal(baselines.transposable_mask_2approx(w), operators.transposable_mask_2approx(w))
+        assert torch.equal(baselines.transposable_mask_2approx(w), sparse24.transposable_mask_2approx(w))
 
 
 @pytest.mark.skipif(
     PTX is not None, reason="PTX backend: the interpreter has no tensor core, and only this baseline uses one"
 )
 def test_search_by_90_scores_is_the_optimum_within_tf32():
-    table = baselines.pattern_table(operators.PATTERNS.to(DEVICE))
+    table = baselines.pattern_table(sparse24.PATTERNS.to(DEVICE))
     for w in (randn(36, 40), randn(64, 36).t(), torch.zeros(4, 8, device=DEVICE)):
         index = baselines.transposable_index_dot(w, table)
         kept, best = (
@@ -326,7 +326,7 @@ def fitted_to_the_draw(u: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_mvue_where_rounding_decides():
     """Each guard of the draw matters only on such groups: without it an element of probability one is dropped."""
-    for name, x in fitted_to_the_draw(operators.group_uniforms(32, 64, 0, DEVICE)).items():
+    for name, x in fitted_to_the_draw(sparse24.group_uniforms(32, 64, 0, DEVICE)).items():
         values, kept = mvue24_kept_ref(x, 0)
         assert_equal(kernels.mvue24(x, seed_tensor(0)), values)
         groups = x.view(32, 64, 4)
@@ -361,9 +361,7 @@ def test_philox_uses_all_64_bits_of_counter_and_seed():
     n = counter + torch.arange(4)
     zero = torch.zeros(4, dtype=torch.int64)
     low = 2**32 - 1
-    expected = operators.philox4x32(
-        (n & low, n >> 32, zero, zero), (torch.tensor(seed & low), torch.tensor(seed >> 32))
-    )
+    expected = sparse24.philox4x32((n & low, n >> 32, zero, zero), (torch.tensor(seed & low), torch.tensor(seed >> 32)))
     assert torch.equal(out.cpu(), torch.stack(expected, dim=-1))
 
 
@@ -432,7 +430,7 @@ def test_mvue_pack_refuses_what_it_would_misread():
 
 
 def z_and_da(activation, d_ff, tokens, dtype, scale=3.0):
-    rows = 2 * d_ff if activation in operators.GATED else d_ff
+    rows = 2 * d_ff if activation in operands.GATED else d_ff
     return (scale * randn(rows, tokens)).to(dtype), randn(d_ff, tokens, seed=1, dtype=dtype)
 
 
@@ -454,7 +452,7 @@ POLYNOMIAL = 5e-7
 SWIGLU = 1e-6
 
 
-@pytest.mark.parametrize("activation", operators.ACTIVATIONS)
+@pytest.mark.parametrize("activation", operands.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 7), (24, 130), (64, 64)])
 def test_activation_is_the_exact_one_within_rounding(activation, dtype, shape):
@@ -463,7 +461,7 @@ def test_activation_is_the_exact_one_within_rounding(activation, dtype, shape):
         activation_ref(z.double(), activation),
         activation_backward_ref(z.double(), da.double(), activation),
     )
-    gated = activation in operators.GATED
+    gated = activation in operands.GATED
     up = z[shape[0] :].double().abs() if gated else torch.ones_like(exact)
     scale = up.clamp(min=1)
     a, dz = kernels.activation(z, activation), kernels.activation_backward(z, da, activation)
@@ -491,12 +489,12 @@ def test_gelu_polynomial_is_as_good_as_it_says():
     assert (slope - exact_slope)[:, 2000:].abs().mean() < 5e-8  # the polynomial's error has no sign
 
 
-@pytest.mark.parametrize("activation", operators.ACTIVATIONS)
+@pytest.mark.parametrize("activation", operands.ACTIVATIONS)
 def test_activation_is_no_worse_than_pytorchs_own(activation):
     """Its error is at most twice that of torch's bfloat16 operators, at the worst element."""
     z, da = z_and_da(activation, 64, 64, torch.bfloat16)
     leaf = z.clone().requires_grad_()
-    first, second = leaf.chunk(2) if activation in operators.GATED else (leaf, None)
+    first, second = leaf.chunk(2) if activation in operands.GATED else (leaf, None)
     f = {"relu2": lambda t: torch.relu(t).square(), "swiglu": torch.nn.functional.silu}.get(
         activation, torch.nn.functional.gelu
     )
@@ -513,10 +511,10 @@ def test_activation_is_no_worse_than_pytorchs_own(activation):
         assert (ours.double() - truth).abs().max() <= 2 * (other.double() - truth).abs().max() + 1e-6
 
 
-@pytest.mark.parametrize("activation", operators.ACTIVATIONS)
+@pytest.mark.parametrize("activation", operands.ACTIVATIONS)
 def test_activation_at_the_ends_of_the_range(activation):
     z = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 30.0, -30.0, 100.0, -100.0, 3e38, -3e38, math.inf, -math.inf, math.nan])
-    halves = 2 if activation in operators.GATED else 1
+    halves = 2 if activation in operands.GATED else 1
     z = z.repeat(halves, 1).to(DEVICE)
     da = torch.ones(1, z.shape[1], device=DEVICE)
     a, expected = kernels.activation(z, activation), activation_ref(z, activation)
@@ -537,7 +535,7 @@ def test_activation_refuses_what_it_would_misread():
         with pytest.raises(ValueError, match=message):
             kernels.activation(z, "geglu") if da is None else kernels.activation_backward(z, da, "geglu")
     for name in ("selu", "reglu"):
-        with pytest.raises(kernels.triton.TritonError):  # operators.activation says it in a ValueError
+        with pytest.raises(kernels.triton.TritonError):  # operands.activation says it in a ValueError
             kernels.activation(randn(4, 4), name)
 
 
@@ -552,7 +550,7 @@ def test_activation_twins_refuse_what_has_no_meaning():
         activation_backward_ref(randn(4, 8), randn(1, 8), "gelu")
 
 
-@pytest.mark.parametrize("activation", operators.ACTIVATIONS)
+@pytest.mark.parametrize("activation", operands.ACTIVATIONS)
 @pytest.mark.parametrize(("order", "d_ff", "tokens"), [("sm90", 64, 192), ("sm80", 128, 64), ("masked", 32, 136)])
 def test_fused_backward_is_its_parts(activation, order, d_ff, tokens):
     z, da = z_and_da(activation, d_ff, tokens, torch.bfloat16)
@@ -591,7 +589,7 @@ def test_soft_threshold_equals_its_twin(shape, dtype):
     w = awkward(*shape, dtype=dtype)
     for view in layouts(w).values():
         soft = kernels.soft_threshold24(view)
-        assert_equal(soft, operators.soft_threshold24_ref(w))
+        assert_equal(soft, sparse24.soft_threshold24_ref(w))
         assert soft.is_contiguous()
 
 
@@ -600,19 +598,19 @@ def test_soft_threshold_equals_its_twin(shape, dtype):
 def test_pair_index_equals_its_twin(shape, dtype):
     w = awkward(*shape, dtype=dtype)
     for view in layouts(w).values():
-        assert torch.equal(kernels.pair_index(view), operators.pair_index_ref(w))
+        assert torch.equal(kernels.pair_index(view), sparse24.pair_index_ref(w))
 
 
 def test_pair_index_of_every_order_tie_and_value_that_is_not_finite():
     values = [0.0, -1.0, 1.0, 2.0, -3.0, math.inf, -math.inf, math.nan]
     w = torch.tensor(list(itertools.product(values, repeat=4)), device=DEVICE)
-    assert torch.equal(kernels.pair_index(w), operators.pair_index_ref(w))
+    assert torch.equal(kernels.pair_index(w), sparse24.pair_index_ref(w))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_threshold_scale(dtype):
     w = randn(132, 140, dtype=dtype)
-    soft, scale = operators.soft_threshold24_ref(w), kernels.sste_scale(w)
+    soft, scale = sparse24.soft_threshold24_ref(w), kernels.sste_scale(w)
     exact = (w.double() * soft.double()).sum() / soft.double().square().sum()
     assert scale.dtype == torch.float32
     assert abs(scale.double() / exact - 1) < 1024 * 2**-24  # the positive terms of one program, added in float32

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
 import ptx
 
-import operators
+import sparse24
 
 ROOT = Path(__file__).resolve().parent.parent
 INF, NAN = 0x7F800000, 0x7FC00000
@@ -425,7 +425,7 @@ def search(text: str, programs: int, threads: int, shared: int) -> torch.Tensor:
 
 def test_a_compiled_kernel_equals_its_twin(compiled):
     assert "sm_90a" in compiled[0]
-    assert torch.equal(search(*compiled), operators.transposable_index_ref(weight()))
+    assert torch.equal(search(*compiled), sparse24.transposable_index_ref(weight()))
 
 
 def mutants(text: str) -> list[tuple[str, str]]:
@@ -443,7 +443,7 @@ def mutants(text: str) -> list[tuple[str, str]]:
 
 def test_an_error_in_the_compiled_kernel_shows(compiled):
     text, *launch_options = compiled
-    expected, broken = operators.transposable_index_ref(weight()), mutants(text)
+    expected, broken = sparse24.transposable_index_ref(weight()), mutants(text)
     assert len(broken) > 30
     survivors = [line for line, mutant in broken if torch.equal(search(mutant, *launch_options), expected)]
     assert not survivors
@@ -465,4 +465,4 @@ def test_a_missing_mask_in_the_compiled_kernel_shows(compiled):
 @pytest.mark.parametrize(("arch", "errors"), [(80, None), (90, None), (90, "low"), (90, "high"), (90, "random")])
 def test_kernels_pass_their_self_test(arch, errors):
     with ptx.interpreted(arch, errors):
-        assert operators.kernel_mismatches(torch.device("cpu")) == []
+        assert sparse24.kernel_mismatches(torch.device("cpu")) == []

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 import spmm
-from operators import mask24_ref
+from sparse24 import mask24_ref
 from spmm import ORDERS, Choice, compress24, matmul24, nibble_positions, pack_ref, packed_parts, unpack_ref
 
 SHAPES = [("sm80", 128, 64), ("sm80", 256, 192), ("sm90", 64, 64), ("sm90", 192, 128), ("sm90", 64, 256)]

@@ -20,9 +20,10 @@ LAYERS = [
     {"bench_suites", "bench_kernels", "study_grids", "settings"},
     {"runtime", "loader", "model", "plot", "roofline", "checkpoint_writer"},
     {"ffn", "health"},
-    {"sparse24", "checkpoint", "configurator"},
-    {"operators", "spmm_choice", "metrics", "recipes", "checkpoint_shards"},
-    {"kernels", "spmm", "shards"},
+    {"checkpoint"},
+    {"checkpoint_shards", "configurator", "spmm_choice", "metrics"},
+    {"sparse24", "spmm"},
+    {"kernels"},
 ]
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 

@@ -17,7 +17,7 @@ import study_cost
 import study_grids
 import study_report
 from model import PRESETS, GPTConfig
-from recipes import RECIPES
+from sparse24 import RECIPES
 from study_grids import FST, STUDIES, Study
 from study_report import paired
 

@@ -1,0 +1,235 @@
+"""What the fused feed-forward layer does between its GEMMs: activations, and writing operands in packed 2:4 layouts.
+
+Each operator is a specification in plain PyTorch, and has a Triton kernel of the same name in kernels.py, as in
+sparse24.py. The hidden layer is feature-major, (d_ff, tokens), as ffn.py's GEMMs write it (section 5.2). spmm.py has
+the packed layouts, called orders; order "masked" is the dense matrix with zeros.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from sparse24 import (
+    SELF_TESTS,
+    awkward_matrix,
+    expand_index,
+    kernel,
+    mvue24,
+    mvue24_with_mask,
+    same_numbers,
+    transposable_index,
+)
+from spmm import pack_ref
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+def _glu(h: torch.Tensor, nonlinearity) -> torch.Tensor:
+    """nonlinearity(gate) * up; the gate is the first half of h's features and up the second: row blocks of c_fc."""
+    gate, up = h.chunk(2, dim=-1)  # (B, T, d_ff) each
+    return nonlinearity(gate) * up
+
+
+ACTIVATIONS = {  # name -> the activation of token-major h, (B, T, d_ff), gated (B, T, 2 d_ff)
+    "gelu": F.gelu,  # exact, by erf; not the tanh approximation
+    "relu2": lambda h: F.relu(h).square(),
+    "geglu": lambda h: _glu(h, F.gelu),
+    "swiglu": lambda h: _glu(h, F.silu),
+}
+GATED = ("geglu", "swiglu")
+
+
+def _check_activation(function: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{function}: activation {activation!r} is unknown, need one of {', '.join(ACTIVATIONS)}")
+
+
+def _gate_and_up(function: str, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The nonlinearity's argument and, of gated activations, the other factor, in the dtype of the arithmetic."""
+    _check_activation(function, activation)
+    if activation in GATED and (z.dim() == 0 or z.shape[0] % 2):
+        raise ValueError(f"{function}: z {tuple(z.shape)}, {activation} needs (2 d_ff, tokens): gate and up, stacked")
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return z.chunk(2) if activation in GATED else (z, None)
+
+
+def _nonlinearity(z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(z) and f'(z)."""
+    if activation == "relu2":
+        return F.relu(z).square(), 2 * F.relu(z)
+    if activation == "swiglu":
+        s = torch.sigmoid(z)
+        return z * s, s * (1 + z * (1 - s))
+    phi = 0.5 * torch.erfc(z * -(0.5**0.5))  # erf would cancel in the left tail
+    return z * phi, phi + z * torch.exp(-0.5 * z * z) * (2 * math.pi) ** -0.5
+
+
+def _takes_activation(z, activation: str, recompute: bool = False) -> bool:
+    return activation in ACTIVATIONS and z.dim() == 2 and z.is_contiguous()
+
+
+@kernel("activation", takes=_takes_activation)
+def activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
+    """A = f(Z), or f(gate) * up where Z holds the rows of gate and up one after the other.
+
+    z: (d_ff, tokens), gated (2 d_ff, tokens). activation: gelu (exact, by erf), relu2, geglu, swiglu. Computed in
+    float32 (float64 for float64) and rounded once. Returns (d_ff, tokens). recompute: True in the backward, where it
+    makes the call differ from the forward's, as kernels.activation explains; the result is the same. Raises ValueError
+    for another activation or, gated, an odd number of rows.
+    """
+    gate, up = _gate_and_up("activation", z, activation)
+    value, _ = _nonlinearity(gate, activation)
+    return (value if up is None else value * up).to(z.dtype)
+
+
+def _takes_activation_backward(z, da, activation: str) -> bool:
+    return _takes_activation(z, activation) and da.is_contiguous()
+
+
+@kernel("activation_backward", takes=_takes_activation_backward)
+def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
+    """dZ of `activation`, in z's shape and dtype. da: (d_ff, tokens); another shape raises ValueError too."""
+    gate, up = _gate_and_up("activation_backward", z, activation)
+    if da.shape != gate.shape:
+        raise ValueError(f"activation_backward: da {tuple(da.shape)}, need {tuple(gate.shape)} for z {tuple(z.shape)}")
+    value, slope = _nonlinearity(gate, activation)
+    da = da.to(gate.dtype)
+    dz = da * slope if up is None else torch.cat((da * up * slope, da * value))
+    return dz.to(z.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients: drawn by MVUE and packed, with the activation's backward before it
+
+
+def _fits_kernel(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: bool, halves: int = 1) -> bool:
+    """Whether a kernel draws bfloat16 x and writes it in this order."""
+    if x.dtype != torch.bfloat16 or order not in ("masked", "sm80", "sm90"):
+        return False
+    import kernels  # there is Triton where this is asked
+
+    row_multiple, token_multiple = kernels.multiples(order, token_major, halves)
+    return rows % row_multiple == 0 and tokens % token_multiple == 0
+
+
+def _token_sums(x: torch.Tensor, bias: bool) -> torch.Tensor:
+    """The bias gradient of dz = x (rows, tokens), in float32 (float64 for float64); empty where none is asked for."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.sum(1, dtype=dtype) if bias else x.new_empty(0, dtype=dtype)
+
+
+def _takes_pack(x, seed, order: str, token_major: bool = False, bias: bool = False) -> bool:
+    return x.dim() == 2 and _fits_kernel(x, *(x.shape[::-1] if token_major else x.shape), order, token_major)
+
+
+def _mvue24_then_pack(x, seed, order: str, token_major: bool = False, bias: bool = False):
+    """`mvue24_pack` in two steps, the first by its kernel where it can."""
+    if order != "masked":
+        return mvue24_pack.torch(x, seed, order, token_major, bias)
+    x = x.t() if token_major else x
+    return mvue24(x, seed), _token_sums(x, bias)
+
+
+@kernel("mvue24_pack", takes=_takes_pack, otherwise=_mvue24_then_pack)
+def mvue24_pack(
+    x: torch.Tensor, seed, order: str, token_major: bool = False, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MVUE of x (rows, tokens), or with token_major of the transpose of x (tokens, rows), packed in `order`.
+
+    Returns (the packed operand, 1-D, 16-bit, or for "masked" (rows, tokens); with `bias` the float32 sums (rows,) of x
+    over tokens before the pruning, else an empty tensor). Raises ValueError where the shape does not fit the order.
+    """
+    x = x.t() if token_major else x
+    values, mask = mvue24_with_mask(x, seed)
+    return (values if order == "masked" else pack_ref(values, mask, order)), _token_sums(x, bias)
+
+
+def _takes_backward_pack(z, da, seed, activation: str, order: str, bias: bool = False) -> bool:
+    halves = 2 if activation in GATED else 1
+    takes = _takes_activation_backward(z, da, activation) and da.dtype == torch.bfloat16
+    return takes and _fits_kernel(z, *z.shape, order, False, halves)
+
+
+def _backward_then_pack(z, da, seed, activation: str, order: str, bias: bool = False):
+    """`activation_backward_mvue24_pack` in two steps, each by its kernel where it can."""
+    _check_activation("activation_backward_mvue24_pack", activation)
+    dz = activation_backward(z, da, activation)
+    return dz, *mvue24_pack(dz, seed, order, False, bias)
+
+
+@kernel("activation_backward_mvue24_pack", takes=_takes_backward_pack, otherwise=_backward_then_pack)
+def activation_backward_mvue24_pack(
+    z: torch.Tensor, da: torch.Tensor, seed, activation: str, order: str, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dz of `activation_backward`, and what `mvue24_pack` returns of that dz."""
+    _check_activation("activation_backward_mvue24_pack", activation)
+    dz = activation_backward.torch(z, da, activation)
+    return dz, *mvue24_pack.torch(dz, seed, order, False, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def _takes_weight(packed, packed_t, w, index, order: str, metadata: bool = True) -> bool:
+    dtypes = {buffer.dtype for buffer in (packed, packed_t) if buffer is not None}
+    multiple = {"sm80": 128, "sm90": 64}.get(order)  # of its rows, and of the transpose's
+    fits = multiple and w.shape[0] % multiple == w.shape[1] % multiple == 0
+    return bool(fits) and dtypes == {torch.bfloat16} and w.stride(1) == 1
+
+
+@torch.no_grad()
+@kernel("pack_weight_", takes=_takes_weight)
+def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
+    """Write the packed operands of w (out, in) under its mask, and of the transpose, into two 16-bit buffers of 9/16 of
+    w's elements; one may be None and is not written. index: uint8 (out/4, in/4). metadata=False: the index is the one
+    of the last call, so that the values alone need writing; the specification writes both. Raises ValueError where a
+    shape does not fit."""
+    mask = expand_index(index)
+    for buffer, x, kept in ((packed, w, mask), (packed_t, w.t(), mask.t())):
+        if buffer is None:
+            continue
+        buffer.copy_(pack_ref(x.to(buffer.dtype).contiguous(), kept.contiguous(), order))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The self-test of the operators above, a part of sparse24.use_kernels
+
+
+def _compare_kernels(device: torch.device) -> dict[str, bool]:
+    import kernels
+
+    w, seed, equal = awkward_matrix(device), torch.tensor(-(2**40) - 1, dtype=torch.int64, device=device), {}
+    z, whole_tiles = w.to(torch.bfloat16), w[:, :128].contiguous()
+    index = transposable_index.torch(whole_tiles)
+    packs = [w.new_zeros(2, whole_tiles.numel() * 9 // 16, dtype=torch.bfloat16) for _ in range(2)]
+    for pack, into in ((kernels.pack_weight_, packs[0]), (pack_weight_.torch, packs[1])):
+        pack(*into, whole_tiles, index, "sm90")
+    equal["pack_weight_"] = torch.equal(*packs)
+    whole_tiles = whole_tiles.to(torch.bfloat16)
+    for name, x in (("mvue24_pack", whole_tiles), ("mvue24_pack (token-major)", whole_tiles.t().contiguous())):
+        arguments = (x, seed, "sm90", x is not whole_tiles, True)
+        ours, theirs = kernels.mvue24_pack(*arguments), mvue24_pack.torch(*arguments)
+        equal[name] = torch.equal(ours[0], theirs[0]) and same_numbers(ours[1], theirs[1], rtol=1e-5, atol=1e-4)
+    for name in ACTIVATIONS:
+        da = whole_tiles[: len(whole_tiles) // 2] if name in GATED else whole_tiles
+        dz, packed, _ = kernels.activation_backward_mvue24_pack(whole_tiles, da, seed, name, "sm90", False)
+        expected = activation_backward.torch(whole_tiles, da, name)
+        packs_alike = torch.equal(packed, mvue24_pack.torch(dz, seed, "sm90")[0])
+        equal[f"{name} backward, packed"] = packs_alike and same_numbers(dz, expected, rtol=2**-7, atol=1e-5)
+        da = z[: len(z) // 2] if name in GATED else z
+        # The two may round apart by one unit of bfloat16; 1e-6 is for the polynomial of GELU.
+        equal[name] = same_numbers(kernels.activation(z, name), activation.torch(z, name), rtol=2**-7, atol=1e-6)
+        got, expected = kernels.activation_backward(z, da, name), activation_backward.torch(z, da, name)
+        equal[f"{name} backward"] = same_numbers(got, expected, rtol=2**-7, atol=1e-5)
+    return equal
+
+
+SELF_TESTS.append(_compare_kernels)
+
+# Names of the last release for the specifications.
+activation_ref, activation_backward_ref = activation.torch, activation_backward.torch
+mvue24_pack_ref, pack_weight_ref_ = mvue24_pack.torch, pack_weight_.torch
+activation_backward_mvue24_pack_ref = activation_backward_mvue24_pack.torch

@@ -28,12 +28,11 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from gemm24 import operands
-from sparse24 import AUTOCAST, Sparse24Linear, expand_index, prune, through_soft, transposable_index
-from spmm import CONVERTED, ORDERS, Choice, Gemm, compress24, compressed_size, matmul24
+from sparse24 import AUTOCAST, Sparse24Linear, expand_index, through_soft, transposable_index
+from spmm import ORDERS, Choice, Gemm, matmul24
 from spmm_choice import Report, choose, enqueue_us, reason, time_interleaved, wins
 
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
-_OURS = ("sm80", "sm90")  # orders that our kernels write, a weight's and its transpose's at once
 
 
 class FFNPlan(NamedTuple):
@@ -96,7 +95,7 @@ def plan_ffn(
     """
     gemms = ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, mvue, transposable)
     options = {"dtype": dtype, "graph": graph, "cache": cache, "known": known}
-    report = choose(gemms, device, spmm, **options, samples=kernel_samples, packer=pack_matrix)
+    report = choose(gemms, device, spmm, **options, samples=kernel_samples, packer=operands.pack_matrix)
     report.choices = {name: _packable(gemms[name], choice) for name, choice in report.choices.items()}
     if spmm == "dense" or (spmm == "auto" and all(choice.backend == "masked" for choice in report.choices.values())):
         return None, report
@@ -173,12 +172,6 @@ def _packable(gemm: Gemm, choice: Choice) -> Choice:
     return choice if fits or choice.backend == "masked" else Choice()
 
 
-def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
-    """A matrix with two non-zeros in each group, packed as the layers pack gradients: MVUE keeps it as it is."""
-    seed = torch.zeros((), dtype=torch.int64, device=x.device)
-    return _packed(operands.mvue24_pack(x, seed, "masked" if order in CONVERTED else order)[0], order)
-
-
 def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pruned matrices and their operands as each of our packers writes them: of a weight, its transpose, a gradient.
 
@@ -193,18 +186,9 @@ def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor,
         operands.pack_weight_(*blobs, w, index, order)
         w_24 = torch.where(expand_index(index), w, 0).to(torch.bfloat16)
         w_24_t = w_24.t().contiguous()
-        pairs += [(w_24, blobs[0]), (w_24_t, blobs[1]), (w_24, pack_matrix(w_24, order))]
+        pairs += [(w_24, blobs[0]), (w_24_t, blobs[1]), (w_24, operands.pack_matrix(w_24, order))]
         pairs += [(w_24, operands.mvue24_pack(w_24_t, 0, order, token_major=True)[0])]
     return pairs
-
-
-def _packed(x: torch.Tensor, order: str) -> torch.Tensor:
-    """A masked matrix as its operand where a library's converter makes it; else it is what `order` says already."""
-    return compress24(x, order) if order in CONVERTED else x
-
-
-def _pack_order(choice: Choice) -> str:
-    return "masked" if choice.order in CONVERTED else choice.order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,8 +206,8 @@ class _SparseFFN(torch.autograd.Function):
         # mask: of weights that are packed here and now the kind of their masks; then index and beta come as operands
         made = (w1, w1_24, w1_t_24, w2, w2_24, w2_t_24) if mask else None
         if mask:
-            w1_24 = _operand(*made[:3], mask, plan.z.order, plan.dtype, False)
-            w2_24 = _operand(*made[3:], mask, plan.y.order, plan.dtype, False)
+            w1_24 = _operand(*made[:3], mask, (plan.z.order, None), plan.dtype)
+            w2_24 = _operand(*made[3:], mask, (plan.y.order, None), plan.dtype)
             w1_t_24 = w2_t_24 = None
         d_model, d_ff = w2.shape
         z = matmul24(w1_24, x.t(), b1, w1.shape[0], False, plan.z)
@@ -243,8 +227,8 @@ class _SparseFFN(torch.autograd.Function):
         x, z, seed1, seed2, w1, w2, beta1, beta2, *weights = ctx.saved_tensors
         plan, dy = ctx.plan, dy.contiguous()
         if ctx.mask:
-            w1_t_24 = _packed_again(*weights[:3], ctx.mask, plan.dx.order, plan.dtype, dy)
-            w2_t_24 = _packed_again(*weights[3:], ctx.mask, plan.da.order, plan.dtype, dy)
+            w1_t_24 = _pack_in_backward(*weights[:3], ctx.mask, plan.dx.order, plan.dtype, dy)
+            w2_t_24 = _pack_in_backward(*weights[3:], ctx.mask, plan.da.order, plan.dtype, dy)
             w1_t_24 = w1_t_24.t() if plan.dx.order == "masked" else w1_t_24
             w2_t_24 = w2_t_24.t() if plan.da.order == "masked" else w2_t_24
         else:
@@ -253,8 +237,7 @@ class _SparseFFN(torch.autograd.Function):
         dx = dw1 = db1 = dw2 = db2 = None
         if needs_w2 or needs_b2:
             if plan.mvue and needs_w2:
-                dy_24, db2 = operands.mvue24_pack(dy, seed2, _pack_order(plan.dw2), True, needs_b2)
-                dy_24 = _packed(dy_24, plan.dw2.order)
+                dy_24, db2 = operands.mvue24_pack(dy, seed2, plan.dw2.order, True, needs_b2)
             else:
                 dy_24, db2 = dy.t(), dy.sum(0) if needs_b2 else None
             if needs_w2:
@@ -265,11 +248,8 @@ class _SparseFFN(torch.autograd.Function):
         if needs_x or needs_w1 or needs_b1:
             da = matmul24(w2_t_24, dy.t(), None, ctx.d_ff, False, plan.da)
             if plan.mvue and needs_w1:
-                order = _pack_order(plan.dw1)
-                dz, dz_24, db1 = operands.activation_backward_mvue24_pack(
-                    z, da, seed1, plan.activation, order, needs_b1
-                )
-                dz_24 = _packed(dz_24, plan.dw1.order)
+                how = (seed1, plan.activation, plan.dw1.order, needs_b1)
+                dz, dz_24, db1 = operands.activation_backward_mvue24_pack(z, da, *how)
             else:
                 dz = dz_24 = operands.activation_backward(z, da, plan.activation)
                 db1 = dz.sum(1) if needs_b1 else None
@@ -306,8 +286,8 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
     orders = (plan.z.order, plan.dx.order), (plan.y.order, plan.da.order)
     mask = c_fc.recipe.mask if c_fc.prune_again else None
     for layer, order in zip((c_fc, c_proj), orders, strict=True):
-        known = mask or torch.compiler.is_compiling() or getattr(layer, "packed_from", None) == _source(layer, *order)
-        if not known:
+        fresh = mask or torch.compiler.is_compiling() or getattr(layer, "packed_from", None) == _source(layer, *order)
+        if not fresh:
             raise RuntimeError("sparse_ffn: weights or masks changed since they were packed; call pack_weights(model)")
     shape = x.shape
     x = x.reshape(-1, shape[-1]).to(plan.dtype)
@@ -324,21 +304,21 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The weights' operands: buffers of the layers, refilled in place so that compiled code and CUDA graphs go on
+# The weights' operands: buffers of the layers, written in place, so that compiled code and CUDA graphs stay valid
 
 
-_BUFFERS = ("w_24", "packed", "packed_t")  # the pruned weight (out, in); packed operands of it and of its transpose
+_BUFFERS = ("w_24", "packed", "packed_t")  # what operands.weight_operands returns
 
 
 def _operands(layer: Sparse24Linear, order: str, order_t: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What multiplies in the forward, and what in the input's gradient."""
+    """The operands of the forward and of the input's gradient."""
     return layer.w_24 if order == "masked" else layer.packed, layer.w_24.t() if order_t == "masked" else layer.packed_t
 
 
 def _source(layer: Sparse24Linear, order: str, order_t: str) -> tuple:
-    """What packed operands are a function of: it changes with every in-place change of the weight or the mask."""
-    counts = (0 if t.is_inference() else t._version for t in (layer.weight, layer.index))  # inference never writes
-    return id(layer.weight), id(layer.index), order, order_t, *counts
+    """What the operands are a function of: it changes with every in-place change of the weight or the mask."""
+    versions = (0 if t.is_inference() else t._version for t in (layer.weight, layer.index))  # inference never writes
+    return id(layer.weight), id(layer.index), order, order_t, *versions
 
 
 def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
@@ -380,94 +360,39 @@ def pack_weights(model: nn.Module) -> None:
     """Make the operands of all planned FFNs from their weights and masks: once per optimizer step, after the masks'
     refresh. In the dense phase, and without a plan, free them. No synchronisation."""
     for ffn in _planned(model):
-        plan = ffn.plan
-        if plan is None or not (ffn.c_fc.sparse and ffn.c_proj.sparse) or ffn.c_fc.prune_again:
-            _free(ffn.c_fc)
-            _free(ffn.c_proj)
-        else:
-            _pack_layer(ffn.c_fc, plan.z.order, plan.dx.order, plan.dtype)
-            _pack_layer(ffn.c_proj, plan.y.order, plan.da.order, plan.dtype)
+        plan, orders = ffn.plan, (None, None)
+        if plan is not None and ffn.c_fc.sparse and ffn.c_proj.sparse and not ffn.c_fc.prune_again:
+            orders = (plan.z.order, plan.dx.order), (plan.y.order, plan.da.order)
+        for layer, order in zip((ffn.c_fc, ffn.c_proj), orders, strict=True):
+            _pack_layer(layer, order, plan and plan.dtype)
 
 
-def _free(layer: Sparse24Linear) -> None:
-    for name in _BUFFERS:
-        layer._buffers.pop(name, None)
-    layer.packed_from = None
-
-
-def _buffer(layer: Sparse24Linear, name: str, shape: tuple | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The layer's buffer of this shape and dtype, made where there is none yet; None where shape is."""
-    have = layer._buffers.get(name)
-    if shape is None:
-        layer.register_buffer(name, None, persistent=False)
-    elif have is None or have.shape != shape or have.dtype != dtype or have.device != layer.weight.device:
-        layer.register_buffer(name, layer.weight.new_empty(shape, dtype=dtype), persistent=False)
+def _pack_layer(layer: Sparse24Linear, orders: tuple[str, str] | None, dtype: torch.dtype | None) -> None:
+    """Fill the layer's buffers that GEMMs in these orders read; without orders free them."""
+    if orders is None:
+        for name in _BUFFERS:
+            layer._buffers.pop(name, None)
         layer.packed_from = None
-    return layer._buffers[name]
-
-
-def _wanted(mask: str, orders: tuple[str | None, str | None]) -> tuple[bool, bool, bool]:
-    """Which of _BUFFERS multiplying in these orders takes, None: not at all. w_24 where a dense GEMM reads it, a
-    library's converter, or our packer of row-wise and soft masks; of these the transpose is never packed."""
-    used = [order for order in orders if order]
-    assert len({*used} & {*_OURS}) < 2, f"{used}: one GPU reads one order"
-    return mask != "transposable" or not {*used} <= {*_OURS}, *(order not in (None, "masked") for order in orders)
-
-
-def _shapes(w: torch.Tensor, dtype: torch.dtype, orders: tuple[str | None, str | None]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of _BUFFERS for a weight (out, in) whose operands lie in these orders."""
-    rows, columns = w.shape
-    packed, packed_t = (
-        compressed_size(*shape, order or "masked", dtype, w.device)
-        for shape, order in zip(((rows, columns), (columns, rows)), orders, strict=True)
-    )
-    return (rows, columns), (packed,), (packed_t,)
-
-
-def _write(w_24, packed, packed_t, w, index, beta, mask: str, orders: tuple, metadata: bool = True) -> None:
-    """Fill those that are not None from the weight. metadata=False: the mask is that of the last time."""
-    blobs = (packed, packed_t)
-    ours = [
-        blob if order in _OURS and mask == "transposable" else None for blob, order in zip(blobs, orders, strict=True)
-    ]
-    if any(blob is not None for blob in ours):
-        operands.pack_weight_(*ours, w, index, orders[ours[0] is None], metadata=metadata)
-    if w_24 is None:
         return
-    w_24.copy_(prune(w, index, beta, mask))
-    if mask != "transposable":
-        if packed is not None:
-            packed.copy_(pack_matrix(w_24, orders[0]))
-        return
-    for blob, x, order in zip(blobs, (w_24, w_24.t()), orders, strict=True):
-        if order in CONVERTED:
-            blob.copy_(compress24(x.contiguous(), order))
-
-
-def _pack_layer(layer: Sparse24Linear, order: str, order_t: str, dtype: torch.dtype) -> None:
-    """Fill the layer's buffers that are read in these orders."""
-    w, mask, orders = layer.weight, layer.recipe.mask, (order, order_t)
-    shapes = _shapes(w, dtype, orders)
-    wanted = zip(_BUFFERS, shapes, _wanted(mask, orders), strict=True)
-    buffers = [_buffer(layer, name, shape if needed else None, dtype) for name, shape, needed in wanted]
     before, source = getattr(layer, "packed_from", None), _source(layer, *orders)
-    same_mask = before is not None and before[:4] == source[:4] and before[5] == source[5]
-    _write(*buffers, w, layer.index, layer.scale, mask, orders, not same_mask)
+    same_mask = before is not None and (*before[:4], before[5]) == (*source[:4], source[5])
+    old = [layer._buffers.get(name) for name in _BUFFERS]
+    mask = (layer.index, layer.scale, layer.recipe.mask)
+    new = operands.weight_operands(layer.weight, *mask, orders, dtype, old, metadata=not same_mask)
+    for name, buffer in zip(_BUFFERS, new, strict=True):
+        layer.register_buffer(name, buffer, persistent=False)
     layer.packed_from = source
 
 
-def _operand(w, index, beta, mask: str, order: str, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
-    """Of weights that are packed where they multiply, in new memory: the operand of the forward; or, transposed, of the
-    input's gradient, where a dense GEMM takes the transpose of what is returned."""
-    w, orders = w.detach(), (None, order) if transposed else (order, None)
-    wanted = zip(_shapes(w, dtype, orders), _wanted(mask, orders), strict=True)
-    buffers = [w.new_empty(shape, dtype=dtype) if needed else None for shape, needed in wanted]
-    _write(*buffers, w, index, beta, mask, orders)
-    return buffers[0 if order == "masked" else 1 + transposed]
+def _operand(w, index, beta, mask: str, orders: tuple[str | None, str | None], dtype: torch.dtype) -> torch.Tensor:
+    """One operand in new memory, for weights that are packed where they multiply: orders (order, None) asks for the
+    forward's, (None, order) for the input gradient's. "masked" is the pruned weight (out, in) in both cases."""
+    w_24, packed, packed_t = operands.weight_operands(w.detach(), index, beta, mask, orders, dtype)
+    return w_24 if "masked" in orders else packed if orders[1] is None else packed_t
 
 
-@torch.library.custom_op("nano24::packed_again", mutates_args=())
-def _packed_again(
+@torch.library.custom_op("nano24::pack_in_backward", mutates_args=())
+def _pack_in_backward(
     w: torch.Tensor,
     index: torch.Tensor,
     beta: torch.Tensor | None,
@@ -476,11 +401,12 @@ def _packed_again(
     dtype: torch.dtype,
     dy: torch.Tensor,
 ) -> torch.Tensor:
-    """_operand, transposed. A compiler that saw it would do it early and keep the result; dy, which is not used, stands
-    in the way."""
-    return _operand(w, index, beta, mask, order, dtype, True)
+    """The input gradient's operand, packed in the backward. Opaque to torch.compile, which would otherwise pack it in
+    the forward and keep it. `dy` is unused: it only makes the op run in the backward."""
+    return _operand(w, index, beta, mask, (None, order), dtype)
 
 
-@_packed_again.register_fake
+@_pack_in_backward.register_fake
 def _(w, index, beta, mask, order, dtype, dy):
-    return w.new_empty(_shapes(w, dtype, (None, order))[0 if order == "masked" else 2], dtype=dtype)
+    shape = w.shape if order == "masked" else w.shape[::-1]
+    return w.new_empty(operands.operand_shape(*shape, order, dtype, w.device), dtype=dtype)

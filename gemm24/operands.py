@@ -14,13 +14,18 @@ from sparse24 import (
     SELF_TESTS,
     awkward_matrix,
     expand_index,
+    expand_pairs,
     kernel,
     mvue24,
     mvue24_with_mask,
+    pair_index,
+    prune,
     same_numbers,
     transposable_index,
 )
-from spmm import pack_ref
+from spmm import CONVERTED, compress24, compressed_size, pack_ref
+
+OURS = ("sm80", "sm90")  # orders that the kernels write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Activations
@@ -126,6 +131,9 @@ def _takes_pack(x, seed, order: str, token_major: bool = False, bias: bool = Fal
 
 def _mvue24_then_pack(x, seed, order: str, token_major: bool = False, bias: bool = False):
     """`mvue24_pack` in two steps, the first by its kernel where it can."""
+    if order in CONVERTED:
+        masked, sums = mvue24_pack(x, seed, "masked", token_major, bias)
+        return compress24(masked.contiguous(), order), sums
     if order != "masked":
         return mvue24_pack.torch(x, seed, order, token_major, bias)
     x = x.t() if token_major else x
@@ -154,6 +162,9 @@ def _takes_backward_pack(z, da, seed, activation: str, order: str, bias: bool = 
 
 def _backward_then_pack(z, da, seed, activation: str, order: str, bias: bool = False):
     """`activation_backward_mvue24_pack` in two steps, each by its kernel where it can."""
+    if order in CONVERTED:
+        dz, masked, sums = activation_backward_mvue24_pack(z, da, seed, activation, "masked", bias)
+        return dz, compress24(masked.contiguous(), order), sums
     _check_activation("activation_backward_mvue24_pack", activation)
     dz = activation_backward(z, da, activation)
     return dz, *mvue24_pack(dz, seed, order, False, bias)
@@ -176,7 +187,7 @@ def activation_backward_mvue24_pack(
 def _takes_weight(packed, packed_t, w, index, order: str, metadata: bool = True) -> bool:
     dtypes = {buffer.dtype for buffer in (packed, packed_t) if buffer is not None}
     multiple = {"sm80": 128, "sm90": 64}.get(order)  # of its rows, and of the transpose's
-    fits = multiple and w.shape[0] % multiple == w.shape[1] % multiple == 0
+    fits = multiple and w.shape[0] % multiple == w.shape[1] % (64 if packed_t is None else multiple) == 0
     return bool(fits) and dtypes == {torch.bfloat16} and w.stride(1) == 1
 
 
@@ -184,14 +195,74 @@ def _takes_weight(packed, packed_t, w, index, order: str, metadata: bool = True)
 @kernel("pack_weight_", takes=_takes_weight)
 def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
     """Write the packed operands of w (out, in) under its mask, and of the transpose, into two 16-bit buffers of 9/16 of
-    w's elements; one may be None and is not written. index: uint8 (out/4, in/4). metadata=False: the index is the one
-    of the last call, so that the values alone need writing; the specification writes both. Raises ValueError where a
-    shape does not fit."""
-    mask = expand_index(index)
+    w's elements; one may be None and is not written.
+
+    index: uint8 (out/4, in/4) of transposable_index, or (out, in/4) of pair_index with packed_t=None, since a row-wise
+    mask is not 2:4 along the outputs. metadata=False: the index is the one of the last call, so that the values alone
+    need writing; the specification writes both. Raises ValueError where a shape does not fit.
+    """
+    mask = (expand_pairs if index.shape[0] == w.shape[0] else expand_index)(index)
     for buffer, x, kept in ((packed, w, mask), (packed_t, w.t(), mask.t())):
         if buffer is None:
             continue
         buffer.copy_(pack_ref(x.to(buffer.dtype).contiguous(), kept.contiguous(), order))
+
+
+def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
+    """A pruned matrix x (rows, columns), two non-zeros in each group of four, as an operand in `order`."""
+    if order == "masked":
+        return x
+    if order in CONVERTED:
+        return compress24(x.contiguous(), order)
+    packed = x.new_empty(x.numel() * 9 // 16)
+    pack_weight_(packed, None, x, pair_index(x), order)
+    return packed
+
+
+def operand_shape(rows: int, columns: int, order: str, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+    """The shape of the operand of a (rows, columns) matrix."""
+    return (rows, columns) if order == "masked" else (compressed_size(rows, columns, order, dtype, device),)
+
+
+def _buffer(old: torch.Tensor | None, shape, order: str | None, dtype: torch.dtype, device: torch.device):
+    """Memory for an operand in `order`: `old` where it fits, else new; None without an order."""
+    if order is None:
+        return None
+    shape = operand_shape(*shape, order, dtype, device)
+    fits = old is not None and (tuple(old.shape), old.dtype, old.device) == (shape, dtype, device)
+    return old if fits else torch.empty(shape, dtype=dtype, device=device)
+
+
+def weight_operands(w, index, beta, mask: str, orders, dtype, into=(None, None, None), metadata: bool = True) -> tuple:
+    """(w_24, packed, packed_t): the pruned weight (out, in), and the packed operands of it and of its transpose. Each
+    is None where no GEMM reads it.
+
+    w (out, in), index, beta: a sparse layer's. mask: its recipe's. orders: of the forward's operand and of the input
+    gradient's, None for one that is not needed. into: earlier results, whose memory is used again where it fits.
+    metadata=False: the mask is that of the earlier results, so that the values alone need writing.
+    """
+    order, order_t = orders
+    used = {*orders} - {None}
+    # w_24 is what dense GEMMs read, and what all packers read but the one of transposable masks.
+    needs_w_24 = mask != "transposable" or not used <= {*OURS}
+    names = ("masked" if needs_w_24 else None, *(None if name == "masked" else name for name in orders))
+    shapes = (w.shape, w.shape, w.shape[::-1])
+    results = [_buffer(*one, dtype, w.device) for one in zip(into, shapes, names, strict=True)]
+    metadata = metadata or any(new is not old for new, old in zip(results, into, strict=True))
+    w_24, packed, packed_t = results
+    if needs_w_24:
+        w_24.copy_(prune(w, index, beta, mask))
+    if mask == "transposable" and used & {*OURS}:
+        (our_order,) = used & {*OURS}  # one GPU reads one order
+        ours = [out if name in OURS else None for out, name in zip((packed, packed_t), orders, strict=True)]
+        pack_weight_(*ours, w, index, our_order, metadata=metadata)
+    elif order in OURS:
+        pack_weight_(packed, None, w_24, index if mask == "row" else pair_index(w_24), order, metadata or mask != "row")
+    if order in CONVERTED:
+        packed.copy_(compress24(w_24, order))
+    if order_t in CONVERTED:
+        packed_t.copy_(compress24(w_24.t().contiguous(), order_t))
+    return w_24, packed, packed_t
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -818,7 +818,7 @@ def test_one_sparse_gemm_is_enough_for_a_plan_and_the_question_is_passed_on_whol
         "cache": tmp_path,
         "known": rows,
         "samples": kernel_samples,
-        "packer": ffn.pack_matrix,
+        "packer": operands.pack_matrix,
     }
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import sparse24
-from ffn import GEMMS, ffn_gemms, kernel_samples, pack_matrix, pack_weights, plan_ffn, set_plan
+from ffn import GEMMS, ffn_gemms, kernel_samples, pack_weights, plan_ffn, set_plan
 from gemm24 import cusparselt, operands
+from gemm24.operands import pack_matrix
 from model import GPT, GPTConfig
 from spmm import Choice, matmul24, pack_ref
 from spmm_choice import (

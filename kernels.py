@@ -507,7 +507,7 @@ def _adamw_kernel(
     one_minus_beta1, beta2, one_minus_beta2 = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     eps, shrink = tl.load(scalars + 3), tl.load(scalars + 4)  # shrink = 1 - lr * weight_decay
     step_size, root_bias2 = tl.load(scalars + 5), tl.load(scalars + 6)  # lr / (1 - beta1^t), sqrt(1 - beta2^t)
-    decay = tl.load(scalars + 7)  # lambda; on weights, lr * lambda
+    masked_decay = tl.load(scalars + 7)  # lambda; on weights, lr * lambda
     n = chunk * QUADS + tl.arange(0, QUADS)
     live = n < quads
     at = n.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -521,9 +521,9 @@ def _adamw_kernel(
         bits = tl.load(table_ptr + index) >> (4 * (row % 4))
         pruned = tl.where(((bits[:, None] >> tl.arange(0, 4)[None, :]) & 1) != 0, 0.0, p)
         if DECAY_ON_WEIGHT:
-            p -= decay * pruned
+            p -= masked_decay * pruned
         else:
-            g += decay * pruned
+            g += masked_decay * pruned
     p *= shrink
     m += one_minus_beta1 * (g - m)
     v = beta2 * v + one_minus_beta2 * (g * g)

@@ -82,11 +82,11 @@ def _search(rows, columns, order, device, dtype=torch.float32):
     return lambda: kernels.transposable_index(w)
 
 
-def _pack(rows, columns, order, device, dtype=torch.float32, forms=(True, True), **options):
+def _pack(rows, columns, order, device, dtype=torch.float32, forms=(True, True), pairs=False, **options):
     w = _randn(rows, columns, device=device, dtype=dtype)
     sizes = [w.numel() * 9 // 16 if form else None for form in forms]
     packed = [size and torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
-    index = _index(w)
+    index = sparse24.pair_index(w) if pairs else _index(w)
     return lambda: kernels.pack_weight_(*packed, w, index, order, **options)
 
 
@@ -159,6 +159,15 @@ CASES = [
             functools.partial(_pack, dtype=torch.bfloat16, forms=(not transposed, transposed)),
         )
         for transposed, ceiling in ((False, 245), (True, 262))
+    ),
+    Case(
+        "weight pack of bf16, row-wise mask",
+        "4x4 block",
+        16,
+        54,
+        300,
+        (0, 0),
+        functools.partial(_pack, dtype=torch.bfloat16, forms=(True, False), pairs=True),
     ),
     Case("MVUE, masked dense", _GROUP, 4, 16, 80, (4, 4), _mvue),
     Case("MVUE, transposed to masked dense", _GROUP, 4, 16, 92, (4, 4), functools.partial(_mvue, token_major=True)),

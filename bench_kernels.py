@@ -165,7 +165,7 @@ CASES = [
         "4x4 block",
         16,
         54,
-        300,
+        275,
         (0, 0),
         functools.partial(_pack, dtype=torch.bfloat16, forms=(True, False), pairs=True),
     ),

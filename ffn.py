@@ -286,8 +286,8 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
     orders = (plan.z.order, plan.dx.order), (plan.y.order, plan.da.order)
     mask = c_fc.recipe.mask if c_fc.prune_again else None
     for layer, order in zip((c_fc, c_proj), orders, strict=True):
-        fresh = mask or torch.compiler.is_compiling() or getattr(layer, "packed_from", None) == _source(layer, *order)
-        if not fresh:
+        known = mask or torch.compiler.is_compiling()
+        if not known and getattr(layer, "packed_from", None) != _source(layer, order, plan.dtype):
             raise RuntimeError("sparse_ffn: weights or masks changed since they were packed; call pack_weights(model)")
     shape = x.shape
     x = x.reshape(-1, shape[-1]).to(plan.dtype)
@@ -307,7 +307,7 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
 # The weights' operands: buffers of the layers, written in place, so that compiled code and CUDA graphs stay valid
 
 
-_BUFFERS = ("w_24", "packed", "packed_t")  # what operands.weight_operands returns
+_BUFFERS = ("w_24", "packed", "packed_t")  # those of operands.empty_operands
 
 
 def _operands(layer: Sparse24Linear, order: str, order_t: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,10 +315,12 @@ def _operands(layer: Sparse24Linear, order: str, order_t: str) -> tuple[torch.Te
     return layer.w_24 if order == "masked" else layer.packed, layer.w_24.t() if order_t == "masked" else layer.packed_t
 
 
-def _source(layer: Sparse24Linear, order: str, order_t: str) -> tuple:
-    """What the operands are a function of: it changes with every in-place change of the weight or the mask."""
-    versions = (0 if t.is_inference() else t._version for t in (layer.weight, layer.index))  # inference never writes
-    return id(layer.weight), id(layer.index), order, order_t, *versions
+def _source(layer: Sparse24Linear, orders: tuple[str, str], dtype: torch.dtype) -> tuple:
+    """What the operands are a function of: (the kind of memory, the mask, the weight). It changes with every in-place
+    change of the weight or the mask."""
+    w, index = layer.weight, layer.index
+    versions = (0 if t.is_inference() else t._version for t in (index, w))  # inference never writes
+    return (orders, dtype, w.device, w.dtype, id(w)), *zip((id(index), id(w)), versions, strict=True)
 
 
 def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
@@ -374,20 +376,22 @@ def _pack_layer(layer: Sparse24Linear, orders: tuple[str, str] | None, dtype: to
             layer._buffers.pop(name, None)
         layer.packed_from = None
         return
-    before, source = getattr(layer, "packed_from", None), _source(layer, *orders)
-    same_mask = before is not None and (*before[:4], before[5]) == (*source[:4], source[5])
-    old = [layer._buffers.get(name) for name in _BUFFERS]
-    mask = (layer.index, layer.scale, layer.recipe.mask)
-    new = operands.weight_operands(layer.weight, *mask, orders, dtype, old, metadata=not same_mask)
-    for name, buffer in zip(_BUFFERS, new, strict=True):
-        layer.register_buffer(name, buffer, persistent=False)
+    mask, source = layer.recipe.mask, _source(layer, orders, dtype)
+    before = layer.packed_from if getattr(layer, "packed_from", None) else (None, None, None)
+    if before[0] != source[0]:
+        for name, buffer in zip(_BUFFERS, operands.empty_operands(layer.weight, mask, orders, dtype), strict=True):
+            layer.register_buffer(name, buffer, persistent=False)
+    buffers = [layer._buffers[name] for name in _BUFFERS]
+    same_mask = before[:2] == source[:2]
+    operands.write_operands(buffers, layer.weight, layer.index, layer.scale, mask, orders, metadata=not same_mask)
     layer.packed_from = source
 
 
 def _operand(w, index, beta, mask: str, orders: tuple[str | None, str | None], dtype: torch.dtype) -> torch.Tensor:
     """One operand in new memory, for weights that are packed where they multiply: orders (order, None) asks for the
     forward's, (None, order) for the input gradient's. "masked" is the pruned weight (out, in) in both cases."""
-    w_24, packed, packed_t = operands.weight_operands(w.detach(), index, beta, mask, orders, dtype)
+    w_24, packed, packed_t = buffers = operands.empty_operands(w, mask, orders, dtype)
+    operands.write_operands(buffers, w.detach(), index, beta, mask, orders)
     return w_24 if "masked" in orders else packed if orders[1] is None else packed_t
 
 

@@ -224,45 +224,46 @@ def operand_shape(rows: int, columns: int, order: str, dtype: torch.dtype, devic
     return (rows, columns) if order == "masked" else (compressed_size(rows, columns, order, dtype, device),)
 
 
-def _buffer(old: torch.Tensor | None, shape, order: str | None, dtype: torch.dtype, device: torch.device):
-    """Memory for an operand in `order`: `old` where it fits, else new; None without an order."""
-    if order is None:
-        return None
-    shape = operand_shape(*shape, order, dtype, device)
-    fits = old is not None and (tuple(old.shape), old.dtype, old.device) == (shape, dtype, device)
-    return old if fits else torch.empty(shape, dtype=dtype, device=device)
+def empty_operands(w: torch.Tensor, mask: str, orders, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    """Memory for `write_operands`: (w_24, packed, packed_t), the pruned weight (out, in), and the packed operands of it
+    and of its transpose; None for one that no GEMM reads.
 
-
-def weight_operands(w, index, beta, mask: str, orders, dtype, into=(None, None, None), metadata: bool = True) -> tuple:
-    """(w_24, packed, packed_t): the pruned weight (out, in), and the packed operands of it and of its transpose. Each
-    is None where no GEMM reads it.
-
-    w (out, in), index, beta: a sparse layer's. mask: its recipe's. orders: of the forward's operand and of the input
-    gradient's, None for one that is not needed. into: earlier results, whose memory is used again where it fits.
-    metadata=False: the mask is that of the earlier results, so that the values alone need writing.
+    w: (out, in). mask: as Recipe.mask. orders: of the forward's operand and of the input gradient's, or None.
     """
     order, order_t = orders
-    used = {*orders} - {None}
+    rows, columns = w.shape
     # w_24 is what dense GEMMs read, and what all packers read but the one of transposable masks.
-    needs_w_24 = mask != "transposable" or not used <= {*OURS}
-    names = ("masked" if needs_w_24 else None, *(None if name == "masked" else name for name in orders))
-    shapes = (w.shape, w.shape, w.shape[::-1])
-    results = [_buffer(*one, dtype, w.device) for one in zip(into, shapes, names, strict=True)]
-    metadata = metadata or any(new is not old for new, old in zip(results, into, strict=True))
-    w_24, packed, packed_t = results
-    if needs_w_24:
+    needed = (
+        mask != "transposable" or not {*orders} <= {None, *OURS},
+        order not in (None, "masked"),
+        order_t not in (None, "masked"),
+    )
+    shapes = ((rows, columns, "masked"), (rows, columns, order), (columns, rows, order_t))
+    return tuple(
+        w.new_empty(operand_shape(*shape, dtype, w.device), dtype=dtype) if need else None
+        for need, shape in zip(needed, shapes, strict=True)
+    )
+
+
+def write_operands(buffers, w, index, beta, mask: str, orders, metadata: bool = True) -> None:
+    """Write the operands of a layer's weight w (out, in) into the three buffers of `empty_operands`.
+
+    index, beta: the layer's. metadata=False: the mask is that of the last call, so that the values alone are written.
+    """
+    (w_24, packed, packed_t), (order, order_t) = buffers, orders
+    if w_24 is not None:
         w_24.copy_(prune(w, index, beta, mask))
-    if mask == "transposable" and used & {*OURS}:
-        (our_order,) = used & {*OURS}  # one GPU reads one order
-        ours = [out if name in OURS else None for out, name in zip((packed, packed_t), orders, strict=True)]
-        pack_weight_(*ours, w, index, our_order, metadata=metadata)
-    elif order in OURS:
-        pack_weight_(packed, None, w_24, index if mask == "row" else pair_index(w_24), order, metadata or mask != "row")
+    ours = {*orders} & {*OURS}  # one at most, since one GPU reads one order
+    if ours and mask == "transposable":
+        by_kernel = (packed if order in OURS else None, packed_t if order_t in OURS else None)
+        pack_weight_(*by_kernel, w, index, *ours, metadata=metadata)
+    elif ours:
+        pairs = index if mask == "row" else pair_index(w_24)
+        pack_weight_(packed, None, w_24, pairs, *ours, metadata=metadata or mask != "row")
     if order in CONVERTED:
         packed.copy_(compress24(w_24, order))
     if order_t in CONVERTED:
         packed_t.copy_(compress24(w_24.t().contiguous(), order_t))
-    return w_24, packed, packed_t
 
 
 # ---------------------------------------------------------------------------------------------------------------------

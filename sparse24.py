@@ -41,7 +41,9 @@ from torch.autograd.function import once_differentiable
 _kernels = None  # the module kernels, once a device uses it
 _STATUS: dict[torch.device, str] = {}  # "on", or why not; only of devices that use_kernels was called for
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SELF_TESTS: list[Callable[[torch.device], dict[str, bool]]] = []  # each returns {operator: whether its kernel is equal}
+# Each returns {operator: whether its kernel is equal}. A file that appends one, as gemm24/operands.py does, must be
+# imported before use_kernels is called.
+SELF_TESTS: list[Callable[[torch.device], dict[str, bool]]] = []
 
 
 def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None = None):

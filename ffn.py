@@ -104,7 +104,7 @@ def plan_ffn(
 
 
 def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_steps: int = 1) -> dict:
-    """What one FFN takes, forward and backward, taking turns: "dense"; "layers", the 2:4 layers one by one; "plan".
+    """The time of an FFN, forward and backward, taking turns: "dense"; "layers", the 2:4 layers one by one; "plan".
 
     Each GEMM was timed alone; this is the sum, with all that lies between, and for the plan its share of one packing
     per `micro_steps` calls. mlp: one of the model's, which is copied. compile_mode: torch.compile's, or None for none.
@@ -196,7 +196,7 @@ def kernel_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor,
 
 
 class _SparseFFN(torch.autograd.Function):
-    """See the top of this file. w1, w2 receive gradients only; what is multiplied are their operands. gradient: a
+    """See the top of this file. w1, w2 receive gradients only; their operands multiply. gradient: a
     recipe's weight_gradient, which takes that of beta S(W) to W."""
 
     @staticmethod
@@ -273,7 +273,7 @@ def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: n
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
-    """What a linear layer computes in here."""
+    """The dtype in which a linear layer computes here."""
     on = x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if on and x.dtype != torch.float64 else x.dtype
 
@@ -316,8 +316,8 @@ def _operands(layer: Sparse24Linear, order: str, order_t: str) -> tuple[torch.Te
 
 
 def _source(layer: Sparse24Linear, orders: tuple[str, str], dtype: torch.dtype) -> tuple:
-    """What the operands are a function of: (the kind of memory, the mask, the weight). It changes with every in-place
-    change of the weight or the mask."""
+    """(the kind of memory, the mask, the weight) that the operands are made from. It changes with every in-place change
+    of the weight or the mask."""
     w, index = layer.weight, layer.index
     versions = (0 if t.is_inference() else t._version for t in (index, w))  # inference never writes
     return (orders, dtype, w.device, w.dtype, id(w)), *zip((id(index), id(w)), versions, strict=True)

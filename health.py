@@ -24,7 +24,7 @@ from sparse24 import flip_rate, local, sparse_linears, total, weight_indices
 
 HEALTHY = (0.60, 0.95)  # section 4.3
 TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
-# What must agree for two flip rates to be compared. Seeds may differ: r differs little between them.
+# These settings must agree for two flip rates to be compared. Seeds may differ: r differs little between them.
 COMPARABLE = (
     *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio"),
     *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
@@ -90,7 +90,7 @@ class FlipWatch:
         self.warned: set[str] = set()
 
     def replay(self, rows: list[dict]) -> None:
-        """The rows of metrics.jsonl that an earlier start of this run has written; what they show was said then."""
+        """Take the rows of metrics.jsonl that an earlier start of this run wrote. It has warned of them already."""
         for row in rows:
             if row["phase"] == "sparse" and row["flip_rate"] is not None:
                 self.add(row["iter"], row["flip_rate"], row["lr"])
@@ -165,7 +165,7 @@ def decay_ratio(model: nn.Module, masked_decay: float) -> float | None:
 
 class LossWatch:
     """Finds losses that stand out: above the mean of the last COUNT by more than SIGMAS of their standard deviations,
-    or not finite. What stands out is not counted among them. Kept by each rank for its own micro-batches."""
+    or not finite. Such losses do not enter the mean. Each rank watches its own micro-batches."""
 
     COUNT, LEAST, SIGMAS = 200, 50, 6.0
 

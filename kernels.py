@@ -150,7 +150,7 @@ def _table(device: torch.device) -> torch.Tensor:
     if not _TABLES:
         raise RuntimeError("kernels: the patterns are not known; call kernels.use_patterns(sparse24.PATTERNS) first")
     table = _TABLES[device] if device in _TABLES else next(iter(_TABLES.values())).to(device)
-    if not torch.compiler.is_compiling():  # what is traced must not outlive its graph
+    if not torch.compiler.is_compiling():  # a tensor of a traced graph must not outlive it
         _TABLES[device] = table
     return table
 
@@ -172,7 +172,7 @@ def _top2(x):
 
 @triton.jit
 def _try_pair(best, jk, NUMBER: tl.constexpr, J: tl.constexpr, K: tl.constexpr, f, x, y, e):
-    """Candidate B_jk, jk = PAIRS[NUMBER]. Of the winner only its number is kept; it is decoded once, at the end."""
+    """Candidate B_jk, jk = PAIRS[NUMBER]. Only the number of the winner is kept, and decoded once at the end."""
     I: tl.constexpr = 0 if J > 0 else (1 if K > 1 else 2)
     L: tl.constexpr = 6 - I - J - K
     score = f[J] + f[K] + _max(x[J], x[K]) + _max(y[J], y[K]) + _max(e[I], e[L])
@@ -253,7 +253,7 @@ def transposable_index(w: torch.Tensor) -> torch.Tensor:
 
 
 def _row_multiple(function: str, order: str) -> int:
-    """What the rows of an operand packed in this metadata order are a multiple of."""
+    """The number that divides the rows of an operand packed in this metadata order."""
     if order not in ("sm80", "sm90"):
         raise ValueError(f"{function}: metadata order {order!r} is unknown, need sm80 or sm90")
     return 128 if order == "sm80" else 64
@@ -484,7 +484,7 @@ def _chunks(quads: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 @triton.jit
 def _aligned(address_ptr):
-    """The float32 pointer that lies at address_ptr; what it points to is 16-byte aligned."""
+    """The float32 pointer that lies at address_ptr. It points to 16-byte aligned memory."""
     return tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(tl.float32)), 16)
 
 
@@ -492,7 +492,7 @@ def _aligned(address_ptr):
 def _adamw_kernel(
     pointers_ptr, sizes_ptr, scalars_ptr, programs_ptr, table_ptr, DECAY_ON_WEIGHT: tl.constexpr, QUADS: tl.constexpr
 ):
-    # Of this program's tensor: the addresses of p, g, m, v and the index (0 = none), its quads, its quads a row.
+    # The tensor of this program: the addresses of p, g, m, v and the index (0 = none), its quads, its quads a row.
     tensor = tl.load(programs_ptr + 2 * tl.program_id(0))
     chunk = tl.load(programs_ptr + 2 * tl.program_id(0) + 1)
     pointers = pointers_ptr + 5 * tensor.to(tl.int64)
@@ -1055,7 +1055,7 @@ def _launch_words(x, z, dz, seed, out, metadata, bias, rows, columns, activation
 
 
 def multiples(order: str, token_major: bool = False, halves: int = 1) -> tuple[int, int]:
-    """What rows and tokens must be multiples of, to be drawn and written in this order; rows of all `halves`."""
+    """The numbers that must divide rows and tokens, to be drawn and written in this order; rows of all `halves`."""
     return (_TILES[token_major][0] * halves, 8) if order == "masked" else (_row_multiple("mvue24_pack", order), 64)
 
 

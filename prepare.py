@@ -168,7 +168,7 @@ def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tr
         scaler.load_state_dict(start["scaler"])
     net, ddp = wrap_model(s, model, ranks, device)
 
-    # what decides by itself, in the loop, when it is its turn
+    # the parts of the loop that decide by themselves when it is their turn
     autoswitch = AutoSwitch(model, optimizer) if recipe and recipe.autoswitch else None
     if autoswitch:
         autoswitch.changes = start["autoswitch"]
@@ -225,7 +225,7 @@ def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
 
 
 def fresh_state(s, recipe: Recipe | None) -> dict:
-    """What a run that begins anew has, of the keys of a checkpoint that the loop goes on from."""
+    """The start of a new run, under the keys of a checkpoint that the loop continues from."""
     return {
         "iter_num": 0,
         "best_val_loss": math.inf,
@@ -267,7 +267,7 @@ def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, r
 def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
     """(the model as it is called, compiled if asked for; its DDP wrapper where several ranks hold the whole model)."""
     if s.parallel == "fsdp" and ranks.control is not None:  # its blocks are compiled one by one already
-        if s.compile:  # of the rest, the logits in float32 cost most
+        if s.compile:  # the logits in float32 are the largest part outside the blocks
             model.head = torch.compile(model.head, mode=s.compile_mode)
         return model, None
     net = torch.compile(model, mode=s.compile_mode) if s.compile else model

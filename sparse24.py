@@ -50,9 +50,9 @@ def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None 
     """Decorator of a specification: the operator runs kernels.`name` where it can take the call, else the
     specification, which is also `operator.torch`.
 
-    takes: whether the kernel can take these arguments, beside what `_runs_kernels` asks. What it refuses goes to the
-    specification, which raises the error if the arguments are wrong. otherwise: runs in place of the specification
-    where the kernel cannot; for an operator whose parts have kernels of their own.
+    takes: whether the kernel can take these arguments, in addition to the conditions of `_runs_kernels`. Calls that it
+    refuses go to the specification, which raises the error if the arguments are wrong. otherwise: runs in place of the
+    specification where the kernel cannot; for an operator whose parts have kernels of their own.
     """
 
     def attach(specification: Callable) -> Callable:
@@ -71,8 +71,8 @@ def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None 
 
 
 def _runs_kernels(*arguments) -> bool:
-    """Whether the floating-point tensors among the arguments may go to a kernel. Where a gradient is to flow back they
-    may not: specifications are differentiable, kernels are not."""
+    """Whether the floating-point tensors among the arguments may go to a kernel. They may not if a gradient is to flow
+    back: specifications are differentiable, kernels are not."""
     tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return bool(tensors) and all(
         _STATUS.get(t.device) == "on"
@@ -360,9 +360,9 @@ def flip_rate(before, after) -> float:
     """Definition 4.1: the share of mask entries that differ, ||m(w_t) - m(w_{t-1})||_1 / D, a fraction per step.
 
     before, after: two bool masks, or two uint8 index matrices, or two equally long lists of them (one for each layer,
-    weighed by their entries). Row-wise indices (0..5) may be given too: patterns p, q < 6 differ in four times the
-    entries in which pairs p and q differ, of four times as many. Of sharded masks each rank counts its own rows, and
-    the counts are added up. Raises ValueError where shapes or dtypes differ.
+    weighed by their entries). Row-wise indices (0..5) work too: pattern p < 6 keeps pair p in two rows and its
+    complement in the other two, so the rate is the same. Each rank counts its own rows of sharded masks, and the counts
+    are added up. Raises ValueError where shapes or dtypes differ.
     """
     if torch.is_tensor(before):
         before, after = [before], [after]
@@ -544,8 +544,8 @@ def soft_threshold24_backward(ds: torch.Tensor, w: torch.Tensor) -> torch.Tensor
     dtype.
 
     S_i = w_i - sign(w_i) t for the elements above t = |w_k|. So dw_i = ds_i there, the element k that sets the
-    threshold gets -sign(w_k) times the sum of their sign(w_i) ds_i, and the smallest gets nothing. Of equal magnitudes
-    at t, one sets it.
+    threshold gets -sign(w_k) times the sum of their sign(w_i) ds_i, and the smallest gets nothing. If several
+    magnitudes equal t, one of them sets it.
     """
     _check_groups("soft_threshold24_backward", w)
     groups, ds = w.unflatten(-1, (-1, 4)), ds.unflatten(-1, (-1, 4))
@@ -845,7 +845,7 @@ def _(w, index, beta, mask, dz):
 
 
 class _LayerMode(NamedTuple):
-    """What _MaskedLinear needs to know of a recipe, and of the layer."""
+    """The part of the recipe and of the layer's state that _MaskedLinear reads."""
 
     mask: str
     mvue: bool
@@ -914,9 +914,9 @@ class Sparse24Linear(nn.Linear):
 
     `.weight` (out, in) stays dense: it is what the optimizer updates. The state_dict holds these too:
     `.index`   the mask, set by `refresh_masks`; `.mask` is its bool (out, in) form. Transposable: uint8 (out/4, in/4)
-               of transposable_index. Row-wise: uint8 (out, in/4) of pair_index; of soft weights, what S keeps.
-    `.index_t`, `.permutation`  of an own backward mask: uint8 (in, out/4), pairs of rows, and the order in which the
-               rows are taken, int64 (out,); `.backward_mask` is what dX multiplies, bool (out, in).
+               of transposable_index. Row-wise: uint8 (out, in/4) of pair_index. Soft: the pairs that S keeps.
+    `.index_t`, `.permutation`  Bi-Mask only: the backward mask as pairs of rows, uint8 (in, out/4), and the order in
+               which the rows are taken, int64 (out,); `.backward_mask` is its bool (out, in) form.
     `.beta`    0-d, scale of soft weights.
     `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
     And these are not saved:
@@ -964,7 +964,7 @@ class Sparse24Linear(nn.Linear):
     @torch.no_grad()
     def refresh(self, begin: bool = False) -> None:
         """Recompute the masks from the weights, and with `begin`, at the start of a sparse phase, beta too. In place;
-        waits for no GPU. Of sharded weights the masks are gathered; for an own backward mask, or beta, the weights."""
+        waits for no GPU. Sharded weights: masks are gathered, and for an own backward mask or beta the weights."""
         self.index.copy_(self._index())
         if self.recipe.backward_mask == "own":
             self.index_t.copy_(self._index_t())
@@ -1004,13 +1004,13 @@ class Sparse24Linear(nn.Linear):
 
     @property
     def backward_mask(self) -> torch.Tensor:
-        """What is kept of W in dX, bool (out, in)."""
+        """The mask of the weights that compute dX, bool (out, in)."""
         if self.recipe.backward_mask == "same":
             return self.mask
         return self.mask & expand_pairs(self.index_t).t()[torch.argsort(self.permutation)]
 
     def pruned_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """What multiplies X in the sparse phase: (out, in), 2:4 along in; W masked as the current mask says, or
+        """The weight that multiplies X in the sparse phase, (out, in), 2:4 along in: W*M with the current mask, or
         beta S(W)."""
         weight, dtype = self.weight.detach(), dtype or self.weight.dtype
         weight = weight if self.recipe.mask == "soft" else weight.to(dtype)  # S depends on more than the order
@@ -1200,7 +1200,7 @@ def search_permutations(model: nn.Module, seed: int, iter_num: int) -> None:
 
 
 def adamw_scalars(step: int, lr, betas, eps, weight_decay, masked_decay) -> tuple[float, ...]:
-    """What kernels.adamw_ needs of one tensor's hyperparameters at its step number `step`, counted from 1."""
+    """One tensor's hyperparameters at its step number `step`, counted from 1, in the form that kernels.adamw_ takes."""
     beta1, beta2 = betas
     corrected_lr, root_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
     return 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, corrected_lr, root_bias2, masked_decay

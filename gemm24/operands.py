@@ -1,4 +1,4 @@
-"""What the fused feed-forward layer does between its GEMMs: activations, and writing operands in packed 2:4 layouts.
+"""The work of the fused feed-forward layer between its GEMMs: activations, and writing operands in packed 2:4 layouts.
 
 Each operator is a specification in plain PyTorch, and has a Triton kernel of the same name in kernels.py, as in
 sparse24.py. The hidden layer is feature-major, (d_ff, tokens), as ffn.py's GEMMs write it (section 5.2). spmm.py has

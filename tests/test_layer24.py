@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
+from health import decay_ratio
 from sparse24 import (
     RECIPES,
     MaskedDecayAdamW,
     Recipe,
     Sparse24Linear,
-    decay_ratio,
     densify,
     expand_index,
     flip_rate,

@@ -397,7 +397,7 @@ def test_from_pretrained_without_transformers(monkeypatch):
 def test_from_pretrained_refuses():
     with pytest.raises(ValueError, match="from_pretrained: name='gpt3' is unknown, need one of gpt2, gpt2-medium"):
         GPT.from_pretrained("gpt3")
-    with pytest.raises(ValueError, match="override_args has n_layer, need only dropout, sparse, dense_blocks"):
+    with pytest.raises(ValueError, match="override_args has n_layer, need only dropout and sparse; remove the others"):
         GPT.from_pretrained("gpt2", {"n_layer": 3, "dropout": 0.1})
 
 

@@ -1,7 +1,7 @@
 # make demo   environment, data, a sparse training run on this machine, a text sample, two plots
-# make test   lint and all tests, in two halves; what is skipped, and why, is listed at the end of each
+# make test   lint and the fast tests (not marked `slow`): four minutes on two cores; skipped and deselected ones are counted
+# make test-all  make test, then the slow tests (long grids, real processes, torchrun, torch.compile), then make test-ptx
 # make test-ptx  the kernels' tests on what Triton compiles for sm_90a (PTX=80: sm_80), interpreted; needs no GPU
-# make test-all  make test, then make test-ptx
 # make gpu    the tests that need a CUDA GPU
 # make lint   ruff alone
 # make faults kill and stop training at many points, write results/faults.json (about 40 minutes)
@@ -12,7 +12,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PTX ?= 90
 
-.PHONY: demo test test-ptx test-all gpu lint faults
+.PHONY: demo test test-slow test-ptx test-all gpu lint faults
 
 # Two runs of pytest side by side, since a test uses one core; the first one's report is printed when the second has ended.
 define two_halves
@@ -30,14 +30,19 @@ demo: .venv/installed
 	$(PY) plot.py out-demo
 
 test: lint
-	$(call two_halves,tests/test_[a-j]*.py,tests/test_[k-z]*.py tests/gemm24 tests/benchmarks)
+	$(call two_halves,-m "not slow" tests/test_[a-l]*.py,-m "not slow" tests/test_[m-z]*.py tests/gemm24 tests/benchmarks)
+
+test-slow: .venv/installed-dev
+	$(call two_halves,-m slow tests/test_[ft]*.py,-m slow tests/test_[a-eg-s]*.py tests/gemm24 tests/benchmarks)
 
 # Most of the time goes to Triton's compiler, whose cache (~/.triton/cache) makes later runs short.
 test-ptx: export NANO24_PTX = $(PTX)
 test-ptx: .venv/installed-dev
 	$(call two_halves,tests/test_kernels.py -k "fused or weight_pack or mvue_pack",tests/test_kernels.py tests/test_ptx.py -k "not (fused or weight_pack or mvue_pack)")
 
+# One after the other, since each of them takes two cores.
 test-all: test
+	$(MAKE) test-slow
 	$(MAKE) test-ptx
 
 gpu:

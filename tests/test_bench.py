@@ -41,16 +41,19 @@ def compiled(request) -> tuple[int, dict]:
     return request.param, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_no_spills_and_no_local_memory(compiled):
     for name, counts in compiled[1].items():
         assert (counts["local"], counts["stack"]) == (0, 0), name
 
 
+@pytest.mark.slow
 def test_wide_loads_and_stores_are_those_listed(compiled):
     for name, counts in compiled[1].items():
         assert (counts["wide_loads"], counts["wide_stores"]) == CASES[name].wide, name
 
 
+@pytest.mark.slow
 def test_instructions_stay_below_their_ceilings(compiled):
     for name, counts in compiled[1].items():
         assert counts["instructions"] <= CASES[name].ceiling, name
@@ -65,6 +68,7 @@ def test_memory_bound_on_an_h200():
     assert over == list(bench.ISSUE_BOUND)
 
 
+@pytest.mark.slow
 def test_results_are_of_this_code(compiled):
     arch, counts = compiled
     rows = json.loads((ROOT / "results" / "kernels.json").read_text())["kernels"]
@@ -79,12 +83,14 @@ def test_results_are_of_this_code(compiled):
         assert row["predicted"] == shares
 
 
+@pytest.mark.slow
 def test_minima_and_maxima_keep_nan(compiled):
     """The interpreter cannot tell: its minimum and maximum keep NaN either way."""
     for name, counts in compiled[1].items():
         assert counts["nan_dropping"] == 0, name
 
 
+@pytest.mark.slow
 def test_every_kernel_has_a_case(compiled):
     source = (ROOT / "kernels.py").read_text()
     defined = set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
@@ -134,6 +140,7 @@ def interpreted(monkeypatch):
     return runs
 
 
+@pytest.mark.slow
 def test_table2_runs_every_search(interpreted, monkeypatch):
     monkeypatch.setattr(bench, "_torch_tile", lambda w: None)  # CUDA alone has it
     rows = bench.table2([(128, 128)], 1)
@@ -156,6 +163,7 @@ def test_table2_runs_every_search(interpreted, monkeypatch):
     assert approximate.shape == (128, 128)
 
 
+@pytest.mark.slow
 def test_table3_runs_every_order(interpreted):
     rows = bench.table3([8], 1)
     assert {(row["order"], row["pass"]) for row in rows} == {
@@ -169,7 +177,9 @@ def test_table3_runs_every_order(interpreted):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "MVUE, packed" in name else name for name in CASES]
+)
 def test_cases_give_the_same_however_often(interpreted, name):
     bench.measure(lambda: CASES[name].make(64, 64, "sm90", "cpu"), 0, 1)
     ((_, *results),) = interpreted
@@ -209,6 +219,7 @@ def test_predicting_anew_keeps_measurements(tmp_path):
     assert bench.earlier_measurements(path) == {"measured": {"a": 1}, "measured_on": {}, "table2": [], "table3": [2]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA backend: this machine has a GPU to measure on")
 def test_bench_says_what_it_needs():
     code = "import sys; sys.modules['triton'] = None; import bench; bench.main(['--suite', 'kernels', '--predict'])"

@@ -1,6 +1,7 @@
 """Checkpoints in shards: written by gloo ranks (tests/shard_ranks.py), read by any number of them, damage refused."""
 
 import errno
+import functools
 import os
 import re
 import shutil
@@ -23,11 +24,23 @@ FILES = ["ckpt_00001200.shards/0.pt", "ckpt_00001200.shards/1.pt"]
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder in which two ranks, and then three, did their tasks."""
+    """The folder in which two ranks did their tasks."""
     folder = tmp_path_factory.mktemp("ran")
     shard_ranks.start(2, folder, "save_fsdp", "save_hsdp", "resume", "refuse", "disk_full", "kill")
-    shard_ranks.start(3, folder, "resume")
     return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(ran):
+    """resumed(3): the folder in which so many ranks read what two had saved."""
+
+    @functools.cache
+    def resume(ranks):
+        if ranks != 2:
+            shard_ranks.start(ranks, ran, "resume")
+        return ran / ("resume" if ranks == 2 else f"resume{ranks}")
+
+    return resume
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +203,11 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint_with_its_shards(ran):
 # Reading on other numbers of ranks
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_rank_reads_its_rows_of_the_new_cut(ran, ranks):
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_every_rank_reads_its_rows_of_the_new_cut(ran, resumed, ranks):
     model = load(ran / "save_fsdp" / "background" / "ckpt.pt", HASH)["model"]
     for rank in range(ranks):
-        got = seen(ran / ("resume" if ranks == 2 else "resume3"), rank)
+        got = seen(resumed(ranks), rank)
         for name in ("wte.weight", "norm.weight", "norm.bias", "one.weight", "one.bias"):
             chunks = [*model[name].chunk(ranks), *[model[name][:0]] * ranks]
             assert differences(got[f"sharded {name}"], chunks[rank]) == []
@@ -205,10 +218,10 @@ def test_every_rank_reads_its_rows_of_the_new_cut(ran, ranks):
         assert "Shard(0) in the last place" in got["columns"]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_training_goes_on_as_if_it_had_not_stopped(ran, ranks):
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_training_goes_on_as_if_it_had_not_stopped(resumed, ranks):
     model = make(None, steps=4)[0]
-    got = seen(ran / ("resume" if ranks == 2 else "resume3"), 0)["after"]
+    got = seen(resumed(ranks), 0)["after"]
     check_close(got, {name: p.detach() for name, p in model.named_parameters()})
     assert (got["wte.weight"] - make(None)[0].wte.weight).abs().max() > 0.01
 
@@ -404,6 +417,7 @@ def test_converting_overwrites_nothing_and_says_what_is_wrong(out, tmp_path):
     assert names(tmp_path) == sorted(["out/ckpt.pt", *(f"out/{name}" for name in FILES), "target.pt"])
 
 
+@pytest.mark.slow
 def test_the_command_line_is_the_documented_one(out, tmp_path):
     command = [sys.executable, "checkpoint.py", out / "ckpt.pt", tmp_path / "whole.pt"]
     assert "python checkpoint.py out/ckpt.pt whole.pt" in Path(checkpoint.__file__).read_text()

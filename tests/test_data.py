@@ -163,6 +163,7 @@ def test_documents_from_files(tmp_path, gpt2):
     assert meta["sha256"] == hashlib.sha256(joined.encode() + b"last one, with no line end").hexdigest()
 
 
+@pytest.mark.slow
 def test_documents_with_a_val_file(tmp_path, gpt2):
     (tmp_path / "train.txt").write_text("one\n<|endoftext|>\n<|endoftext|>\ntwo\n<|endoftext|>\n")
     (tmp_path / "val.txt.xz").write_bytes(lzma.compress(b"three\n"))
@@ -173,6 +174,7 @@ def test_documents_with_a_val_file(tmp_path, gpt2):
     assert documents_of(val) == ["three\n"]
 
 
+@pytest.mark.slow
 def test_a_hub_data_set_is_split_as_nanogpt_does(tmp_path, gpt2, monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": [f"page {i}" for i in range(40)]})

@@ -63,6 +63,7 @@ def test_cpu_tensors_go_to_the_twins(monkeypatch):
     assert sparse24.use_kernels(CPU) == sparse24.kernel_status(CPU) == "off: the kernels need CUDA, this is cpu"
 
 
+@pytest.mark.slow
 def test_importing_the_operators_imports_no_triton():
     code = "import sys, sparse24; assert not {'triton', 'kernels', 'torch._dynamo'} & {*sys.modules}; import model"
     code += "; assert not {'triton', 'kernels'} & {*sys.modules}"
@@ -147,6 +148,7 @@ def test_missing_triton_is_the_reason(monkeypatch):
     assert sparse24.use_kernels("cuda:0").startswith("off: import of kernels halted")
 
 
+@pytest.mark.slow
 def test_self_test_passes_and_names_what_is_wrong(monkeypatch):
     assert sparse24.kernel_mismatches(CPU) == []
     monkeypatch.setattr(kernels, "mvue24", lambda x, seed: sparse24.mvue24_ref(x, seed + 1))
@@ -157,6 +159,7 @@ def test_self_test_passes_and_names_what_is_wrong(monkeypatch):
     assert sparse24.kernel_mismatches(CPU) == [*mvue, "pair_index", "adamw_"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_self_test_passes_whatever_the_defaults(dtype):
     torch.set_default_dtype(dtype)
@@ -286,7 +289,7 @@ def train(steps: int, **options) -> tuple[torch.nn.Module, list, MaskedDecayAdam
     return model, gradients, optimizer
 
 
-@pytest.mark.parametrize("decay_on", ["grad", "weight"])
+@pytest.mark.parametrize("decay_on", ["grad", pytest.param("weight", marks=pytest.mark.slow)])
 def test_training_on_the_kernels_is_training_on_the_twins(launched, monkeypatch, decay_on):
     ours, gradients, optimizer = train(3, decay_on=decay_on)
     assert {"transposable_index", "mvue24", "adamw_"} <= set(launched)
@@ -304,7 +307,15 @@ def test_training_on_the_kernels_is_training_on_the_twins(launched, monkeypatch,
             torch.testing.assert_close(ours["state"][i][key], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"amsgrad": True}, {"maximize": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fused": True},
+        pytest.param({"foreach": True}, marks=pytest.mark.slow),
+        pytest.param({"amsgrad": True}, marks=pytest.mark.slow),
+        pytest.param({"maximize": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_options_of_torchs_go_to_torch(launched, options):
     train(1, **options)
     assert "adamw_" not in launched
@@ -361,6 +372,7 @@ def test_odd_sizes_go_to_torch(launched):
     assert p[0] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [24, 22])
 def test_compiled_layer_on_the_kernels(on_kernels, tokens):
     """The whole graph, forward and backward, traced with the kernels in it; new seeds are seen."""
@@ -378,6 +390,7 @@ def test_compiled_layer_on_the_kernels(on_kernels, tokens):
     assert not torch.equal(gradients[1], gradients[2])
 
 
+@pytest.mark.slow
 def test_packs_reach_the_kernels(launched):
     x = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     for order, token_major in ((o, t) for o in ("masked", "sm80", "sm90") for t in (False, True)):
@@ -404,6 +417,7 @@ def test_packs_reach_the_kernels(launched):
         assert torch.equal(ours, twins)
 
 
+@pytest.mark.slow
 def test_packs_that_no_kernel_takes_go_to_the_twins(launched):
     x = torch.randn(128, 192, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     others = [(x.half(), "sm90"), (x[:, :188].contiguous(), "masked"), (x.float(), "masked")]
@@ -428,6 +442,7 @@ def test_packs_that_no_kernel_takes_go_to_the_twins(launched):
     assert launched == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spmm", ["masked", "emulated"])
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 def test_a_planned_ffn_on_the_kernels_is_one_on_the_twins(launched, monkeypatch, activation, spmm):
@@ -458,6 +473,7 @@ def test_a_planned_ffn_on_the_kernels_is_one_on_the_twins(launched, monkeypatch,
             assert (ours - twin).float().norm() <= 0.02 * twin.float().norm()
 
 
+@pytest.mark.slow
 def test_packs_of_strides_and_halves_that_no_kernel_takes(launched):
     x = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     z = torch.cat((x, x.flip(0)))[: 64 * 2]

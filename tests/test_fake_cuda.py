@@ -34,6 +34,7 @@ def run_on_fake_gpu(cache, script, *words, **environment) -> subprocess.Complete
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_train_on_the_fake_gpu_has_the_losses_of_the_cpu(tmp_path, dataset):
     """Logits of about 1 are rounded to bfloat16, by 2^-9 = 2e-3 at most. A loss is the mean over 64 tokens of about
     independent errors, so it moves by 2e-4, and 1e-3 is five times that. Without pruning a loss here moves by 1e-2,
@@ -58,6 +59,7 @@ def test_train_on_the_fake_gpu_has_the_losses_of_the_cpu(tmp_path, dataset):
     assert read_state(out, "ckpt_prev.pt")["iter_num"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["reversed", "padded"])
 def test_train_falls_back_where_the_library_packs_in_another_way(tmp_path, dataset, layout):
     settings = SETTINGS | {"dataset": dataset, "device": "cuda", "max_iters": 2, "dense_start": 2}
@@ -80,6 +82,7 @@ for suite in ("gemm", "ffn"):
 """
 
 
+@pytest.mark.slow
 def test_bench_measures_layers_and_gemms_on_the_fake_gpu(tmp_path):
     (tmp_path / "toy_bench.py").write_text(BENCH)
     done = run_on_fake_gpu(tmp_path, tmp_path / "toy_bench.py", tmp_path / "out")
@@ -115,6 +118,7 @@ assert steps.main([f"{out}/step.json", "--verdicts", f"{out}/gemms.json"]) == 0
 """
 
 
+@pytest.mark.slow
 def test_the_stages_of_the_evidence_run_on_the_fake_gpu(tmp_path):
     (tmp_path / "toy_stages.py").write_text(STAGES)
     done = run_on_fake_gpu(tmp_path, tmp_path / "toy_stages.py", tmp_path)

@@ -23,15 +23,18 @@ def bench_kills(tmp_path_factory):
     return faults.Bench(tmp_path_factory.mktemp("kills"), run=launch, resume=run_here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", faults.STOP_POINTS)
 def test_a_stop_at_any_phase_loses_nothing(bench_here, at):
     assert faults.stop_case(bench_here, at, ranks=1)["problems"] == []
 
 
+@pytest.mark.slow
 def test_a_stop_of_a_real_process_loses_nothing(bench_kills):
     assert faults.stop_case(bench_kills, "at a mask refresh", ranks=1)["problems"] == []
 
 
+@pytest.mark.slow
 def test_a_stop_of_one_of_two_ranks_loses_nothing(bench):
     assert faults.stop_case(bench, "at the dense switch", ranks=2)["problems"] == []
 
@@ -40,23 +43,28 @@ def test_a_kill_at_a_random_moment_goes_on_from_the_last_save(bench_kills):
     assert faults.kill_case(bench_kills, random.Random(1))["problems"] == []
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_and_comes_back(bench):
     assert faults.nodes_case(bench)["problems"] == []
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_shards_are_refused_or_harmless(bench):
     assert faults.flip_case(bench, random.Random(3), flips=20, ranks=2)["problems"] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(bench_kills):
     assert faults.kills_in_a_row_case(bench_kills, random.Random(2), kills=3, ranks=1)["problems"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["half of the bytes written", "no hard links: between the two renames"])
 def test_a_kill_inside_a_save_goes_on_from_a_whole_checkpoint(bench_kills, at):
     assert faults.save_case(bench_kills, at)["problems"] == []
 
 
+@pytest.mark.slow
 def test_run_here_trains_to_the_same_bits_as_a_real_process(bench, bench_here):
     """What the fast tests of this folder rely on."""
     assert state_differences(bench.reference(1)[0], bench_here.reference(1)[0]) == []

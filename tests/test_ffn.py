@@ -96,7 +96,9 @@ def data(tokens, dtype=torch.float32, d=D, batch=1):
 # The maths
 
 
-@pytest.mark.parametrize("tokens", [64, 12, 7, 1])
+@pytest.mark.parametrize(
+    "tokens", [64, pytest.param(12, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow), 1]
+)
 @pytest.mark.parametrize(("activation", "bias"), EVERY)
 def test_without_mvue_it_is_autograd_on_the_pruned_matrices(activation, bias, tokens):
     """In float64, and with nn.functional's own activations: an odd number of tokens is padded with zeros, exactly."""
@@ -356,8 +358,8 @@ def test_stale_operands_are_refused_until_they_are_packed_again(order, change):
         assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize("first", ["sm90", "sm80", "cutlass", "masked"])
-@pytest.mark.parametrize("then", ["sm90", "sm80", "cutlass", "masked"])
+@pytest.mark.parametrize("first", ["sm90", pytest.param("sm80", marks=pytest.mark.slow), "cutlass", "masked"])
+@pytest.mark.parametrize("then", ["sm90", pytest.param("sm80", marks=pytest.mark.slow), "cutlass", "masked"])
 def test_a_plan_may_follow_another(first, then):
     """The metadata of one order must not be left in the buffers of the next."""
     mlp = make_mlp(dtype=torch.bfloat16)
@@ -481,6 +483,7 @@ def test_evaluation_draws_nothing_and_changes_nothing():
     assert all(torch.equal(tensor, state[name]) for name, tensor in mlp.state_dict().items() if torch.is_tensor(tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["masked", "sm90"])
 def test_it_compiles_as_one_graph(order):
     dtype = torch.bfloat16
@@ -511,6 +514,7 @@ def _(z, activation, recompute=False):
     return torch.empty_like(z)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False])
 def test_the_compiler_keeps_no_activation(monkeypatch, told):
     """Two equal calls of an op would be merged, and the first result kept for the backward. `recompute` differs."""
@@ -628,7 +632,7 @@ def test_plans_of_the_modes():
 
 
 @pytest.mark.parametrize("fastest", ["dense", "layers", "plan"])
-@pytest.mark.parametrize("micro_steps", [1, 10])
+@pytest.mark.parametrize("micro_steps", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_whole_layer_is_timed_each_way(monkeypatch, fastest, micro_steps):
     """The fastest takes 1 us, the others 2; and packing 1.5 us, of which the plan pays its share."""
     mlp, ways = make_mlp(), []

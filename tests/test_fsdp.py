@@ -82,7 +82,10 @@ def assert_same_training(one, other):
             assert b[key] == expected, (a["iter"], key)
 
 
-@pytest.mark.parametrize(("ranks", "copies"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "copies"),
+    [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_shards_train_as_copies_do(run, ranks, copies):
     """Through two refreshes and the dense switch; four ranks also share six micro-batches."""
     assert_same_training(run(2), run(ranks, parallel="fsdp", fsdp_copies=copies))
@@ -92,6 +95,7 @@ def test_two_copies_train_as_one_process_does(run):
     assert_same_training(run(1), run(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "changes"), [(2, {"parallel": "fsdp"}), (2, {}), (1, {})])
 def test_shards_of_four_ranks_are_resumed_by_fewer(run, train_on, tmp_path, ranks, changes):
     out = shutil.copytree(run(4, parallel="fsdp", max_iters=6), tmp_path / "out")
@@ -100,6 +104,7 @@ def test_shards_of_four_ranks_are_resumed_by_fewer(run, train_on, tmp_path, rank
     assert_same_training(run(2), out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sr_ste", "step", "bi_mask", "s_ste"])
 def test_every_recipe_trains_in_shards(run, recipe):
     changes = {"sparse": recipe, "masked_decay": 2e-3, "dense_start": -1, "dense_finetune": 0.25, "mask_interval": 3}
@@ -119,10 +124,12 @@ def test_draws_do_not_depend_on_shards(run):
     assert ddp[0]["grad_norm"] != pytest.approx(read_rows(run(2))[0]["grad_norm"], rel=1e-3)  # MVUE did something
 
 
+@pytest.mark.slow
 def test_fused_feed_forward_layers_train_in_shards(run):
     assert_same_training(run(2), run(2, parallel="fsdp", spmm="masked"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
     reason="torch up to 2.11 miscompiles the backward of flash attention in float64 on a CPU, which this test needs",
@@ -146,6 +153,7 @@ def test_every_block_and_the_head_are_compiled(data, tmp_path, monkeypatch):
     assert all(sparse24.is_dtensor(p) for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_bfloat16_shards_follow_bfloat16_copies(train_on, tmp_path):
     rows = {}
     for how in ("ddp", "fsdp"):
@@ -170,6 +178,7 @@ def test_ranks_that_rows_do_not_lie_on_are_refused(n_embd, copies, message):
     assert all(p is w for p, w in zip(model.parameters(), weights, strict=True))
 
 
+@pytest.mark.slow
 def test_dense_runs_of_any_width_are_measured_alike(run):
     """24 rows on 4 ranks: pieces of 6, which cut through blocks, so that flips are counted on whole weights."""
     changes = {"sparse": "none", "n_embd": 24, "max_iters": 5, "masked_decay": 0.0}

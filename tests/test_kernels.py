@@ -147,7 +147,7 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 4), (4, 516), (20, 36), (64, 128)])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 516), (20, 36), pytest.param((64, 128), marks=pytest.mark.slow)])
 def test_search_equals_its_twin(shape, dtype):
     w = awkward(*shape, dtype=dtype)
     for name, view in layouts(w).items():
@@ -206,7 +206,13 @@ def expected_packs(w, index, order):
 
 @pytest.mark.parametrize(
     ("order", "rows", "columns"),
-    [("sm80", 128, 128), ("sm80", 256, 128), ("sm90", 64, 64), ("sm90", 64, 192), ("sm90", 192, 64)],
+    [
+        ("sm80", 128, 128),
+        pytest.param("sm80", 256, 128, marks=pytest.mark.slow),
+        ("sm90", 64, 64),
+        ("sm90", 64, 192),
+        ("sm90", 192, 64),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_pack_equals_its_twin(order, rows, columns, dtype):
@@ -222,7 +228,7 @@ def test_weight_pack_equals_its_twin(order, rows, columns, dtype):
         assert torch.equal(got[size:].view(torch.int16), expected[size:].view(torch.int16))
 
 
-@pytest.mark.parametrize("order", ["sm80", "sm90"])
+@pytest.mark.parametrize("order", [pytest.param("sm80", marks=pytest.mark.slow), "sm90"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_weight_pack_of_one_form_is_that_of_both(order, transposed):
     w, index = randn(256, 128), random_index(256, 128)
@@ -241,7 +247,7 @@ def test_weight_pack_of_values_alone_leaves_the_metadata():
     assert torch.equal(packed_t.view(torch.int16), expected_packs(w, index, "sm90")[1].view(torch.int16))
 
 
-@pytest.mark.parametrize(("order", "rows", "columns"), [("sm80", 128, 64), ("sm80", 256, 192), ("sm90", 64, 128)])
+@pytest.mark.parametrize(("order", "rows", "columns"), [("sm80", 128, 64), ("sm90", 64, 128)])
 def test_weight_pack_of_a_row_wise_mask_equals_its_twin(order, rows, columns):
     w = awkward(rows, columns, dtype=torch.bfloat16)
     index = torch.randint(0, 6, (rows, columns // 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
@@ -280,7 +286,16 @@ def test_weight_pack_refuses_what_it_would_misread():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 4), (20, 36), (33, 140), (64, 264), (32, 8), (48, 8), (32, 12)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (32, 8),  # in bfloat16 in words, else one by one
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in ((1, 4), (20, 36), (33, 140), (64, 264), (48, 8), (32, 12))
+        ),
+    ],
+)
 def test_mvue_equals_its_twin(shape, dtype):
     x = awkward(*shape, dtype=dtype)
     for seed in (0, -(2**40) - 3):
@@ -292,6 +307,7 @@ def test_mvue_equals_its_twin(shape, dtype):
             assert shape[0] == 1 or got.stride() == expected.stride(), name  # of one row it means nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mvue_of_all_small_groups(dtype):
     """All groups of {0, 1, -3}^4 and of dominant, infinite and subnormal elements, under many uniforms."""
@@ -369,12 +385,12 @@ def test_philox_uses_all_64_bits_of_counter_and_seed():
 @pytest.mark.parametrize(
     ("order", "rows", "columns"),
     [
-        ("sm80", 128, 64),
-        ("sm80", 256, 192),
+        pytest.param("sm80", 128, 64, marks=pytest.mark.slow),
+        pytest.param("sm80", 256, 192, marks=pytest.mark.slow),
         ("sm90", 64, 64),
-        ("sm90", 128, 192),
+        pytest.param("sm90", 128, 192, marks=pytest.mark.slow),
         ("masked", 64, 40),
-        ("masked", 128, 256),
+        pytest.param("masked", 128, 256, marks=pytest.mark.slow),
     ],
 )
 def test_mvue_pack_equals_its_twins(order, rows, columns, token_major):
@@ -454,7 +470,9 @@ SWIGLU = 1e-6
 
 @pytest.mark.parametrize("activation", operands.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 7), (24, 130), (64, 64)])
+@pytest.mark.parametrize(
+    "shape", [(4, 7), pytest.param((24, 130), marks=pytest.mark.slow), pytest.param((64, 64), marks=pytest.mark.slow)]
+)
 def test_activation_is_the_exact_one_within_rounding(activation, dtype, shape):
     z, da = z_and_da(activation, *shape, dtype)
     exact, exact_dz = (
@@ -550,8 +568,21 @@ def test_activation_twins_refuse_what_has_no_meaning():
         activation_backward_ref(randn(4, 8), randn(1, 8), "gelu")
 
 
-@pytest.mark.parametrize("activation", operands.ACTIVATIONS)
-@pytest.mark.parametrize(("order", "d_ff", "tokens"), [("sm90", 64, 192), ("sm80", 128, 64), ("masked", 32, 136)])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("relu2", "geglu") else name
+        for name in operands.ACTIVATIONS
+    ],
+)
+@pytest.mark.parametrize(
+    ("order", "d_ff", "tokens"),
+    [
+        pytest.param("sm90", 64, 192, marks=pytest.mark.slow),
+        pytest.param("sm80", 128, 64, marks=pytest.mark.slow),
+        ("masked", 32, 136),
+    ],
+)
 def test_fused_backward_is_its_parts(activation, order, d_ff, tokens):
     z, da = z_and_da(activation, d_ff, tokens, torch.bfloat16)
     dz, packed, sums = kernels.activation_backward_mvue24_pack(z, da, seed_tensor(-9), activation, order, True)
@@ -690,7 +721,9 @@ def op_calls():
     }
 
 
-@pytest.mark.parametrize("name", list(op_calls()))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "fused" else name for name in op_calls()]
+)
 def test_custom_ops_and_their_fakes_agree(name):
     op, args = op_calls()[name]
     results = torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

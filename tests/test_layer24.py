@@ -550,6 +550,7 @@ def test_gradient_checkpointing_draws_the_same():
         assert torch.equal(p.grad, gradient)
 
 
+@pytest.mark.slow
 def test_compiled_layer_equals_eager_and_sees_new_seeds():
     torch._dynamo.reset()
     model, x, dz = make_mlp("fst"), normal(9, 8), normal(9, 8, seed=1)
@@ -948,7 +949,15 @@ def test_step_is_adamw_on_gradients_with_masked_decay(implementation):
         assert torch.allclose(p.double(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", [{}, {"fused": True}, {"foreach": True}, {"amsgrad": True}])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        {},
+        {"fused": True},
+        pytest.param({"foreach": True}, marks=pytest.mark.slow),
+        pytest.param({"amsgrad": True}, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", ["no decay", "no sparse layer", "dense phase"])
 @pytest.mark.parametrize("decay_on", ["grad", "weight"])
 def test_without_decay_it_is_torchs_adamw(case, implementation, decay_on):

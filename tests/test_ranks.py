@@ -31,18 +31,23 @@ MVUE = {"max_iters": 1, "mvue": True, "eval_iters": 0}  # all 18 windows of the 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{(name of the settings, ranks): folder} of four runs, each of which dumped gradients and models there."""
+    """runs[name of the settings, ranks]: the folder of this run, which dumped gradients and models there. The four of
+    them are made when they are first asked for."""
     folder = tmp_path_factory.mktemp("ranks")
     data = make_dataset(folder / "data")
-    made = {}
-    for name, changes in (("exact", EXACT), ("mvue", MVUE)):
-        for ranks, run in ((1, run_here), (2, launch)):
-            out = made[name, ranks] = folder / f"{name}{ranks}"
+
+    class Runs(dict):
+        def __missing__(self, key):
+            (name, ranks), changes = key, {"exact": EXACT, "mvue": MVUE}[key[0]]
+            out = self[key] = folder / f"{name}{ranks}"
             out.mkdir()
-            done = run(out, {**SETTINGS, **changes, "dataset": data}, {"kind": "dump", "folder": str(out)}, ranks=ranks)
+            run, dump = run_here if ranks == 1 else launch, {"kind": "dump", "folder": str(out)}
+            done = run(out, {**SETTINGS, **changes, "dataset": data}, dump, ranks=ranks)
             assert done.returncode == 0, done.stderr
             (out / "stdout.txt").write_text(done.stdout)
-    return made
+            return out
+
+    return Runs()
 
 
 def load(path):
@@ -61,16 +66,16 @@ def test_two_ranks_end_in_the_weights_and_masks_of_one(runs):
             assert differences(tensor, two["model"][name]) == []
 
 
-def test_two_ranks_log_the_numbers_of_one(runs):
-    for name in ("exact", "mvue"):
-        one, two = (read_rows(runs[name, ranks]) for ranks in (1, 2))
-        assert [row["iter"] for row in one] == [row["iter"] for row in two]
-        for a, b in zip(one, two, strict=True):
-            for key in ("train_loss", "val_loss", "lr", "grad_norm", "decay_ratio"):
-                assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-5)), (name, a["iter"], key)
+@pytest.mark.parametrize("name", ["exact", pytest.param("mvue", marks=pytest.mark.slow)])
+def test_two_ranks_log_the_numbers_of_one(runs, name):
+    one, two = (read_rows(runs[name, ranks]) for ranks in (1, 2))
+    assert [row["iter"] for row in one] == [row["iter"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        for key in ("train_loss", "val_loss", "lr", "grad_norm", "decay_ratio"):
+            assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-5)), (a["iter"], key)
 
 
-@pytest.mark.parametrize("name", ["exact", "mvue"])
+@pytest.mark.parametrize("name", ["exact", pytest.param("mvue", marks=pytest.mark.slow)])
 def test_first_gradient_of_two_ranks_is_that_of_one(runs, name):
     one = load(runs[name, 1] / "grads_0.pt")
     for rank in (0, 1):
@@ -79,12 +84,13 @@ def test_first_gradient_of_two_ranks_is_that_of_one(runs, name):
             assert (a - b).norm() <= 1e-6 * a.norm()
 
 
+@pytest.mark.slow
 def test_mvue_changes_the_gradient_that_is_compared(runs):
     exact, mvue = (load(runs[name, 1] / "grads_0.pt") for name in ("exact", "mvue"))
     assert max((a - b).norm() / a.norm() for a, b in zip(exact, mvue, strict=True)) > 0.01
 
 
-@pytest.mark.parametrize("name", ["exact", "mvue"])
+@pytest.mark.parametrize("name", ["exact", pytest.param("mvue", marks=pytest.mark.slow)])
 def test_both_ranks_hold_the_same_bits(runs, name):
     states = [load(runs[name, 2] / f"model_{rank}.pt") for rank in (0, 1)]
     assert any(key.endswith(".index") for key in states[0])
@@ -92,6 +98,7 @@ def test_both_ranks_hold_the_same_bits(runs, name):
     assert differences(states[0], read_state(runs[name, 2])["model"]) == []
 
 
+@pytest.mark.slow
 def test_ranks_follow_one_plan(runs, tmp_path):
     settings = {**SETTINGS, **EXACT, "dataset": make_dataset(tmp_path / "data"), "spmm": "masked"}
     done = launch(tmp_path / "out", settings, ranks=2)
@@ -102,6 +109,7 @@ def test_ranks_follow_one_plan(runs, tmp_path):
             torch.testing.assert_close(read_state(tmp_path / "out")["model"][name], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step", "bi_mask"])
 def test_what_a_method_decides_is_decided_alike_on_both_ranks(tmp_path, name):
     """STEP's switch, Bi-Mask's row orders. A run whose ranks differ ends at the next save."""
@@ -127,6 +135,7 @@ def test_only_rank_0_writes_and_prints(runs):
     assert [row["iter"] for row in read_rows(runs["exact", 2])] == [*range(STEPS + 1)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_went_astray_ends_the_run_before_the_next_save(tmp_path):
     """One weight of rank 1: no checkpoint with it is written."""
     settings = {**SETTINGS, "max_iters": 8, "dataset": make_dataset(tmp_path / "data")}
@@ -204,6 +213,7 @@ print("left", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_no_thread_of_the_control_group_outlives_it(tmp_path):
     """One that does may need the interpreter when it is gone, and abort a run that had ended well."""
     (tmp_path / "leave.py").write_text(LEAVE)

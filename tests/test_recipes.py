@@ -510,7 +510,9 @@ def test_hard_pruned_layers_compute_as_deployed_and_come_back():
     assert torch.equal(plain.weight, before[1])
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "s_ste" in name else name for name in RECIPES]
+)
 def test_every_method_survives_saving_autocast_compile_and_moves(name):
     layer = Sparse24Linear(16, 24, True, name)
     if name == "bi_mask":

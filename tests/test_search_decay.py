@@ -65,6 +65,7 @@ def error_of(words):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_real_search_and_its_second_call(tmp_path, words, capsys):
     folder = tmp_path / "search"
     status = search_decay.main([*words, "--refine=0"])
@@ -150,6 +151,7 @@ def test_a_stopped_search_says_so_and_goes_on_from_its_checkpoint(tmp_path, word
     assert {"--init_from=auto", f"--out_dir={dense}"} <= set(commands[0])
 
 
+@pytest.mark.slow
 def test_a_failing_run_shows_its_last_lines_and_its_log(tmp_path, words):
     message = error_of([*words, "--n_head=3"])
     assert message.startswith("search_decay.py: error: ")
@@ -319,7 +321,11 @@ def test_a_run_without_flips_does_not_spoil_the_interpolation():
 
 @pytest.mark.parametrize(
     ("candidates", "scale", "refined"),
-    [("1e-4,1e-2", 1e-3, 1), ("0,1e-5,3e-5", 1e-3, 4), ("1e-1", 1e-2, 3)],  # between, upwards, downwards
+    [
+        pytest.param("1e-4,1e-2", 1e-3, 1, marks=pytest.mark.slow),  # between
+        ("0,1e-5,3e-5", 1e-3, 4),  # upwards
+        pytest.param("1e-1", 1e-2, 3, marks=pytest.mark.slow),  # downwards
+    ],
 )
 def test_refinement_runs_what_it_proposes_until_one_is_inside(tmp_path, words, monkeypatch, candidates, scale, refined):
     """mu = TARGET at `scale` and falls as lambda**-0.3 around it, 1.1 at 0."""

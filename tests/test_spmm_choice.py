@@ -474,7 +474,16 @@ def test_a_cache_that_cannot_be_written_costs_a_note(tmp_path):
     assert sum("verdicts are not kept" in note for note in report.notes) == 1
 
 
-@pytest.mark.parametrize("row", [{}, 3, None, {"chosen": True}, [1]])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.slow),
+        {"chosen": True},
+        pytest.param([1], marks=pytest.mark.slow),
+    ],
+)
 def test_rows_of_another_form_are_measured_anew(tmp_path, row):
     library, cache = Library({(0, 1): 80}), tmp_path / "c"
     decide(library, cache=cache)

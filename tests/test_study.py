@@ -76,6 +76,7 @@ def arguments(tmp_path, *words):
 # Runs
 
 
+@pytest.mark.slow
 def test_real_runs_are_resumed_skipped_and_put_into_a_table_and_a_figure(tmp_path, data, monkeypatch, capsys):
     variants = {"dense": "sparse=none", "fst": "sparse=fst mask_interval=2"}
     monkeypatch.setitem(study.STUDIES, "methods", Study(variants))
@@ -103,6 +104,7 @@ def test_real_runs_are_resumed_skipped_and_put_into_a_table_and_a_figure(tmp_pat
     assert json.loads((tmp_path / "r" / "methods-tiny.json").read_text()) == found
 
 
+@pytest.mark.slow
 def test_a_failing_run_stops_the_study_and_names_its_log(tmp_path):
     with pytest.raises(RuntimeError, match=r"--learning_rat=1 --max_iters=4 failed; see .*log\.txt"):
         study.run(tmp_path / "bad", {"learning_rat": "1", "max_iters": "4"})

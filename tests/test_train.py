@@ -347,12 +347,12 @@ def test_every_micro_batch_has_draws_of_its_own(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"eval_interval": 3, "eval_iters": 1},
-        {"eval_interval": 0},
-        {"log_interval": 7},
-        {"flip_interval": 0},
+        pytest.param({"eval_interval": 3, "eval_iters": 1}, marks=pytest.mark.slow),
+        pytest.param({"eval_interval": 0}, marks=pytest.mark.slow),
+        pytest.param({"log_interval": 7}, marks=pytest.mark.slow),
+        pytest.param({"flip_interval": 0}, marks=pytest.mark.slow),
         {"flip_interval": 1, "eval_interval": 1, "checkpoint_interval": 3},
-        {"checkpoint_interval": 1000, "always_save_checkpoint": False},
+        pytest.param({"checkpoint_interval": 1000, "always_save_checkpoint": False}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -392,6 +392,7 @@ def test_masks_follow_the_weights_at_each_refresh_and_rest_between(run, tmp_path
     assert any(not torch.equal(at_8[f"{n}.index"], transposable_index(at_8[f"{n}.weight"])) for n in layers)
 
 
+@pytest.mark.slow
 def test_masks_rest_in_the_dense_phase(run, tmp_path):
     run(tmp_path / "sparse", max_iters=5, dense_start=100)
     run(tmp_path / "dense", max_iters=12, dense_start=5)
@@ -452,6 +453,7 @@ def test_saves_come_at_the_interval_the_switch_and_the_end(run, tmp_path, monkey
     assert saved == [5, 7, 9, 10, 14]
 
 
+@pytest.mark.slow
 def test_the_best_so_far_is_kept_on_request_and_over_a_stop(run, tmp_path):
     """With a learning rate that rises until it ruins the model, the best is not the last."""
     changes = {"learning_rate": 1e-2, "min_lr": 3.0, "lr_decay_iters": 40, "warmup_iters": 0, "max_iters": 20}
@@ -525,6 +527,7 @@ def test_a_second_sigterm_changes_nothing():
         assert stop.received == "SIGTERM"
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_last_step_does_not_lose_the_last_evaluation(run, reference, tmp_path):
     out = tmp_path / "out"
     run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": MAX_ITERS - 1, "micro_batch": 2})
@@ -533,6 +536,7 @@ def test_a_stop_in_the_last_step_does_not_lose_the_last_evaluation(run, referenc
     assert state_differences(read_state(out), read_state(reference[0])) == []
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_first_step_is_resumed(run, reference, tmp_path):
     out = tmp_path / "out"
     run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 0, "micro_batch": 0})
@@ -554,6 +558,7 @@ def test_metrics_after_the_checkpoint_are_written_again(run, reference, stopped)
     assert row_differences(read_rows(stopped), read_rows(reference[0])) == []
 
 
+@pytest.mark.slow
 def test_only_the_previous_checkpoint_is_enough(run, reference, stopped):
     (stopped / "ckpt.pt").unlink()
     assert "at iteration 8;" in run(stopped)
@@ -613,6 +618,7 @@ def make_old(path, **config):
     torch.save({**state, **changed, "controller": None}, path / "ckpt.pt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_names_removed_settings_goes_on(run, reference, stopped):
     make_old(stopped)
     text = run(stopped)
@@ -664,6 +670,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(refused, stopped, tmp_pat
     assert re.search("use the dataset it was made for", refused(stopped, dataset=other))
 
 
+@pytest.mark.slow
 def test_another_max_iters_goes_on_when_the_switch_is_said(run, stopped):
     text = run(stopped, max_iters=40, dense_start=12)
     assert re.search(r"changed since the checkpoint: .*max_iters 32 -> 40", text)
@@ -680,6 +687,7 @@ def test_a_dense_run_may_go_on_longer(run, tmp_path):
     assert [row["iter"] for row in read_rows(tmp_path / "out")] == [*range(6)]
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew(run, reference, stopped):
     (stopped / "ckpt_best.pt").touch()
     (stopped / "notes.txt").write_text("mine")
@@ -733,6 +741,7 @@ def test_a_config_file_with_a_mistake_is_refused_with_status_2(refused, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_a_real_process_exits_with_status_2_and_no_traceback(tmp_path):
     done = launch(tmp_path / "out", {"max_iter": 5})
     assert (done.returncode, done.stdout) == (2, "")
@@ -846,6 +855,7 @@ def test_a_damaged_meta_json_is_refused_by_name(refused, tmp_path, text):
     assert re.search(r"meta\.json", refused(tmp_path / "o", dataset=folder))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_what_was_saved(data, reference, run, tmp_path, monkeypatch):
     out, save = tmp_path / "out", torch.save
 
@@ -879,6 +889,7 @@ def test_bfloat16_trains_with_float32_weights(run, tmp_path):
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.2
 
 
+@pytest.mark.slow
 def test_float16_scales_the_loss_and_resumes_bit_for_bit(run, tmp_path):
     changes = {"max_iters": 6, "dtype": "float16"}
     run(tmp_path / "whole", **changes)
@@ -907,6 +918,7 @@ def check_compiled(run, folder, **changes):
     assert read_state(folder / "compiled")["model"].keys() == read_state(folder / "eager")["model"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_graphs_are_captured_in_both_phases(run, tmp_path, monkeypatch):
     """torch.compile's front half, without generated code."""
@@ -959,6 +971,7 @@ def test_torch_compile_trains_through_both_phases(run, tmp_path):
     check_compiled(run, tmp_path, eval_interval=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_wandb_offline_gets_the_same_numbers(data, tmp_path, monkeypatch):
     for name in ("DIR", "CONFIG_DIR", "CACHE_DIR", "DATA_DIR"):

@@ -76,6 +76,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(run,
     assert all(torch.isfinite(t).all() for t in read_state(tmp_path / "out")["model"].values() if torch.is_tensor(t))
 
 
+@pytest.mark.slow
 def test_the_count_goes_over_a_stop(run, tmp_path):
     fault = nan_at(3, 5)
     run(tmp_path / "whole", fault, max_iters=8)
@@ -86,6 +87,7 @@ def test_the_count_goes_over_a_stop(run, tmp_path):
     assert read_state(tmp_path / "whole")["skipped"] == [2, 0]
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(run, tmp_path, monkeypatch):
     monkeypatch.setattr(StepGuard, "MAX_SKIPPED", 5)
     done = run(tmp_path / "out", nan_at(*range(9, 40)), status=1)
@@ -100,6 +102,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(run, tmp_path, m
     assert read_rows(tmp_path / "out")[-2]["skipped"] == 3
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_begin_the_count_anew(run, tmp_path, monkeypatch):
     """Saves go on meanwhile, so a job that is started again and again must not creep on."""
     monkeypatch.setattr(StepGuard, "MAX_SKIPPED", 5)
@@ -116,6 +119,7 @@ def test_just_enough_in_a_row_do_not(run, tmp_path, monkeypatch):
     assert read_state(tmp_path / "out")["skipped"] == [6, 0]
 
 
+@pytest.mark.slow
 def test_all_ranks_pass_over_what_one_of_them_met(data, tmp_path):
     settings = {**SETTINGS, "dataset": data, "max_iters": 5}
     done = launch(tmp_path / "out", settings, nan_at(2), ranks=2)
@@ -155,6 +159,7 @@ def test_few_losses_are_no_measure():
 # Data
 
 
+@pytest.mark.slow
 def test_data_that_vanishes_or_shrinks_ends_the_run_by_name(run, tmp_path, monkeypatch):
     for name, spoil in (("gone", os.unlink), ("short", lambda path: os.truncate(path, 100))):
         data, windows, calls = make_dataset(tmp_path / name), loader.Tokens.windows, []
@@ -203,6 +208,7 @@ def test_where_a_window_lies_depends_on_its_number_alone(tmp_path):
     assert (split.epoch_starts(5, 3, 7) == whole[3:8]).all()  # going back, too
 
 
+@pytest.mark.slow
 def test_epochs_train_the_same_whatever_the_ranks_and_after_a_stop(run, data, tmp_path):
     changes = {"sampling": "epoch", "mvue": False, "dropout": 0.0, "max_iters": 10, "mask_interval": 20}
     run(tmp_path / "one", **changes)
@@ -215,6 +221,7 @@ def test_epochs_train_the_same_whatever_the_ranks_and_after_a_stop(run, data, tm
         assert b["train_loss"] == (pytest.approx(a["train_loss"], rel=1e-5) if a["train_loss"] else None)
 
 
+@pytest.mark.slow
 def test_every_window_of_an_epoch_is_trained_on(run, data, tmp_path, monkeypatch):
     seen, windows = [], loader.Tokens.windows
 
@@ -260,6 +267,7 @@ def test_checkpoints_that_were_kept_are_not_deleted_unasked(run, tmp_path):
     assert "at iteration 4" in run(out, **changes).stdout
 
 
+@pytest.mark.slow
 def test_saving_in_a_thread_changes_nothing(run, tmp_path, monkeypatch):
     run(tmp_path / "thread", max_iters=14)
     monkeypatch.setattr(prepare, "Writer", functools.partial(prepare.Writer, background=False))
@@ -280,6 +288,7 @@ def test_a_second_run_in_the_folder_is_refused(run, tmp_path):
     run(tmp_path / "out", max_iters=8, dense_start=3)
 
 
+@pytest.mark.slow
 def test_a_folder_is_free_again_when_its_process_is_killed(data, tmp_path):
     settings = {**SETTINGS, "dataset": data, "max_iters": 12}
     done = launch(tmp_path / "out", settings, {"kind": "signal", "signal": "SIGKILL", "iter_num": 9, "micro_batch": 0})
@@ -289,6 +298,7 @@ def test_a_folder_is_free_again_when_its_process_is_killed(data, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_settings_and_logs_hold_no_secret(tmp_path, data):
     """What a user keeps in the environment does not get into the files of a run."""
     secret = "a-key-that-nobody-may-see"
@@ -324,6 +334,7 @@ def test_the_rank_that_differs_is_named(sums, wrong):
     assert runtime.outvoted(sums) == wrong
 
 
+@pytest.mark.slow
 def test_more_ranks_than_micro_batches_share_them_out(data, tmp_path):
     """Three ranks, four micro-batches: two rounds, in the second of which two ranks train on nothing."""
     changes = {"mvue": False, "dropout": 0.0, "max_iters": 6, "mask_interval": 20}
@@ -387,6 +398,7 @@ def test_a_best_checkpoint_alone_is_not_deleted_by_a_start(run, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_last_save_loses_no_evaluation(data, tmp_path):
     """The third save is the last one."""
     settings = {**SETTINGS, "dataset": data, "max_iters": 12, "dense_start": 12, "eval_interval": 0}
@@ -410,6 +422,7 @@ def test_ranks_that_read_different_checkpoints_are_refused(run, tmp_path, monkey
     assert "ckpt.pt is another checkpoint here than on rank 0; put out_dir on a shared file system" in done.stderr
 
 
+@pytest.mark.slow
 def test_clocks_that_jump_change_no_number(run, tmp_path, monkeypatch):
     """As of a machine that slept, and one whose time was set back."""
     run(tmp_path / "whole", max_iters=8)

@@ -20,6 +20,7 @@ from spmm_choice import Report
 PACKED = {"n_embd": 64, "dtype": "bfloat16", "dropout": 0.0, "max_iters": 14, "lr_decay_iters": 14, "dense_start": 11}
 
 
+@pytest.mark.slow
 def test_planned_runs_train_as_the_layers_do_and_packed_ones_bit_for_bit(run, tmp_path):
     for spmm in ("dense", "masked", "emulated"):
         text = run(tmp_path / spmm, **PACKED, spmm=spmm)
@@ -32,6 +33,7 @@ def test_planned_runs_train_as_the_layers_do_and_packed_ones_bit_for_bit(run, tm
     assert [row["train_loss"] for row in dense] != [row["train_loss"] for row in masked]  # bfloat16 rounds elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [6, 10, 12])
 def test_a_planned_run_that_was_stopped_ends_in_the_same_bits(run, tmp_path, stop):
     run(tmp_path / "whole", **PACKED, spmm="emulated")
@@ -73,6 +75,7 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
     assert not (out / "spmm.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", ["plan", "layers"])
 def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path, monkeypatch, taken):
     """GEMMs that each win may not make a layer that does. A run that is resumed does not ask again."""
@@ -129,6 +132,7 @@ def test_gemms_that_cannot_be_had_are_refused(refused, tmp_path, changes, messag
     assert re.search(message, refused(tmp_path / "out", **changes))
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped):
     """A kill may have cut it short, on a disk that lost its end."""
     for iter_num, text in enumerate(("{", "[1]", '{"rows": [{}]}', '{"rows": 1}'), 11):

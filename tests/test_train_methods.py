@@ -67,7 +67,15 @@ def edit_recipe(monkeypatch):
     return lambda name, **changes: monkeypatch.setitem(RECIPES, name, dataclasses.replace(RECIPES[name], **changes))
 
 
-@pytest.mark.parametrize(("name", "stop"), [*zip(METHODS, (5, 17, 28, 5, 17, 28), strict=True), ("step", 5)])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        *zip(list(METHODS)[:4], (5, 17, 28, 5), strict=True),
+        pytest.param("s_ste, fp8", 17, marks=pytest.mark.slow),
+        pytest.param("fst, dense first and last", 28, marks=pytest.mark.slow),
+        pytest.param("step", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_stopped_ends_in_the_same_bits(run, tmp_path, edit_recipe, name, stop):
     edit_recipe(METHODS[name]["sparse"], **EDITED.get(name, {}))
     settings = METHODS[name] | {"flip_interval": 3}
@@ -87,6 +95,7 @@ def test_dense_start_and_dense_end_take_their_shares(run, tmp_path):
     assert read_state(tmp_path / "out")["sparse_start"] == 8
 
 
+@pytest.mark.slow
 def test_the_dense_start_of_a_sparse_run_is_the_dense_run(run, dense, tmp_path):
     run(tmp_path / "out", **METHODS["fst, dense first and last"], flip_interval=1)
     pairs = list(zip(read_rows(tmp_path / "out"), read_rows(dense), strict=True))
@@ -94,6 +103,7 @@ def test_the_dense_start_of_a_sparse_run_is_the_dense_run(run, dense, tmp_path):
     assert pairs[9][0]["train_loss"] != pairs[9][1]["train_loss"]
 
 
+@pytest.mark.slow
 def test_steps_rule_switches_when_moments_settle_and_by_half_time(run, tmp_path, monkeypatch):
     run(tmp_path / "late", **METHODS["step"])  # these moments do not settle
     assert phases(tmp_path / "late") == ["dense"] * 16 + ["sparse"] * 17
@@ -132,6 +142,7 @@ def test_bi_mask_searches_its_permutations_at_its_interval(run, tmp_path, monkey
     assert all(not torch.equal(order, torch.arange(len(order))) for order in orders)
 
 
+@pytest.mark.slow
 def test_a_dense_start_gives_s_ste_the_beta_of_the_weights_it_begins_with(run, tmp_path, monkeypatch):
     begun, refresh = [], sparse24.Sparse24Linear.refresh
 
@@ -173,6 +184,7 @@ def test_the_loss_as_deployed_is_that_of_pruned_weights_and_changes_none(run, tm
     assert f"val {row['val_loss_24']:.4f}, hard-pruned to 2:4 {row['val_loss_24']:.4f}" in text
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_sparse_is_deployed_as_it_is(run, tmp_path, monkeypatch):
     def twice(linears):
         raise AssertionError("nothing needs pruning")
@@ -211,6 +223,7 @@ def test_dense_runs_can_count_the_flips_of_row_masks(run, tmp_path):
     assert config["flip_mask"] == "transposable"
 
 
+@pytest.mark.slow
 def test_an_exploding_flip_rate_is_warned_of_once(run, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
     text = run(tmp_path / "out", flip_reference=str(dense), flip_interval=1)
@@ -220,6 +233,7 @@ def test_an_exploding_flip_rate_is_warned_of_once(run, dense, tmp_path, monkeypa
     assert [int(i) for i in found] == [SETTINGS["warmup_iters"] + 4]
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_not_warned_of(run, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1.0)
     text = run(tmp_path / "out", flip_reference=str(dense), flip_interval=1)
@@ -245,6 +259,7 @@ def test_soft_masks_follow_every_step(run, tmp_path):
 # Faults that were made by hand, and that nothing above had found
 
 
+@pytest.mark.slow
 def test_both_switches_are_saved(run, tmp_path, monkeypatch):
     saved, save = [], checkpoint.save
     watched = lambda f, state, *rest, **keep: saved.append(state["iter_num"]) or save(f, state, *rest, **keep)  # noqa: E731
@@ -298,6 +313,7 @@ def warned(text):
     return [int(i) for i in re.findall(r"^warning, iteration (\d+): the flip rate is ", text, re.M)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 10, 14])
 def test_warnings_count_sparse_steps_alone_and_go_on_after_a_stop(run, dense, tmp_path, monkeypatch, stop):
     """Sparse from 8 on, so that the fifth flip rate to compare is that of step 12."""

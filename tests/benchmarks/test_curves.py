@@ -22,6 +22,7 @@ def toy(tmp_path, monkeypatch):
     return tmp_path / "train.json"
 
 
+@pytest.mark.slow
 def test_losses_of_every_method_come_back(toy, capsys):
     assert curves.main([str(toy)]) == 0
     runs = json.loads(toy.read_text())["runs"]
@@ -34,6 +35,7 @@ def test_losses_of_every_method_come_back(toy, capsys):
     assert "fst from CUDA graphs: exit 0, losses [(0, " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_written_down(toy, monkeypatch):
     monkeypatch.setitem(curves.SETTINGS, "activation", "nosuch")
     assert curves.main([str(toy)]) == 1

@@ -140,6 +140,7 @@ def test_the_code_is_known_by_its_content(monkeypatch, tmp_path):
     assert len({tests for _, tests in found}) == 3
 
 
+@pytest.mark.slow
 def test_bench_runs_it_and_names_a_stage_that_does_not_exist(tmp_path):
     words = ["--evidence", str(tmp_path / "out"), "--minutes", "1"]
     for more, message in (

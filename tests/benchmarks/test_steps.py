@@ -86,7 +86,7 @@ def test_a_step_pays_its_share_of_the_mask_search(monkeypatch):
     assert found["s"]["median"] == 1.0
 
 
-@pytest.mark.parametrize("micro_steps", [1, 4])
+@pytest.mark.parametrize("micro_steps", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_model_of_a_step_has_this_cards_rates(monkeypatch, micro_steps):
     gpu, ratio = roofline.GPU(1e12, 1e9), dict.fromkeys(roofline.GEMMS, 1.5)
     monkeypatch.setattr(steps, "measured_card", lambda report, bandwidth: (gpu, ratio))

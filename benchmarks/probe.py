@@ -21,7 +21,7 @@ import sparse24
 import spmm
 import spmm_choice
 from gemm24 import cusparselt
-from gemm24.operands import activation, mvue24_pack
+from gemm24.operands import activation, mvue24_pack, pack_matrix
 from runtime import environment, write_json
 from spmm import Choice, Gemm, matmul24
 
@@ -109,7 +109,7 @@ def compare_order(rows: int, columns: int) -> dict:
     row = {"shape": list(blob.shape), "padding": blob.numel() - x.numel() * 9 // 16}
     for order in ("sm90", "sm80"):
         try:
-            row[order] = torch.equal(operands.pack_matrix(x, order), blob.flatten()[: x.numel() * 9 // 16])
+            row[order] = torch.equal(pack_matrix(x, order), blob.flatten()[: x.numel() * 9 // 16])
         except ValueError as error:
             row[order] = spmm_choice.reason(error)
     values = blob.flatten()[: x.numel() // 2].view(rows, -1)

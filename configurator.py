@@ -27,7 +27,7 @@ OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd:
 # Settings that train.py had up to this commit: {name: (the value that every run has now, what replaces the setting)}.
 # None: no weight depends on the setting, so a saved run goes on with any value. A dict: the value of each recipe.
 LAST_WITH_REMOVED = "7ffc73d"
-_IN_RECIPE = "it is a field of the recipe: edit RECIPES"
+_IN_RECIPE = "it is a field of the recipe: edit RECIPES in sparse24.py"
 REMOVED = {
     "masked_decay_auto": (False, "search_decay.py finds a decay factor before the run"),
     "masked_decay_auto_interval": (None, "search_decay.py finds a decay factor before the run"),

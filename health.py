@@ -206,8 +206,9 @@ class StepGuard:
         self.skipped, self.in_a_row, self.losses = skipped, in_a_row, LossWatch()
 
     def check(self, row: dict, losses: list[float], starts_of: Callable) -> bool:
-        """Whether this step may be taken. losses: of this rank's micro-batches. starts_of(micro_batch): the positions
-        in the training split at which its windows begin. Raises Diverged after MAX_SKIPPED skipped steps in a row."""
+        """Return whether the step may be taken. losses: those of this rank's micro-batches. starts_of(micro_batch): the
+        positions in the training split at which its windows begin. Raises Diverged after MAX_SKIPPED skipped steps in a
+        row."""
         mine = range(self.ranks.rank, self.s.gradient_accumulation_steps, self.ranks.world_size)
         for micro_batch, loss in zip(mine, losses, strict=True):
             if spike := self.losses.add(loss):

@@ -472,7 +472,7 @@ def sste_scale(w: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # adamw_: masked decay (Eq. 10) and AdamW on many tensors in one launch. A thread has four neighbours of a row, a quad.
 
-_ADAMW_QUADS = 256  # of a program
+_ADAMW_QUADS = 256  # quads per program
 
 
 @functools.lru_cache(maxsize=16)
@@ -629,7 +629,7 @@ def _activation_kernel(z_ptr, a_ptr, size, ACTIVATION: tl.constexpr, GATED: tl.c
 
 
 def _gated(function: str, z: torch.Tensor, activation: str, da: torch.Tensor | None = None) -> bool:
-    """Whether the activation is gated. Raises ValueError on tensors that the kernels would misread."""
+    """Return whether the activation is gated. Raises ValueError on tensors that the kernels would misread."""
     halves = 2 if activation.endswith("glu") else 1
     fits = z.dim() == 2 and z.shape[0] % halves == 0 and z.is_contiguous()
     if not fits or (da is not None and (da.shape != (z.shape[0] // halves, z.shape[1]) or not da.is_contiguous())):

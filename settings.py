@@ -107,7 +107,7 @@ def planned_sparse_start(s: SimpleNamespace, recipe: Recipe | None) -> int | Non
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the run starts
+# The start of the run
 
 
 def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
@@ -144,16 +144,13 @@ def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
 def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
     """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's.
 
-    Settings that train.py has no more are taken out of `state`, see configurator.without_removed."""
+    It takes the settings that train.py no longer has out of `state`: see configurator.without_removed."""
     for key in ("config", "model_args"):
         state[key] = without_removed(state[key], path)
     saved = state["config"]
-    shape = (
-        *("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "dense_pretrain"),
-    )
-    differing = [
-        f"{name}={getattr(s, name)} (there {saved[name]})" for name in shape if getattr(s, name) != saved[name]
-    ]
+    shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "dense_pretrain")
+    found = {name: getattr(s, name) for name in shape}
+    differing = [f"{name}={value} (there {saved[name]})" for name, value in found.items() if value != saved[name]]
     if differing:
         raise ValueError(
             f"resume: {path} holds another model than these settings: {', '.join(differing)}; "
@@ -167,7 +164,7 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is printed
+# Messages
 
 
 def announce(s: SimpleNamespace, model, path: Path | None, iter_num: int, sparse_start, ranks: Ranks, report) -> None:

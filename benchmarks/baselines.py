@@ -1,4 +1,4 @@
-"""What the kernels are measured against in the paper's Tables 2 and 3: Triton kernels that no training step uses.
+"""The baselines of the paper's Tables 2 and 3: Triton kernels that no training step uses.
 
 Table 2, mask search: they read w once and write their result once, as kernels.transposable_index does. Table 3, GEGLU:
 they walk along a token's features, across the memory layout, where kernels.activation walks along tokens.

@@ -110,7 +110,7 @@ def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> t
 
 
 def _fits_kernel(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: bool, halves: int = 1) -> bool:
-    """Whether a kernel draws bfloat16 x and writes it in this order."""
+    """True if x is bfloat16, and a kernel can draw it and write it in this order."""
     if x.dtype != torch.bfloat16 or order not in ("masked", "sm80", "sm90"):
         return False
     import kernels  # there is Triton where this is asked
@@ -186,7 +186,7 @@ def activation_backward_mvue24_pack(
 
 def _takes_weight(packed, packed_t, w, index, order: str, metadata: bool = True) -> bool:
     dtypes = {buffer.dtype for buffer in (packed, packed_t) if buffer is not None}
-    multiple = {"sm80": 128, "sm90": 64}.get(order)  # of its rows, and of the transpose's
+    multiple = {"sm80": 128, "sm90": 64}.get(order)  # must divide the rows of w and of its transpose
     fits = multiple and w.shape[0] % multiple == w.shape[1] % (64 if packed_t is None else multiple) == 0
     return bool(fits) and dtypes == {torch.bfloat16} and w.stride(1) == 1
 

@@ -776,6 +776,20 @@ def test_gradients_may_come_in_any_strides(order):
         assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_model_that_is_cast_is_packed_anew():
+    """A cast would change the metadata of a packed buffer as if it were numbers."""
+    mlp = make_mlp(bias=False)
+    set_plan(mlp, make_plan(mlp, 64, torch.bfloat16, **emulated("sm90")))
+    mlp.to(torch.float64)
+    x, _ = data(64, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="call pack_weights"):
+        mlp(x)
+    pack_weights(mlp)
+    w_24 = (mlp.c_fc.weight * mlp.c_fc.mask).bfloat16()
+    assert torch.equal(unpack_ref(mlp.c_fc.packed, *w_24.shape, "sm90"), w_24)
+    assert torch.equal(unpack_ref(mlp.c_fc.packed_t, *w_24.t().shape, "sm90"), w_24.t())
+
+
 @pytest.mark.parametrize("name", ["c_fc", "c_proj"])
 @pytest.mark.parametrize("part", ["weight", "index", "another weight"])
 def test_stale_operands_of_either_layer_are_refused(name, part):

@@ -40,10 +40,10 @@ import torch
 import bench_kernels
 import bench_suites
 import roofline
-import spmm_choice
 from bench_suites import MASK_INTERVAL, PAPER_BATCH, WIDTHS, Settings, gpt2, predict_step, release
 from benchmarks import evidence, steps
 from benchmarks.report import table, with_spread
+from gemm24 import choose
 from model import PRESETS, GPTConfig
 from runtime import environment, write_json
 from sparse24 import use_kernels
@@ -73,7 +73,7 @@ def suite_rows(suite: str, settings: Settings) -> Iterator[dict]:
             yield from rows_of(case, settings)
         except Exception as error:  # the cases after it are worth having; bench.py ends with an error for it
             traceback.print_exc()
-            yield {"case": list(case), "reason": spmm_choice.reason(error)}
+            yield {"case": list(case), "reason": choose.reason(error)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--graph", action="store_true", help="ffn, block: time CUDA graphs' replays; gemm always does")
     modes = ("default", "reduce-overhead", "max-autotune")
     parser.add_argument("--compile_mode", default="default", choices=modes, help="torch.compile's")
-    parser.add_argument("--spmm", choices=spmm_choice.MODES, help="default: auto; on a CPU emulated")
+    parser.add_argument("--spmm", choices=choose.MODES, help="default: auto; on a CPU emulated")
     parser.add_argument("--shape", type=int, nargs=2, default=(16384, 4096), help="kernels: of the table, measured")
     parser.add_argument("--tables", type=_positive, default=7, help="kernels: number of shapes of Tables 2 and 3")
     parser.add_argument("--measured_only", action="store_true", help="kernels: take the counts of results/kernels.json")

@@ -29,9 +29,9 @@ import torch
 
 import roofline
 import sparse24
+from gemm24.choose import reason
 from gemm24.operands import GATED, activation_ref
 from runtime import write_json
-from spmm_choice import reason
 
 if find_spec("triton"):
     import kernels

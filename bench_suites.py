@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import ffn
 import roofline
-import spmm_choice
+from gemm24 import choose, ffn
 from model import MLP, PRESETS, Block, GPTConfig
 from sparse24 import RECIPES, refresh_masks, sparsify, transposable_mask
 
@@ -84,7 +83,7 @@ def spread(values: list[float]) -> dict:
 
 def time_ms(calls: list[Callable], settings: Settings, graph: bool = False) -> list[list[float]]:
     """Milliseconds of each call, one number per repetition; the calls take turns."""
-    times = spmm_choice.time_interleaved(calls, settings.repetitions, graph, settings.device)
+    times = choose.time_interleaved(calls, settings.repetitions, graph, settings.device)
     return [[us / 1000 for us in one] for one in times]
 
 
@@ -114,7 +113,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes/s that a device-to-device copy moves, read and written."""
     size = 2**30 if device.type == "cuda" else 2**23
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).random_() for _ in range(2))
-    (times,) = spmm_choice.time_interleaved([functools.partial(target.copy_, source)], 10, device=device)
+    (times,) = choose.time_interleaved([functools.partial(target.copy_, source)], 10, device=device)
     return 2e6 * size / statistics.median(times)
 
 
@@ -317,10 +316,10 @@ def layer_rows(kind: str, case: tuple[str, int, int, int], settings: Settings) -
             variant.call()  # compiles
             mib = working_mib(variant.call, settings.device)
             counts = {"launches": count_launches(variant.call, settings.device), "working_mib": mib}
-            row["variants"][name] = {"host_us": spmm_choice.enqueue_us(variant.call, settings.device), **counts}
+            row["variants"][name] = {"host_us": choose.enqueue_us(variant.call, settings.device), **counts}
             variants[name] = variant
         except FAILURES as error:
-            row["variants"][name] = {"reason": spmm_choice.reason(error)}
+            row["variants"][name] = {"reason": choose.reason(error)}
     row |= _measure_variants(variants, row["variants"], settings)
     if "auto" in variants:
         auto = variants["auto"]

@@ -282,7 +282,7 @@ def _transpose_tile(x, SIDE: tl.constexpr):
 
 @triton.jit
 def _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns, ORDER: tl.constexpr):
-    """Metadata of a tile of 16x16 blocks, nibbles (256,) by (block row, block column): spmm.nibble_positions."""
+    """Metadata of a tile of 16x16 blocks, nibbles (256,) by (block row, block column): nibble_positions in gemm24/."""
     n = tl.arange(0, 64)
     r = tl.arange(0, 4)[None, :]  # row in its block
     if ORDER == 90:  # a word holds row halves hi and group halves qh: axes (16-row group, hi, p/4, 32 columns, qh, q%4)

@@ -7,7 +7,7 @@
 Parameter names and shapes are nanoGPT's, so its checkpoints load here. The model is built dense and initialised
 dense; only then are the chosen linears swapped for sparse ones that keep the very same Parameters. Hence a dense
 and a sparse run of one seed start from the same weights, and nothing below `GPT.__init__` knows about sparsity, but
-that MLP.forward asks whether a plan (ffn.py) multiplies both of its linears at once.
+that MLP.forward asks whether a plan (gemm24/ffn.py) multiplies both of its linears at once.
 
 Letters: B sequences, T tokens each, C = n_embd, V = vocab_size, d_ff = hidden width of the feed-forward layer.
 """
@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ffn import sparse_ffn, takes_plan
+from gemm24.ffn import sparse_ffn, takes_plan
 from gemm24.operands import ACTIVATIONS, GATED
 from sparse24 import RECIPES, MaskedDecayAdamW, kernel_status, sparsify
 

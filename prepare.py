@@ -17,11 +17,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import spmm_choice
 from checkpoint import like
 from checkpoint_writer import Saver, Writer
 from configurator import setting_names
-from ffn import pack_weights, plan_ffn, set_plan, time_ways
+from gemm24 import choose
+from gemm24.ffn import pack_weights, plan_ffn, set_plan, time_ways
 from health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
 from loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from metrics import Log, Metrics, read_metrics
@@ -359,7 +359,7 @@ def plan_gemms(s: SimpleNamespace, model: GPT, kept: Path | None, ranks: Ranks, 
 
 def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
     """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
-    rows, whole = spmm_choice.read_report(path)
+    rows, whole = choose.read_report(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
     # Time the GPU alone, because in training the host runs ahead of it.
     options = {"graph": dev.type == "cuda", "cache": cache, "known": rows}

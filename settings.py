@@ -12,8 +12,8 @@ import torch
 
 import checkpoint
 import sparse24
-import spmm_choice
 from configurator import without_removed
+from gemm24 import choose
 from runtime import Ranks
 from sparse24 import Recipe, kernel_status, sparse_linears
 
@@ -44,8 +44,8 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
     if s.compile_mode not in ("default", "reduce-overhead", "max-autotune"):
         raise ValueError(f"compile_mode={s.compile_mode!r}, need default, reduce-overhead or max-autotune")
-    if s.spmm not in spmm_choice.MODES:
-        raise ValueError(f"spmm={s.spmm!r}, need one of {', '.join(spmm_choice.MODES)}")
+    if s.spmm not in choose.MODES:
+        raise ValueError(f"spmm={s.spmm!r}, need one of {', '.join(choose.MODES)}")
     if s.dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype={s.dtype!r}, need one of auto, {', '.join(DTYPES)}")
     if s.flip_mask not in ("auto", "transposable", "row"):

@@ -11,7 +11,7 @@ W is (out, in), X (BT, in), Z = X W^T, and M is a transposable 2:4 mask: two of 
 The file goes from the parts to the whole: which calls run a Triton kernel; patterns, masks and the flip rate; MVUE;
 soft threshold and masked decay; the recipes, with the equations of the other methods; weights that are sharded over
 ranks; the sparse linear layer, `sparsify` and `densify`; the optimizer. Masks are bool, True = kept. A mask is stored
-as its index matrix, one uint8 for each 4x4 block. The layer here multiplies pruned operands as dense matrices; ffn.py
+as its index matrix, one uint8 for each 4x4 block. The layer here multiplies pruned operands as dense matrices; gemm24/
 multiplies 2:4 ones.
 
 This file and kernels.py are all that 2:4 layers need in another project. Without kernels.py, or without Triton,
@@ -694,7 +694,7 @@ class Recipe:
 
     @property
     def fused(self) -> bool:
-        """Whether ffn.py's one function computes what two layers do: one pruned W for all GEMMs, and no FP8."""
+        """Whether gemm24/ffn.py's one function computes what two layers do: one pruned W for all GEMMs, and no FP8."""
         return self.backward_mask == "same" and not self.fp8
 
 

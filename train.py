@@ -23,7 +23,7 @@ import torch
 
 import prepare
 from configurator import configure_or_exit
-from ffn import pack_weights
+from gemm24.ffn import pack_weights
 from runtime import Ranks, StopSignal
 from sparse24 import (
     hard_pruned,

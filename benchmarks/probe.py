@@ -16,14 +16,11 @@ from pathlib import Path
 
 import torch
 
-import ffn
 import sparse24
-import spmm
-import spmm_choice
-from gemm24 import cusparselt
+from gemm24 import choose, cusparselt, ffn, matmul
+from gemm24.matmul import Choice, Gemm, matmul24
 from gemm24.operands import activation, mvue24_pack, pack_matrix
 from runtime import environment, write_json
-from spmm import Choice, Gemm, matmul24
 
 CUSPARSELT = Choice("cusparselt", "library")
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -42,7 +39,7 @@ def device() -> torch.device:
 
 def median_us(call: Callable, graph: bool = False, repetitions: int = 7) -> float:
     """Median microseconds of one call; graph: of a CUDA graph's replay, so that host time does not count."""
-    (times,) = spmm_choice.time_interleaved([call], repetitions, graph, device())
+    (times,) = choose.time_interleaved([call], repetitions, graph, device())
     return statistics.median(times)
 
 
@@ -104,14 +101,14 @@ def learn_order(compress: Callable, rows: int, columns: int, device) -> torch.Te
 
 def compare_order(rows: int, columns: int) -> dict:
     """Compare our packers' bytes at this shape with the library's. If no packer agrees, learn the library's order."""
-    x = spmm_choice.random_24(rows, columns, device())
+    x = choose.random_24(rows, columns, device())
     blob = torch._cslt_compress(x)
     row = {"shape": list(blob.shape), "padding": blob.numel() - x.numel() * 9 // 16}
     for order in ("sm90", "sm80"):
         try:
             row[order] = torch.equal(pack_matrix(x, order), blob.flatten()[: x.numel() * 9 // 16])
         except ValueError as error:
-            row[order] = spmm_choice.reason(error)
+            row[order] = choose.reason(error)
     values = blob.flatten()[: x.numel() // 2].view(rows, -1)
     row["values in row order"] = torch.equal(values, x[x != 0].view(rows, -1))
     if not any(row[order] is True for order in ("sm90", "sm80")) and rows * columns <= 2**16:
@@ -125,10 +122,10 @@ def order() -> dict:
         try:
             found[f"{rows}x{columns}"] = compare_order(rows, columns)
         except RuntimeError as error:
-            found[f"{rows}x{columns}"] = {"reason": spmm_choice.reason(error)}
+            found[f"{rows}x{columns}"] = {"reason": choose.reason(error)}
         shown = {key: value for key, value in found[f"{rows}x{columns}"].items() if key != "learned"}
         print("order", rows, columns, shown, flush=True)
-    trusted, why = spmm_choice.trusted_order(spmm_choice.BACKENDS["cusparselt"], device(), ffn.kernel_samples)
+    trusted, why = choose.trusted_order(choose.BACKENDS["cusparselt"], device(), ffn.kernel_samples)
     return found | {"trusted": trusted, "why": why}
 
 
@@ -138,9 +135,9 @@ def order() -> dict:
 
 def operands(gemm: Gemm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(pruned A, its packed operand by the library's compress, B) of a random GEMM."""
-    a = spmm_choice.random_24(gemm.m, gemm.k, device())
+    a = choose.random_24(gemm.m, gemm.k, device())
     b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), device=device()).bfloat16()
-    return a, spmm.compress24(a, "library"), b.t() if gemm.b_column_major else b
+    return a, matmul.compress24(a, "library"), b.t() if gemm.b_column_major else b
 
 
 def enqueue_us(call: Callable) -> float:
@@ -171,7 +168,7 @@ def host() -> dict:
         found[f"{name} us"] = enqueue_us(call)
     found["kernel launch us"] = enqueue_us(lambda: activation(a, "gelu"))
     for rows, columns in PACKED:
-        x = spmm_choice.random_24(rows, columns, device())
+        x = choose.random_24(rows, columns, device())
         found[f"compress {rows}x{columns} us"] = median_us(lambda x=x: torch._cslt_compress(x))
         ours = median_us(lambda x=x: mvue24_pack(x, 0, "sm90"))
         found[f"our MVUE and packing {rows}x{columns} us"] = ours
@@ -190,7 +187,7 @@ def replays(multiply: Callable) -> list[bool]:
         return multiply(packed, b, gemm, 0)
 
     call()
-    replay = spmm_choice._captured(lambda: results.append(call()))
+    replay = choose._captured(lambda: results.append(call()))
     right = []
     for _ in range(5):
         for alg_id in (0, 1, 2):
@@ -199,7 +196,7 @@ def replays(multiply: Callable) -> list[bool]:
         results[0].fill_(math.nan)
         replay()
         reference = matmul24(a.float(), b.float(), None, gemm.m, gemm.transposed, Choice())
-        right.append(spmm_choice.close_to(results[0], reference))
+        right.append(choose.close_to(results[0], reference))
     return right
 
 
@@ -231,7 +228,7 @@ def main(argv: list[str]) -> int:
             results[name] = PARTS[name]()
         except Exception as error:  # named in the results, and the parts after it are worth having
             traceback.print_exc()
-            results[name], failed = {"reason": spmm_choice.reason(error)}, True
+            results[name], failed = {"reason": choose.reason(error)}, True
         results[name]["seconds"] = round(time.perf_counter() - start, 2)
         write_json(path, results)
         shown = {key: value for key, value in results[name].items() if name != "order" or "x" not in key}

@@ -25,9 +25,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-import ffn
 import roofline
-import spmm_choice
 from bench_suites import (
     MASK_INTERVAL,
     PAPER_BATCH,
@@ -44,6 +42,7 @@ from bench_suites import (
     spread,
     time_ms,
 )
+from gemm24 import choose, ffn
 from model import GPT, GPTConfig, peak_flops
 from runtime import environment, write_json
 from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
@@ -112,7 +111,7 @@ class Run:
     def capture(self) -> None:
         """From now on the micro-step is the replay of one CUDA graph, so that the host's time does not count."""
         self.keep_gradients()
-        self.micro_step = spmm_choice._captured(self.micro_step)
+        self.micro_step = choose._captured(self.micro_step)
 
     def keep_gradients(self) -> None:
         """A CUDA graph overwrites what it returned at its next replay, so gradients are summed in tensors of ours."""
@@ -159,7 +158,7 @@ def sum_by_name(events: Iterable[tuple[str, float]]) -> dict[str, list]:
 
 def describe_step(run: Run, device: torch.device, others_bytes: int) -> dict:
     """Memory, launches and host time of one step. others_bytes: what is allocated for another model."""
-    row = {"host_us": spmm_choice.enqueue_us(run.step, device)}
+    row = {"host_us": choose.enqueue_us(run.step, device)}
     if device.type != "cuda":
         return row
     torch.cuda.reset_peak_memory_stats(device)
@@ -238,7 +237,7 @@ def main(argv: list[str]) -> int:
             row = row_of(case, settings)
         except Exception as error:  # named in the results, and the cases after it are worth having
             traceback.print_exc()
-            row, failed = case._asdict() | {"reason": spmm_choice.reason(error)}, True
+            row, failed = case._asdict() | {"reason": choose.reason(error)}, True
         results["rows"].append(row)
         write_json(args.out, results)
         print({key: value for key, value in row.items() if key not in ("dense", "sparse")}, flush=True)

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-import ffn
-import spmm_choice
 from benchmarks.probe import device
+from gemm24 import choose, ffn
 from runtime import environment, write_json
 from sparse24 import use_kernels
 
@@ -32,7 +31,7 @@ RAISED = 8  # algorithm ids in a row that raise: the library has no more
 def quick_us(call: Callable, count: int, samples: int = 3) -> float:
     """Median microseconds per call of `samples` replays of a graph of `count` calls."""
     call()
-    replay = spmm_choice._captured(lambda: [call() for _ in range(count)])
+    replay = choose._captured(lambda: [call() for _ in range(count)])
     times = []
     for _ in range(samples):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -55,7 +54,7 @@ def sweep(multiply: Callable[[int], torch.Tensor], reference: torch.Tensor, slac
                 continue
             found[str(alg_id)], raised = quick_us(lambda i=alg_id: multiply(i), count), 0
         except RuntimeError as error:
-            found[str(alg_id)], raised = spmm_choice.reason(error), raised + 1
+            found[str(alg_id)], raised = choose.reason(error), raised + 1
             if raised == RAISED:
                 break
     return found
@@ -76,7 +75,7 @@ def calls_of(flops: float) -> int:
 
 def product_row(name: str, m: int, n: int, k: int, column_major: bool, transposed: bool, dtype: torch.dtype) -> dict:
     """One product D = A B in a 16-bit type, A (m, k) 2:4."""
-    a = spmm_choice.random_24(m, k, device(), dtype)
+    a = choose.random_24(m, k, device(), dtype)
     b = torch.randn(*((n, k) if column_major else (k, n)), device=device()).to(dtype)
     b = b.t() if column_major else b
     packed, count = torch._cslt_compress(a), calls_of(2.0 * m * n * k)
@@ -96,7 +95,7 @@ def product_row(name: str, m: int, n: int, k: int, column_major: bool, transpose
 def float8_row(name: str, m: int, n: int, k: int) -> dict:
     """One product with e4m3 operands, both contiguous along k, and bf16 results (n, m)."""
     e4m3 = torch.float8_e4m3fn
-    a = spmm_choice.random_24(m, k, device()).to(e4m3)
+    a = choose.random_24(m, k, device()).to(e4m3)
     b = torch.randn(n, k, device=device()).to(e4m3)
     packed, count = torch._cslt_compress(a), calls_of(2.0 * m * n * k)
     one, alpha = torch.ones((), device=device()), torch.ones(m, device=device())
@@ -136,7 +135,7 @@ def main(argv: list[str]) -> int:
             row = make()
         except Exception as error:  # named in the results, and the rows after it are worth having
             traceback.print_exc()
-            row, failed = {"reason": spmm_choice.reason(error)}, True
+            row, failed = {"reason": choose.reason(error)}, True
         results["rows"].append(row)
         write_json(path, results)
         print(json.dumps({key: value for key, value in row.items() if key != "algorithms"}), flush=True)

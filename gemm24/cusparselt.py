@@ -231,7 +231,7 @@ def matmul(
     if a.dtype != b.dtype or a.device != b.device or not a.is_contiguous() or 16 * a.numel() < 9 * rows * problem.k:
         raise ValueError(
             f"cusparselt.matmul: packed A {a.dtype} {tuple(a.shape)} on {a.device}, need a contiguous {b.dtype} tensor "
-            f"on {b.device} of at least 9/16 of {rows}x{problem.k}; pack it as spmm.py does"
+            f"on {b.device} of at least 9/16 of {rows}x{problem.k}; pack it as matmul.py does"
         )
     d = b.new_empty((problem.n, rows) if transposed else (rows, problem.n))
     with torch.cuda.device_of(b):  # does nothing for tests' tensors on a CPU

@@ -1,7 +1,7 @@
 """The work of the fused feed-forward layer between its GEMMs: activations, and writing operands in packed 2:4 layouts.
 
 Each operator is a specification in plain PyTorch, and has a Triton kernel of the same name in kernels.py, as in
-sparse24.py. The hidden layer is feature-major, (d_ff, tokens), as ffn.py's GEMMs write it (section 5.2). spmm.py has
+sparse24.py. The hidden layer is feature-major, (d_ff, tokens), as ffn.py's GEMMs write it (section 5.2). matmul.py has
 the packed layouts, called orders; order "masked" is the dense matrix with zeros.
 """
 
@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from gemm24.matmul import CONVERTED, compress24, compressed_size, pack_ref
 from sparse24 import (
     SELF_TESTS,
     awkward_matrix,
@@ -23,7 +24,6 @@ from sparse24 import (
     same_numbers,
     transposable_index,
 )
-from spmm import CONVERTED, compress24, compressed_size, pack_ref
 
 OURS = ("sm80", "sm90")  # orders that the kernels write
 

@@ -9,7 +9,7 @@ launch is checked and their PyTorch twin computes. cuSPARSELt is emulated. torch
 
 The clock of CUDA events counts ops, so that what is chosen by time is the same on every machine: an op takes 10 us, a
 2:4 GEMM 5 us. FAKE_CUSPARSELT says how the library lays out what it compresses: "sm90" (the default) is the order that
-spmm.py expects on this GPU, "reversed" is another order, "padded" appends 16 bytes a row.
+matmul.py expects on this GPU, "reversed" is another order, "padded" appends 16 bytes a row.
 
 It changes torch for good, hence a process of its own.
 """
@@ -38,8 +38,7 @@ from triton.runtime.interpreter import GridExecutor
 
 import kernels
 import sparse24
-import spmm
-from gemm24 import cusparselt, operands
+from gemm24 import cusparselt, matmul, operands
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CARD = SimpleNamespace(
@@ -366,9 +365,9 @@ def _compress(x: torch.Tensor) -> torch.Tensor:
     missing = 2 - groups.sum(-1, keepdim=True)
     kept = groups | (~groups & ((~groups).cumsum(-1) <= missing))
     with unmasked():
-        packed = spmm.pack_ref(x, kept.view(rows, columns), "sm90")
+        packed = matmul.pack_ref(x, kept.view(rows, columns), "sm90")
         if LAYOUT == "reversed":
-            metadata = spmm.packed_parts(packed, rows, columns)[1]
+            metadata = matmul.packed_parts(packed, rows, columns)[1]
             metadata.copy_(metadata.flip(0))
         if LAYOUT == "padded":
             packed = torch.cat((packed, packed.new_zeros(8 * rows)))
@@ -389,9 +388,9 @@ def _sparse_mm(
     def compute() -> torch.Tensor:
         packed = compressed_A.flatten()[: rows * columns * 9 // 16].clone()
         if LAYOUT == "reversed":
-            metadata = spmm.packed_parts(packed, rows, columns)[1]
+            metadata = matmul.packed_parts(packed, rows, columns)[1]
             metadata.copy_(metadata.flip(0))
-        d = spmm.unpack_ref(packed, rows, columns, "sm90").float() @ dense_B.float()
+        d = matmul.unpack_ref(packed, rows, columns, "sm90").float() @ dense_B.float()
         d = d if bias is None else d + bias.float()[:, None]
         return (d.t() if transpose_result else d).to(dense_B.dtype).contiguous()
 

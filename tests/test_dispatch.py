@@ -15,11 +15,11 @@ pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
 import kernels
 import sparse24
-from ffn import plan_ffn, set_plan
 from gemm24 import operands
+from gemm24.ffn import plan_ffn, set_plan
+from gemm24.matmul import unpack_ref
 from model import GPT, GPTConfig
 from sparse24 import MaskedDecayAdamW, Sparse24Linear, refresh_masks, sparsify
-from spmm import unpack_ref
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of inf and NaN

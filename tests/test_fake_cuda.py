@@ -98,10 +98,11 @@ def test_bench_measures_layers_and_gemms_on_the_fake_gpu(tmp_path):
 STAGES = """
 import sys
 from dataclasses import replace
-import bench_suites, ffn, spmm_choice
+import bench_suites
+from gemm24 import choose, ffn
 from benchmarks import probe, steps, sweep
 
-spmm_choice._WARM_UP = 0
+choose._WARM_UP = 0
 real = ffn.ffn_gemms
 probe.SHAPES, probe.COPY_BYTES, probe.WIDTH, probe.PACKED = [(64, 64), (128, 128)], 4096, 128, ((64, 128),)
 probe.CALLS, bench_suites.TOY = 2, replace(bench_suites.TOY, n_layer=1)

@@ -11,14 +11,14 @@ import torch
 
 import bench
 import bench_suites
-import ffn
 import roofline
 from bench_suites import TOY, Settings
 from benchmarks import steps
+from gemm24 import ffn
+from gemm24.choose import Report
+from gemm24.matmul import Choice
 from model import GPTConfig
 from sparse24 import sparse_linears, transposable_mask
-from spmm import Choice
-from spmm_choice import Report
 
 ROOT = Path(bench.__file__).resolve().parent
 
@@ -337,7 +337,7 @@ def test_gemms_are_chosen_by_their_time_on_the_gpu(monkeypatch, device):
 
 
 def test_units(monkeypatch):
-    monkeypatch.setattr(bench_suites.spmm_choice, "time_interleaved", lambda calls, *_, **__: [[2000.0]] * len(calls))
+    monkeypatch.setattr(bench_suites.choose, "time_interleaved", lambda calls, *_, **__: [[2000.0]] * len(calls))
     assert bench_suites.time_ms([min, max], SETTINGS) == [[2.0], [2.0]]
     assert bench_suites.copy_bandwidth.__wrapped__(CPU) == pytest.approx(2 * 2**23 / 2e-3)  # read and written
 

@@ -10,12 +10,12 @@ from harness import all_settings, read_rows, read_state, row_differences, state_
 from test_train import _stopped, data, given, refused, run, stopped  # noqa: F401 (fixtures)
 
 import prepare
-from ffn import FFNPlan, plan_ffn, set_plan
+from gemm24.choose import Report
+from gemm24.ffn import FFNPlan, plan_ffn, set_plan
+from gemm24.matmul import Choice
 from model import GPT, GPTConfig
 from runtime import Ranks
 from sparse24 import sparse_linears
-from spmm import Choice
-from spmm_choice import Report
 
 PACKED = {"n_embd": 64, "dtype": "bfloat16", "dropout": 0.0, "max_iters": 14, "lr_decay_iters": 14, "dense_start": 11}
 

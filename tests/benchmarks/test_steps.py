@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import bench
-import ffn
 import roofline
 from bench_suites import MASK_INTERVAL, TOY, Settings, predict_step
 from benchmarks import steps
+from gemm24 import ffn
 from sparse24 import sparse_linears
 
 SETTINGS = Settings(torch.device("cpu"), scale="toy", repetitions=2, spmm="emulated")

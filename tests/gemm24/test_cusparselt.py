@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import spmm
-from gemm24 import cusparselt
-from spmm import Choice, matmul24
+from gemm24 import cusparselt, matmul
+from gemm24.matmul import Choice, matmul24
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 ROWS, K, N = 64, 128, 24
@@ -280,7 +279,7 @@ def test_the_package_is_searched_where_the_name_is_not_known(stub, stub_path, mo
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("column_major", [False, True])
 def test_the_op_has_a_fake_that_fits(stub, monkeypatch, column_major, transposed):
-    monkeypatch.setattr(spmm, "_check_blob", lambda *args, **options: None)  # the stand-in's A is dense
+    monkeypatch.setattr(matmul, "_check_blob", lambda *args, **options: None)  # the stand-in's A is dense
     a, b = operands(column_major)
     op, args = torch.ops.nano24.matmul24_cusparselt, (ROWS, transposed, 0, 1)
     torch.library.opcheck(op, (a, b, None, *args), test_utils=("test_schema", "test_faketensor"))
@@ -291,7 +290,7 @@ def test_the_op_has_a_fake_that_fits(stub, monkeypatch, column_major, transposed
 
 
 def test_pytorchs_op_serves_biases_and_where_there_is_no_library(stub, monkeypatch):
-    monkeypatch.setattr(spmm, "_check_blob", lambda *args, **options: None)
+    monkeypatch.setattr(matmul, "_check_blob", lambda *args, **options: None)
     (a, b), bias, by_torch = operands(), torch.arange(ROWS).bfloat16(), []
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda a, b, **options: by_torch.append(options) or b.clone())
     choice = Choice("cusparselt", "sm90", 5, 2)

@@ -16,9 +16,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
-import ffn
 import sparse24
-from ffn import (
+from gemm24 import ffn, operands
+from gemm24.choose import Report
+from gemm24.ffn import (
     GEMMS,
     FFNPlan,
     _packable,
@@ -30,7 +31,7 @@ from ffn import (
     sparse_ffn,
     takes_plan,
 )
-from gemm24 import operands
+from gemm24.matmul import ORDERS, Choice, unpack_ref
 from model import ACTIVATIONS, GATED, GPT, MLP, GPTConfig
 from sparse24 import (
     RECIPES,
@@ -41,8 +42,6 @@ from sparse24 import (
     sparse_linears,
     sparsify,
 )
-from spmm import ORDERS, Choice, unpack_ref
-from spmm_choice import Report
 
 CPU = torch.device("cpu")
 FST, STE = RECIPES["fst"], RECIPES["ste"]
@@ -809,7 +808,7 @@ def test_stale_operands_of_either_layer_are_refused(name, part):
 
 
 def report_of(choices, seen=None):
-    """A stand-in for spmm_choice.choose, with what it was asked in `seen`."""
+    """A stand-in for choose.choose, with what it was asked in `seen`."""
 
     def choose(gemms, device, mode, **options):
         if seen is not None:
@@ -820,7 +819,7 @@ def report_of(choices, seen=None):
 
 
 def test_one_sparse_gemm_is_enough_for_a_plan_and_the_question_is_passed_on_whole(monkeypatch, tmp_path):
-    import ffn
+    from gemm24 import ffn
 
     seen, won = [], Choice("cusparselt", "sm90", 3)
     monkeypatch.setattr(ffn, "choose", report_of({"dx": won}, seen))

@@ -9,12 +9,8 @@ import pytest
 import torch
 
 import sparse24
-from ffn import GEMMS, ffn_gemms, kernel_samples, pack_weights, plan_ffn, set_plan
 from gemm24 import cusparselt, operands
-from gemm24.operands import pack_matrix
-from model import GPT, GPTConfig
-from spmm import Choice, matmul24, pack_ref
-from spmm_choice import (
+from gemm24.choose import (
     BACKENDS,
     choose,
     close_to,
@@ -25,6 +21,10 @@ from spmm_choice import (
     time_interleaved,
     trusted_order,
 )
+from gemm24.ffn import GEMMS, ffn_gemms, kernel_samples, pack_weights, plan_ffn, set_plan
+from gemm24.matmul import Choice, matmul24, pack_ref
+from gemm24.operands import pack_matrix
+from model import GPT, GPTConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,8 +78,8 @@ def test_our_packers_write_what_the_twins_write(device):
 
 
 def test_cusparselt_reads_the_order_of_this_gpu(device):
-    """The bytes as written down in spmm.py, against the library's own compress. A failure here is no wrong result, only
-    the slower way: its own compress serves."""
+    """The bytes as written down in matmul.py, against the library's own compress. A failure here is no wrong result,
+    only the slower way: its own compress serves."""
     order, why = trusted_order(library("cusparselt", device), device, kernel_samples)
     assert order == ("sm90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm80"), why
 

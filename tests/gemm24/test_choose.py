@@ -1,4 +1,4 @@
-"""spmm_choice.py with a fake clock and planted faults: what is trusted, what is chosen, what is kept."""
+"""choose.py with a fake clock and planted faults: what is trusted, what is chosen, what is kept."""
 
 import dataclasses
 import gc
@@ -9,9 +9,8 @@ import weakref
 import pytest
 import torch
 
-import spmm_choice
-from spmm import ORDERS, Choice, Gemm, compress24, matmul24, pack_ref, unpack_ref
-from spmm_choice import (
+from gemm24 import choose as chooser
+from gemm24.choose import (
     Backend,
     Report,
     Verdicts,
@@ -25,6 +24,7 @@ from spmm_choice import (
     trusted_order,
     wins,
 )
+from gemm24.matmul import ORDERS, Choice, Gemm, compress24, matmul24, pack_ref, unpack_ref
 
 CPU = torch.device("cpu")
 GEMMS = {
@@ -150,7 +150,7 @@ def test_an_unknown_mode_is_named():
 
 
 def test_without_a_library_auto_is_dense_and_says_why_and_asking_for_it_fails():
-    for backends in (spmm_choice.BACKENDS, {"cusparselt": Library({}, why="is not built").backend}):
+    for backends in (chooser.BACKENDS, {"cusparselt": Library({}, why="is not built").backend}):
         report = choose(GEMMS, CPU, backends=backends)
         assert set(report.choices.values()) == {Choice()}
         assert report.rows == []
@@ -228,10 +228,10 @@ def test_trying_ends_after_sixteen_that_raise_in_a_row(there, tried):
 
 def test_one_that_cannot_be_captured_ends_the_trying(monkeypatch):
     """A capture that failed may leave more behind than its stream; the others would fail alike."""
-    monkeypatch.setattr(spmm_choice, "fault_in_graph", lambda call, reference: f"{spmm_choice._NO_CAPTURE}: it waits")
+    monkeypatch.setattr(chooser, "fault_in_graph", lambda call, reference: f"{chooser._NO_CAPTURE}: it waits")
     library = Library({(0, 1): 80, (1, 1): 70})
     usable, gemm = {"cusparselt": "sm90"}, GEMMS["y"]
-    trial = spmm_choice._Trial(gemm, usable, {"cusparselt": library.backend}, CPU, torch.bfloat16, pack, True)
+    trial = chooser._Trial(gemm, usable, {"cusparselt": library.backend}, CPU, torch.bfloat16, pack, True)
     assert not trial.captured  # there are no CUDA graphs on a CPU
     trial.captured = True
     assert trial.finalists(fake_timer(library)) == []
@@ -284,8 +284,8 @@ def test_a_packer_that_raises_is_a_fault_too():
 def test_a_converter_is_timed_where_it_runs_for_each_call(monkeypatch):
     """It does for gradients; weights are packed once per step, and our own packers write what MVUE draws."""
     converted = []
-    monkeypatch.setattr(spmm_choice, "trusted_order", lambda backend, device, samples: (backend.compress, ""))
-    monkeypatch.setattr(spmm_choice, "compress24", lambda x, o: converted.append(o) or pack_ref(x, x != 0, "sm90"))
+    monkeypatch.setattr(chooser, "trusted_order", lambda backend, device, samples: (backend.compress, ""))
+    monkeypatch.setattr(chooser, "compress24", lambda x, o: converted.append(o) or pack_ref(x, x != 0, "sm90"))
     for order, fresh in ((o, f) for o in ("sm90", "cutlass", "library") for f in (False, True)):
         library = Library({(0, 1): 80}, compress=order)
         converted.clear()
@@ -337,7 +337,7 @@ def test_other_bytes_step_down_to_the_librarys_compress(monkeypatch, what):
             blob.view(torch.int16)[0 if what == "values" else -1] ^= 1
         return blob
 
-    monkeypatch.setattr(spmm_choice, "compress24", compress)
+    monkeypatch.setattr(chooser, "compress24", compress)
     orders = () if what == "no order" else ("sm90", "sm80")
     order, why = trusted_order(Backend(None, orders, "library", multiply), CPU)
     assert order == "library"
@@ -373,7 +373,7 @@ def test_bytes_are_compared_at_each_gemms_own_shape(monkeypatch):
         def multiply(self, a, b, *args):
             return super().multiply(a.roll(-1) if b.shape[0] == 4096 else a, b, *args)
 
-    monkeypatch.setattr(spmm_choice, "compress24", compress)
+    monkeypatch.setattr(chooser, "compress24", compress)
     library = Odd({(0, 1): 80}, compress="library")
     report = decide(library)
     assert report.choices == {"y": Choice("cusparselt", "sm90"), "dw": Choice("cusparselt", "library")}
@@ -441,7 +441,7 @@ def test_another_machine_is_measured_anew(tmp_path, monkeypatch):
     options = {"cache": tmp_path / "c", "timer": fake_timer(library, log=log)}
     decide(library, **options)
     before = len(log)
-    monkeypatch.setattr(spmm_choice, "_machine", lambda device: ["another"])
+    monkeypatch.setattr(chooser, "_machine", lambda device: ["another"])
     decide(library, **options)
     assert len(log) == 2 * before
 
@@ -553,19 +553,19 @@ def test_what_a_machine_is(monkeypatch, tmp_path, changed):
     """A card, a driver or a library that changed makes verdicts void."""
     driver = tmp_path / "version"
     driver.write_text("NVRM version: 580.1\nGCC version: 12")
-    monkeypatch.setattr(spmm_choice, "Path", lambda path: driver)
+    monkeypatch.setattr(chooser, "Path", lambda path: driver)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 702)
     cuda = torch.device("cuda", 0)
-    before = spmm_choice._machine(cuda)
-    assert before == spmm_choice._machine(cuda)
+    before = chooser._machine(cuda)
+    assert before == chooser._machine(cuda)
     assert json.loads(json.dumps(before)) == before
     if changed == "driver":
         driver.write_text("NVRM version: 590.2\nGCC version: 12")
     else:
         monkeypatch.setattr(*((torch.cuda, changed, lambda device: "GPU Y") if changed == "get_device_name"
                               else (torch.backends.cusparselt, changed, lambda: 800)))  # fmt: skip
-    assert spmm_choice._machine(cuda) != before
+    assert chooser._machine(cuda) != before
 
 
 def test_rows_of_another_name_are_named_anew(tmp_path):
@@ -584,7 +584,7 @@ def test_bytes_must_be_the_same_several_times_over(monkeypatch):
         blob.view(torch.int16)[0] ^= int(len(calls) > 3)
         return blob
 
-    monkeypatch.setattr(spmm_choice, "compress24", compress)
+    monkeypatch.setattr(chooser, "compress24", compress)
     assert trusted_order(Backend(None, ("sm90",), "library", multiply), CPU)[0] == "library"
 
 

@@ -8,7 +8,7 @@ transposed. X, Y (T, d) token-major; Z, A (d_ff, T) feature-major, gated Z (2 d_
                dX = (C(W1^T) dZ)^T        dW1 = C(MVUE(dZ)) X        dW2 = C(MVUE(dY^T)) A^T                Eq. 4-6
                db1, db2: sums over tokens of the unpruned dZ, dY
 
-How each GEMM is multiplied is the plan's: a 2:4 kernel, or a dense one on the same pruned matrix (spmm.py). The
+How each GEMM is multiplied is the plan's: a 2:4 kernel, or a dense one on the same pruned matrix (matmul.py). The
 weights' operands are made once per optimizer step by `pack_weights`, not per micro-step; but of weights that FSDP frees
 in between (`prune_again`), where they multiply, in the forward and again in the backward. A plan is for one number of
 tokens; other inputs, the dense phase and modules without a plan take the layers one by one, as nn.Linear would.
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from gemm24 import operands
+from gemm24.choose import Report, choose, enqueue_us, reason, time_interleaved, wins
+from gemm24.matmul import ORDERS, Choice, Gemm, matmul24
 from sparse24 import AUTOCAST, Sparse24Linear, expand_index, through_soft, transposable_index
-from spmm import ORDERS, Choice, Gemm, matmul24
-from spmm_choice import Report, choose, enqueue_us, reason, time_interleaved, wins
 
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
 
@@ -87,7 +87,7 @@ def plan_ffn(
     transposable: bool = True,
 ) -> tuple[FFNPlan | None, Report]:
     """Choose how the FFNs of a model multiply. config: a GPTConfig (n_embd, d_ff, activation, bias). graph, cache,
-    known: as spmm_choice.choose's. transposable: whether the masks are; else the pruned weights are 2:4 in the forward
+    known: as choose.choose's. transposable: whether the masks are; else the pruned weights are 2:4 in the forward
     alone, and da and dx multiply them as dense matrices.
 
     Returns (None, report) where the layers had better be taken one by one: with spmm="dense", and with "auto" where no

@@ -1,13 +1,13 @@
-"""spmm.py: the packed layouts, against the formulas they come from and PyTorch's own converter."""
+"""matmul.py: the packed layouts, against the formulas they come from and PyTorch's own converter."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-import spmm
+from gemm24 import matmul
+from gemm24.matmul import ORDERS, Choice, compress24, matmul24, nibble_positions, pack_ref, packed_parts, unpack_ref
 from sparse24 import mask24_ref
-from spmm import ORDERS, Choice, compress24, matmul24, nibble_positions, pack_ref, packed_parts, unpack_ref
 
 SHAPES = [("sm80", 128, 64), ("sm80", 256, 192), ("sm90", 64, 64), ("sm90", 192, 128), ("sm90", 64, 256)]
 
@@ -15,7 +15,7 @@ SHAPES = [("sm80", 128, 64), ("sm80", 256, 192), ("sm90", 64, 64), ("sm90", 192,
 @pytest.fixture(autouse=True)
 def pytorchs_op_serves(monkeypatch):
     """A CUDA build of PyTorch brings a library that could be called directly, but not on tensors of a CPU."""
-    monkeypatch.setattr(spmm.cusparselt, "available", lambda: "not on a CPU")
+    monkeypatch.setattr(matmul.cusparselt, "available", lambda: "not on a CPU")
 
 
 def random_24(rows: int, columns: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,14 +222,16 @@ def test_a_library_that_pads_is_taken_as_it_is(monkeypatch):
     masked = torch.where(kept, x, 0)
     padded = torch.cat((pack_ref(x, kept, "sm90").view(64, -1), x.new_zeros(64, 8)), 1)
     monkeypatch.setattr(torch, "_cslt_compress", lambda x: padded)
-    spmm._ask_library.cache_clear()
+    matmul._ask_library.cache_clear()
     blob = compress24(masked, "library")
     assert torch.equal(blob, padded.flatten())
-    assert spmm.compressed_size(64, 128, "library", x.dtype, x.device) == blob.numel() == 64 * 80
-    assert spmm.compressed_size(64, 128, "sm90", x.dtype, x.device) == 64 * 72
+    assert matmul.compressed_size(64, 128, "library", x.dtype, x.device) == blob.numel() == 64 * 80
+    assert matmul.compressed_size(64, 128, "sm90", x.dtype, x.device) == 64 * 72
     with FakeTensorMode() as mode:
         assert compress24(mode.from_tensor(masked), "library").shape == blob.shape
-    size = torch.compile(lambda: spmm.compressed_size(64, 128, "library", x.dtype, x.device) + x[0, 0], backend="eager")
+    size = torch.compile(
+        lambda: matmul.compressed_size(64, 128, "library", x.dtype, x.device) + x[0, 0], backend="eager"
+    )
     assert torch.equal(size(), blob.numel() + x[0, 0])  # a compiler takes it for a constant
     seen = []
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda a, b, **options: seen.append(a.shape) or b.new_zeros(64, 8))
@@ -237,7 +239,7 @@ def test_a_library_that_pads_is_taken_as_it_is(monkeypatch):
     assert seen == [(64, 80)]
     with pytest.raises(ValueError, match="packed A"):
         matmul24(blob[:-1], x.new_zeros(128, 8), None, 64, False, Choice("cusparselt", "library"))
-    spmm._ask_library.cache_clear()
+    matmul._ask_library.cache_clear()
 
 
 def test_ops_have_fakes_that_fit(monkeypatch):

@@ -5,10 +5,10 @@ buffer of 9/16 of the dense size, as cuSPARSELt takes it for 16-bit types:
     values     (rows, columns/2) row-major: the two kept elements of each group, in order
     metadata   rows * columns / 8 bytes: of each group a nibble, low index | high index << 2, in an order of the GPU's
 `sm80` is cuSPARSELt's order on Ampere (compute capability 8.x), `sm90` the one on Hopper, `cutlass` that of PyTorch's
-CUTLASS kernels. NVIDIA calls its two internal. They are here as they were read in open code; spmm_choice.py asks
+CUTLASS kernels. NVIDIA calls its two internal. They are here as they were read in open code; choose.py asks
 the library before any is used.
 
-`matmul24` computes D = A B (+ bias) with A that operand, by the backend that spmm_choice.py chose for the shape.
+`matmul24` computes D = A B (+ bias) with A that operand, by the backend that choose.py chose for the shape.
 Whatever was chosen multiplies the same numbers.
 """
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from spmm import CONVERTED, ORDERS, Choice, Gemm, check_packable, compress24, matmul24, pack_ref
+from gemm24.matmul import CONVERTED, ORDERS, Choice, Gemm, check_packable, compress24, matmul24, pack_ref
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ demo: .venv/installed
 	@test -f data/pystdlib_char/train.bin || $(PY) data/pystdlib_char/prepare.py
 	OMP_NUM_THREADS=1 $(PY) train.py config/demo.py
 	$(PY) sample.py --out_dir=out-demo --start="def " --num_samples=1 --max_new_tokens=400
-	$(PY) plot.py out-demo
+	$(PY) -m runtime.plot out-demo
 
 test: lint
-	$(call two_halves,-m "not slow" tests/test_[a-l]*.py,-m "not slow" tests/test_[m-z]*.py tests/gemm24 tests/benchmarks)
+	$(call two_halves,-m "not slow" tests/test_[a-l]*.py,-m "not slow" tests/test_[m-z]*.py tests/*/)
 
 test-slow: .venv/installed-dev
-	$(call two_halves,-m slow tests/test_[ft]*.py,-m slow tests/test_[a-eg-s]*.py tests/gemm24 tests/benchmarks)
+	$(call two_halves,-m slow tests/test_[ft]*.py,-m slow tests/test_[a-eg-s]*.py tests/*/)
 
 # Most of the time goes to Triton's compiler, whose cache (~/.triton/cache) makes later runs short.
 test-ptx: export NANO24_PTX = $(PTX)

@@ -2,13 +2,13 @@
 
     python bench.py                              every suite; a GPU's go to results/<gpu>/bench.{json,md}
     python bench.py --suite ffn --quick          one suite, a smaller grid; --full for the whole one
-    python bench.py --predict [h200]             S_model alone (roofline.py), any machine: see results/roofline.md
+    python bench.py --predict [h200]             S_model alone, on any machine: benchmarks/roofline.py
     python bench.py --suite kernels --predict    compile the Triton kernels and count: results/kernels.{json,md}
     python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py
 
 Suites. gemm: the six GEMMs of a feed-forward layer, dense and by the fastest sound 2:4 backend. ffn, block: forward and
 backward of one layer (the paper's Figure 6). e2e: whole optimizer steps of GPT-2 (Table 8), see benchmarks/steps.py.
-kernels: bench_kernels.py.
+kernels: benchmarks/kernel_times.py.
 
 S is dense time over sparse time; what is due once per optimizer step (packing) or once per mask_interval steps (the
 mask search) is timed apart and its share added to the sparse time. Variants take turns within a run; each number is the
@@ -37,15 +37,12 @@ from pathlib import Path
 
 import torch
 
-import bench_kernels
-import bench_suites
-import roofline
-from bench_suites import MASK_INTERVAL, PAPER_BATCH, WIDTHS, Settings, gpt2, predict_step, release
-from benchmarks import evidence, steps
+from benchmarks import evidence, kernel_times, roofline, steps, suites
 from benchmarks.report import table, with_spread
+from benchmarks.suites import MASK_INTERVAL, PAPER_BATCH, WIDTHS, Settings, gpt2, predict_step, release
 from gemm24 import choose
 from model import PRESETS, GPTConfig
-from runtime import environment, write_json
+from runtime.ranks import environment, write_json
 from sparse24 import use_kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,9 +50,9 @@ from sparse24 import use_kernels
 
 # suite -> (its cases, the rows of one case)
 SUITES: dict[str, tuple[Callable, Callable[..., Iterator[dict]]]] = {
-    "gemm": (bench_suites.gemm_grid, bench_suites.gemm_rows),
-    "ffn": (partial(bench_suites.layer_grid, "ffn"), partial(bench_suites.layer_rows, "ffn")),
-    "block": (partial(bench_suites.layer_grid, "block"), partial(bench_suites.layer_rows, "block")),
+    "gemm": (suites.gemm_grid, suites.gemm_rows),
+    "ffn": (partial(suites.layer_grid, "ffn"), partial(suites.layer_rows, "ffn")),
+    "block": (partial(suites.layer_grid, "block"), partial(suites.layer_rows, "block")),
     "e2e": (steps.cases, steps.rows),
 }
 
@@ -250,8 +247,8 @@ def run_kernels(args, device: torch.device) -> None:
     where = torch.device("cpu") if args.predict else device
     out = Path(args.out_dir or "results")
     how = (not args.predict, args.shape, args.repetitions, args.tables, not args.measured_only)
-    results = bench_kernels.run(out, environment(where, 1), *how)
-    if failed := bench_kernels.failures(results):
+    results = kernel_times.run(out, environment(where, 1), *how)
+    if failed := kernel_times.failures(results):
         sys.exit("bench.py: these failed:\n" + "\n".join(failed))
 
 

@@ -33,7 +33,7 @@ REMOVED = {
     "masked_decay_auto_interval": (None, "search_decay.py finds a decay factor before the run"),
     "checkpoint_async": (None, "checkpoints are always written in a thread"),
     "wandb_mode": (None, "set the environment variable WANDB_MODE"),
-    "max_skipped": (None, "edit MAX_SKIPPED in health.py"),
+    "max_skipped": (None, "edit MAX_SKIPPED in runtime/health.py"),
     "check_interval": (None, "ranks are compared at each save, every checkpoint_interval steps"),
     "backend": (None, "ranks meet by nccl on GPUs and by gloo on CPUs"),
     "flip_layers": (None, "sparse24.flip_rate measures a layer's flip rate from its masks in two checkpoints"),

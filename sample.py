@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import sparse24
 from configurator import configure_or_exit, without_removed
-from loader import DATA_FOLDER, load_meta, load_tokenizer
 from model import GPT, GPTConfig
+from runtime import checkpoint
+from runtime.loader import DATA_FOLDER, load_meta, load_tokenizer
 from sparse24 import recipe_of
 
 # ---- settings ----

@@ -37,10 +37,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from configurator import configure, setting_names, without_removed
-from health import HEALTHY, TARGET
-from loader import DATA_FOLDER, Tokens, load_meta
-from metrics import read_config, read_metrics, smooth
-from plot import curve, finish, new_figure
+from runtime.health import HEALTHY, TARGET
+from runtime.loader import DATA_FOLDER, Tokens, load_meta
+from runtime.metrics import read_config, read_metrics, smooth
+from runtime.plot import curve, finish, new_figure
 from sparse24 import Recipe, recipe_of
 
 ROOT = Path(__file__).resolve().parent

@@ -29,11 +29,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-import roofline
-from bench_suites import PAPER_BATCH
+from benchmarks import roofline
+from benchmarks.suites import PAPER_BATCH
 from configurator import ConfigError, configure
-from loader import DATA_FOLDER, load_meta
-from metrics import read_config, read_metrics
+from runtime.loader import DATA_FOLDER, load_meta
+from runtime.metrics import read_config, read_metrics
 from study_cost import ACCUMULATION, MICRO_BATCH, flops_of, measured_ms, predicted_ms, switches_by_itself
 from study_grids import DECAY, FLIP_COMMON, FLIP_RATE, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
 from study_report import (

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-import roofline
-from bench_suites import gpt2, predict_step
+from benchmarks import roofline
+from benchmarks.suites import gpt2, predict_step
 from configurator import configure
-from metrics import read_config, read_metrics
 from model import GPT, GPTConfig
+from runtime.metrics import read_config, read_metrics
 from sparse24 import Recipe, get_recipe
 from study_grids import words
 

@@ -4,7 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from plot import COLOURS
+from runtime.plot import COLOURS
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the last one, which is a little too wide
 T975 = (

@@ -4,7 +4,7 @@
     python train.py config/train_gpt2_sparse.py --batch_size=8                          on one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_sparse.py       on eight GPUs
 
-The settings come first; config files and the command line change them. The loop is in `run`. prepare.py makes
+The settings come first; config files and the command line change them. The loop is in `run`. runtime/setup.py makes
 everything that the loop uses, and checks it before the first step.
 
 Every random number is a function of (seed, iteration, global micro-batch), never of what was drawn before. The global
@@ -21,10 +21,10 @@ import sys
 
 import torch
 
-import prepare
 from configurator import configure_or_exit
 from gemm24.ffn import pack_weights
-from runtime import Ranks, StopSignal
+from runtime import setup
+from runtime.ranks import Ranks, StopSignal
 from sparse24 import (
     hard_pruned,
     is_dtensor,
@@ -124,7 +124,7 @@ def batch_starts(data, iter_num: int, micro_batch: int):
 
 
 @torch.no_grad()
-def evaluate(t: prepare.Training) -> float:
+def evaluate(t: setup.Training) -> float:
     """Mean validation loss over the same `eval_iters` batches at every call, or over the whole split in order."""
     data, ranks = t.val_data, t.ranks
     end = len(data.data) - block_size
@@ -149,7 +149,7 @@ def evaluate(t: prepare.Training) -> float:
     return loss_sum / sequences
 
 
-def evaluate_pruned(t: prepare.Training, val_loss: float) -> float:
+def evaluate_pruned(t: setup.Training, val_loss: float) -> float:
     """The validation loss with all feed-forward weights pruned to 2:4; `val_loss` where they are sparse already."""
     if all(getattr(linear, "sparse", False) for linear in t.linears):
         return val_loss
@@ -169,7 +169,7 @@ def clip_gradients(model: torch.nn.Module, ranks: Ranks) -> float:
 
 
 def run(resources: contextlib.ExitStack) -> None:
-    t = prepare.begin(globals(), configure_or_exit(globals(), sys.argv[1:]), resources)
+    t = setup.begin(globals(), configure_or_exit(globals(), sys.argv[1:]), resources)
     if t is None:  # all steps were done by an earlier start
         return
     model, optimizer, scaler, ranks, phase = t.model, t.optimizer, t.scaler, t.ranks, t.phase
@@ -254,7 +254,7 @@ def main() -> None:
     with contextlib.ExitStack() as resources:
         try:
             run(resources)
-        except prepare.ERRORS as error:
+        except setup.ERRORS as error:
             sys.exit(f"train.py: error: {error}")
 
 

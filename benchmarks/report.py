@@ -9,8 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-import bench_kernels
-from plot import COLOURS
+from runtime.plot import COLOURS
 
 PRODUCTS = ("z", "y", "da", "dx", "dw1", "dw2")
 KINDS = (  # (kind of kernel, pattern of its name); the first pattern that fits decides
@@ -254,7 +253,7 @@ def page(folder: Path) -> str:
         if data := load(folder, name):
             parts += [f"## {title}", text(data)]
     if kernels := load(folder, "kernels"):
-        parts += ["## Kernels", bench_kernels.report(kernels).partition("\n\n")[2].strip()]
+        parts += ["## Kernels", kernels.report(kernels).partition("\n\n")[2].strip()]
     parts += ["![ratios on this GPU](evidence.png)"]
     return "\n\n".join(parts) + "\n"
 

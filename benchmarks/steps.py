@@ -25,8 +25,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-import roofline
-from bench_suites import (
+from benchmarks import roofline
+from benchmarks.suites import (
     MASK_INTERVAL,
     PAPER_BATCH,
     Settings,
@@ -44,7 +44,7 @@ from bench_suites import (
 )
 from gemm24 import choose, ffn
 from model import GPT, GPTConfig, peak_flops
-from runtime import environment, write_json
+from runtime.ranks import environment, write_json
 from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
 
 TOP = 30  # number of kernels that a row lists

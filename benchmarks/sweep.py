@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.probe import device
 from gemm24 import choose, ffn
-from runtime import environment, write_json
+from runtime.ranks import environment, write_json
 from sparse24 import use_kernels
 
 TOKENS = 16384

@@ -52,8 +52,8 @@ from harness import (
     to_words,
 )
 
-import checkpoint
-from runtime import environment
+from runtime import checkpoint
+from runtime.ranks import environment
 
 # name -> (fault, iteration that is saved): the step in which the signal arrives is finished first
 STOP_POINTS = {

@@ -31,11 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file and
 import numpy as np
 import torch
 
-import checkpoint
-import runtime
 import train
 from configurator import setting_names
 from model import GPT
+from runtime import checkpoint, ranks
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW
 
 ROOT = Path(train.__file__).resolve().parent
@@ -383,7 +382,7 @@ def _dump(undo, folder: str) -> None:
         return patched
 
     _replace(undo, MaskedDecayAdamW, "step", make_step)
-    _replace(undo, runtime.Ranks, "check_equal", make_check)
+    _replace(undo, ranks.Ranks, "check_equal", make_check)
 
 
 def _alter(undo, iter_num: int) -> None:

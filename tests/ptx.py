@@ -29,8 +29,6 @@ import torch
 from ptx_instructions import bits_dtype, decode, encode, width
 from ptx_memory import Fault, Memory, regions_of
 
-import bench_kernels
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
 
@@ -407,5 +405,5 @@ def interpreted(arch: int, errors: str | None = None):
         metadata = compiled.metadata
         run(compiled.asm["ptx"], programs, 32 * metadata.num_warps, metadata.shared, [*passed, *scratch], errors)
 
-    with bench_kernels.redirected(arch, launch):
+    with kernel_times.redirected(arch, launch):
         yield

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-import checkpoint
-from checkpoint_writer import Writer
-from runtime import Ranks
+from runtime import checkpoint
+from runtime.checkpoint_writer import Writer
+from runtime.ranks import Ranks
 
 HASH = "hash"
 

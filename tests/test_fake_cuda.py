@@ -72,11 +72,12 @@ def test_train_falls_back_where_the_library_packs_in_another_way(tmp_path, datas
 
 BENCH = """
 import dataclasses, sys
-import bench, bench_suites
+import bench
+from benchmarks import suites
 
 settings_of = bench.settings_of
 bench.settings_of = lambda *asked: dataclasses.replace(settings_of(*asked), scale="toy")
-bench_suites.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
+suites.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
 for suite in ("gemm", "ffn"):
     bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", sys.argv[1]])
 """
@@ -98,14 +99,14 @@ def test_bench_measures_layers_and_gemms_on_the_fake_gpu(tmp_path):
 STAGES = """
 import sys
 from dataclasses import replace
-import bench_suites
+from benchmarks import suites
 from gemm24 import choose, ffn
 from benchmarks import probe, steps, sweep
 
 choose._WARM_UP = 0
 real = ffn.ffn_gemms
 probe.SHAPES, probe.COPY_BYTES, probe.WIDTH, probe.PACKED = [(64, 64), (128, 128)], 4096, 128, ((64, 128),)
-probe.CALLS, bench_suites.TOY = 2, replace(bench_suites.TOY, n_layer=1)
+probe.CALLS, suites.TOY = 2, replace(suites.TOY, n_layer=1)
 probe.ffn.ffn_gemms = lambda d, d_ff, tokens, *more: real(64, 256, 64, *more)
 out = sys.argv[1]
 assert probe.main([f"{out}/probe.json"]) == 0

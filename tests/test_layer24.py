@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
-from health import decay_ratio
+from runtime.health import decay_ratio
 from sparse24 import (
     RECIPES,
     MaskedDecayAdamW,

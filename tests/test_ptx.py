@@ -396,8 +396,9 @@ def test_run_refuses_arguments_that_do_not_fit():
 @pytest.fixture(scope="module")
 def compiled() -> tuple:
     """transposable_index for sm_90 as (PTX, programs, threads, shared memory), from a process that may compile."""
-    code = """import json, torch, bench_kernels, kernels
-((kernel, grid),) = bench_kernels.compile_only(lambda: kernels.transposable_index(torch.zeros(32, 64)), 90)
+    code = """import json, torch, kernels
+from benchmarks import kernel_times
+((kernel, grid),) = kernel_times.compile_only(lambda: kernels.transposable_index(torch.zeros(32, 64)), 90)
 print(json.dumps([kernel.asm["ptx"], *grid, 32 * kernel.metadata.num_warps, kernel.metadata.shared]))"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]

@@ -13,11 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import loader
 import sample
 import sparse24
 from model import GPT, GPTConfig
+from runtime import checkpoint, loader
 
 ROOT = Path(__file__).resolve().parent.parent
 CHARS = "\nabcdefghij"

@@ -13,8 +13,8 @@ import pytest
 from harness import make_dataset
 
 import search_decay
-from health import TARGET
-from metrics import read_config, read_metrics
+from runtime.health import TARGET
+from runtime.metrics import read_config, read_metrics
 
 TINY = [
     *(

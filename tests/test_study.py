@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from harness import make_dataset
 
-import roofline
 import study
 import study_cost
 import study_grids
 import study_report
+from benchmarks import roofline
 from model import PRESETS, GPTConfig
 from sparse24 import RECIPES
 from study_grids import FST, STUDIES, Study

@@ -35,12 +35,12 @@ from harness import (
     state_differences,
 )
 
-import checkpoint
 import train
 from configurator import setting_names
 from model import GPT, GPTConfig
-from runtime import StopSignal
-from settings import planned_dense_start, resolve_settings
+from runtime import checkpoint
+from runtime.ranks import StopSignal
+from runtime.settings import planned_dense_start, resolve_settings
 from sparse24 import RECIPES, expand_index, transposable_index
 
 MAX_ITERS = SETTINGS["max_iters"]

@@ -29,11 +29,9 @@ from harness import (
 )
 from test_train import data  # noqa: F401 (a fixture)
 
-import loader
-import prepare
-import runtime
-from health import LossWatch, StepGuard
-from metrics import Metrics
+from runtime import loader, ranks, setup
+from runtime.health import LossWatch, StepGuard
+from runtime.metrics import Metrics
 
 CPU = torch.device("cpu")
 
@@ -270,7 +268,7 @@ def test_checkpoints_that_were_kept_are_not_deleted_unasked(run, tmp_path):
 @pytest.mark.slow
 def test_saving_in_a_thread_changes_nothing(run, tmp_path, monkeypatch):
     run(tmp_path / "thread", max_iters=14)
-    monkeypatch.setattr(prepare, "Writer", functools.partial(prepare.Writer, background=False))
+    monkeypatch.setattr(setup, "Writer", functools.partial(setup.Writer, background=False))
     run(tmp_path / "at once", max_iters=14)
     assert state_differences(read_state(tmp_path / "thread"), read_state(tmp_path / "at once")) == []
     assert row_differences(read_rows(tmp_path / "thread"), read_rows(tmp_path / "at once")) == []
@@ -279,7 +277,7 @@ def test_saving_in_a_thread_changes_nothing(run, tmp_path, monkeypatch):
 def test_a_second_run_in_the_folder_is_refused(run, tmp_path):
     run(tmp_path / "out", max_iters=4)
     state = read_state(tmp_path / "out")
-    held = runtime.hold(tmp_path / "out")
+    held = ranks.hold(tmp_path / "out")
     done = run(tmp_path / "out", status=1, max_iters=8, dense_start=3)
     assert f"is in use by process {os.getpid()} on" in done.stderr
     assert "set another out_dir" in done.stderr
@@ -331,7 +329,7 @@ def test_settings_and_logs_hold_no_secret(tmp_path, data):
     ],
 )
 def test_the_rank_that_differs_is_named(sums, wrong):
-    assert runtime.outvoted(sums) == wrong
+    assert ranks.outvoted(sums) == wrong
 
 
 @pytest.mark.slow
@@ -417,7 +415,7 @@ def test_ranks_that_read_different_checkpoints_are_refused(run, tmp_path, monkey
     """As of a rank whose disk holds an older copy: what rank 0 says is another iteration."""
     run(tmp_path / "out", max_iters=3, dense_start=9)
     says = iter([tmp_path / "out" / "ckpt.pt", (2, 0.5)])
-    monkeypatch.setattr(runtime.Ranks, "decide", lambda self, value: next(says))
+    monkeypatch.setattr(ranks.Ranks, "decide", lambda self, value: next(says))
     done = run(tmp_path / "out", status=1, max_iters=6, dense_start=9)
     assert "ckpt.pt is another checkpoint here than on rank 0; put out_dir on a shared file system" in done.stderr
 

@@ -9,12 +9,12 @@ import torch
 from harness import all_settings, read_rows, read_state, row_differences, state_differences
 from test_train import _stopped, data, given, refused, run, stopped  # noqa: F401 (fixtures)
 
-import prepare
 from gemm24.choose import Report
 from gemm24.ffn import FFNPlan, plan_ffn, set_plan
 from gemm24.matmul import Choice
 from model import GPT, GPTConfig
-from runtime import Ranks
+from runtime import setup
+from runtime.ranks import Ranks
 from sparse24 import sparse_linears
 
 PACKED = {"n_embd": 64, "dtype": "bfloat16", "dropout": 0.0, "max_iters": 14, "lr_decay_iters": 14, "dense_start": 11}
@@ -59,7 +59,7 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
         asked.append((tokens, str(device), dtype, spmm, mvue, [*options["known"]], options["graph"]))
         return None, Report({}, [row, short], ["cusparselt: sound"])
 
-    monkeypatch.setattr(prepare, "plan_ffn", plan)
+    monkeypatch.setattr(setup, "plan_ffn", plan)
     out = tmp_path / "out"
     text = run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1}, spmm="masked")
     assert "cusparselt: sound\n2:4 GEMM " in text
@@ -88,10 +88,10 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
         timed.append((type(mlp).__name__, plan.tokens, compile_mode, micro_steps))
         return {"us": {"dense": [3.0, 3.0, 3.0], "layers": [4.0] * 3, "plan": [2.0] * 3}, "taken": taken}
 
-    monkeypatch.setattr(prepare, "plan_ffn", plan)
-    monkeypatch.setattr(prepare, "time_ways", time_ways)
+    monkeypatch.setattr(setup, "plan_ffn", plan)
+    monkeypatch.setattr(setup, "time_ways", time_ways)
     plans = []
-    monkeypatch.setattr(prepare, "set_plan", lambda model, plan: plans.append(plan is not None))
+    monkeypatch.setattr(setup, "set_plan", lambda model, plan: plans.append(plan is not None))
     monkeypatch.setattr(Report, "text", lambda self: "")
     out = tmp_path / "out"
     run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1})
@@ -157,13 +157,13 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
         asked.append((args, {**options, "known": [*options["known"]]}))
         return None, Report({}, [], [])
 
-    monkeypatch.setattr(prepare, "plan_ffn", plan)
+    monkeypatch.setattr(setup, "plan_ffn", plan)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse=name))
     device = torch.device(device)
-    prepare._measure_gemms(all_settings(), model, None, 1, False, device)
+    setup._measure_gemms(all_settings(), model, None, 1, False, device)
     expected = {"graph": device.type == "cuda", "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
     expected["transposable"] = name == "fst"
     assert asked == [((model.config, 15, device, torch.bfloat16, "auto", False), expected)]
@@ -173,22 +173,22 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, compiled, mode
 def test_packing_is_counted_as_often_as_it_is_done(given, tmp_path, monkeypatch, fsdp, uses):
     """Seven micro-batches on two ranks are four micro-steps; shards are packed in each of them."""
     plan, timed = FFNPlan("gelu", 15, torch.float32, True, *[Choice()] * 6), []
-    monkeypatch.setattr(prepare, "plan_ffn", lambda *args, **options: (plan, Report({}, [], [])))
-    monkeypatch.setattr(prepare, "time_ways", lambda mlp, plan, **how: timed.append(how) or {"taken": "plan"})
+    monkeypatch.setattr(setup, "plan_ffn", lambda *args, **options: (plan, Report({}, [], [])))
+    monkeypatch.setattr(setup, "time_ways", lambda mlp, plan, **how: timed.append(how) or {"taken": "plan"})
     given(gradient_accumulation_steps=7, dtype="float32", compile=False)
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
-    prepare._measure_gemms(all_settings(), model, None, 2, fsdp, torch.device("cpu"))
+    setup._measure_gemms(all_settings(), model, None, 2, fsdp, torch.device("cpu"))
     assert timed == [{"compile_mode": None, "micro_steps": uses}]
 
 
 def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch):
     answer = [("plan", "report")]
-    monkeypatch.setattr(prepare, "_measure_gemms", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(setup, "_measure_gemms", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(Ranks, "decide", lambda self, value: answer[0])
-    assert prepare.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu")) == ("plan", "report")
+    assert setup.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu")) == ("plan", "report")
     answer[0] = ValueError("spmm='cutlass': cannot")
     with pytest.raises(ValueError, match="cannot"):
-        prepare.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu"))
+        setup.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu"))
 
 
 def test_a_phase_brings_its_operands_and_frees_them():
@@ -198,7 +198,7 @@ def test_a_phase_brings_its_operands_and_frees_them():
     set_plan(model, plan)
     mlp = model.transformer.h[0].mlp
     settings = SimpleNamespace(max_iters=9, dense_start=8, dense_pretrain=0.0)
-    phase = prepare.Phase(settings, 5, None, Ranks())
+    phase = setup.Phase(settings, 5, None, Ranks())
     assert phase.enter(model, 4) is False
     assert "w_24" not in mlp.c_fc._buffers
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_a_sparse_block_is_timed(run, tmp_path, monkeypatch):
         timed.append(len(sparse_linears(mlp)))
         return {"us": {way: [1.0] * 3 for way in ("dense", "layers", "plan")}, "taken": "layers"}
 
-    monkeypatch.setattr(prepare, "plan_ffn", plan)
-    monkeypatch.setattr(prepare, "time_ways", time_ways)
+    monkeypatch.setattr(setup, "plan_ffn", plan)
+    monkeypatch.setattr(setup, "time_ways", time_ways)
     run(tmp_path / "out", max_iters=1)
     assert timed == [2]

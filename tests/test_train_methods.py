@@ -10,12 +10,9 @@ import torch
 from harness import SETTINGS, read_rows, read_state, row_differences, state_differences
 from test_train import data, given, refused, run  # noqa: F401 (fixtures)
 
-import checkpoint
-import health
-import prepare
-import runtime
 import sparse24
 import train
+from runtime import checkpoint, health, ranks, setup
 from sparse24 import (
     RECIPES,
     expand_pairs,
@@ -326,7 +323,7 @@ def test_warnings_count_sparse_steps_alone_and_go_on_after_a_stop(run, dense, tm
 
 def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp_path, monkeypatch):
     made, watch = [], health.FlipWatch
-    monkeypatch.setattr(prepare, "FlipWatch", lambda *args: made.append(args) or watch(*args))
+    monkeypatch.setattr(setup, "FlipWatch", lambda *args: made.append(args) or watch(*args))
     for changes in ({"lr_decay_iters": 99}, {"lr_decay_iters": 99, "decay_lr": False}):
         run(tmp_path / str(len(made)), max_iters=1, **changes)
     assert made == [(SETTINGS["warmup_iters"], 99, None), (SETTINGS["warmup_iters"], 1, None)]
@@ -335,7 +332,7 @@ def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp
 def test_all_ranks_switch_where_one_finds_moments_settled(run, tmp_path, monkeypatch):
     """The other rank's answer, yes, is handed over in place of a reduction; it is the only float that is reduced."""
     monkeypatch.setattr(sparse24.AutoSwitch, "settled", lambda self: 0.0)
-    monkeypatch.setattr(runtime.Ranks, "maximum", lambda self, value: 1 if isinstance(value, float) else value)
+    monkeypatch.setattr(ranks.Ranks, "maximum", lambda self, value: 1 if isinstance(value, float) else value)
     run(tmp_path / "out", **METHODS["step"])
     assert read_state(tmp_path / "out")["sparse_start"] == 3
 
@@ -353,8 +350,8 @@ def test_row_orders_are_a_stream_of_draws_of_their_own(monkeypatch):
 def test_other_ranks_than_the_first_say_and_write_nothing(run, dense, tmp_path, monkeypatch):
     """Not even warnings."""
     monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
-    monkeypatch.setattr(prepare, "start_ranks", lambda device: runtime.Ranks(1, 0, 1))
-    monkeypatch.setattr(prepare, "plan_gemms", lambda *_: (None, None))  # rank 0 would have answered
+    monkeypatch.setattr(setup, "start_ranks", lambda device: ranks.Ranks(1, 0, 1))
+    monkeypatch.setattr(setup, "plan_gemms", lambda *_: (None, None))  # rank 0 would have answered
     assert run(tmp_path / "out", flip_reference=str(dense), flip_interval=1, max_iters=12, dense_start=12) == ""
     assert not (tmp_path / "out").exists()
 
@@ -375,5 +372,5 @@ def test_row_orders_are_searched_for_with_the_runs_own_seed(run, tmp_path, monke
 
 
 def test_no_gemms_are_measured_for_what_takes_no_plan(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "plan_gemms", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(setup, "plan_gemms", lambda *_: pytest.fail("measured"))
     run(tmp_path / "out", **as_recipe("bi_mask", max_iters=1))

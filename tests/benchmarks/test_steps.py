@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import bench
-import roofline
-from bench_suites import MASK_INTERVAL, TOY, Settings, predict_step
-from benchmarks import steps
+from benchmarks import roofline, steps
+from benchmarks.suites import MASK_INTERVAL, TOY, Settings, predict_step
 from gemm24 import ffn
 from sparse24 import sparse_linears
 

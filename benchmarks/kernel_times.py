@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 
-import roofline
 import sparse24
+from benchmarks import roofline
 from gemm24.choose import reason
 from gemm24.operands import GATED, activation_ref
-from runtime import write_json
+from runtime.ranks import write_json
 
 if find_spec("triton"):
     import kernels
@@ -593,7 +593,7 @@ def run(
     counting=False takes the counts from results/kernels.json. The file is written after each measurement, so that a run
     that is killed loses none."""
     out.mkdir(parents=True, exist_ok=True)
-    path, counted = out / "kernels.json", Path(__file__).parent / "results" / "kernels.json"
+    path, counted = out / "kernels.json", Path(__file__).parents[1] / "results" / "kernels.json"
     earlier = json.loads(counted.read_text()) if not counting else {}
     kernels_rows = count_all() if counting else earlier["kernels"]
     results = {"environment": earlier.get("environment", environment), "kernels": kernels_rows}

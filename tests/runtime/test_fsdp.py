@@ -11,7 +11,7 @@ from harness import SETTINGS, Crew, free_port, make_dataset, read_rows, read_sta
 
 import sparse24
 from model import GPT, GPTConfig
-from runtime import Ranks, shard_model
+from runtime.ranks import Ranks, shard_model
 from sparse24 import sparse_linears, transposable_index
 
 # Refreshes after steps 3 and 6, dense from 9; six micro-batches, which 4 ranks share unevenly.

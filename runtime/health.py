@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-import checkpoint
 from configurator import without_removed
-from metrics import read_config, read_metrics, smooth
+from runtime import checkpoint
+from runtime.metrics import read_config, read_metrics, smooth
 from sparse24 import flip_rate, local, sparse_linears, total, weight_indices
 
 HEALTHY = (0.60, 0.95)  # section 4.3

@@ -16,18 +16,18 @@ from types import SimpleNamespace
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-from checkpoint import like
-from checkpoint_writer import Saver, Writer
 from configurator import setting_names
 from gemm24 import choose
 from gemm24.ffn import pack_weights, plan_ffn, set_plan, time_ways
-from health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
-from loader import DATA_FOLDER, DataLost, Tokens, load_meta
-from metrics import Log, Metrics, read_metrics
 from model import GPT, GPTConfig, peak_flops
-from runtime import FolderInUse, Ranks, RanksDiffer, environment, hold, shard_model, sign, start_ranks, write_json
-from settings import (
+from runtime import checkpoint
+from runtime.checkpoint import like
+from runtime.checkpoint_writer import Saver, Writer
+from runtime.health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
+from runtime.loader import DATA_FOLDER, DataLost, Tokens, load_meta
+from runtime.metrics import Log, Metrics, read_metrics
+from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, shard_model, sign, start_ranks, write_json
+from runtime.settings import (
     DTYPES,
     announce,
     announce_changes,

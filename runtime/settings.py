@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import torch
 
-import checkpoint
 import sparse24
 from configurator import without_removed
 from gemm24 import choose
-from runtime import Ranks
+from runtime import checkpoint
+from runtime.ranks import Ranks
 from sparse24 import Recipe, kernel_status, sparse_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -4,7 +4,7 @@
            -> delete numbered checkpoints that are kept no longer, and folders of shards that no file names
     load   every file's CRC-32 -> torch.load(weights_only=True), which runs no code -> the keys below are all there
 
-    python checkpoint.py out/ckpt.pt whole.pt        one file of a sharded checkpoint
+    python -m runtime.checkpoint out/ckpt.pt whole.pt        one file of a sharded checkpoint
 
 At every instant ckpt.pt (or, on file systems without hard links, ckpt_prev.pt) is a whole checkpoint. Data order and
 MVUE draws are functions of the iteration, so what is listed in `KEYS` is all that a run needs to go on bit for bit.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_shards import (
+from runtime.checkpoint_shards import (
     CheckpointError,
     Sharded,
     damage_of,
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print(f"wrote {convert(options.source, options.target)}")
     except CheckpointError as error:
-        sys.exit(f"checkpoint.py: error: {error}")
+        sys.exit(f"runtime.checkpoint: error: {error}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 import bench
-import bench_suites
-import roofline
-from bench_suites import TOY, Settings
-from benchmarks import steps
+from benchmarks import roofline, steps, suites
+from benchmarks.suites import TOY, Settings
 from gemm24 import ffn
 from gemm24.choose import Report
 from gemm24.matmul import Choice
@@ -50,7 +48,7 @@ def timed(monkeypatch):
 
 
 def layer(kind: str, settings=SETTINGS, case=("gelu", 64, 32, 2)) -> dict:
-    (row,) = bench_suites.layer_rows(kind, case, settings)
+    (row,) = suites.layer_rows(kind, case, settings)
     return row
 
 
@@ -58,7 +56,7 @@ def layer(kind: str, settings=SETTINGS, case=("gelu", 64, 32, 2)) -> dict:
 def test_layer_row_has_every_variant_or_its_reason(kind):
     row = layer(kind)
     assert (row["d"], row["d_ff"], row["tokens"]) == (64, 256, 64)
-    assert row["variants"].keys() == bench_suites.VARIANTS.keys()
+    assert row["variants"].keys() == suites.VARIANTS.keys()
     assert row["variants"]["auto"].keys() >= {"ms", "pack_ms", "refresh_ms", "host_us", "working_mib"}
     assert row["variants"]["dense"]["ms"].keys() == SPREAD == row["s"]["auto"].keys()
     assert row["variants"]["dense"]["ms"]["min"] > 0
@@ -71,26 +69,26 @@ def test_layer_row_has_every_variant_or_its_reason(kind):
 
 @pytest.mark.parametrize("kind", ["ffn", "block"])
 def test_gated_layers_run(kind):
-    case = next(case for case in bench_suites.layer_grid(kind, SETTINGS) if case[0] == "geglu")
+    case = next(case for case in suites.layer_grid(kind, SETTINGS) if case[0] == "geglu")
     assert "auto" in layer(kind, case=case)["s"]
 
 
 def test_packing_is_shared_by_the_micro_steps(monkeypatch):
     """dense 10 ms; sparse 4 ms, its packing 2 ms and its mask search 40 ms, one step in 40: S = 10 / (4 + 3 / G)."""
     ms = {"dense": 10.0, "sparse": 4.0, "pack": 2.0, "refresh": 40.0}
-    monkeypatch.setattr(bench_suites, "time_ms", lambda calls, *_: [[ms[call]] * 2 for call in calls])
-    variants = {"dense": bench_suites.Variant("dense"), "auto": bench_suites.Variant("sparse", "pack", "refresh")}
+    monkeypatch.setattr(suites, "time_ms", lambda calls, *_: [[ms[call]] * 2 for call in calls])
+    variants = {"dense": suites.Variant("dense"), "auto": suites.Variant("sparse", "pack", "refresh")}
     for accumulation, expected in ((1, 10 / 7), (3, 2.0)):
         rows = {"dense": {}, "auto": {}}
         settings = replace(SETTINGS, accumulation=accumulation)
-        found = bench_suites._measure_variants(variants, rows, settings)
+        found = suites._measure_variants(variants, rows, settings)
         assert found["s"]["auto"]["median"] == pytest.approx(expected)
         assert rows["auto"]["ms"]["median"] == pytest.approx(10 / expected)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "block"])
 def test_s_model_takes_the_measured_rates(timed, monkeypatch, kind):
-    monkeypatch.setattr(bench_suites, "copy_bandwidth", lambda device: 1e30)
+    monkeypatch.setattr(suites, "copy_bandwidth", lambda device: 1e30)
     row = layer(kind)
     ratio = 6 / 3.5  # five of six equal GEMMs take half the time
     assert row["gemm_tflops"] == pytest.approx(1)
@@ -102,13 +100,13 @@ def test_s_model_takes_the_measured_rates(timed, monkeypatch, kind):
 
 
 def test_a_plan_without_rows_has_no_model():
-    assert bench_suites.measured_card(None, 1e12) is None
-    assert bench_suites.measured_card(Report({}, [], []), 1e12) is None
-    assert bench_suites.describe(None, None) == "layer by layer"
+    assert suites.measured_card(None, 1e12) is None
+    assert suites.measured_card(Report({}, [], []), 1e12) is None
+    assert suites.describe(None, None) == "layer by layer"
 
 
 def test_gemm_rows(timed):
-    rows = list(bench_suites.gemm_rows((64, 128), SETTINGS))
+    rows = list(suites.gemm_rows((64, 128), SETTINGS))
     assert [row["name"] for row in rows] == list(ffn.GEMMS)
     assert all(row["dense_tflops"] == pytest.approx(1) and row["best_tflops"] == pytest.approx(2) for row in rows)
     us = rows[0]["dense_us"]
@@ -118,7 +116,7 @@ def test_gemm_rows(timed):
 
 
 def test_untimed_gemms_say_so():
-    rows = list(bench_suites.gemm_rows((64, 128), SETTINGS))
+    rows = list(suites.gemm_rows((64, 128), SETTINGS))
     assert {row["reason"] for row in rows} == {"not timed here"}
     assert rows[0]["dense_tflops"] is None
 
@@ -131,22 +129,22 @@ def test_semi_structured_forward_is_pruned_and_its_gradients_are_those_of_the_pr
     grads = {}
 
     def keep_gradients(net, module, x, dy, dtype):
-        with bench_suites.autocast(x.device):
+        with suites.autocast(x.device):
             y = net(x)
         y.backward(dy)
         grads["found"] = [y.detach(), x.grad, *(p.grad for p in module.parameters())]
 
     monkeypatch.setattr(ffn, "forward_backward", keep_gradients)
-    variant = bench_suites.semi_structured_variant("ffn", config, x, dy, SETTINGS)
+    variant = suites.semi_structured_variant("ffn", config, x, dy, SETTINGS)
     variant.pack()
     x.grad = None
-    dense = bench_suites._layer("ffn", config, CPU)
+    dense = suites._layer("ffn", config, CPU)
     for p in dense.parameters():
         p.data.mul_(transposable_mask(p.data))
     keep_gradients(dense, dense, x, dy, None)
     expected = grads["found"]
     x.grad = None
-    bench_suites.semi_structured_variant("ffn", config, x, dy, SETTINGS)
+    suites.semi_structured_variant("ffn", config, x, dy, SETTINGS)
     for ours, theirs in zip(grads["found"], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
@@ -163,19 +161,19 @@ def test_torchao_where_it_is_installed(monkeypatch):
 @pytest.mark.parametrize("scale", ["quick", "default", "full"])
 def test_grids_hold_what_they_promise(scale):
     settings = Settings(CPU, scale)
-    layers = bench_suites.layer_grid("ffn", settings) + bench_suites.layer_grid("block", settings)
-    assert {case[0] for case in bench_suites.layer_grid("ffn", settings)} == {"gelu", "geglu"}
+    layers = suites.layer_grid("ffn", settings) + suites.layer_grid("block", settings)
+    assert {case[0] for case in suites.layer_grid("ffn", settings)} == {"gelu", "geglu"}
     assert len(set(layers)) >= {"quick": 6, "default": 20, "full": 200}[scale]
     for activation, d, n, batch in layers:
         config = GPTConfig(n_embd=d, n_head=d // 64, activation=activation, sparse="fst")
         assert config.d_ff % 64 == 0 == n * batch % 64
     if scale == "full":
-        assert {case[1] for case in layers} == set(bench_suites.WIDTHS)
+        assert {case[1] for case in layers} == set(suites.WIDTHS)
         assert {case[2] for case in layers} == {512, 1024, 2048}
         assert {case[3] for case in layers} == {4, 8, 16, 32, 64}
     assert next(case.batch for case in steps.cases(settings) if case.size == "774M") == 5
     assert steps.cases(replace(settings, sizes=("350M",))) == [("350M", 16, 1)]
-    assert len(bench_suites.gemm_grid(settings)) == (2 if scale == "quick" else 12)
+    assert len(suites.gemm_grid(settings)) == (2 if scale == "quick" else 12)
 
 
 def test_a_budget_leaves_out_and_a_failure_is_a_row(monkeypatch):
@@ -320,8 +318,8 @@ def test_readme_holds_the_table_of_every_gpu_that_was_measured():
 def test_the_model_shares_packing_as_the_measurement_does(kind):
     row = {"d": 64, "d_ff": 256, "tokens": 64, "n": 32, "activation": "gelu", "s": {}}
     gpu, ratio = roofline.GPU(1e12, 1e9), dict.fromkeys(roofline.GEMMS, 1.5)
-    found = bench_suites.layer_model(kind, row, (gpu, ratio), replace(SETTINGS, accumulation=8))["s_model"]
-    sparse = {"ratio": 1.5, "accumulation": 8, "mask_interval": bench_suites.MASK_INTERVAL}
+    found = suites.layer_model(kind, row, (gpu, ratio), replace(SETTINGS, accumulation=8))["s_model"]
+    sparse = {"ratio": 1.5, "accumulation": 8, "mask_interval": suites.MASK_INTERVAL}
     if kind == "ffn":
         assert found == roofline.s_model(gpu, 64, 256, 64, **sparse)
     else:
@@ -331,15 +329,15 @@ def test_the_model_shares_packing_as_the_measurement_does(kind):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gemms_are_chosen_by_their_time_on_the_gpu(monkeypatch, device):
     monkeypatch.setattr(ffn, "plan_ffn", lambda config, **options: options)
-    options = bench_suites.plan(TOY, 64, replace(SETTINGS, device=torch.device(device)))
+    options = suites.plan(TOY, 64, replace(SETTINGS, device=torch.device(device)))
     asked = device == "cuda"
     assert (options["graph"], options["tokens"], options["spmm"]) == (asked, 64, "emulated")
 
 
 def test_units(monkeypatch):
-    monkeypatch.setattr(bench_suites.choose, "time_interleaved", lambda calls, *_, **__: [[2000.0]] * len(calls))
-    assert bench_suites.time_ms([min, max], SETTINGS) == [[2.0], [2.0]]
-    assert bench_suites.copy_bandwidth.__wrapped__(CPU) == pytest.approx(2 * 2**23 / 2e-3)  # read and written
+    monkeypatch.setattr(suites.choose, "time_interleaved", lambda calls, *_, **__: [[2000.0]] * len(calls))
+    assert suites.time_ms([min, max], SETTINGS) == [[2.0], [2.0]]
+    assert suites.copy_bandwidth.__wrapped__(CPU) == pytest.approx(2 * 2**23 / 2e-3)  # read and written
 
 
 def test_attention_of_a_block_stays_dense(monkeypatch):
@@ -347,5 +345,5 @@ def test_attention_of_a_block_stays_dense(monkeypatch):
     monkeypatch.setattr(ffn, "forward_backward", lambda net, module, *_: modules.append(module))
     config = GPTConfig(n_embd=64, n_head=1, block_size=32, bias=False)
     x = torch.zeros(2, 32, 64)
-    bench_suites.auto_variant("block", config, x, x, SETTINGS)
+    suites.auto_variant("block", config, x, x, SETTINGS)
     assert sparse_linears(modules[0]) == [modules[0].mlp.c_fc, modules[0].mlp.c_proj]

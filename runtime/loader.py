@@ -9,7 +9,7 @@ import torch
 
 from sparse24 import seed_words
 
-DATA_FOLDER = Path(__file__).resolve().parent / "data"
+DATA_FOLDER = Path(__file__).resolve().parents[1] / "data"
 
 
 _EPOCH = 5  # tag that keeps the stream of seed_words for the orders of epochs apart from others

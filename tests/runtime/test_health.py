@@ -1,12 +1,12 @@
-"""health.py: the dense run's curve and warnings, on planted curves."""
+"""runtime/health.py: the dense run's curve and warnings, on planted curves."""
 
 import json
 import math
 
 import pytest
 
-import health
-from health import HEALTHY, TARGET, FlipReference, FlipWatch, smooth
+from runtime import health
+from runtime.health import HEALTHY, TARGET, FlipReference, FlipWatch, smooth
 
 SETTINGS = dict.fromkeys(health.COMPARABLE, 1)
 

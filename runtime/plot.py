@@ -1,6 +1,6 @@
 """Draw runs from their metrics: loss.png and flip_rate.png.
 
-    python plot.py out-dense out-fst [--out=plots]
+    python -m runtime.plot out-dense out-fst [--out=plots]
 
 Each run folder holds metrics.jsonl (one object per measured iteration) and config.json, both written by train.py. A
 run that is still going can be drawn: its half-written last line is left out. The flip rate (Definition 4.1: the
@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 
-from metrics import read_config, read_metrics, smooth
+from runtime.metrics import read_config, read_metrics, smooth
 
 # Okabe and Ito's palette, less its yellow, which is too faint for a line: distinct for the colour-blind.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -19,9 +19,9 @@ from harness import (
     run_here,
 )
 
-import prepare
 from model import GPT, GPTConfig
-from runtime import Ranks
+from runtime import setup
+from runtime.ranks import Ranks
 from sparse24 import sparse_linears
 
 STEPS = 6
@@ -175,7 +175,7 @@ def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch, name, masks
 def test_fewer_micro_batches_than_ranks_are_refused(tmp_path, monkeypatch):
     settings = {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": make_dataset(tmp_path / "data")}
     with pristine_train():
-        monkeypatch.setattr(prepare, "start_ranks", lambda device: Ranks(1, 1, 2))
+        monkeypatch.setattr(setup, "start_ranks", lambda device: Ranks(1, 1, 2))
         done = run_here(tmp_path / "out", settings)
     assert done.returncode == 1
     assert "gradient_accumulation_steps=1, need one for each of 2 ranks" in done.stderr
@@ -194,7 +194,7 @@ LEAVE = """
 import os
 import time
 from pathlib import Path
-from runtime import start_ranks
+from runtime.ranks import start_ranks
 
 def gloo_threads():
     names = [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]

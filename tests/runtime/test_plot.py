@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-import plot
+from runtime import plot
 
 KEYS = [
     "iter",

@@ -1,4 +1,4 @@
-"""bench_kernels.py ahead of time: every kernel, compiled by its own launcher for three GPUs without having one.
+"""Kernels compiled ahead of time: every kernel, compiled by its own launcher for three GPUs without having one.
 
 What decides speed is asserted on the machine code; results/kernels.json, and so the README's table, must be what this
 code compiles to. Compiled by Triton 3.6.0 only: another release counts differently.
@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_kernels as bench
+from benchmarks import kernel_times as bench
 
 triton = pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
-ROOT = Path(bench.__file__).parent
+ROOT = Path(bench.__file__).parents[1]
 CASES = {case.name: case for case in bench.CASES}
 ARCHS = [arch for arch, *_ in bench.GPUS.values()]
 
@@ -31,7 +31,11 @@ def compiled(request) -> tuple[int, dict]:
     counts = f"{{case.name: bench.predict(case, {request.param}) for case in bench.CASES}}"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", f"import bench_kernels as bench, json; print(json.dumps({counts}))"],
+        [
+            sys.executable,
+            "-c",
+            f"import json; from benchmarks import kernel_times as bench; print(json.dumps({counts}))",
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import roofline
+from benchmarks import roofline
 from gemm24 import choose, ffn
 from model import MLP, PRESETS, Block, GPTConfig
 from sparse24 import RECIPES, refresh_masks, sparsify, transposable_mask

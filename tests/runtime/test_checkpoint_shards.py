@@ -15,9 +15,9 @@ import torch
 from harness import ROOT, contents, differences
 from shard_ranks import HASH, make, state_of
 
-import checkpoint
-from checkpoint import CheckpointError, Sharded, find, like, load, save
-from checkpoint_shards import MARKER, rebuild
+from runtime import checkpoint
+from runtime.checkpoint import CheckpointError, Sharded, find, like, load, save
+from runtime.checkpoint_shards import MARKER, rebuild
 
 FILES = ["ckpt_00001200.shards/0.pt", "ckpt_00001200.shards/1.pt"]
 
@@ -411,7 +411,7 @@ def test_converting_overwrites_nothing_and_says_what_is_wrong(out, tmp_path):
         (target, tmp_path / "new.pt", r"was not written by torch\.save"),
         (out / "ckpt.pt", tmp_path / "nowhere" / "new.pt", r"cannot write .*nowhere"),
     ):
-        with pytest.raises(SystemExit, match=rf"^checkpoint\.py: error: .*{message}"):
+        with pytest.raises(SystemExit, match=rf"^runtime\.checkpoint: error: .*{message}"):
             checkpoint.main([str(source), str(place)])
     assert target.read_text() == "mine"
     assert names(tmp_path) == sorted(["out/ckpt.pt", *(f"out/{name}" for name in FILES), "target.pt"])
@@ -419,7 +419,7 @@ def test_converting_overwrites_nothing_and_says_what_is_wrong(out, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_line_is_the_documented_one(out, tmp_path):
-    command = [sys.executable, "checkpoint.py", out / "ckpt.pt", tmp_path / "whole.pt"]
-    assert "python checkpoint.py out/ckpt.pt whole.pt" in Path(checkpoint.__file__).read_text()
+    command = [sys.executable, "-m", "runtime.checkpoint", out / "ckpt.pt", tmp_path / "whole.pt"]
+    assert "python -m runtime.checkpoint out/ckpt.pt whole.pt" in Path(checkpoint.__file__).read_text()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert load(tmp_path / "whole.pt", HASH)["iter_num"] == 1200

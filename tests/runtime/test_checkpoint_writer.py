@@ -9,9 +9,9 @@ import pytest
 import torch
 from harness import contents, differences, photographs
 
-import checkpoint
-from checkpoint import KEYS, CheckpointError, clear, find, load, save
-from checkpoint_writer import Writer
+from runtime import checkpoint
+from runtime.checkpoint import KEYS, CheckpointError, clear, find, load, save
+from runtime.checkpoint_writer import Writer
 
 HASH = "hash"
 FULL = OSError(errno.ENOSPC, "No space left on device")

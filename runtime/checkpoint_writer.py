@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from checkpoint_shards import CheckpointError, Place, fsync_folder, rebuild, take_apart, write
+from runtime import checkpoint
+from runtime.checkpoint_shards import CheckpointError, Place, fsync_folder, rebuild, take_apart, write
 from sparse24 import PATTERNS_HASH
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from harness import contents, differences
 
-import checkpoint
-from checkpoint import KEYS, CheckpointError, find, load, save
 from model import GPT, GPTConfig
+from runtime import checkpoint
+from runtime.checkpoint import KEYS, CheckpointError, find, load, save
 from sparse24 import PATTERNS_HASH
 
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-import bench_kernels
-import roofline
+from benchmarks import kernel_times, roofline
+from benchmarks.roofline import GPU, GPUS
 from model import GPT, PEAK_TFLOPS, PRESETS, GPTConfig
-from roofline import GPU, GPUS
 
 NOTED = GPU(790e12, 4.3e12)
 # FFN d -> 4d -> d with GELU, 16384 tokens, pruned and packed every step: S at three ratios.
@@ -59,7 +58,7 @@ def test_gated_counts():
 def test_assumed_rates_are_those_of_the_data_sheets():
     for name, (tflops, tbytes) in roofline.DATA_SHEET.items():
         assert tflops == PEAK_TFLOPS[name.upper()]
-        assert bench_kernels.GPUS.get(name.upper(), (0, 0, 0, tbytes))[3] == tbytes
+        assert kernel_times.GPUS.get(name.upper(), (0, 0, 0, tbytes))[3] == tbytes
     assert GPUS["h200"].flops == pytest.approx(NOTED.flops, rel=0.01)
     assert GPUS["h200"].bandwidth == pytest.approx(NOTED.bandwidth, rel=0.01)
 

@@ -1,0 +1,1 @@
+"""The measurements behind bench.py, and the roofline that predicts them."""

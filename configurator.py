@@ -29,8 +29,8 @@ OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd:
 LAST_WITH_REMOVED = "7ffc73d"
 _IN_RECIPE = "it is a field of the recipe: edit RECIPES in sparse24.py"
 REMOVED = {
-    "masked_decay_auto": (False, "search_decay.py finds a decay factor before the run"),
-    "masked_decay_auto_interval": (None, "search_decay.py finds a decay factor before the run"),
+    "masked_decay_auto": (False, "studies.search_decay finds a decay factor before the run"),
+    "masked_decay_auto_interval": (None, "studies.search_decay finds a decay factor before the run"),
     "checkpoint_async": (None, "checkpoints are always written in a thread"),
     "wandb_mode": (None, "set the environment variable WANDB_MODE"),
     "max_skipped": (None, "edit MAX_SKIPPED in runtime/health.py"),

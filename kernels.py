@@ -9,7 +9,8 @@ of the arithmetic is 1-D, (N,). An (N, 4) load of contiguous memory is one 16-by
 four registers. Arithmetic is float32, and a result is rounded once. Offsets are int64.
 
 benchmarks/kernel_times.py has the bytes that each kernel must move and the number of instructions that it may
-compile to, and measures it. The launch constants below were measured on an H200, on 16384 x 4096 elements: results/h200.
+compile to, and measures it. The launch constants below were measured on an H200, on 16384 x 4096 elements:
+results/h200.
 """
 
 import functools

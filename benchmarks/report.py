@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import kernel_times
 from runtime.plot import COLOURS
 
 PRODUCTS = ("z", "y", "da", "dx", "dw1", "dw2")
@@ -253,7 +254,7 @@ def page(folder: Path) -> str:
         if data := load(folder, name):
             parts += [f"## {title}", text(data)]
     if kernels := load(folder, "kernels"):
-        parts += ["## Kernels", kernels.report(kernels).partition("\n\n")[2].strip()]
+        parts += ["## Kernels", kernel_times.report(kernels).partition("\n\n")[2].strip()]
     parts += ["![ratios on this GPU](evidence.png)"]
     return "\n\n".join(parts) + "\n"
 

@@ -1,8 +1,8 @@
 """Is the flip rate healthy (section 4.1 to 4.3)? mu = r'/r, of a sparse run's flip rate and of a dense run's at the
 same step. A run is healthy with mu from 0.60 to 0.95; above 1 its masks explode, and it should rise and fade to 0.
 
-train.py compares it with a dense run that was recorded before (`flip_reference`), and warns. search_decay.py records
-that dense run, and finds a decay factor whose mu is in the band.
+train.py compares it with a dense run that was recorded before (`flip_reference`), and warns. studies/search_decay.py
+records that dense run, and finds a decay factor whose mu is in the band.
 
 Beside it: the guard that skips steps with a gradient that is not finite, and names the data of losses that stand out.
 """
@@ -54,7 +54,7 @@ class FlipReference:
         if differing:
             raise ValueError(
                 f"flip_reference={folder} does not compare with this run: {', '.join(differing)}; record another with "
-                "search_decay.py, or with train.py --sparse=none"
+                "studies.search_decay, or with train.py --sparse=none"
             )
         if len(rows) < 5:
             raise ValueError(
@@ -105,7 +105,7 @@ class FlipWatch:
         if len(self.mus) >= self.COUNT and (mu := statistics.fmean(self.mus[-self.COUNT :])) >= 1:
             found["explodes"] = (
                 f"the flip rate is {mu:.2f} times the dense run's, which costs loss (section 4.1); a larger "
-                "masked_decay lowers it: python search_decay.py finds one"
+                "masked_decay lowers it: python -m studies.search_decay finds one"
             )
         if 2 * iter_num >= self.begin + self.end and len(self.rates) >= 2 * self.COUNT:
             means = smooth(self.rates, self.COUNT // 2)

@@ -29,6 +29,8 @@ import torch
 from ptx_instructions import bits_dtype, decode, encode, width
 from ptx_memory import Fault, Memory, regions_of
 
+from benchmarks import kernel_times
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
 

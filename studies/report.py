@@ -1,4 +1,4 @@
-"""Tables and figures of studies: paired differences, with what a few seeds can say about them. See study.py."""
+"""Tables and figures of studies: paired differences, with what a few seeds can say about them. See compare.py."""
 
 import math
 import statistics

@@ -12,9 +12,9 @@ import time
 import pytest
 from harness import make_dataset
 
-import search_decay
 from runtime.health import TARGET
 from runtime.metrics import read_config, read_metrics
+from studies import search_decay
 
 TINY = [
     *(
@@ -154,7 +154,7 @@ def test_a_stopped_search_says_so_and_goes_on_from_its_checkpoint(tmp_path, word
 @pytest.mark.slow
 def test_a_failing_run_shows_its_last_lines_and_its_log(tmp_path, words):
     message = error_of([*words, "--n_head=3"])
-    assert message.startswith("search_decay.py: error: ")
+    assert message.startswith("studies.search_decay: error: ")
     assert "n_embd" in message.split("\n    ", 1)[1], "train.py's own message"
     assert str(tmp_path / "search" / "dense" / "log.txt") in message
 
@@ -195,7 +195,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys,
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, words, more, needed):
     message = error_of([*words, more])
-    assert message.startswith("search_decay.py: error: ")
+    assert message.startswith("studies.search_decay: error: ")
     assert needed in message
     assert not (tmp_path / "search").exists()
 

@@ -1,10 +1,10 @@
 """Compare methods: run a grid of recipes and seeds through train.py, and write a table and a figure under results/.
 
-    python study.py methods                     losses after equal steps: dense, half and every recipe
-    python study.py equal_cost --seeds=6        losses at equal FLOPs and at equal predicted time
-    python study.py equal_cost --seeds=6 --step_ms=ms.json      and at equal measured time
-    python study.py quality --only fst s_ste    a part of a grid; the table has whatever is finished
-    python study.py flip_rate                   flip rates over the decay factor
+    python -m studies.compare methods                     losses after equal steps: dense, half and every recipe
+    python -m studies.compare equal_cost --seeds=6        losses at equal FLOPs and at equal predicted time
+    python -m studies.compare equal_cost --seeds=6 --step_ms=ms.json      and at equal measured time
+    python -m studies.compare quality --only fst s_ste    a part of a grid; the table has whatever is finished
+    python -m studies.compare flip_rate                   flip rates over the decay factor
 
 Every run is `python train.py NAME=VALUE...` in a folder of its own below --out_dir, named by its settings, so studies
 share runs. A study that was stopped goes on where it stood; what is finished is not run again. Seeds come one after
@@ -34,9 +34,9 @@ from benchmarks.suites import PAPER_BATCH
 from configurator import ConfigError, configure
 from runtime.loader import DATA_FOLDER, load_meta
 from runtime.metrics import read_config, read_metrics
-from study_cost import ACCUMULATION, MICRO_BATCH, flops_of, measured_ms, predicted_ms, switches_by_itself
-from study_grids import DECAY, FLIP_COMMON, FLIP_RATE, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
-from study_report import (
+from studies.cost import ACCUMULATION, MICRO_BATCH, flops_of, measured_ms, predicted_ms, switches_by_itself
+from studies.grids import DECAY, FLIP_COMMON, FLIP_RATE, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
+from studies.report import (
     Paired,
     by_mean,
     draw,
@@ -49,7 +49,7 @@ from study_report import (
     spread,
 )
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -267,7 +267,7 @@ def equal_cost_note(args) -> str:
         time = (
             f"Time: a prediction, not a measurement: predicted step-time ratios of GPT-2 {args.size} on "
             f"{args.gpu.upper()}, 2:4 GEMMs {args.ratio:g} x dense, steps of {ACCUMULATION} x {MICRO_BATCH} sequences "
-            "(study_cost.py), are taken for this model's."
+            "(studies/cost.py), are taken for this model's."
         )
     return (
         "Every run has a schedule of its own length and costs what the dense run does. FLOPs: those of this model's "
@@ -315,7 +315,7 @@ def pooled(args) -> None:
         named = argparse.Namespace(**{**vars(args), "dataset": text, "name": None})
         path = Path(args.results) / f"{result_name(named)}.json"
         if not path.exists():
-            raise ValueError(f"no {path} yet; run: python study.py {args.study} --dataset={text}")
+            raise ValueError(f"no {path} yet; run: python -m studies.compare {args.study} --dataset={text}")
         found = json.loads(path.read_text())
         tables.append(found["val_loss"])
         for label, commits in found.get("commits", {}).items():
@@ -337,7 +337,7 @@ def pooled(args) -> None:
         rows.append(row)
     for title in panels:
         heads += [title, "95 % interval", "by seed", "lower in"]
-    command = f"python study.py {args.study} --texts {' '.join(Path(text).name for text in args.texts)}"
+    command = f"python -m studies.compare {args.study} --texts {' '.join(Path(text).name for text in args.texts)}"
     command += f" --name={args.name}" if args.name else ""
     note = "Differences within each seed and text; mean +- sample standard deviation over all of these pairs. The "
     note += "first interval takes them for independent; the one by seed takes one mean over the texts of each seed."
@@ -364,7 +364,7 @@ def result_name(args) -> str:
 
 def command_of(args) -> str:
     """The command that writes the table again."""
-    parts = [f"python study.py {args.study} --dataset={Path(args.dataset).name} --seeds={args.seeds}"]
+    parts = [f"python -m studies.compare {args.study} --dataset={Path(args.dataset).name} --seeds={args.seeds}"]
     named = ("preset", "gpu", "size", "ratio", "step_ms", "decay", "name")
     return " ".join(
         [*parts, *(f"--{name}={getattr(args, name)}" for name in named if getattr(args, name) != USUAL[name])]
@@ -443,9 +443,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             report(args)
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"study.py: error: {error}")
+        sys.exit(f"studies.compare: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("study.py: stopped; the same command goes on")
+        sys.exit("studies.compare: stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from runtime.metrics import read_config, read_metrics
 from sparse24 import Recipe, get_recipe
-from study_grids import words
+from studies.grids import words
 
 # Sequences of a micro-batch, and micro-batches of a step: 524,288 tokens, the paper's and GPT-2's, in what fits a card.
 MICRO_BATCH, ACCUMULATION = 16, 32

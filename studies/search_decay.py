@@ -1,6 +1,6 @@
 """Find the decay factor lambda on the warm-up stage (section 4.3, "Fast Decay Factor Determination").
 
-    python search_decay.py config/train_gpt2_sparse.py --launcher="torchrun --standalone --nproc_per_node=8"
+    python -m studies.search_decay config/train_gpt2_sparse.py --launcher="torchrun --standalone --nproc_per_node=8"
 
 Take the training command, with its config files and settings, and write this script's name for train.py's:
 
@@ -43,7 +43,7 @@ from runtime.metrics import read_config, read_metrics, smooth
 from runtime.plot import curve, finish, new_figure
 from sparse24 import Recipe, recipe_of
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 OWNED = {  # settings of train.py that are refused on the command line, and what to do instead
     "out_dir": "each run has a folder of its own; choose where with --search_dir",
     "masked_decay": "it is what is searched for; choose the candidates with --candidates",
@@ -446,8 +446,8 @@ def run_search(search: Search) -> None:
 
 def parse(argv: list[str] | None):
     parser = argparse.ArgumentParser(
-        prog="search_decay.py",
-        usage="python search_decay.py [config/file.py ...] [--any_setting_of_train.py=value ...] [options]",
+        prog="studies.search_decay",
+        usage="python -m studies.search_decay [config/file.py ...] [--any_setting_of_train.py=value ...] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -475,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(search, picture)
         print(f"wrote {picture.with_suffix('.json')} and {picture}")
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"search_decay.py: error: {error}")
+        sys.exit(f"studies.search_decay: error: {error}")
     except ImportError as error:
         print(f"wrote {picture.with_suffix('.json')}, but no figure: {error}; pip install matplotlib")
     return 0 if recommend(search.mus) is not None else 1

@@ -1,4 +1,4 @@
-"""What study.py compares: the settings that all runs of a preset share, and the variants of each study."""
+"""What compare.py compares: the settings that all runs of a preset share, and the variants of each study."""
 
 from dataclasses import dataclass, replace
 

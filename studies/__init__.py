@@ -1,0 +1,1 @@
+"""Which method is better: grids of runs, their cost, statistics and figures, and the search for the decay factor."""

@@ -49,22 +49,20 @@ SELF_TESTS: list[Callable[[torch.device], dict[str, bool]]] = []
 
 
 def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None = None):
-    """Decorator of a specification: the operator runs kernels.`name` where it can take the call, else the
-    specification, which is also `operator.torch`.
+    """Decorator of a specification, which `operator.torch` then is: the operator runs kernels.`name` where that can
+    take the call.
 
-    takes: whether the kernel can take these arguments, in addition to the conditions of `_runs_kernels`. Calls that it
-    refuses go to the specification, which raises the error if the arguments are wrong. otherwise: runs in place of the
-    specification where the kernel cannot; for an operator whose parts have kernels of their own.
+    takes: whether the kernel takes these arguments, in addition to `_runs_kernels`. Calls that it refuses go to the
+    specification, which raises the error if they are wrong. otherwise: runs in place of the specification, for an
+    operator whose parts have kernels of their own.
     """
 
     def attach(specification: Callable) -> Callable:
-        instead = otherwise or specification
-
         @functools.wraps(specification)
         def operator(*args, **kwargs):
             if _runs_kernels(*args, *kwargs.values()) and (takes is None or takes(*args, **kwargs)):
                 return getattr(_kernels, name)(*args, **kwargs)
-            return instead(*args, **kwargs)
+            return (otherwise or specification)(*args, **kwargs)
 
         operator.torch = specification
         return operator
@@ -73,8 +71,7 @@ def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None 
 
 
 def _runs_kernels(*arguments) -> bool:
-    """Whether the floating-point tensors among the arguments may go to a kernel. They may not if a gradient is to flow
-    back: specifications are differentiable, kernels are not."""
+    """Whether the floating-point tensors among the arguments may go to a kernel: none may need a gradient."""
     tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return bool(tensors) and all(
         _STATUS.get(t.device) == "on"
@@ -88,10 +85,9 @@ def _runs_kernels(*arguments) -> bool:
 def use_kernels(device: torch.device | str) -> str:
     """Use the Triton kernels on this CUDA device from now on. Returns "on", or "off: " and the reason.
 
-    Call it once, before a model is built: train.py and bench.py do, and whoever takes only this file and kernels.py
-    along calls it themselves. Without the call everything runs in plain PyTorch. The first call for a device compares
-    every kernel with its specification, which takes seconds. If one differs, it is named in a warning, and no kernel is
-    used. Raises ValueError for a value of NANO24_KERNELS other than 0 and 1.
+    Call it once, before a model is built; without it everything runs in plain PyTorch. The first call compares every
+    kernel with its specification, which takes seconds. If one differs, a warning names it and no kernel is used.
+    Raises ValueError for a value of NANO24_KERNELS other than 0 and 1.
     """
     device = _with_number(torch.device(device))
     if device.type == "cuda" and device not in _STATUS:
@@ -217,17 +213,14 @@ def _in_blocks(w: torch.Tensor) -> bool:
 
 def _check_groups(function: str, x: torch.Tensor) -> None:
     if not _in_groups(x):
-        raise ValueError(
-            f"{function}: shape {tuple(x.shape)}, need at least two dimensions and a last one divisible by 4; "
-            "pad with zeros or reshape"
-        )
+        need = "at least two dimensions and a last one divisible by 4; pad with zeros or reshape"
+        raise ValueError(f"{function}: shape {tuple(x.shape)}, need {need}")
 
 
 def _check_blocks(function: str, w: torch.Tensor) -> None:
     if not _in_blocks(w):
-        raise ValueError(
-            f"{function}: shape {tuple(w.shape)}, need (out, in) with both divisible by 4; change the layer"
-        )
+        need = "(out, in) with both divisible by 4; change the layer"
+        raise ValueError(f"{function}: shape {tuple(w.shape)}, need {need}")
 
 
 def _magnitude(x: torch.Tensor) -> torch.Tensor:
@@ -281,9 +274,8 @@ def transposable_index(w: torch.Tensor) -> torch.Tensor:
 def expand_index(index: torch.Tensor) -> torch.Tensor:
     """The mask, bool (out, in), of an index matrix of `transposable_index`, uint8 (out/4, in/4)."""
     if index.dtype != torch.uint8 or index.dim() != 2:
-        raise ValueError(
-            f"expand_index: {index.dtype} {tuple(index.shape)}, need the uint8 (out/4, in/4) of transposable_index"
-        )
+        need = "the uint8 (out/4, in/4) of transposable_index"
+        raise ValueError(f"expand_index: {index.dtype} {tuple(index.shape)}, need {need}")
     blocks = _table("flat", index.device)[index.long()].unflatten(-1, (4, 4))  # (out/4, in/4, 4, 4)
     return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
 
@@ -341,12 +333,6 @@ def mask24(w: torch.Tensor) -> torch.Tensor:
     return expand_pairs(pair_index(w))
 
 
-def mask24_ref(w: torch.Tensor) -> torch.Tensor:
-    """`mask24` by specifications alone."""
-    _check_groups("mask24", w)
-    return expand_pairs(pair_index.torch(w))
-
-
 def flip_count(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """The number of mask entries that differ between two uint8 index matrices, an int64 0-d tensor. Raises ValueError
     where their shapes differ."""
@@ -375,10 +361,9 @@ def flip_rate(before, after) -> float:
                 f"flip_rate: {old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}, "
                 "need two bool masks or two uint8 index matrices of one shape"
             )
-        old_rows, new_rows = local(old), local(new)
-        flipped = (old_rows != new_rows).sum() if old.dtype == torch.bool else flip_count(old_rows, new_rows)
-        flips.append(total(flipped, old))
-        entries += old.numel() * (1 if old.dtype == torch.bool else 16)
+        old_rows, new_rows, is_mask = local(old), local(new), old.dtype == torch.bool
+        flips.append(total((old_rows != new_rows).sum() if is_mask else flip_count(old_rows, new_rows), old))
+        entries += old.numel() * (1 if is_mask else 16)
     return int(torch.stack(flips).sum()) / entries if entries else 0.0
 
 
@@ -440,21 +425,16 @@ def group_uniforms(rows: int, groups: int, seed, device=None, stream: int = 0) -
     return (words & 0x7FFFFF).float() * 2.0**-23
 
 
-def _uniforms_like(function: str, x: torch.Tensor, seed, u: torch.Tensor | None) -> torch.Tensor:
-    shape = (*x.shape[:-1], x.shape[-1] // 4)
-    if u is None:
-        u = group_uniforms(math.prod(shape[:-1]), shape[-1], seed, x.device).to(x.device).view(shape)
-    elif u.shape != shape:
-        raise ValueError(f"{function}: u has shape {tuple(u.shape)}, need {shape}, one uniform per group of four")
-    return u
-
-
 def mvue24_with_mask(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification of `mvue24`, and the mask of what it keeps: bool of x's shape, two True in every group."""
     _check_groups("mvue24", x)
-    groups = x.unflatten(-1, (-1, 4))
+    groups, shape = x.unflatten(-1, (-1, 4)), (*x.shape[:-1], x.shape[-1] // 4)
     a0, a1, a2, a3 = _magnitude(groups).unbind(-1)
-    u = _uniforms_like("mvue24", x, seed, u).to(a0.dtype)
+    if u is None:
+        u = group_uniforms(math.prod(shape[:-1]), shape[-1], seed, x.device).to(x.device).view(shape)
+    if u.shape != shape:
+        raise ValueError(f"mvue24: u has shape {tuple(u.shape)}, need {shape}, one uniform per group of four")
+    u = u.to(a0.dtype)
     # The sum of the three smallest, rather than S - max a: nothing cancels.
     max01, max23 = torch.maximum(a0, a1), torch.maximum(a2, a3)
     rest = torch.minimum(a0, a1) + torch.minimum(a2, a3) + torch.minimum(max01, max23)
@@ -585,8 +565,7 @@ def simulate_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
-    """Eq. 10, in place: grad += decay * ~mask * w. Returns grad; decay per step. No kernel of its own: that of AdamW
-    adds the decay while it reads the weights.
+    """Eq. 10, in place: grad += decay * ~mask * w. Returns grad. AdamW's kernel adds the decay by itself.
 
     grad, w: one shape. mask: bool of that shape, or its uint8 index matrix. Raises ValueError for anything else.
     """
@@ -642,12 +621,8 @@ class Recipe:
     optimizer: type | None = None  # subclass of MaskedDecayAdamW that the method trains with; None = MaskedDecayAdamW
 
     def __post_init__(self):
-        allowed = {
-            "mask": ("transposable", "row", "soft"),
-            "decay_on": ("grad", "weight"),
-            "weight_gradient": ("straight", "true"),
-        }
-        for field, values in allowed.items():
+        kinds = {"mask": ("transposable", "row", "soft"), "decay_on": ("grad", "weight")}
+        for field, values in (kinds | {"weight_gradient": ("straight", "true")}).items():
             if getattr(self, field) not in values:
                 raise ValueError(f"Recipe: {field}={getattr(self, field)!r}, need one of {', '.join(values)}")
         if not self.masked_decay >= 0 or math.isinf(self.masked_decay):
@@ -657,22 +632,20 @@ class Recipe:
         for field in ("dense_finetune", "dense_pretrain", "dense_pretrain_latest"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"Recipe: {field}={getattr(self, field)}, need a fraction of max_iters from 0 to 1")
+        for field, base in (("layer", "Sparse24Linear"), ("optimizer", "MaskedDecayAdamW")):
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, type) and issubclass(value, globals()[base])):
+                raise ValueError(f"Recipe: {field}={value!r}, need a subclass of {base}, or None")
         self._check_together()
 
     def _check_together(self) -> None:
         """Refuse fields that would be ignored, or make no sense, beside others."""
-        soft, latest = self.mask == "soft", self.dense_pretrain_latest
+        soft, first, latest = self.mask == "soft", self.dense_pretrain, self.dense_pretrain_latest
         needs = {
-            "dense_pretrain + dense_finetune <= 1": self.dense_pretrain + self.dense_finetune <= 1,
+            "dense_pretrain + dense_finetune <= 1": first + self.dense_finetune <= 1,
             "mask='soft' for weight_gradient": soft or self.weight_gradient == "straight",
             "mask_interval=1 for mask='soft', which follows every step": not soft or self.mask_interval == 1,
-            f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}": (
-                not latest or 0 < self.dense_pretrain <= latest
-            ),
-            "a subclass of Sparse24Linear for layer": self.layer is None or issubclass(self.layer, Sparse24Linear),
-            "a subclass of MaskedDecayAdamW for optimizer": (
-                self.optimizer is None or issubclass(self.optimizer, MaskedDecayAdamW)
-            ),
+            f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}": not latest or 0 < first <= latest,
         }
         wrong = [need for need, met in needs.items() if not met]
         if wrong:
@@ -793,8 +766,8 @@ def by_rows(function: Callable, w: torch.Tensor, per_row: int) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((w.shape[0] // per_row, *part.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, w.device_mesh, w.placements, run_check=False, shape=shape, stride=stride)
+    layout = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+    return DTensor.from_local(part, w.device_mesh, w.placements, run_check=False, **layout)
 
 
 def total(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -925,17 +898,14 @@ class Sparse24Linear(nn.Linear):
     `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
     And these are not saved:
     `.seed`    int64 0-d tensor that MVUE reads; `seed_draws` sets it, as a function of the step.
-    `.prune_again`  prune once more in the backward instead of keeping the pruned weight. FSDP needs it, because it
-               frees the weight in between.
+    `.prune_again`  prune once more in the backward. FSDP needs it, because it frees the weight in between.
     The mask of a fresh or reset layer matches its weights; call `refresh_masks` after setting or loading weights alone.
-    Between steps of FSDP2 `.weight` is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used; all else
-    here is unsharded, the same on every rank.
+    Between steps of FSDP2 `.weight` is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used.
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as nn.Linear's do.
     Raises ValueError when in or out is not divisible by 4, and for the recipe of a subclass.
 
-    A method in methods/ subclasses it and overrides what it does differently: `new_index` (which mask the weights would
-    have), `refresh` (when masks are recomputed), `begin_step` (what happens before a sparse step), `backward_mask`
-    (which weights dX multiplies), `make_state` (more buffers), or `forward`.
+    A method in methods/ subclasses it and overrides what it does differently: `new_index`, `refresh`, `begin_step`,
+    `backward_mask`, `make_state` or `forward`.
     """
 
     def __init__(self, in_features, out_features, bias=True, recipe="fst", device=None, dtype=None):
@@ -948,9 +918,8 @@ class Sparse24Linear(nn.Linear):
         self.recipe = get_recipe(recipe)
         layer_class = self.recipe.layer or Sparse24Linear
         if not isinstance(self, layer_class):
-            raise ValueError(
-                f"Sparse24Linear: recipe {self.recipe.name!r} needs {layer_class.__name__}; use that class, or sparsify"
-            )
+            need = f"needs {layer_class.__name__}; use that class, or sparsify"
+            raise ValueError(f"Sparse24Linear: recipe {self.recipe.name!r} {need}")
         self.sparse = True
         self.prune_again = False
         self.make_state()
@@ -1228,12 +1197,11 @@ class MaskedDecayAdamW(torch.optim.AdamW):
     whose `.sparse` is False get plain AdamW. Other arguments are torch.optim.AdamW's. `masked_decay` may be changed
     between steps. Raises ValueError for a negative factor or another decay_on.
 
-    A method in methods/ subclasses it and overrides what it does differently: `update` (Adam's update, after the
-    decay), or `dense_start_done` (a rule for the end of the dense start).
+    float32 parameters on CUDA take a step in one kernel launch, which only reads the gradients. Row-wise masks that
+    decay do not, nor do steps with an option of torch's such as fused or foreach, also when a loaded state dict sets
+    it. State and checkpoints are torch's either way.
 
-    float32 parameters on CUDA take a step in one kernel launch, which only reads the gradients. Other methods than FST
-    do not, nor do steps with an option of torch's (fused, foreach, amsgrad, maximize, capturable, differentiable), also
-    when a loaded state dict sets it. State and checkpoints are torch's either way.
+    A method in methods/ subclasses it and overrides `update` or `dense_start_done`.
     """
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
@@ -1385,3 +1353,7 @@ transposable_index_ref, pair_index_ref = transposable_index.torch, pair_index.to
 mvue24_ref, mvue24_kept_ref = mvue24.torch, mvue24_with_mask
 soft_threshold24_ref, sste_scale_ref = soft_threshold24.torch, sste_scale.torch
 flip_count_ref, masked_decay_ref_ = flip_count, masked_decay_
+
+
+def mask24_ref(w: torch.Tensor) -> torch.Tensor:
+    return expand_pairs(pair_index.torch(w))

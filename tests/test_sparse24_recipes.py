@@ -94,8 +94,9 @@ def test_settings_change_the_fields_that_they_name():
         ({"mask": "soft", "mask_interval": 40}, "mask_interval=1 for mask='soft'"),
         ({"dense_pretrain_latest": 0.5}, "dense_pretrain above 0 and at most dense_pretrain_latest=0.5"),
         ({"dense_pretrain_latest": 0.5, "dense_pretrain": 0.6}, "at most dense_pretrain_latest=0.5"),
-        ({"layer": nn.Linear}, "a subclass of Sparse24Linear for layer"),
-        ({"optimizer": torch.optim.AdamW}, "a subclass of MaskedDecayAdamW for optimizer"),
+        ({"layer": nn.Linear}, "Recipe: layer=<class .*, need a subclass of Sparse24Linear, or None"),
+        ({"layer": "MyLinear"}, "Recipe: layer='MyLinear', need a subclass of Sparse24Linear"),
+        ({"optimizer": torch.optim.AdamW}, "Recipe: optimizer=<class .*, need a subclass of MaskedDecayAdamW"),
     ],
     ids=str,
 )  # fmt: skip

@@ -28,6 +28,7 @@ OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd:
 # None: no weight depends on the setting, so a saved run goes on with any value. A dict: the value of each recipe.
 LAST_WITH_REMOVED = "7ffc73d"
 _IN_RECIPE = "it is a field of the recipe: edit RECIPES in sparse24.py"
+_IN_METHOD = "it belongs to the method: edit methods/{}.py"
 REMOVED = {
     "masked_decay_auto": (False, "studies.search_decay finds a decay factor before the run"),
     "masked_decay_auto_interval": (None, "studies.search_decay finds a decay factor before the run"),
@@ -46,10 +47,10 @@ REMOVED = {
     "mvue_layers": ("", "mvue is for all sparse layers"),
     "decay_on": ({"sr_ste": "weight", "": "grad"}, _IN_RECIPE),
     "mask": ({"s_ste": "soft", **dict.fromkeys(("sr_ste", "step", "bi_mask"), "row"), "": "transposable"}, _IN_RECIPE),
-    "backward_mask": ({"bi_mask": "own", "": "same"}, _IN_RECIPE),
-    "permutation_interval": ({"bi_mask": 100, "": 0}, _IN_RECIPE),
-    "precondition": ({"step": True, "": False}, _IN_RECIPE),
-    "autoswitch": ({"step": True, "": False}, _IN_RECIPE),
+    "backward_mask": ({"bi_mask": "own", "": "same"}, _IN_METHOD.format("bi_mask")),
+    "permutation_interval": ({"bi_mask": 100, "": 0}, _IN_METHOD.format("bi_mask")),
+    "precondition": ({"step": True, "": False}, _IN_METHOD.format("step")),
+    "autoswitch": ({"step": True, "": False}, _IN_METHOD.format("step")),
     "beta": ({"s_ste": "init", "": "none"}, "soft weights have a scale that is fixed when the sparse phase begins"),
     "weight_gradient": ({"s_ste": "true", "": "straight"}, "sparse=s_ste has the true one, s_ste_straight the other"),
     "fp8": (False, _IN_RECIPE),

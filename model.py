@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from gemm24.ffn import sparse_ffn, takes_plan
 from gemm24.operands import ACTIVATIONS, GATED
-from sparse24 import RECIPES, MaskedDecayAdamW, kernel_status, sparsify
+from sparse24 import MaskedDecayAdamW, kernel_status, recipe_names, sparsify
 
 # n_layer, n_head, n_embd of the four published GPT-2 sizes, and what Hugging Face calls them
 PRESETS = {
@@ -52,7 +52,7 @@ class GPTConfig:
     bias: bool = True  # in linears and LayerNorms
     activation: str = "gelu"  # a key of ACTIVATIONS
     ffn_ratio: float = 4.0  # d_ff / n_embd before the gated correction; 2.0 is the paper's "Half" baseline
-    sparse: str = "none"  # "none" or a key of sparse24.RECIPES
+    sparse: str = "none"  # "none" or a name of sparse24.get_recipe
 
     @property
     def d_ff(self) -> int:
@@ -73,7 +73,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig: n_embd={self.n_embd}, need a multiple of n_head={self.n_head}; change either")
         _one_of("GPTConfig: activation", self.activation, ACTIVATIONS)
-        _one_of("GPTConfig: sparse", self.sparse, ["none", *RECIPES])
+        _one_of("GPTConfig: sparse", self.sparse, ["none", *recipe_names()])
         width = self.ffn_ratio * self.n_embd
         if not (0.5 < width < math.inf and abs(width - round(width)) < 1e-6 * width):
             sizes = f"ffn_ratio={self.ffn_ratio} times n_embd={self.n_embd} is {width:g}"
@@ -148,7 +148,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2 for `config`. With `config.sparse` set, the layers of `sparse_names()` are swapped in place for sparse ones
-    of `recipe`, by default RECIPES[config.sparse]. Raises ValueError for a recipe that nothing would use."""
+    of `recipe`, by default get_recipe(config.sparse). Raises ValueError for a recipe that nothing would use."""
 
     def __init__(self, config, recipe=None):
         super().__init__()
@@ -179,7 +179,7 @@ class GPT(nn.Module):
 
     def _make_sparse(self, recipe):
         if self.config.sparse != "none":  # draws no random number
-            sparsify(self, recipe or RECIPES[self.config.sparse], self.sparse_names())
+            sparsify(self, recipe or self.config.sparse, self.sparse_names())
         elif recipe is not None:
             raise ValueError("GPT: a recipe was given but config.sparse='none'; set config.sparse or drop the recipe")
 
@@ -289,9 +289,11 @@ class GPT(nn.Module):
         """Model FLOPs utilisation of one device, a fraction of its dense peak (FLOP/s); None where that is unknown."""
         return None if peak_flops is None else self.flops_per_token() * tokens_per_s / peak_flops
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, masked_decay=0.0, decay_on="grad"):
+    def configure_optimizers(
+        self, weight_decay, learning_rate, betas, device_type, masked_decay=0.0, decay_on="grad", optimizer=None
+    ):
         """AdamW with `weight_decay` on matrices and embeddings, none on biases and LayerNorms, and on sparse layers the
-        paper's masked decay as well. Plain AdamW for a dense model."""
+        paper's masked decay as well. Plain AdamW for a dense model. optimizer: a recipe's subclass."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -300,7 +302,7 @@ class GPT(nn.Module):
         own_kernel = device_type == "cuda" and kernel_status(params[0].device) == "on"
         fused = None if own_kernel or device_type not in ("cuda", "cpu") else True
         options = {"lr": learning_rate, "betas": betas, "fused": fused}
-        return MaskedDecayAdamW(groups, self, masked_decay=masked_decay, decay_on=decay_on, **options)
+        return (optimizer or MaskedDecayAdamW)(groups, self, masked_decay=masked_decay, decay_on=decay_on, **options)
 
 
 @torch.no_grad()

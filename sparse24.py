@@ -9,7 +9,7 @@ W is (out, in), X (BT, in), Z = X W^T, and M is a transposable 2:4 mask: two of 
     refresh    M <- argmax over the 90 patterns of |W*M|_1 in each 4x4 block, every `mask_interval`    Algorithm 1
 
 The file goes from the parts to the whole: which calls run a Triton kernel; patterns, masks and the flip rate; MVUE;
-soft threshold and masked decay; the recipes, with the equations of the other methods; weights that are sharded over
+soft threshold and masked decay; the recipes, with the equations of the ablations; weights that are sharded over
 ranks; the sparse linear layer, `sparsify` and `densify`; the optimizer. Masks are bool, True = kept. A mask is stored
 as its index matrix, one uint8 for each 4x4 block. The layer here multiplies pruned operands as dense matrices; gemm24/
 multiplies 2:4 ones.
@@ -20,8 +20,10 @@ everything runs in plain PyTorch.
 
 import functools
 import hashlib
+import importlib.util
 import math
 import os
+import pkgutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -47,22 +49,20 @@ SELF_TESTS: list[Callable[[torch.device], dict[str, bool]]] = []
 
 
 def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None = None):
-    """Decorator of a specification: the operator runs kernels.`name` where it can take the call, else the
-    specification, which is also `operator.torch`.
+    """Decorator of a specification, which `operator.torch` then is: the operator runs kernels.`name` where that can
+    take the call.
 
-    takes: whether the kernel can take these arguments, in addition to the conditions of `_runs_kernels`. Calls that it
-    refuses go to the specification, which raises the error if the arguments are wrong. otherwise: runs in place of the
-    specification where the kernel cannot; for an operator whose parts have kernels of their own.
+    takes: whether the kernel takes these arguments, in addition to `_runs_kernels`. Calls that it refuses go to the
+    specification, which raises the error if they are wrong. otherwise: runs in place of the specification, for an
+    operator whose parts have kernels of their own.
     """
 
     def attach(specification: Callable) -> Callable:
-        instead = otherwise or specification
-
         @functools.wraps(specification)
         def operator(*args, **kwargs):
             if _runs_kernels(*args, *kwargs.values()) and (takes is None or takes(*args, **kwargs)):
                 return getattr(_kernels, name)(*args, **kwargs)
-            return instead(*args, **kwargs)
+            return (otherwise or specification)(*args, **kwargs)
 
         operator.torch = specification
         return operator
@@ -71,8 +71,7 @@ def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None 
 
 
 def _runs_kernels(*arguments) -> bool:
-    """Whether the floating-point tensors among the arguments may go to a kernel. They may not if a gradient is to flow
-    back: specifications are differentiable, kernels are not."""
+    """Whether the floating-point tensors among the arguments may go to a kernel: none may need a gradient."""
     tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return bool(tensors) and all(
         _STATUS.get(t.device) == "on"
@@ -86,10 +85,9 @@ def _runs_kernels(*arguments) -> bool:
 def use_kernels(device: torch.device | str) -> str:
     """Use the Triton kernels on this CUDA device from now on. Returns "on", or "off: " and the reason.
 
-    Call it once, before a model is built: train.py and bench.py do, and whoever takes only this file and kernels.py
-    along calls it themselves. Without the call everything runs in plain PyTorch. The first call for a device compares
-    every kernel with its specification, which takes seconds. If one differs, it is named in a warning, and no kernel is
-    used. Raises ValueError for a value of NANO24_KERNELS other than 0 and 1.
+    Call it once, before a model is built; without it everything runs in plain PyTorch. The first call compares every
+    kernel with its specification, which takes seconds. If one differs, a warning names it and no kernel is used.
+    Raises ValueError for a value of NANO24_KERNELS other than 0 and 1.
     """
     device = _with_number(torch.device(device))
     if device.type == "cuda" and device not in _STATUS:
@@ -215,17 +213,14 @@ def _in_blocks(w: torch.Tensor) -> bool:
 
 def _check_groups(function: str, x: torch.Tensor) -> None:
     if not _in_groups(x):
-        raise ValueError(
-            f"{function}: shape {tuple(x.shape)}, need at least two dimensions and a last one divisible by 4; "
-            "pad with zeros or reshape"
-        )
+        need = "at least two dimensions and a last one divisible by 4; pad with zeros or reshape"
+        raise ValueError(f"{function}: shape {tuple(x.shape)}, need {need}")
 
 
 def _check_blocks(function: str, w: torch.Tensor) -> None:
     if not _in_blocks(w):
-        raise ValueError(
-            f"{function}: shape {tuple(w.shape)}, need (out, in) with both divisible by 4; change the layer"
-        )
+        need = "(out, in) with both divisible by 4; change the layer"
+        raise ValueError(f"{function}: shape {tuple(w.shape)}, need {need}")
 
 
 def _magnitude(x: torch.Tensor) -> torch.Tensor:
@@ -279,9 +274,8 @@ def transposable_index(w: torch.Tensor) -> torch.Tensor:
 def expand_index(index: torch.Tensor) -> torch.Tensor:
     """The mask, bool (out, in), of an index matrix of `transposable_index`, uint8 (out/4, in/4)."""
     if index.dtype != torch.uint8 or index.dim() != 2:
-        raise ValueError(
-            f"expand_index: {index.dtype} {tuple(index.shape)}, need the uint8 (out/4, in/4) of transposable_index"
-        )
+        need = "the uint8 (out/4, in/4) of transposable_index"
+        raise ValueError(f"expand_index: {index.dtype} {tuple(index.shape)}, need {need}")
     blocks = _table("flat", index.device)[index.long()].unflatten(-1, (4, 4))  # (out/4, in/4, 4, 4)
     return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
 
@@ -339,12 +333,6 @@ def mask24(w: torch.Tensor) -> torch.Tensor:
     return expand_pairs(pair_index(w))
 
 
-def mask24_ref(w: torch.Tensor) -> torch.Tensor:
-    """`mask24` by specifications alone."""
-    _check_groups("mask24", w)
-    return expand_pairs(pair_index.torch(w))
-
-
 def flip_count(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """The number of mask entries that differ between two uint8 index matrices, an int64 0-d tensor. Raises ValueError
     where their shapes differ."""
@@ -373,10 +361,9 @@ def flip_rate(before, after) -> float:
                 f"flip_rate: {old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}, "
                 "need two bool masks or two uint8 index matrices of one shape"
             )
-        old_rows, new_rows = local(old), local(new)
-        flipped = (old_rows != new_rows).sum() if old.dtype == torch.bool else flip_count(old_rows, new_rows)
-        flips.append(total(flipped, old))
-        entries += old.numel() * (1 if old.dtype == torch.bool else 16)
+        old_rows, new_rows, is_mask = local(old), local(new), old.dtype == torch.bool
+        flips.append(total((old_rows != new_rows).sum() if is_mask else flip_count(old_rows, new_rows), old))
+        entries += old.numel() * (1 if is_mask else 16)
     return int(torch.stack(flips).sum()) / entries if entries else 0.0
 
 
@@ -438,21 +425,16 @@ def group_uniforms(rows: int, groups: int, seed, device=None, stream: int = 0) -
     return (words & 0x7FFFFF).float() * 2.0**-23
 
 
-def _uniforms_like(function: str, x: torch.Tensor, seed, u: torch.Tensor | None) -> torch.Tensor:
-    shape = (*x.shape[:-1], x.shape[-1] // 4)
-    if u is None:
-        u = group_uniforms(math.prod(shape[:-1]), shape[-1], seed, x.device).to(x.device).view(shape)
-    elif u.shape != shape:
-        raise ValueError(f"{function}: u has shape {tuple(u.shape)}, need {shape}, one uniform per group of four")
-    return u
-
-
 def mvue24_with_mask(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification of `mvue24`, and the mask of what it keeps: bool of x's shape, two True in every group."""
     _check_groups("mvue24", x)
-    groups = x.unflatten(-1, (-1, 4))
+    groups, shape = x.unflatten(-1, (-1, 4)), (*x.shape[:-1], x.shape[-1] // 4)
     a0, a1, a2, a3 = _magnitude(groups).unbind(-1)
-    u = _uniforms_like("mvue24", x, seed, u).to(a0.dtype)
+    if u is None:
+        u = group_uniforms(math.prod(shape[:-1]), shape[-1], seed, x.device).to(x.device).view(shape)
+    if u.shape != shape:
+        raise ValueError(f"mvue24: u has shape {tuple(u.shape)}, need {shape}, one uniform per group of four")
+    u = u.to(a0.dtype)
     # The sum of the three smallest, rather than S - max a: nothing cancels.
     max01, max23 = torch.maximum(a0, a1), torch.maximum(a2, a3)
     rest = torch.minimum(a0, a1) + torch.minimum(a2, a3) + torch.minimum(max01, max23)
@@ -583,8 +565,7 @@ def simulate_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
-    """Eq. 10, in place: grad += decay * ~mask * w. Returns grad; decay per step. No kernel of its own: that of AdamW
-    adds the decay while it reads the weights.
+    """Eq. 10, in place: grad += decay * ~mask * w. Returns grad. AdamW's kernel adds the decay by itself.
 
     grad, w: one shape. mask: bool of that shape, or its uint8 index matrix. Raises ValueError for anything else.
     """
@@ -599,23 +580,16 @@ def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Recipes: every choice in which one method of 2:4 training differs from another
+# Recipes: every choice in which one method of 2:4 training differs from another. FST and its ablations stand here; each
+# other method is a file in methods/.
 #
-# C is the pruning, Z = X C(W)^T, S the soft threshold; g the clipped gradient, m and v Adam's moments.
+# C is the pruning, Z = X C(W)^T, S the soft threshold.
 #
 # fst      Hu et al., ICML 2024, as at the top of this file. The masks are searched every 40 steps; the last 1/6 of the
 #          steps is dense (section 4.4); dW reaches W straight through.
 # ste      fst without decay, MVUE and dense phase: the flip-rate explosion of Figure 1.
 # sr_ste   Zhou et al., ICLR 2021. M row-wise by magnitude, every step; dX multiplies the same W*M as a dense matrix.
 #              W <- W - lr * decay * ~M * W, beside Adam's update and not through its moments           Eq. 8
-# step     Lu et al., ICML 2023. Dense until the second moments have settled; then v stays what it was at the switch:
-#              m_t = b1 m + (1 - b1) g    W <- W - lr m_t' / (sqrt(v_switch') + eps)    (primes: bias-corrected)
-#          AutoSwitch: Z_t is the mean of |v_t - v_{t-1}| over the weights. The switch comes when its average over the
-#          last 1/(1 - b2) steps falls below Adam's eps, but not before 10 % of the steps and not after 50 %. M is
-#          row-wise, every step. Here v is frozen for the sparse weights alone, as the authors of FST did it.
-# bi_mask  Zhang et al., ICML 2023. M row-wise, and for dX a second mask B: of the rows of W*M, in the order of a
-#          permutation, the two largest of four along out. dX = dZ (W*M*B). Every 100 steps the permutation becomes the
-#          one under which B keeps most, among 100 random ones and the present one. Decay as Eq. 10.
 # s_ste    Hu et al., NeurIPS 2024. C(W) = beta S(W), S(w) = sign(w) max(|w| - t, 0), t the second-smallest magnitude of
 #          the group: continuous in w. beta = <W, S(W)> / <S(W), S(W)> when the layer becomes sparse, then fixed. dX
 #          multiplies the same C(W) as a dense matrix. W gets its true gradient beta J^T dC, J the Jacobian of S and
@@ -623,9 +597,7 @@ def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay
 #          (results/quality-6seeds.md); nothing is known at better rates.
 # s_ste_straight  s_ste as published: dC reaches W as it is, without beta and without J.
 
-AUTOSWITCH_LATEST = 0.5  # STEP's upper clip of the switch, a share of max_iters; dense_pretrain is the lower one
-PERMUTATIONS = 100  # candidates of Bi-Mask's search
-# The fields that are settings of train.py too. All other fields are edited here, in RECIPES.
+# The fields that are settings of train.py too. All other fields are edited here, or in the method's file.
 SETTINGS = ("mask_interval", "masked_decay", "mvue", "dense_finetune", "dense_pretrain")
 
 
@@ -636,52 +608,44 @@ class Recipe:
 
     name: str
     mask: str = "transposable"  # "transposable", "row" (row-wise by magnitude) or "soft" (soft threshold, row-wise)
-    backward_mask: str = "same"  # dX multiplies the forward's masked W ("same") or one with its own mask ("own")
-    permutation_interval: int = 0  # steps between searches for the row order of the own backward mask; 0 = never
     mvue: bool = False  # 2:4 weight-gradient GEMM through MVUE, else a dense one
     masked_decay: float = 0.0  # the decay factor lambda itself; 0 = none
     decay_on: str = "grad"  # "grad": Eq. 10; "weight": SR-STE's Eq. 8
     mask_interval: int = 40  # steps between mask refreshes
     dense_finetune: float = 0.0  # share of the steps that are dense, at the end
     dense_pretrain: float = 0.0  # share of the steps that are dense, at the start
-    precondition: bool = False  # STEP: Adam's second moments are frozen after the dense start
-    autoswitch: bool = False  # STEP's rule ends the dense start, from dense_pretrain on
+    dense_pretrain_latest: float = 0.0  # share by which a dense start ends that the optimizer ends; 0 = it does not
     weight_gradient: str = "straight"  # dW of soft weights: "straight" through, or "true" (beta times the Jacobian)
     fp8: bool = False  # simulate FP8 GEMMs: W and X in E4M3, dZ in E5M2, one scale per tensor
+    layer: type | None = None  # subclass of Sparse24Linear that computes the method; None = Sparse24Linear
+    optimizer: type | None = None  # subclass of MaskedDecayAdamW that the method trains with; None = MaskedDecayAdamW
 
     def __post_init__(self):
-        allowed = {
-            "mask": ("transposable", "row", "soft"),
-            "backward_mask": ("same", "own"),
-            "decay_on": ("grad", "weight"),
-            "weight_gradient": ("straight", "true"),
-        }
-        for field, values in allowed.items():
+        kinds = {"mask": ("transposable", "row", "soft"), "decay_on": ("grad", "weight")}
+        for field, values in (kinds | {"weight_gradient": ("straight", "true")}).items():
             if getattr(self, field) not in values:
                 raise ValueError(f"Recipe: {field}={getattr(self, field)!r}, need one of {', '.join(values)}")
         if not self.masked_decay >= 0 or math.isinf(self.masked_decay):
             raise ValueError(f"Recipe: masked_decay={self.masked_decay}, need a finite factor of at least 0")
         if self.mask_interval < 1:
             raise ValueError(f"Recipe: mask_interval={self.mask_interval}, need at least 1 step")
-        if self.permutation_interval < 0:
-            raise ValueError(f"Recipe: permutation_interval={self.permutation_interval}, need at least 0 (never)")
-        for field in ("dense_finetune", "dense_pretrain"):
+        for field in ("dense_finetune", "dense_pretrain", "dense_pretrain_latest"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"Recipe: {field}={getattr(self, field)}, need a fraction of max_iters from 0 to 1")
+        for field, base in (("layer", "Sparse24Linear"), ("optimizer", "MaskedDecayAdamW")):
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, type) and issubclass(value, globals()[base])):
+                raise ValueError(f"Recipe: {field}={value!r}, need a subclass of {base}, or None")
         self._check_together()
 
     def _check_together(self) -> None:
         """Refuse fields that would be ignored, or make no sense, beside others."""
-        soft, own_backward_mask = self.mask == "soft", self.backward_mask == "own"
-        switches = not self.autoswitch or 0 < self.dense_pretrain <= AUTOSWITCH_LATEST
+        soft, first, latest = self.mask == "soft", self.dense_pretrain, self.dense_pretrain_latest
         needs = {
-            "dense_pretrain + dense_finetune <= 1": self.dense_pretrain + self.dense_finetune <= 1,
-            "mask='row' for backward_mask='own'": not own_backward_mask or self.mask == "row",
-            "backward_mask='own' for permutation_interval": own_backward_mask or self.permutation_interval == 0,
+            "dense_pretrain + dense_finetune <= 1": first + self.dense_finetune <= 1,
             "mask='soft' for weight_gradient": soft or self.weight_gradient == "straight",
             "mask_interval=1 for mask='soft', which follows every step": not soft or self.mask_interval == 1,
-            "dense_pretrain above 0 for precondition": not self.precondition or self.dense_pretrain > 0,
-            f"dense_pretrain above 0 and at most {AUTOSWITCH_LATEST} for autoswitch, as its earliest": switches,
+            f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}": not latest or 0 < first <= latest,
         }
         wrong = [need for need, met in needs.items() if not met]
         if wrong:
@@ -694,8 +658,8 @@ class Recipe:
 
     @property
     def fused(self) -> bool:
-        """Whether gemm24/ffn.py's one function computes what two layers do: one pruned W for all GEMMs, and no FP8."""
-        return self.backward_mask == "same" and not self.fp8
+        """Whether gemm24/ffn.py's one function computes what two layers do: those of this file, and without FP8."""
+        return self.layer is None and not self.fp8
 
 
 RECIPES = {
@@ -706,12 +670,36 @@ RECIPES = {
         Recipe("sr_ste", mask="row", masked_decay=2e-4, decay_on="weight", mask_interval=1),
         Recipe("s_ste", mask="soft", mvue=True, mask_interval=1, weight_gradient="true"),
         Recipe("s_ste_straight", mask="soft", mvue=True, mask_interval=1),
-        Recipe("step", mask="row", mask_interval=1, dense_pretrain=0.1, precondition=True, autoswitch=True),
-        Recipe(
-            "bi_mask", mask="row", backward_mask="own", permutation_interval=100, masked_decay=2e-4, mask_interval=1
-        ),
     )
 }
+
+
+def recipe_names() -> list[str]:
+    """The names that `get_recipe` knows: those of RECIPES, and of the files in the folder methods, if there is one."""
+    folder = importlib.util.find_spec("methods")
+    files = pkgutil.iter_modules(folder.submodule_search_locations or ()) if folder else ()
+    return [*RECIPES, *sorted(file.name for file in files)]
+
+
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    """A recipe by name, or the recipe itself. A name that is not in RECIPES is that of a file: "mine" is RECIPE of
+    methods/mine.py. Raises ValueError with the names there are, or where the file has no RECIPE of its name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    if recipe not in recipe_names():
+        raise ValueError(
+            f"recipe {recipe!r} is unknown, need one of {', '.join(recipe_names())}; "
+            "a new one is a file in methods/, see its README.md"
+        )
+    found = getattr(importlib.import_module(f"methods.{recipe}"), "RECIPE", None)
+    if not isinstance(found, Recipe) or found.name != recipe:
+        raise ValueError(
+            f"methods/{recipe}.py has RECIPE={found!r}, need a recipe of the file's name: "
+            f"RECIPE = Recipe({recipe!r}, ...)"
+        )
+    return found
 
 
 def recipe_of(settings: dict) -> Recipe | None:
@@ -720,15 +708,6 @@ def recipe_of(settings: dict) -> Recipe | None:
     if settings["sparse"] == "none":
         return None
     return replace(get_recipe(settings["sparse"]), **{name: settings[name] for name in SETTINGS if name in settings})
-
-
-def get_recipe(recipe: str | Recipe) -> Recipe:
-    """A recipe by name, or the recipe itself. Raises ValueError with the names there are."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown, need one of {', '.join(RECIPES)}")
-    return RECIPES[recipe]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -787,8 +766,8 @@ def by_rows(function: Callable, w: torch.Tensor, per_row: int) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((w.shape[0] // per_row, *part.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, w.device_mesh, w.placements, run_check=False, shape=shape, stride=stride)
+    layout = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+    return DTensor.from_local(part, w.device_mesh, w.placements, run_check=False, **layout)
 
 
 def total(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -915,19 +894,18 @@ class Sparse24Linear(nn.Linear):
     `.weight` (out, in) stays dense: it is what the optimizer updates. The state_dict holds these too:
     `.index`   the mask, set by `refresh_masks`; `.mask` is its bool (out, in) form. Transposable: uint8 (out/4, in/4)
                of transposable_index. Row-wise: uint8 (out, in/4) of pair_index. Soft: the pairs that S keeps.
-    `.index_t`, `.permutation`  Bi-Mask only: the backward mask as pairs of rows, uint8 (in, out/4), and the order in
-               which the rows are taken, int64 (out,); `.backward_mask` is its bool (out, in) form.
     `.beta`    0-d, scale of soft weights.
     `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
     And these are not saved:
     `.seed`    int64 0-d tensor that MVUE reads; `seed_draws` sets it, as a function of the step.
-    `.prune_again`  prune once more in the backward instead of keeping the pruned weight. FSDP needs it, because it
-               frees the weight in between.
+    `.prune_again`  prune once more in the backward. FSDP needs it, because it frees the weight in between.
     The mask of a fresh or reset layer matches its weights; call `refresh_masks` after setting or loading weights alone.
-    Between steps of FSDP2 `.weight` is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used; all else
-    here is unsharded, the same on every rank.
+    Between steps of FSDP2 `.weight` is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used.
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as nn.Linear's do.
-    Raises ValueError when in or out is not divisible by 4.
+    Raises ValueError when in or out is not divisible by 4, and for the recipe of a subclass.
+
+    A method in methods/ subclasses it and overrides what it does differently: `new_index`, `refresh`, `begin_step`,
+    `backward_mask`, `make_state` or `forward`.
     """
 
     def __init__(self, in_features, out_features, bias=True, recipe="fst", device=None, dtype=None):
@@ -938,50 +916,49 @@ class Sparse24Linear(nn.Linear):
             )
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.recipe = get_recipe(recipe)
+        layer_class = self.recipe.layer or Sparse24Linear
+        if not isinstance(self, layer_class):
+            need = f"needs {layer_class.__name__}; use that class, or sparsify"
+            raise ValueError(f"Sparse24Linear: recipe {self.recipe.name!r} {need}")
         self.sparse = True
         self.prune_again = False
-        self._make_state()
+        self.make_state()
 
-    def _make_state(self) -> None:
+    def make_state(self) -> None:
         """Make buffers that match the weight."""
-        device = self.weight.device
-        self.register_buffer("index", self._index())
-        if self.recipe.backward_mask == "own":
-            self.register_buffer("permutation", torch.arange(self.out_features, device=device))
-            self.register_buffer("index_t", self._index_t())
+        self.register_buffer("index", self.new_index())
         if self.recipe.mask == "soft":
             self.register_buffer("beta", sste_scale(self.weight.detach()))
-        self.register_buffer("seed", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        seed = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        self.register_buffer("seed", seed, persistent=False)
 
-    def _index(self) -> torch.Tensor:
+    def new_index(self) -> torch.Tensor:
+        """The index matrix of the mask that the weight would have now, unsharded."""
         return whole(mask_index(self.weight, self.recipe.virtual_mask))
 
-    def _index_t(self) -> torch.Tensor:
-        """Bi-Mask: of the masked weights, the two largest of four rows, taken in the permutation's order."""
-        masked = torch.where(self.mask, whole(self.weight.detach()), 0)
-        return pair_index(masked.t()[:, self.permutation])
+    def begin_step(self, seed: int, iter_num: int, number: int) -> None:
+        """Before every step in the sparse phase; number: the layer's among those of the model. Here it does nothing. A
+        method that draws random numbers draws them from these three, so that a resumed run is the same run."""
 
     @torch.no_grad()
     def refresh(self, begin: bool = False) -> None:
-        """Recompute the masks from the weights, and with `begin`, at the start of a sparse phase, beta too. In place;
-        waits for no GPU. Sharded weights: masks are gathered, and for an own backward mask or beta the weights."""
-        self.index.copy_(self._index())
-        if self.recipe.backward_mask == "own":
-            self.index_t.copy_(self._index_t())
+        """Recompute the mask from the weights, and with `begin`, at the start of a sparse phase, beta too. In place;
+        waits for no GPU. Sharded weights: masks are gathered, and for beta the weights."""
+        self.index.copy_(self.new_index())
         if begin and self.recipe.mask == "soft":
             self.beta.copy_(sste_scale(whole(self.weight.detach())))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if "index" in self._buffers:  # nn.Linear's __init__ calls this before there are buffers
-            self._make_state()
+            self.make_state()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | Recipe) -> "Sparse24Linear":
         """A sparse layer with the same Parameters as `linear`, so that an optimizer goes on. Draws no numbers."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, recipe, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer._make_state()
+        layer.make_state()
         return layer.train(linear.training)
 
     def _apply(self, fn, recurse=True):
@@ -1003,11 +980,9 @@ class Sparse24Linear(nn.Linear):
         return self._expand(rows_of(self.weight, self.index))
 
     @property
-    def backward_mask(self) -> torch.Tensor:
-        """The mask of the weights that compute dX, bool (out, in)."""
-        if self.recipe.backward_mask == "same":
-            return self.mask
-        return self.mask & expand_pairs(self.index_t).t()[torch.argsort(self.permutation)]
+    def backward_mask(self) -> torch.Tensor | None:
+        """A second mask, bool (out, in), of the weights that compute dX; None: dX multiplies the forward's weights."""
+        return None
 
     def pruned_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight that multiplies X in the sparse phase, (out, in), 2:4 along in: W*M with the current mask, or
@@ -1035,8 +1010,8 @@ class Sparse24Linear(nn.Linear):
         if not torch.is_grad_enabled():
             w_24, _ = _MaskedLinear.operands(master, self.index, None, self.scale, weight.dtype, mode)
             return F.linear(simulate_fp8(x, torch.float8_e4m3fn) if recipe.fp8 else x, w_24, bias)
-        backward_mask = None if recipe.backward_mask == "same" else self.backward_mask
-        return _MaskedLinear.apply(x, weight, master, self.index, backward_mask, bias, self.seed, self.scale, mode)
+        masks = (self.index, self.backward_mask)
+        return _MaskedLinear.apply(x, weight, master, *masks, bias, self.seed, self.scale, mode)
 
     def get_extra_state(self) -> dict:
         return {"sparse": self.sparse}
@@ -1074,7 +1049,7 @@ def _disable_encoder_fast_path(model: nn.Module) -> None:
 def sparsify(
     model: nn.Module, recipe: str | Recipe, layers: Sequence[str] | Callable[[str, nn.Module], bool]
 ) -> list[str]:
-    """Swap chosen nn.Linear layers of any model for Sparse24Linear, in place; their Parameters stay the same objects.
+    """Swap chosen nn.Linear layers of any model for sparse ones, in place; their Parameters stay the same objects.
 
     layers: names as in named_modules(), or a predicate (name, module). Only plain nn.Linear is swapped (a predicate
     ignores everything else; attention's out_proj, for example, is never called as a module). Layers that are sparse
@@ -1082,7 +1057,8 @@ def sparsify(
     matches, when a name is no nn.Linear of the model, or when a shape is not divisible by 4.
     """
     recipe = get_recipe(recipe)
-    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) in (nn.Linear, Sparse24Linear)}
+    modules = model.named_modules(remove_duplicate=False)
+    linears = {n: m for n, m in modules if type(m) is nn.Linear or isinstance(m, Sparse24Linear)}
     linears.pop("", None)  # the model itself cannot be swapped in place
     chosen = [n for n, m in linears.items() if (layers(n, m) if callable(layers) else n in layers)]
     unknown = [] if callable(layers) else [name for name in layers if name not in linears]
@@ -1092,7 +1068,8 @@ def sparsify(
             f"the model has {', '.join(linears) or 'none'}"
         )
     dense = dict.fromkeys(linears[name] for name in chosen if type(linears[name]) is nn.Linear)
-    layer_of = {linear: Sparse24Linear.from_linear(linear, recipe) for linear in dense}
+    layer_class = recipe.layer or Sparse24Linear
+    layer_of = {linear: layer_class.from_linear(linear, recipe) for linear in dense}
     swapped = [name for name, m in linears.items() if m in layer_of]  # a layer that has several names, under all
     for name in swapped:
         _replace(model, name, layer_of[linears[name]])
@@ -1174,25 +1151,11 @@ def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> 
     torch._foreach_copy_([layer.seed for layer in layers], list(words.unbind()))
 
 
-_PERMUTE = 4  # tag that separates seed_words for row orders from those for MVUE and those of train.py
-
-
-@torch.no_grad()
-def search_permutations(model: nn.Module, seed: int, iter_num: int) -> None:
-    """Bi-Mask's search, for the layers in their sparse phase whose recipe asks for it: of PERMUTATIONS random row
-    orders and the present one, take the one under which the backward mask keeps most of the forward's. A function of
-    (seed, iteration, layer number)."""
+def begin_step(model: nn.Module, seed: int, iter_num: int) -> None:
+    """`begin_step` of every layer in its sparse phase: call it once per step, before the first `seed_draws`."""
     for number, layer in enumerate(sparse_linears(model)):
-        if not (layer.sparse and layer.recipe.permutation_interval):
-            continue
-        words = seed_words(1, seed, iter_num, number, _PERMUTE)
-        generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-        drawn = [torch.randperm(layer.out_features, generator=generator) for _ in range(PERMUTATIONS)]
-        candidates = torch.stack([layer.permutation, *torch.stack(drawn).to(layer.permutation.device)])
-        mask_t = layer.mask.t()
-        kept = [mask_t[:, order].unflatten(1, (-1, 4)).sum(-1).clamp(max=2).sum() for order in candidates]
-        layer.permutation.copy_(candidates[torch.stack(kept).argmax()])
-        layer.index_t.copy_(layer._index_t())
+        if layer.sparse:
+            layer.begin_step(seed, iter_num, number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1234,12 +1197,11 @@ class MaskedDecayAdamW(torch.optim.AdamW):
     whose `.sparse` is False get plain AdamW. Other arguments are torch.optim.AdamW's. `masked_decay` may be changed
     between steps. Raises ValueError for a negative factor or another decay_on.
 
-    Sparse layers whose recipe has `precondition` (STEP) keep the second moments that they had when they became sparse.
-    Raises RuntimeError where there are none.
+    float32 parameters on CUDA take a step in one kernel launch, which only reads the gradients. Row-wise masks that
+    decay do not, nor do steps with an option of torch's such as fused or foreach, also when a loaded state dict sets
+    it. State and checkpoints are torch's either way.
 
-    float32 parameters on CUDA take a step in one kernel launch, which only reads the gradients. Other methods than FST
-    do not, nor do steps with an option of torch's (fused, foreach, amsgrad, maximize, capturable, differentiable), also
-    when a loaded state dict sets it. State and checkpoints are torch's either way.
+    A method in methods/ subclasses it and overrides `update` or `dense_start_done`.
     """
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
@@ -1251,7 +1213,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         super().__init__(params, *args, **kwargs)
         self.masked_decay = masked_decay
         self.decay_on = decay_on
-        self._model = model
+        self.model = model
+        self.dense_start_log: list[float] | None = None  # what dense_start_done has seen; checkpoints hold it
         # torch's fused kernel would unscale by itself, after the decay was added. So GradScaler unscales before.
         self._step_supports_amp_scaling = False
 
@@ -1259,7 +1222,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         """{weight: layer} of the layers that decay. A weight that layers share decays once."""
         if not self.masked_decay:
             return {}
-        return {layer.weight: layer for layer in sparse_linears(self._model) if layer.sparse}
+        return {layer.weight: layer for layer in sparse_linears(self.model) if layer.sparse}
 
     @torch.no_grad()
     def _apply_masked_decay(self) -> None:
@@ -1274,30 +1237,6 @@ class MaskedDecayAdamW(torch.optim.AdamW):
                     masked_decay_(local(w.grad), rows, mask, self.masked_decay)
                 else:
                     rows.sub_(torch.where(layer.mask_rows(), 0, rows) * (group["lr"] * self.masked_decay))
-
-    def _preconditioned(self) -> list[tuple[torch.Tensor, dict]]:
-        """(weight, its group) of the layers whose second moments are frozen. RuntimeError where they have none."""
-        layers = {m.weight: m for m in sparse_linears(self._model) if m.recipe.precondition}
-        for weight in (w for w, layer in layers.items() if not layer.sparse and w in self.state):
-            self.state[weight].pop("frozen_step", None)  # in a dense phase they move again
-        frozen = {w for w, layer in layers.items() if layer.sparse and w.grad is not None}
-        if any(not self.state.get(w) for w in frozen):
-            raise RuntimeError("MaskedDecayAdamW: precondition needs dense steps first; raise dense_pretrain")
-        return [(p, g) for g in self.param_groups for p in g["params"] if p in frozen]
-
-    @torch.no_grad()
-    def _preconditioned_step(self, p: torch.Tensor, grad: torch.Tensor, group: dict) -> None:
-        """STEP's second phase: Adam with the second moments of the step at which they were frozen."""
-        state, lr, (beta1, beta2) = self.state[p], group["lr"], group["betas"]
-        if "frozen_step" not in state:
-            state["frozen_step"] = int(state["step"])
-        state["step"] += 1
-        p, grad, m, v = (local(t) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"]))
-        m.lerp_(grad, 1 - beta1)
-        denominator = (v / (1 - beta2 ** state["frozen_step"])).sqrt_().add_(group["eps"])
-        p.mul_(1 - lr * group["weight_decay"])
-        bias = 1 - beta1 ** state["step"].double()  # stays a tensor, so that nothing waits for a GPU
-        p.sub_(lr * m / (denominator * bias))
 
     @torch.no_grad()
     def _kernel_step(self) -> bool:
@@ -1338,53 +1277,27 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         )
         return True
 
+    def update(self) -> None:
+        """Adam's update, without masked decay. A subclass that overrides it steps without the kernel."""
+        # torch wraps the step of an optimizer class when it is first used, to run the hooks. Ours is wrapped already.
+        step = torch.optim.AdamW.step
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+
+    def dense_start_done(self) -> bool:
+        """Whether the sparse phase may begin with the next step. train.py asks it between clipping and the step, from
+        the first iteration on, where the recipe has dense_pretrain_latest."""
+        return False
+
     def step(self, closure=None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        frozen = self._preconditioned()
-        if not frozen and self._kernel_step():
-            return loss
-        self._apply_masked_decay()
-        gradients = [p.grad for p, _ in frozen]
-        for p, _ in frozen:
-            p.grad = None  # so that AdamW skips it
-        # torch wraps the step of an optimizer class when it is first used, to run the hooks. Ours is wrapped already.
-        step = torch.optim.AdamW.step
-        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
-        for (p, group), p.grad in zip(frozen, gradients, strict=True):
-            self._preconditioned_step(p, p.grad, group)
+        own_update = type(self).update is not MaskedDecayAdamW.update
+        if own_update or not self._kernel_step():
+            self._apply_masked_decay()
+            self.update()
         return loss
-
-
-class AutoSwitch:
-    """STEP's rule for the end of the dense start: have Adam's second moments settled?
-
-    Z_t is the mean of |v_t - v_{t-1}| = (1 - beta2) |g^2 - v_{t-1}| over the weights of the sparse layers. The moments
-    have settled when the average of Z_t over the last 1 / (1 - beta2) steps is below Adam's eps.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.layers, self.optimizer = sparse_linears(model), optimizer
-        group = optimizer.param_groups[0]
-        self.beta2, self.eps = group["betas"][1], group["eps"]
-        self.length = max(1, round(1 / (1 - self.beta2)))
-        self.changes: list[float] = []
-
-    @torch.no_grad()
-    def settled(self) -> bool:
-        """Call it once a step, between clipping and the optimizer's step. Waits for the GPU."""
-        weights, changes = [layer.weight for layer in self.layers], []
-        for w in weights:
-            v = self.optimizer.state[w].get("exp_avg_sq") if w in self.optimizer.state else None
-            squares = local(w.grad).float().square()
-            changes.append((squares if v is None else squares.sub_(local(v)).abs_()).sum(dtype=torch.float64))
-        change = float(total(torch.stack(changes).sum(), weights[0]))
-        change *= (1 - self.beta2) / sum(w.numel() for w in weights)
-        if math.isfinite(change):  # else the step is skipped
-            self.changes = [*self.changes, change][-self.length :]
-        return len(self.changes) == self.length and sum(self.changes) / self.length < self.eps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1440,3 +1353,7 @@ transposable_index_ref, pair_index_ref = transposable_index.torch, pair_index.to
 mvue24_ref, mvue24_kept_ref = mvue24.torch, mvue24_with_mask
 soft_threshold24_ref, sste_scale_ref = soft_threshold24.torch, sste_scale.torch
 flip_count_ref, masked_decay_ref_ = flip_count, masked_decay_
+
+
+def mask24_ref(w: torch.Tensor) -> torch.Tensor:
+    return expand_pairs(pair_index.torch(w))

@@ -25,15 +25,7 @@ from configurator import configure_or_exit
 from gemm24.ffn import pack_weights
 from runtime import setup
 from runtime.ranks import Ranks, StopSignal
-from sparse24 import (
-    hard_pruned,
-    is_dtensor,
-    refresh_masks,
-    search_permutations,
-    seed_draws,
-    seed_words,
-    whole,
-)
+from sparse24 import begin_step, hard_pruned, is_dtensor, refresh_masks, seed_draws, seed_words, whole
 
 # ---- the run ----
 out_dir = "out"  # folder that the run writes: ckpt.pt, metrics.jsonl, config.json, spmm.json
@@ -197,12 +189,11 @@ def run(resources: contextlib.ExitStack) -> None:
             break
         t.log.start_step()
 
-        # set the learning rate; Bi-Mask alone: search the row order of the backward masks
+        # set the learning rate; let sparse layers do what their method does before a step
         row["lr"] = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
-        if is_sparse and t.recipe.permutation_interval and iter_num % t.recipe.permutation_interval == 0:
-            search_permutations(model, seed, iter_num)
+        begin_step(model, seed, iter_num)
 
         # forward and backward: accumulate the gradients of this rank's micro-batches
         losses = []
@@ -226,8 +217,8 @@ def run(resources: contextlib.ExitStack) -> None:
         # skip the step if a gradient is not finite; warn of losses that stand out
         losses = torch.stack(losses).tolist()
         finite = t.guard.check(row, losses, functools.partial(batch_starts, t.train_data, iter_num))
-        # STEP alone: end the dense start once Adam's second moments have settled
-        phase.watch_moments(iter_num)
+        # end the dense start, where the method's optimizer has a rule for it
+        phase.end_dense_start(iter_num)
         # masked decay, then AdamW; around them, once in a while, measure the flip rate
         log_now = iter_num % log_interval == 0 or iter_num == phase.dense_start or "val_loss" in row or not finite
         t.flips.before_step(row, log_now, finite)

@@ -243,7 +243,7 @@ class Saver:
             "config": vars(self.s),
             "dense_start": self.phase.dense_start,
             "sparse_start": self.phase.sparse_start,
-            "autoswitch": self.phase.autoswitch.changes if self.phase.autoswitch else None,
+            "autoswitch": self.parts["optimizer"].dense_start_log,
             "patterns_hash": PATTERNS_HASH,
             "elapsed_s": self.log.elapsed,
             "skipped": [self.guard.skipped, self.guard.in_a_row],

@@ -57,14 +57,12 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         return None
     recipe = sparse24.recipe_of({**overrides, "sparse": s.sparse})
     vars(s).update({name: getattr(recipe, name) for name in sparse24.SETTINGS})
-    begin = round(s.max_iters * (sparse24.AUTOSWITCH_LATEST if recipe.autoswitch else s.dense_pretrain))
+    begin = round(s.max_iters * (recipe.dense_pretrain_latest or s.dense_pretrain))
     end = planned_dense_start(s)
     if s.dense_pretrain and not begin < end:
         raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
-    if recipe.precondition and not begin:
-        raise ValueError(
-            f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is no step, sparse={s.sparse!r} needs some"
-        )
+    if s.dense_pretrain and not begin:
+        raise ValueError(f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is no step; raise one of them")
     if not recipe.fused and s.spmm not in ("auto", "dense"):
         raise ValueError(f"spmm={s.spmm!r} cannot multiply as sparse={s.sparse!r} asks; use --spmm=auto (dense GEMMs)")
     s.flip_mask = recipe.virtual_mask if s.flip_mask == "auto" else s.flip_mask
@@ -102,8 +100,8 @@ def planned_dense_start(s: SimpleNamespace) -> int:
 
 
 def planned_sparse_start(s: SimpleNamespace, recipe: Recipe | None) -> int | None:
-    """First iteration of the sparse phase; None where STEP's rule is to say."""
-    return None if recipe and recipe.autoswitch else round(s.max_iters * s.dense_pretrain)
+    """First iteration of the sparse phase; None where a rule of the optimizer is to say."""
+    return None if recipe and recipe.dense_pretrain_latest else round(s.max_iters * s.dense_pretrain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +184,7 @@ def announce(s: SimpleNamespace, model, path: Path | None, iter_num: int, sparse
             + (f" and until {'the second moments settle' if sparse_start is None else sparse_start}")
             * (sparse_start != 0)
         )
-        own = {name: getattr(sparse24.RECIPES[s.sparse], name) for name in sparse24.SETTINGS}
+        own = {name: getattr(sparse24.get_recipe(s.sparse), name) for name in sparse24.SETTINGS}
         changed = [f"{name}={getattr(s, name)} ({value})" for name, value in own.items() if getattr(s, name) != value]
         if changed:
             print(f"unlike {s.sparse}'s own: {', '.join(changed)}")

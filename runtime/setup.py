@@ -38,7 +38,7 @@ from runtime.settings import (
     planned_sparse_start,
     resolve_settings,
 )
-from sparse24 import AUTOSWITCH_LATEST, PATTERNS_HASH, AutoSwitch, Recipe, sparse_linears
+from sparse24 import PATTERNS_HASH, MaskedDecayAdamW, Recipe, sparse_linears
 
 
 class SetupError(RuntimeError):
@@ -51,14 +51,15 @@ ERRORS = (SetupError, checkpoint.CheckpointError, DataLost, FolderInUse, RanksDi
 class Phase:
     """Says which phase an iteration is in: a dense start, the sparse phase, or the dense end (section 4.4).
 
-    The sparse phase begins at `sparse_start`, which is None while STEP's AutoSwitch has not decided it, and ends at
+    The sparse phase begins at `sparse_start`, which is None while the optimizer's rule has not decided it, and ends at
     `dense_start`.
     """
 
-    def __init__(self, s: SimpleNamespace, sparse_start: int | None, autoswitch: AutoSwitch | None, ranks: Ranks):
+    def __init__(self, s, recipe: Recipe | None, sparse_start: int | None, optimizer: MaskedDecayAdamW, ranks: Ranks):
         self.max_iters, self.dense_start, self.sparse_start = s.max_iters, s.dense_start, sparse_start
-        self.autoswitch, self.ranks = autoswitch, ranks
-        self.earliest, self.latest = round(s.max_iters * s.dense_pretrain), round(s.max_iters * AUTOSWITCH_LATEST)
+        self.optimizer, self.ranks = optimizer, ranks
+        self.earliest = round(s.max_iters * s.dense_pretrain)
+        self.latest = round(s.max_iters * recipe.dense_pretrain_latest) if recipe else 0
 
     def enter(self, model: torch.nn.Module, iter_num: int) -> bool:
         """Put every sparse layer into the phase of this iteration. Returns whether that is the sparse one."""
@@ -73,12 +74,12 @@ class Phase:
             pack_weights(model)
         return is_sparse
 
-    def watch_moments(self, iter_num: int) -> None:
-        """STEP: the sparse phase begins with the next iteration, if Adam's second moments have settled. Call it between
-        clipping and the optimizer's step."""
+    def end_dense_start(self, iter_num: int) -> None:
+        """Begin the sparse phase with the next iteration, if the optimizer's rule says so and the dense start has had
+        its least share, or its largest. Call it between clipping and the optimizer's step."""
         if self.sparse_start is None:
-            settled = self.ranks.maximum(self.autoswitch.settled())  # ranks may round differently
-            if iter_num + 1 >= (self.earliest if settled else self.latest):
+            done = self.ranks.maximum(self.optimizer.dense_start_done())  # ranks may round differently
+            if iter_num + 1 >= (self.earliest if done else self.latest):
                 self.sparse_start = iter_num + 1
 
 
@@ -169,10 +170,8 @@ def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tr
     net, ddp = wrap_model(s, model, ranks, device)
 
     # the parts of the loop that decide by themselves when it is their turn
-    autoswitch = AutoSwitch(model, optimizer) if recipe and recipe.autoswitch else None
-    if autoswitch:
-        autoswitch.changes = start["autoswitch"]
-    phase = Phase(s, start["sparse_start"], autoswitch, ranks)
+    optimizer.dense_start_log = start["autoswitch"] or optimizer.dense_start_log
+    phase = Phase(s, recipe, start["sparse_start"], optimizer, ranks)
     linears = [model.get_submodule(name) for name in model.sparse_names()]
     linears = [m for m in linears if not (m.in_features % 4 or m.out_features % 4)]  # a dense run may have any width
     writes = ranks.master and not s.eval_only
@@ -230,7 +229,7 @@ def fresh_state(s, recipe: Recipe | None) -> dict:
         "iter_num": 0,
         "best_val_loss": math.inf,
         "sparse_start": planned_sparse_start(s, recipe),
-        "autoswitch": [],
+        "autoswitch": None,
         "scaler": {},
         "elapsed_s": 0.0,
         "skipped": (0, 0),
@@ -325,8 +324,10 @@ def load_weights(model: GPT, saved: dict) -> None:
 
 def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state: dict | None):
     """AdamW with masked decay, with its state from the checkpoint and the hyperparameters of this start."""
-    decay = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on} if recipe else {}
-    optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), s.device, **decay)
+    method = {}
+    if recipe:
+        method = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on, "optimizer": recipe.optimizer}
+    optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), s.device, **method)
     if state is not None:
         # Before loading: where torch puts the step counts depends on `fused`.
         groups = [

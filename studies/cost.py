@@ -14,7 +14,7 @@ from benchmarks.suites import gpt2, predict_step
 from configurator import configure
 from model import GPT, GPTConfig
 from runtime.metrics import read_config, read_metrics
-from sparse24 import Recipe, get_recipe
+from sparse24 import SETTINGS, Recipe, Sparse24Linear, get_recipe
 from studies.grids import words
 
 # Sequences of a micro-batch, and micro-batches of a step: 524,288 tokens, the paper's and GPT-2's, in what fits a card.
@@ -27,12 +27,13 @@ def fitted(defaults: dict, settings: str) -> dict:
 
 
 def _recipe(settings: str) -> Recipe:
-    return Recipe(**fitted(asdict(get_recipe(words(settings)["sparse"])), settings))
+    recipe = get_recipe(words(settings)["sparse"])
+    return replace(recipe, **fitted({name: getattr(recipe, name) for name in SETTINGS}, settings))
 
 
 def switches_by_itself(settings: str) -> bool:
-    """Whether STEP's rule ends the dense start, so that a step's mean cost is not known before the run."""
-    return words(settings).get("sparse", "none") != "none" and _recipe(settings).autoswitch
+    """Whether the optimizer ends the dense start, as STEP's does: a step's mean cost is not known before the run."""
+    return words(settings).get("sparse", "none") != "none" and _recipe(settings).dense_pretrain_latest > 0
 
 
 def recipe_of(settings: str) -> Recipe | None:
@@ -40,14 +41,16 @@ def recipe_of(settings: str) -> Recipe | None:
     if words(settings).get("sparse", "none") == "none":
         return None
     recipe = _recipe(settings)
-    if recipe.autoswitch:
+    if recipe.dense_pretrain_latest:
         raise ValueError(f"{settings}: equal cost needs a dense phase of known length")
     return recipe
 
 
 def sparse_gemms(recipe: Recipe) -> list[str]:
     """Which of the six GEMMs of a feed-forward layer have a 2:4 operand: dX where its weights are pruned along out."""
-    both = recipe.mask == "transposable" or recipe.backward_mask == "own"
+    layer = recipe.layer or Sparse24Linear
+    backward_mask = layer.backward_mask is not Sparse24Linear.backward_mask  # the method overrides it
+    both = recipe.mask == "transposable" or backward_mask
     return ["z", "y", *(["da", "dx"] if both else []), *(["dw1", "dw2"] if recipe.mvue else [])]
 
 

@@ -41,7 +41,7 @@ from runtime.health import HEALTHY, TARGET
 from runtime.loader import DATA_FOLDER, Tokens, load_meta
 from runtime.metrics import read_config, read_metrics, smooth
 from runtime.plot import curve, finish, new_figure
-from sparse24 import Recipe, recipe_of
+from sparse24 import Recipe, get_recipe, recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
 OWNED = {  # settings of train.py that are refused on the command line, and what to do instead
@@ -126,7 +126,7 @@ def check_words(typed: dict, settings: dict) -> None:
 def resolve_recipe(name: str, overrides: dict) -> Recipe:
     """The recipe of the candidates: the user's, fst where the config is a dense run's."""
     recipe = recipe_of({**overrides, "sparse": "fst" if name == "none" else name})
-    if recipe.precondition or recipe.autoswitch:
+    if get_recipe(recipe.name).dense_pretrain:
         raise ValueError(
             f"sparse={recipe.name}: its dense start fills the warm-up, where a search samples; use another"
         )

@@ -13,7 +13,7 @@ from harness import make_dataset
 
 from benchmarks import roofline
 from model import PRESETS, GPTConfig
-from sparse24 import RECIPES
+from sparse24 import recipe_names
 from studies import compare, cost, grids, report
 from studies.grids import FST, STUDIES, Study
 from studies.report import paired
@@ -192,7 +192,7 @@ def test_every_grid_is_settings_of_train_and_has_its_references():
             compare.configure(vars(train), [f"--{word}" for word in settings.split()])
     for preset in grids.PRESETS.values():
         compare.configure(vars(train), [f"--{word}" for word in preset.split()])
-    assert {grids.words(v)["sparse"] for v in STUDIES["methods"].variants.values()} == {"none", *RECIPES}
+    assert {grids.words(v)["sparse"] for v in STUDIES["methods"].variants.values()} == {"none", *recipe_names()}
 
 
 def test_table7_is_the_papers_five_rows():

@@ -1,0 +1,97 @@
+"""Slow, plain computations that the tests of sparse24.py and methods/ compare with, and small seeded layers.
+
+Nothing of the code under test makes an expected value.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn as nn
+
+from sparse24 import MaskedDecayAdamW, Sparse24Linear, get_recipe, sparsify
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make(recipe, out=8, features=12, seed=0) -> Sparse24Linear:
+    """A float64 layer of the recipe's class, without a bias."""
+    model = nn.Sequential(nn.Linear(features, out, bias=False, dtype=torch.float64))
+    with torch.no_grad():
+        model[0].weight.copy_(normal(out, features, seed=seed))
+    sparsify(model, recipe, ["0"])
+    return model[0]
+
+
+def run(layer, seed=5, tokens=8):
+    """x, dZ, Z, and the gradients dX and dW that the layer gives."""
+    x = normal(tokens, layer.in_features, seed=seed).requires_grad_()
+    dz = normal(tokens, layer.out_features, seed=seed + 1)
+    layer.weight.grad = None
+    z = layer(x)
+    z.backward(dz)
+    return x.detach(), dz, z.detach(), x.grad, layer.weight.grad
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def top2(x):
+    """Row-wise 2:4 mask, group by group; the lower index wins a tie."""
+    mask = torch.zeros(x.shape, dtype=torch.bool)
+    for i, j in itertools.product(range(x.shape[0]), range(0, x.shape[1], 4)):
+        order = sorted(range(4), key=lambda k: (-abs(float(x[i, j + k].detach())), k))
+        for k in order[:2]:
+            mask[i, j + k] = True
+    return mask
+
+
+def soft(w):
+    """S(w), group by group."""
+    s = torch.zeros_like(w)
+    for i, j in itertools.product(range(w.shape[0]), range(0, w.shape[1], 4)):
+        t = sorted(abs(float(v)) for v in w[i, j : j + 4])[1]
+        for k in range(4):
+            v = float(w[i, j + k])
+            s[i, j + k] = math.copysign(max(abs(v) - t, 0.0), v)
+    return s
+
+
+OPTIONS = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.2}
+
+
+def optimizer_for(model, recipe="fst", **decay):
+    """The recipe's optimizer with OPTIONS, and no masked decay unless it is given."""
+    optimizer = get_recipe(recipe).optimizer or MaskedDecayAdamW
+    return optimizer(model.parameters(), model, **OPTIONS, foreach=False, **({"masked_decay": 0.0} | decay))
+
+
+def adamw(w, gradients, lr=0.1, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.2, change=None, frozen_from=math.inf):
+    """AdamW in float64: the weights after each step.
+
+    change: makes (w, g) of (w, g, step number) before each step, as masked decay does. frozen_from: the step after
+    which the bias-corrected second moments stay.
+    """
+    w, m, v, after = w.double().clone(), 0.0, 0.0, []
+    for t, g in enumerate(gradients, start=1):
+        w, g = change(w, g.double(), t) if change else (w, g.double())
+        m = betas[0] * m + (1 - betas[0]) * g
+        if t <= frozen_from:
+            v = betas[1] * v + (1 - betas[1]) * g * g
+            corrected = v / (1 - betas[1] ** t)
+        w = w * (1 - lr * weight_decay) - lr * (m / (1 - betas[0] ** t)) / (corrected.sqrt() + eps)
+        after.append(w)
+    return after
+
+
+def make_mlp(recipe="fst", seed=0) -> nn.Sequential:
+    """Linear, GELU, Linear in float32, both sparse."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.5 * normal(*p.shape, seed=seed + i))
+    sparsify(model, recipe, ["0", "2"])
+    return model

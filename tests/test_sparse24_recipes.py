@@ -1,0 +1,406 @@
+"""The recipes, and what their layers and steps do, against hand-computed steps and the property each paper claims."""
+
+import copy
+import dataclasses
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from by_hand import adamw, close, make, normal, optimizer_for, run, soft, top2
+
+import sparse24
+from sparse24 import (
+    RECIPES,
+    MaskedDecayAdamW,
+    Recipe,
+    Sparse24Linear,
+    densify,
+    expand_pairs,
+    flip_rate,
+    get_recipe,
+    hard_pruned,
+    mask24,
+    mvue24,
+    pair_index,
+    recipe_names,
+    recipe_of,
+    refresh_masks,
+    simulate_fp8,
+    soft_threshold24,
+    soft_threshold24_backward,
+    sparsify,
+    sste_scale,
+    transposable_mask,
+    weight_indices,
+)
+
+PAIRS = list(itertools.combinations(range(4), 2))
+E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("fst", {"mvue": True, "masked_decay": 6e-5, "dense_finetune": 1 / 6}),
+        ("ste", {}),
+        ("sr_ste", {"mask": "row", "masked_decay": 2e-4, "decay_on": "weight", "mask_interval": 1}),
+        ("s_ste", {"mask": "soft", "mvue": True, "mask_interval": 1, "weight_gradient": "true"}),
+        ("s_ste_straight", {"mask": "soft", "mvue": True, "mask_interval": 1}),
+    ],
+)
+def test_recipes_differ_from_plain_straight_through_in_what_their_equations_say(name, fields):
+    plain, recipe = Recipe(name), get_recipe(name)
+    assert (plain.mask, plain.decay_on, plain.mask_interval) == ("transposable", "grad", 40)
+    assert recipe == replace(plain, **fields)
+    assert recipe is RECIPES[name] is get_recipe(recipe)
+    assert recipe.virtual_mask == ("transposable" if recipe.mask == "transposable" else "row")
+    assert recipe.fused
+    assert not replace(recipe, fp8=True).fused
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.mvue = False
+
+
+def test_there_are_five_recipes_here_and_the_others_are_files():
+    assert list(RECIPES) == ["fst", "ste", "sr_ste", "s_ste", "s_ste_straight"]
+    assert recipe_names() == [*RECIPES, "bi_mask", "step"]
+    for make_one in (get_recipe, lambda name: Sparse24Linear(4, 4, True, name)):
+        with pytest.raises(ValueError, match=r"'ftz' is unknown.*fst, ste, sr_ste, .* a new one is a file in methods/"):
+            make_one("ftz")
+
+
+def test_settings_change_the_fields_that_they_name():
+    assert recipe_of({"sparse": "none", "mvue": True}) is None
+    assert recipe_of({"sparse": "fst", "mvue": False, "device": "cpu"}) == replace(RECIPES["fst"], mvue=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({field: value}, f"Recipe: {field}=") for field, value in [
+            ("mask", "rows"), ("decay_on", "weights"), ("weight_gradient", "scaled"),
+            ("masked_decay", -1e-4), ("masked_decay", math.nan), ("masked_decay", math.inf), ("mask_interval", 0),
+            ("dense_finetune", -0.1), ("dense_finetune", 1.1), ("dense_pretrain", math.nan),
+            ("dense_pretrain_latest", 2.0),
+        ]),
+        ({"dense_pretrain": 0.6, "dense_finetune": 0.5}, "dense_pretrain \\+ dense_finetune <= 1"),
+        ({"weight_gradient": "true"}, "mask='soft' for weight_gradient"),
+        ({"mask": "soft", "mask_interval": 40}, "mask_interval=1 for mask='soft'"),
+        ({"dense_pretrain_latest": 0.5}, "dense_pretrain above 0 and at most dense_pretrain_latest=0.5"),
+        ({"dense_pretrain_latest": 0.5, "dense_pretrain": 0.6}, "at most dense_pretrain_latest=0.5"),
+        ({"layer": nn.Linear}, "Recipe: layer=<class .*, need a subclass of Sparse24Linear, or None"),
+        ({"layer": "MyLinear"}, "Recipe: layer='MyLinear', need a subclass of Sparse24Linear"),
+        ({"optimizer": torch.optim.AdamW}, "Recipe: optimizer=<class .*, need a subclass of MaskedDecayAdamW"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_recipes_refuse_what_is_out_of_range_or_does_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe("mine", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dense_finetune": 1.0},
+        {"dense_pretrain": 0.5, "dense_finetune": 0.5},
+        {"dense_pretrain": 0.5, "dense_pretrain_latest": 0.5},
+    ],
+    ids=str,
+)
+def test_shares_may_reach_their_ends(changes):
+    assert dataclasses.asdict(Recipe("mine", **changes)).items() >= changes.items()
+
+
+def test_a_recipe_may_bring_a_layer_and_an_optimizer_of_its_own():
+    layer, optimizer = type("Mine", (Sparse24Linear,), {}), type("MineAdamW", (MaskedDecayAdamW,), {})
+    recipe = Recipe("mine", layer=layer, optimizer=optimizer)
+    assert not recipe.fused
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert sparsify(model, recipe, ["0"]) == ["0"]
+    assert type(model[0]) is layer
+    assert sparsify(model, "ste", ["0", "1"]) == ["1"]  # a layer that is sparse already stays
+    assert type(model[0]) is layer
+    densify(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def test_pair_index_is_the_pair_of_largest_magnitudes():
+    w = torch.tensor(list(itertools.product([0.0, -1.0, 1.0, 2.0, -3.0], repeat=4)))
+    mask, index = top2(w), pair_index(w)
+    assert [PAIRS[i] for i in index.flatten()] == [tuple(row.nonzero().flatten().tolist()) for row in mask]
+    assert torch.equal(expand_pairs(index), mask)
+    assert torch.equal(mask24(w), mask)
+
+
+def test_pair_index_keeps_two_of_groups_that_are_not_finite():
+    groups = list(itertools.product([0.0, math.inf, -math.inf, math.nan, 1.0], repeat=4))
+    masks = expand_pairs(pair_index(torch.tensor(groups)))
+    for values, mask in zip(groups, masks, strict=True):
+        size = [3 if math.isnan(v) else 2 if math.isinf(v) else v for v in values]
+        assert mask.nonzero().flatten().tolist() == sorted(sorted(range(4), key=lambda k: (-size[k], k))[:2])
+
+
+def test_pair_index_takes_any_layout_and_refuses_others():
+    x = normal(6, 12)
+    assert torch.equal(pair_index(x.t()[:, :4]), pair_index(x.t()[:, :4].contiguous()))
+    assert pair_index(normal(2, 3, 8)).shape == (2, 3, 2)
+    with pytest.raises(ValueError, match=r"pair_index: shape \(2, 6\)"):
+        pair_index(torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="need the uint8 of pair_index"):
+        expand_pairs(torch.zeros(2, 2, dtype=torch.int64))
+
+
+def test_flip_rate_of_pairs_is_that_of_their_masks():
+    before, after = normal(16, 32), normal(16, 32, seed=1)
+    expected = (top2(before) != top2(after)).double().mean()
+    assert flip_rate(pair_index(before), pair_index(after)) == pytest.approx(float(expected), abs=1e-12)
+    assert [t.shape for t in weight_indices([make("ste")], "row")] == [(8, 3)]
+    assert [t.shape for t in weight_indices([make("ste")])] == [(2, 3)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer of each method
+
+
+def test_row_masks_prune_the_forward_and_dx_multiplies_the_same_matrix():
+    layer = make("sr_ste")
+    x, dz, z, dx, dw = run(layer)
+    w_24 = torch.where(top2(layer.weight), layer.weight, 0).detach()
+    assert torch.equal(layer.mask, top2(layer.weight))
+    close(z, x @ w_24.t())
+    close(dx, dz @ w_24)
+    close(dw, dz.t() @ x)
+    layer.refresh(begin=True)
+    assert not hasattr(layer, "beta")
+
+
+@pytest.mark.parametrize("gradient", ["straight", "true"])
+def test_s_ste_forward_and_weight_gradient(gradient):
+    layer = make(replace(RECIPES["s_ste"], mvue=False, weight_gradient=gradient), seed=2)
+    w = layer.weight.detach()
+    beta = float((w * soft(w)).sum() / soft(w).square().sum())
+    assert float(layer.beta) == pytest.approx(beta, rel=1e-6)
+    x, dz, z, dx, dw = run(layer)
+    w_24 = soft(w) * layer.beta
+    close(z, x @ w_24.t())
+    close(dx, dz @ w_24)
+    if gradient == "straight":
+        close(dw, dz.t() @ x)
+        return
+    eps, expected = 1e-6, torch.zeros_like(w)  # finite differences of the loss, with beta as a constant
+    for i, j in itertools.product(range(8), range(12)):
+        values = []
+        for sign in (1, -1):
+            moved = w.clone()
+            moved[i, j] += sign * eps
+            values.append(float((x @ (soft(moved) * layer.beta).t() * dz).sum()))
+        expected[i, j] = (values[0] - values[1]) / (2 * eps)
+    torch.testing.assert_close(dw, expected, rtol=0, atol=1e-6)
+
+
+def test_s_ste_is_continuous_in_w_where_hard_masks_jump():
+    """Along a line of weights S(w) never moves further than the weights do, times a constant; a hard mask does."""
+    a, b = normal(4, 64, seed=1), normal(4, 64, seed=2)
+    line = a + (b - a) * torch.linspace(0, 1, 4001, dtype=torch.float64).view(-1, 1, 1)
+    w_step, soft_step, hard_step = (
+        float(path.diff(dim=0).abs().max())
+        for path in (line, soft_threshold24(line), torch.where(mask24(line), line, 0))
+    )
+    assert soft_step <= 2 * w_step + 1e-12
+    assert hard_step > 100 * w_step
+
+
+def test_s_ste_follows_its_weights_every_step_and_keeps_beta():
+    layer, x = make("s_ste"), normal(4, 12)
+    start = float(layer.beta)
+    with torch.no_grad():
+        layer.weight.copy_(normal(8, 12, seed=9) ** 3)
+        close(layer(x), x @ (soft(layer.weight) * start).t())
+        refresh_masks(layer)
+    assert float(layer.beta) == start
+    begun, other = copy.deepcopy(layer), make("s_ste", seed=3)
+    begun.refresh(begin=True)  # a sparse phase that follows dense steps
+    assert float(begun.beta) == float(sste_scale(begun.weight.detach())) != start
+    other.load_state_dict(layer.state_dict())
+    assert float(other.beta) == start
+    model = nn.Sequential(layer)
+    w_24 = soft(layer.weight.detach()) * start
+    densify(model, prune=True)
+    close(model[0].weight.detach(), w_24)
+
+
+def test_a_true_gradient_is_that_of_the_weights_that_were_pruned_under_autocast_too():
+    """bfloat16 moves the threshold of one group in 200: the gradient has to be of the float32 one."""
+    layer = Sparse24Linear(64, 512, False, replace(RECIPES["s_ste"], mvue=False))
+    with torch.no_grad():
+        layer.weight.copy_(0.02 * normal(512, 64))
+    x, dz = normal(16, 64).bfloat16(), normal(16, 512, seed=1).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).backward(dz)
+    expected = soft_threshold24_backward((dz.t() @ x).float(), layer.weight.detach()) * layer.beta
+    assert torch.equal(layer.weight.grad == 0, expected == 0)
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=2**-6, atol=0.05)
+
+
+def test_soft_weights_are_thresholded_before_they_are_rounded():
+    """To bfloat16 these three are equal, and nothing would be left of them."""
+    layer = Sparse24Linear(4, 4, False, replace(RECIPES["s_ste"], mvue=False))
+    with torch.no_grad():
+        layer.beta.fill_(1)
+        layer.weight.copy_(torch.tensor([0.0, 1.0, 1.0 + 2**-10, 1.0 + 2**-9]).expand(4, 4))
+    assert layer.pruned_weight(torch.bfloat16).tolist() == [[0.0, 0.0, 2**-10, 2**-9]] * 4
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "s_ste" in name else name for name in recipe_names()]
+)
+def test_every_method_survives_saving_autocast_compile_and_moves(name):
+    layer, other = (make(name, 24, 16, seed=seed).float() for seed in (0, 1))
+    sparse24.begin_step(layer, 1, 0)
+    other.load_state_dict(layer.state_dict())
+    x = normal(8, 16).float()
+    assert torch.equal(layer(x), other(x))
+    masks = [m.mask if m.backward_mask is None else m.backward_mask for m in (layer, other)]
+    assert torch.equal(*masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = layer(x)
+    assert z.dtype == torch.bfloat16
+    z.float().sum().backward()
+    gradient, layer.weight.grad = layer.weight.grad, None
+    assert gradient.dtype == torch.float32
+    assert torch.isfinite(gradient).all()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(x).float().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, gradient)
+    assert copy.deepcopy(layer).to(torch.float64)(x.double()).dtype == torch.float64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The true gradient and FP8
+
+
+def test_the_soft_thresholds_gradient_is_autograds():
+    w, ds = normal(6, 20).requires_grad_(), normal(6, 20, seed=1)
+    a = w.unflatten(-1, (-1, 4)).abs()
+    t = a.sort(dim=-1).values[..., 1:2]
+    (torch.sign(w.unflatten(-1, (-1, 4))) * (a - t).clamp(min=0)).flatten(-2).backward(ds)
+    close(soft_threshold24_backward(ds, w.detach()), w.grad)
+
+
+def test_the_soft_thresholds_gradient_of_ties_and_zeros():
+    ds = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    assert soft_threshold24_backward(ds, torch.zeros(1, 4)).tolist() == [[0, 0, 0, 0]]
+    # |w| = 3, 1, 1, 2: t = 1 is set by one of the two that tie; 3 and -2 pass
+    got = soft_threshold24_backward(ds, torch.tensor([[3.0, 1.0, 1.0, -2.0]]))[0].tolist()
+    assert (got[0], got[3], sorted(got[1:3])) == (1, 8, [0, 7])  # 7 = -(1 * 1 + -1 * 8)
+
+
+@pytest.mark.parametrize(("dtype", "largest", "error"), [(E4, 448, 2**-4), (E5, 57344, 2**-3)])
+def test_simulated_fp8_rounds_to_the_type_on_a_scale_of_the_tensor(dtype, largest, error):
+    x = normal(64, 64).float() * 1e-3
+    y, top = simulate_fp8(x, dtype), float(x.abs().max())
+    assert y.dtype == x.dtype
+    assert float(y.abs().max()) == pytest.approx(top, rel=1e-6)
+    scaled = y * (largest / top)
+    torch.testing.assert_close(scaled.to(dtype).float(), scaled, rtol=1e-6, atol=0)  # every value is one of the type's
+    near = x.abs() > top / 100
+    assert 0 < float(((y - x).abs() / x.abs())[near].max()) <= error
+    for low in (torch.bfloat16, torch.float16):  # they are scaled in float32
+        assert torch.equal(simulate_fp8(x.to(low), dtype), simulate_fp8(x.to(low).float(), dtype).to(low))
+
+
+@pytest.mark.parametrize("dtype", [E4, E5])
+def test_simulated_fp8_is_safe_at_zero_and_passes_on_what_is_not_finite(dtype):
+    assert simulate_fp8(torch.zeros(3, 4), dtype).tolist() == [[0.0] * 4] * 3
+    assert simulate_fp8(torch.zeros(0, 4), dtype).shape == (0, 4)
+    assert torch.isfinite(simulate_fp8(torch.tensor([0.0, 1e-44, 3e-39]), dtype)).all()
+    for bad in (math.inf, -math.inf, math.nan):
+        assert not torch.isfinite(simulate_fp8(torch.tensor([1.0, bad, 2.0]), dtype)).any()
+
+
+@pytest.mark.parametrize("mvue", [False, True])
+def test_fp8_quantises_every_operand_of_the_three_gemms(mvue):
+    layer = make(replace(RECIPES["s_ste"], fp8=True, mvue=mvue, weight_gradient="straight"))
+    layer.seed.fill_(3)
+    x, dz, z, dx, dw = run(layer)
+    w_24 = simulate_fp8(soft(layer.weight.detach()) * layer.beta, E4)
+    close(z, simulate_fp8(x, E4) @ w_24.t())
+    close(dx, simulate_fp8(dz, E5) @ w_24)
+    drawn = mvue24(dz.t(), 3) if mvue else dz.t()  # drawn before it is rounded
+    close(dw, simulate_fp8(drawn, E5) @ simulate_fp8(x, E4))
+    with torch.no_grad():
+        assert torch.equal(layer(x), z)  # evaluation computes the same
+
+
+def test_fp8_quantises_a_backward_mask_too():
+    layer = make(replace(get_recipe("bi_mask"), fp8=True))
+    _, dz, _, dx, _ = run(layer)
+    w_back = torch.where(layer.backward_mask, layer.weight, 0).detach()
+    close(dx, simulate_fp8(dz, E5) @ simulate_fp8(w_back, E4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer, and layers as deployed
+
+
+@pytest.mark.parametrize(("name", "decay_on"), [("sr_ste", "weight"), ("sr_ste", "grad"), ("bi_mask", "grad")])
+def test_row_masks_decay_on_weights_or_gradients(name, decay_on):
+    layer, g = make(name), normal(8, 12, seed=8)
+    optimizer = optimizer_for(layer, masked_decay=0.5, decay_on=decay_on)
+    w = layer.weight.detach().clone()
+    pruned = torch.where(top2(w), 0, w)
+    layer.weight.grad = g.clone()
+    optimizer.step()
+    if decay_on == "grad":
+        close(layer.weight.detach(), *adamw(w, [g + 0.5 * pruned]))
+    else:  # Eq. 8 with gamma = lr
+        close(layer.weight.detach(), *adamw(w - 0.1 * 0.5 * pruned, [g]))
+
+
+@pytest.mark.parametrize(
+    ("name", "decay_on", "taken"),
+    [
+        *(("fst", "grad", True), ("fst", "weight", True), ("sr_ste", "weight", False)),
+        *(("bi_mask", "grad", False), ("s_ste", "grad", False), ("step", "grad", False)),
+    ],
+)
+def test_the_kernel_takes_a_step_of_fst_alone(monkeypatch, name, decay_on, taken):
+    """As on a GPU, with a launch that does nothing in place of the kernel's."""
+    layer, launched = make(name), []
+    optimizer = optimizer_for(layer, name, masked_decay=0.0 if name == "step" else 0.5, decay_on=decay_on)
+    for layer.sparse in (False, True):
+        if layer.sparse:
+            before = layer.weight.detach().clone()
+            monkeypatch.setattr(sparse24, "adamw_fits", lambda tensors: True)
+            monkeypatch.setattr(sparse24, "adamw_", lambda *args: launched.append(args))
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    assert bool(launched) == taken == torch.equal(layer.weight, before)
+
+
+def test_hard_pruned_layers_compute_as_deployed_and_come_back():
+    dense, plain, sparse = make("fst"), nn.Linear(12, 8, dtype=torch.float64), make("fst", seed=3)
+    dense.sparse = False
+    before = [m.weight.detach().clone() for m in (dense, plain, sparse)]
+    x = normal(4, 12)
+    with hard_pruned([dense, plain, sparse]), torch.no_grad():
+        for module, w in ((dense, before[0]), (plain, before[1])):
+            close(module(x), F.linear(x, torch.where(top2(w), w, 0), module.bias))
+        close(sparse(x), x @ torch.where(transposable_mask(before[2]), before[2], 0).t())
+    for module, w in zip((dense, plain, sparse), before, strict=True):
+        assert torch.equal(module.weight, w)
+    with pytest.raises(KeyError), hard_pruned([plain]):
+        raise KeyError
+    assert torch.equal(plain.weight, before[1])

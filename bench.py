@@ -40,9 +40,10 @@ import torch
 from benchmarks import evidence, kernel_times, roofline, steps, suites
 from benchmarks.report import table, with_spread
 from benchmarks.suites import MASK_INTERVAL, PAPER_BATCH, WIDTHS, Settings, gpt2, predict_step, release
+from configurator import write_json
 from gemm24 import choose
 from model import PRESETS, GPTConfig
-from runtime.ranks import environment, write_json
+from runtime.ranks import environment
 from sparse24 import use_kernels
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ type is checked before the script does anything: `globals().update(configure_or_
 
 import ast
 import difflib
+import json
 import operator
 import os
 import re
@@ -254,3 +255,22 @@ def read_comments(path, kinds):
                 name = token.string if token.string in kinds and token.string not in notes else None
                 notes.update({name: (heading, "")} if name else {})
     return notes
+
+
+# ---- the small files that a run writes: its settings, its measurements -----------------------------------------------
+def write_small_file(path, text):
+    """Write a text file atomically: a kill or a full disk leaves the earlier file, or none. Raises OSError."""
+    temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write one file
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_json(path, data):
+    write_small_file(path, json.dumps(data, indent=1) + "\n")

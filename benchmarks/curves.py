@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from configurator import write_json
 from runtime.metrics import read_metrics
-from runtime.ranks import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = ROOT / ".evidence" / "books"

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.ranks import write_json
+from configurator import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / ".evidence"  # ignored by git: what a call brings along

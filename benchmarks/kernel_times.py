@@ -29,9 +29,9 @@ import torch
 
 import sparse24
 from benchmarks import roofline
+from configurator import write_json
 from gemm24.choose import reason
 from gemm24.operands import GATED, activation_ref
-from runtime.ranks import write_json
 
 if find_spec("triton"):
     import kernels

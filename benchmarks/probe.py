@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 import sparse24
+from configurator import write_json
 from gemm24 import choose, cusparselt, ffn, matmul
 from gemm24.matmul import Choice, Gemm, matmul24
 from gemm24.operands import activation, mvue24_pack, pack_matrix
-from runtime.ranks import environment, write_json
+from runtime.ranks import environment
 
 CUSPARSELT = Choice("cusparselt", "library")
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))

@@ -42,9 +42,10 @@ from benchmarks.suites import (
     spread,
     time_ms,
 )
+from configurator import write_json
 from gemm24 import choose, ffn
 from model import GPT, GPTConfig, peak_flops
-from runtime.ranks import environment, write_json
+from runtime.ranks import environment
 from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
 
 TOP = 30  # number of kernels that a row lists

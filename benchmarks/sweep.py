@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.probe import device
+from configurator import write_json
 from gemm24 import choose, ffn
-from runtime.ranks import environment, write_json
+from runtime.ranks import environment
 from sparse24 import use_kernels
 
 TOKENS = 16384

@@ -12,7 +12,6 @@ report that is printed at the start and kept with the run.
 import functools
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from configurator import write_json
 from gemm24.matmul import CONVERTED, ORDERS, Choice, Gemm, check_packable, compress24, matmul24, pack_ref
 
 
@@ -231,9 +231,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Whole or not at all: a kill may come at any time. What memory did not allow to measure is the moment's."""
         rows = [row for row in self.rows if not ran_out_of_memory(row)]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"notes": self.notes, "rows": rows, "whole": self.whole}, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, {"notes": self.notes, "rows": rows, "whole": self.whole})
 
     def pays(self) -> bool:
         """Whether a 2:4 layer was faster than a dense one; where no layer was timed, whether any of its GEMMs was."""
@@ -536,12 +534,10 @@ class Verdicts:
         self.known[key] = row
         if self.path is None:
             return
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # what another run has written since stays
-            temporary.write_text(json.dumps({**self._read(), key: row}, indent=1) + "\n")
-            os.replace(temporary, self.path)
+            write_json(self.path, {**self._read(), key: row})
         except OSError as error:
             self.path = None
             self.notes.append(f"verdicts are not kept: {error}")

@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from configurator import write_small_file
+
 
 class Metrics:
     """metrics.jsonl (one object a line, null = not measured at that iteration or not finite), the console and wandb."""
@@ -35,9 +37,7 @@ class Metrics:
                         kept.append(line + "\n")
                 except json.JSONDecodeError:  # a kill cut it short
                     print(f"{path}: dropped an unfinished line, {line[:40]!r}")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_small_file(path, "".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  open as long as the run
         self.wandb = None
         if settings["wandb_log"]:

@@ -25,7 +25,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -36,7 +35,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from configurator import configure, setting_names, without_removed
+from configurator import configure, setting_names, without_removed, write_json
 from runtime.health import HEALTHY, TARGET
 from runtime.loader import DATA_FOLDER, Tokens, load_meta
 from runtime.metrics import read_config, read_metrics, smooth
@@ -363,8 +362,7 @@ def write_results(search: Search) -> None:
     }
     folder = Path(search.args.search_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "search.json.tmp").write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(folder / "search.json.tmp", folder / "search.json")
+    write_json(folder / "search.json", results)
 
 
 def draw(search: Search, path: Path) -> None:

@@ -1,7 +1,9 @@
 """configurator: what is accepted, what is refused and in which words, precedence, isolation, help."""
 
 import itertools
+import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import REMOVED, ConfigError, configure, configure_or_exit, without_removed
+from configurator import (
+    REMOVED,
+    ConfigError,
+    configure,
+    configure_or_exit,
+    without_removed,
+    write_json,
+    write_small_file,
+)
 
 
 def settings():
@@ -316,3 +326,21 @@ def test_help_without_a_source_still_lists_the_settings(capsys):
         configure_or_exit(settings(), ["--help"])
     assert stop.value.code == 0
     assert "--learning_rate=0.0006  float" in capsys.readouterr().out
+
+
+def test_a_small_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    path, done = tmp_path / "config.json", []
+    write_json(path, {"a": [1, None]})
+    assert json.loads(path.read_text()) == {"a": [1, None]}
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(path.read_text()) or replace(a, b))
+    write_small_file(path, "second")
+    assert (done[0], json.loads(done[1]), path.read_text()) == ("fsync", {"a": [1, None]}, "second")
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *args: [][0])
+            with pytest.raises(IndexError):
+                write_small_file(path, "third")
+        assert path.read_text() == "second"
+        assert [*tmp_path.iterdir()] == [path]

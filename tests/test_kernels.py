@@ -1,5 +1,5 @@
 """The kernels against their twins: on the GPU where there is one, else in the Triton interpreter on the CPU. With
-NANO24_PTX=90 or 80 they are compiled for that architecture, and what the compiler wrote is interpreted (ptx.py).
+NANO24_PTX=90 or 80 they are compiled for that architecture, and what the compiler wrote is interpreted (tests/ptx/).
 
 Equal means bit for bit (NaN anywhere is NaN, and -0 is 0). Where a sum's order or a polynomial decides, the bound is
 derived beside the comparison.
@@ -44,9 +44,9 @@ def backend():
     if not PTX:
         yield
         return
-    import ptx
+    from ptx import interpreter
 
-    with ptx.interpreted(int(PTX)):
+    with interpreter.interpreted(int(PTX)):
         yield
 
 

@@ -5,7 +5,7 @@ Triton's own interpreter executes a kernel's Python. This one executes the compi
 through the program in lockstep, one numpy array per register, one instruction at a time.
 
 Modelled:
-- The instructions of ptx_instructions.py and of Launch, to the bit; any other is a Fault. ex2.approx and rcp.approx
+- The instructions of instructions.py and of Launch, to the bit; any other is a Fault. ex2.approx and rcp.approx
   are rounded to nearest, or are wrong by as much as the PTX ISA allows (`errors`).
 - Global memory: the bytes that the argument tensors span, and the tensors whose addresses an int64 argument lists. An
   access beyond them, or misaligned for its size, is a Fault. So are two threads that write different values to one
@@ -24,12 +24,12 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-import ptx_instructions
 import torch
-from ptx_instructions import bits_dtype, decode, encode, width
-from ptx_memory import Fault, Memory, regions_of
 
 from benchmarks import kernel_times
+from ptx import instructions
+from ptx.instructions import bits_dtype, decode, encode, width
+from ptx.memory import Fault, Memory, regions_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
@@ -133,7 +133,7 @@ class Launch:
                     active = self.all_of(active) & ~taken
                 else:
                     self.step(instruction, mask)
-            except (Fault, ptx_instructions.Unknown) as error:
+            except (Fault, instructions.Unknown) as error:
                 raise Fault(f"{self.program.name}, {instruction.source}: `{instruction.text}`: {error}") from error
 
     def all_of(self, mask: np.ndarray | None) -> np.ndarray:
@@ -201,14 +201,14 @@ class Launch:
     # Arithmetic
 
     def compute(self, opcode: str, operands: tuple[str, ...], mask: np.ndarray | None) -> None:
-        operation = ptx_instructions.find(opcode)
+        operation = instructions.find(opcode)
         targets = operands[0].split("|")  # a comparison of packed halves has two
         if len(operands) != 1 + len(operation.operands):
             raise Fault(f"{len(operands) - 1} operands, need {len(operation.operands)}")
         values = [self.read(name, kind) for name, kind in zip(operands[1:], operation.operands, strict=True)]
         result = operation.function(*values)
-        if opcode in ptx_instructions.APPROXIMATE_ULPS and self.errors:
-            result = ptx_instructions.nudge(result, self.ulps(ptx_instructions.APPROXIMATE_ULPS[opcode]))
+        if opcode in instructions.APPROXIMATE_ULPS and self.errors:
+            result = instructions.nudge(result, self.ulps(instructions.APPROXIMATE_ULPS[opcode]))
         bits = encode(result, operation.result)
         for target, part in zip(targets, bits if len(targets) == 2 else [bits], strict=True):
             self.write(target, part, operation.result, mask)

@@ -34,7 +34,7 @@ def default_switch(monkeypatch):
 def on_kernels(monkeypatch):
     """CPU tensors go to the kernels, interpreted."""
     if torch.cuda.is_available():
-        pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; test_gpu.py goes through dispatch")
+        pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; tests/gpu/ goes through dispatch")
     kernels.use_patterns(sparse24.PATTERNS)
     monkeypatch.setattr(sparse24, "_kernels", kernels)
     monkeypatch.setattr(sparse24, "_STATUS", {CPU: "on"})

@@ -16,11 +16,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 
-import ptx
-
 import sparse24
+from ptx import interpreter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INF, NAN = 0x7F800000, 0x7FC00000
 
 
@@ -40,7 +39,7 @@ def launch(body: str, *arguments, threads: int = 32, programs: int = 1, shared: 
         {body}
         ret;
         }}"""
-    ptx.run(text, programs, threads, shared, list(arguments), errors)
+    interpreter.run(text, programs, threads, shared, list(arguments), errors)
 
 
 def words(values) -> torch.Tensor:
@@ -321,7 +320,7 @@ def test_addresses_in_a_table_reach_their_tensors():
         ld.global.b32 { %r1 }, [ %rd3 + 0 ]; st.global.b32 [ %rd4 + 0 ], { %r1 };"""
     launch(body, table)
     assert torch.equal(out, x)
-    with pytest.raises(ptx.Fault, match="out of bounds"):
+    with pytest.raises(interpreter.Fault, match="out of bounds"):
         launch(body.replace("%rd3 + 0", "%rd3 + 4"), table)
 
 
@@ -363,7 +362,7 @@ AT_WORD = "mad.wide.u32 %rd1, %r0, 4, %rd0;"
 )
 def test_fault(body, message):
     tensor = torch.full((32,), 7, dtype=torch.int32)
-    with pytest.raises(ptx.Fault, match=message):
+    with pytest.raises(interpreter.Fault, match=message):
         launch(body, tensor, shared=128)
     assert (tensor == 7).all(), "a launch that faults changes nothing"
 
@@ -380,7 +379,7 @@ def test_bounds_are_those_of_the_view_that_is_passed():
     both = torch.zeros(64, dtype=torch.int32)
     launch(AT_WORD + "st.global.b32 [ %rd1 + 0 ], { 1 };", both[:32])
     assert both.sum() == 32
-    with pytest.raises(ptx.Fault, match="at byte 128 of 128"):
+    with pytest.raises(interpreter.Fault, match="at byte 128 of 128"):
         launch(AT_WORD + "st.global.b32 [ %rd1 + 4 ], { 1 };", both[:32])
 
 
@@ -420,7 +419,7 @@ def search(text: str, programs: int, threads: int, shared: int) -> torch.Tensor:
     """The compiled kernel's index of `weight()`."""
     w, index = weight(), torch.zeros(8, 16, dtype=torch.uint8)
     columns, blocks, stride_row = index.shape[1], index.numel(), w.stride(0)  # stride_column = 1 is compiled in
-    ptx.run(text, programs, threads, shared, [w, index, columns, blocks, stride_row, 0, 0])
+    interpreter.run(text, programs, threads, shared, [w, index, columns, blocks, stride_row, 0, 0])
     return index
 
 
@@ -456,14 +455,14 @@ def test_a_missing_mask_in_the_compiled_kernel_shows(compiled):
     assert stores == 1
     w, index = torch.zeros(8, 64), torch.zeros(2, 16, dtype=torch.uint8)
     arguments = [w, index, 16, index.numel(), 64, 0, 0]
-    ptx.run(text, programs, threads, shared, arguments)
+    interpreter.run(text, programs, threads, shared, arguments)
     message = r"_transposable_index_kernel, kernels\.py:\d+: `st\.global\.b8.*: out of bounds: 96 threads"
-    with pytest.raises(ptx.Fault, match=message):
-        ptx.run(unmasked, programs, threads, shared, arguments)
+    with pytest.raises(interpreter.Fault, match=message):
+        interpreter.run(unmasked, programs, threads, shared, arguments)
 
 
 @pytest.mark.skipif("NANO24_PTX" not in os.environ, reason="PTX backend: kernels are compiled in `make test-ptx` only")
 @pytest.mark.parametrize(("arch", "errors"), [(80, None), (90, None), (90, "low"), (90, "high"), (90, "random")])
 def test_kernels_pass_their_self_test(arch, errors):
-    with ptx.interpreted(arch, errors):
+    with interpreter.interpreted(arch, errors):
         assert sparse24.kernel_mismatches(torch.device("cpu")) == []

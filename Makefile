@@ -23,8 +23,10 @@ $(PY) -m pytest -q $(2); second=$$?; \
 wait $$first; first=$$?; cat .pytest_half.log; rm -f .pytest_half.log; \
 test $$first -eq 0 -a $$second -eq 0
 endef
-# All tests, with these options: the first half is these folders of tests/, the second one is everything else in it.
+# All tests, with the options $(1): the first half is the paths $(2) of tests/, the second half is all else in tests/.
 two_halves = $(call side_by_side,$(1) $(2),$(1) tests $(2:%=--ignore=%))
+FOLDERS := $(sort $(dir $(wildcard tests/*/test_*.py)))
+TRAIN := $(wildcard tests/test_train*.py)
 
 # One thread: the demo's tensors are tiny, and on a busy machine OpenMP's threads spend their time waiting for each other.
 demo: .venv/installed
@@ -34,10 +36,10 @@ demo: .venv/installed
 	$(PY) -m runtime.plot out-demo
 
 test: lint
-	$(call two_halves,-m "not slow",tests/gemm24 tests/runtime tests/studies)
+	$(call two_halves,-m "not slow",$(FOLDERS) $(TRAIN))
 
 test-slow: .venv/installed-dev
-	$(call two_halves,-m slow,tests/gemm24 tests/runtime tests/studies)
+	$(call two_halves,-m slow,$(TRAIN))
 
 # Most of the time goes to Triton's compiler, whose cache (~/.triton/cache) makes later runs short.
 test-ptx: export NANO24_PTX = $(PTX)

@@ -11,16 +11,22 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PTX ?= 90
+PTX_TESTS := tests/test_kernels.py tests/ptx
+PTX_FIRST := fused or weight_pack or mvue_pack
 
 .PHONY: demo test test-slow test-ptx test-all gpu lint faults
 
 # Two runs of pytest side by side, since a test uses one core; the first one's report is printed when the second has ended.
-define two_halves
+define side_by_side
 @$(PY) -m pytest -q $(1) > .pytest_half.log 2>&1 & first=$$!; \
 $(PY) -m pytest -q $(2); second=$$?; \
 wait $$first; first=$$?; cat .pytest_half.log; rm -f .pytest_half.log; \
 test $$first -eq 0 -a $$second -eq 0
 endef
+# All tests, with the options $(1): the first half is the paths $(2) of tests/, the second half is all else in tests/.
+two_halves = $(call side_by_side,$(1) $(2),$(1) tests $(2:%=--ignore=%))
+FOLDERS := $(sort $(dir $(wildcard tests/*/test_*.py)))
+TRAIN := $(wildcard tests/test_train*.py)
 
 # One thread: the demo's tensors are tiny, and on a busy machine OpenMP's threads spend their time waiting for each other.
 demo: .venv/installed
@@ -30,15 +36,15 @@ demo: .venv/installed
 	$(PY) -m runtime.plot out-demo
 
 test: lint
-	$(call two_halves,-m "not slow" tests/test_[a-l]*.py,-m "not slow" tests/test_[m-z]*.py tests/*/)
+	$(call two_halves,-m "not slow",$(FOLDERS) $(TRAIN))
 
 test-slow: .venv/installed-dev
-	$(call two_halves,-m slow tests/test_[ft]*.py,-m slow tests/test_[a-eg-s]*.py tests/*/)
+	$(call two_halves,-m slow,$(TRAIN))
 
 # Most of the time goes to Triton's compiler, whose cache (~/.triton/cache) makes later runs short.
 test-ptx: export NANO24_PTX = $(PTX)
 test-ptx: .venv/installed-dev
-	$(call two_halves,tests/test_kernels.py -k "fused or weight_pack or mvue_pack",tests/test_kernels.py tests/test_ptx.py -k "not (fused or weight_pack or mvue_pack)")
+	$(call side_by_side,$(PTX_TESTS) -k "$(PTX_FIRST)",$(PTX_TESTS) -k "not ($(PTX_FIRST))")
 
 # One after the other, since each of them takes two cores.
 test-all: test

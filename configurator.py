@@ -4,9 +4,9 @@ A script's settings are its public globals that hold an int, float, bool, str or
 
     python train.py config/gpt2_124m.py --batch_size=8 --learning_rate=6e-4
 
-Words are taken in order and a later one wins. nanoGPT executes config files inside the script's own globals, so a
-misspelt name is swallowed and a wrong type surfaces hours later. Here a file runs in a fresh dict, and every name and
-type is checked before the script does anything: `globals().update(configure_or_exit(globals(), sys.argv[1:]))`.
+A later word wins. nanoGPT executes config files inside the script's globals, so that a misspelt name has no effect and
+a wrong type raises an error hours later. Here a file runs in a fresh dict, and every name and type is checked before
+the script does anything: `globals().update(configure_or_exit(globals(), sys.argv[1:]))`.
 """
 
 import ast
@@ -26,7 +26,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 # Settings that train.py had up to this commit: {name: (the value that every run has now, what replaces the setting)}.
-# None: no weight depends on the setting, so a saved run goes on with any value. A dict: the value of each recipe.
+# A dict holds the value of each recipe, "" of all others. None: any value, since no weight depends on the setting.
 LAST_WITH_REMOVED = "7ffc73d"
 _IN_RECIPE = "it is a field of the recipe: edit RECIPES in sparse24.py"
 _IN_METHOD = "it belongs to the method: edit methods/{}.py"
@@ -62,24 +62,20 @@ class ConfigError(ValueError):
     """A setting, file or word that the user must correct; the message names it and says how."""
 
 
-def configure(defaults, argv, annotations=None):
+def configure(defaults, argv):
     """Return {name: value} of only the settings given in `argv`, checked and converted (an int passes for a float).
 
-    `defaults`: a script's globals(). `argv`: config file paths and --name=value words, or --help, which prints every
-    setting and raises SystemExit(0). `annotations`: {name: type}, by default those in `defaults`; a setting such as
-    `compile: bool | None = None` needs one. Raises ConfigError for the user's mistakes, TypeError for the script's.
+    `defaults`: a script's globals(); its annotations give the types of settings such as `compile: bool | None = None`.
+    `argv`: config file paths and --name=value words, or --help, which prints every setting and raises SystemExit(0).
+    Raises ConfigError for the user's mistakes, TypeError for the script's.
     """
-    kinds = _kinds(defaults, annotations)
+    kinds = _kinds(defaults)
     if "-h" in argv or "--help" in argv:
         _print_help(defaults, kinds)
         raise SystemExit(0)
     overrides = {}
     for word in argv:
-        if word.startswith("-"):
-            name, value = _read_word(word, defaults, kinds)
-            overrides[name] = value
-        else:
-            overrides.update(_read_file(word, defaults, kinds))
+        overrides |= (_read_word if word.startswith("-") else _read_file)(word, defaults, kinds)
     return overrides
 
 
@@ -92,15 +88,15 @@ def configure_or_exit(defaults, argv):
         raise SystemExit(2) from None
 
 
-def setting_names(defaults, annotations=None):
+def setting_names(defaults):
     """The names of a script's settings, in the order of its source."""
-    return list(_kinds(defaults, annotations))
+    return list(_kinds(defaults))
 
 
 def without_removed(saved: dict, source) -> dict:
-    """`saved`, a run's settings or model_args that were read from the file `source`, without those in REMOVED.
+    """A saved run's settings or model_args, read from the file `source`, without the settings in REMOVED.
 
-    Raises ConfigError where one of them has another value than every run has now: the run would go on as another one.
+    Raises ConfigError if one of these has another value than every run has now, since the run would not be the same.
     """
     recipe = saved.get("sparse", "none")
     for name, (fixed, replacement) in REMOVED.items():
@@ -118,23 +114,22 @@ def _script_name(defaults):
     return os.path.basename(defaults.get("__file__") or "script")
 
 
-def _kinds(defaults, annotations):
+def _kinds(defaults):
     """{name: tuple of accepted types} for every setting; the annotation decides, else the default's type."""
-    if annotations is None:
-        lazy = defaults.get("__annotate__")  # Python 3.14 keeps a function instead (PEP 649); 1 asks for plain values
-        annotations = defaults.get("__annotations__") or (lazy(1) if lazy else {})
+    lazy = defaults.get("__annotate__")  # Python 3.14 keeps a function instead (PEP 649); 1 asks for plain values
+    annotations = defaults.get("__annotations__") or (lazy(1) if lazy else {})
     by_name = {kind.__name__: kind for kind in NEEDS} | {"None": NoneType}
     kinds = {}
     for name, default in defaults.items():
         if name.startswith("_") or type(default) not in NEEDS:
             continue
-        said = annotations.get(name, type(default))
-        parts = said.split("|") if isinstance(said, str) else typing.get_args(said) or (said,)
+        annotation = annotations.get(name, type(default))
+        parts = annotation.split("|") if isinstance(annotation, str) else typing.get_args(annotation) or (annotation,)
         kinds[name] = tuple(by_name.get(part.strip()) if isinstance(part, str) else part for part in parts)
         if kinds[name] == (NoneType,) or not set(kinds[name]) <= set(NEEDS):
             raise TypeError(
-                f"setting {name!r}: type {said!r} is not usable, need one of int, float, bool, str, with or without "
-                f"None; annotate it in {_script_name(defaults)}, for example `{name}: int | None = None`"
+                f"setting {name!r}: type {annotation!r} is not usable, need one of int, float, bool, str, with or "
+                f"without None; annotate it in {_script_name(defaults)}, for example `{name}: int | None = None`"
             )
     return kinds
 
@@ -156,24 +151,24 @@ def _fit(name, value, defaults, kinds, where):
     if type(plain) is int and float in kinds[name] and abs(plain) < 2**1023:
         return float(plain)
     need = " or ".join(NEEDS[kind] for kind in kinds[name])
-    whole = int in kinds[name] and type(plain) is float and plain.is_integer()
-    remedy = f"write {plain:.0f}" if whole else f"its default is {defaults[name]!r}"
+    is_integer = int in kinds[name] and type(plain) is float and plain.is_integer()
+    remedy = f"write {plain:.0f}" if is_integer else f"its default is {defaults[name]!r}"
     raise ConfigError(f"setting {name!r} {where}: got {value!r}, need {need}; {remedy}")
 
 
 def _read_word(word, defaults, kinds):
-    """(name, value) of one --name=value."""
+    """{name: value} of one --name=value."""
     where = "on the command line"
     name, _, text = word.lstrip("-").partition("=")
     _check_name(name, kinds, where)
     if word != f"--{name}={text}":
         example = "True" if bool in kinds[name] else text or defaults[name]
         raise ConfigError(f"{word!r} {where} is not of the form --name=value; write --{name}={example}")
-    return name, _fit(name, _parse(text, kinds[name]), defaults, kinds, where)
+    return {name: _fit(name, _parse(text, kinds[name]), defaults, kinds, where)}
 
 
 def _parse(text, kinds):
-    """The value that `text` spells for a setting of these types; the text itself where it spells none."""
+    """The value that `text` spells for a setting of these types, else the text itself."""
     for kind, words in ((NoneType, {"None": None}), (bool, {"True": True, "False": False})):
         if kind in kinds and text in words:
             return words[text]
@@ -181,13 +176,13 @@ def _parse(text, kinds):
         try:
             return _arithmetic(ast.parse(text.strip(), mode="eval").body)
         except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-            pass  # no number; a str setting takes the text, any other is refused by _fit
+            pass  # it is no number: a str setting takes the text, and _fit refuses it for any other
     quoted = str in kinds and len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted else text
 
 
 def _arithmetic(node):
-    """Value of numbers under + - * / // and signs; any other syntax raises ValueError, and nothing is executed."""
+    """Value of numbers under + - * / // and signs. Other syntax raises ValueError, and nothing is executed."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
@@ -198,7 +193,7 @@ def _arithmetic(node):
 
 
 def _read_file(path, defaults, kinds):
-    """{name: value} of the settings a config file assigns; it runs in a dict of its own and sees nothing of ours."""
+    """{name: value} of the settings that a config file assigns; it runs in a fresh dict."""
     namespace = {"__name__": "config", "__file__": path}
     try:
         with open(path, "rb") as file:

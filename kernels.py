@@ -1,16 +1,17 @@
-"""Every Triton kernel of a training step, with its launcher. kernels.name(*arguments) returns what its specification in
-plain PyTorch does: name.torch(*arguments), of sparse24.py or, for activations and packing, of gemm24/operands.py.
+"""Every Triton kernel of a training step, with its launcher. A launcher has the name, the arguments and, unless its
+docstring says otherwise, the result of a specification in plain PyTorch: name.torch of sparse24.py or, for activations
+and packing, of gemm24/operands.py. Shapes and dtypes are documented there.
 
-Launchers take CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, which is how the tests prove them without a GPU.
-They are not differentiable. Most are torch custom ops, so that torch.compile passes them by, with a fake beside them.
+Launchers take CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, which is how tests run them without a GPU. They
+are not differentiable. Most are torch custom ops, so that torch.compile does not trace them, with a fake beside them.
+They raise ValueError for tensors that a kernel would misread.
 
-One rule keeps shared memory out of the way: one thread owns one row of an (N, 4) tile, N = 32 * num_warps, and the rest
-of the arithmetic is 1-D, (N,). An (N, 4) load of contiguous memory is one 16-byte load a thread, and split twice it is
-four registers. Arithmetic is float32, and a result is rounded once. Offsets are int64.
+To avoid shared memory, one thread owns one row of an (N, 4) tile, N = 32 * num_warps, and all other arithmetic is 1-D,
+(N,). An (N, 4) load of contiguous memory is one 16-byte load a thread; split twice, it is four registers. Arithmetic is
+float32, and a result is rounded once. Offsets are int64.
 
-benchmarks/kernel_times.py has the bytes that each kernel must move and the number of instructions that it may
-compile to, and measures it. The launch constants below were measured on an H200, on 16384 x 4096 elements:
-results/h200.
+benchmarks/kernel_times.py has the bytes that each kernel must move and the number of instructions that it may compile
+to, and measures it. The launch constants were measured on an H200, on 16384 x 4096 elements: results/h200.
 """
 
 import functools
@@ -24,10 +25,8 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def _launch(kernel, programs: int, *args, written=(), **options) -> None:
-    """Run `programs` programs of a kernel, on the device of its first argument, which need not be the current one.
-
-    written: the caller's tensors that it writes to. Autograd then refuses a backward pass that needs the old values.
-    """
+    """Run `programs` programs of a kernel on the device of its first argument. written: the caller's tensors that it
+    overwrites, so that autograd refuses a backward pass that needs the old values."""
     torch.autograd.graph.increment_version(written)
     with torch.cuda.device_of(args[0]):
         # Without contraction to FMA a kernel rounds as its specification does: h - u*h is two roundings, not one.
@@ -76,7 +75,7 @@ def _sub4(x, y):
 
 @triton.jit
 def _float32(x):
-    """x widened to float32; the interpreter's own conversion gets subnormal bfloat16 wrong."""
+    """x widened to float32. The interpreter's conversion of subnormal bfloat16 is wrong."""
     if _INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -136,7 +135,7 @@ _TABLES: dict[torch.device, torch.Tensor] = {}
 
 
 def use_patterns(patterns: torch.Tensor) -> None:
-    """Say which patterns an index stands for: bool (90, 4, 4). Once a process; raises ValueError for other patterns."""
+    """Set the patterns that an index stands for, bool (90, 4, 4), once a process. Raises ValueError for other ones."""
     bits = (patterns.flatten(1).long() << torch.arange(16, device=patterns.device)).sum(-1)
     both = torch.cat((patterns, patterns.transpose(1, 2)), dim=1).to(torch.uint8)  # (90, 8, 4)
     low, high = both.sort(dim=-1, descending=True, stable=True).indices[..., :2].unbind(-1)
@@ -173,7 +172,7 @@ def _top2(x):
 
 @triton.jit
 def _try_pair(best, jk, NUMBER: tl.constexpr, J: tl.constexpr, K: tl.constexpr, f, x, y, e):
-    """Candidate B_jk, jk = PAIRS[NUMBER]. Only the number of the winner is kept, and decoded once at the end."""
+    """Candidate B_jk, jk = PAIRS[NUMBER]. Only the winner's number is kept, and it is decoded once at the end."""
     I: tl.constexpr = 0 if J > 0 else (1 if K > 1 else 2)
     L: tl.constexpr = 6 - I - J - K
     score = f[J] + f[K] + _max(x[J], x[K]) + _max(y[J], y[K]) + _max(e[I], e[L])
@@ -238,10 +237,7 @@ def _transposable_index_kernel(w_ptr, index_ptr, columns, blocks, stride_row, st
 
 
 def transposable_index(w: torch.Tensor) -> torch.Tensor:
-    """The pattern of largest L1 norm in each 4x4 block; bit for bit sparse24.transposable_index.torch.
-
-    w: (out, in), both divisible by 4, float32 or 16-bit, any strides. Returns uint8 (out/4, in/4).
-    """
+    """The pattern of largest L1 norm in each 4x4 block."""
     index = torch.empty((w.shape[0] // 4, w.shape[1] // 4), dtype=torch.uint8, device=w.device)
     sizes, grid = (index.shape[1], index.numel(), *w.stride()), triton.cdiv(index.numel(), 128)
     _launch(_transposable_index_kernel, grid, w, index, *sizes, BLOCKS=128, num_warps=4)
@@ -260,15 +256,10 @@ def _row_multiple(function: str, order: str) -> int:
     return 128 if order == "sm80" else 64
 
 
-def _packed_pointers(packed: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values as int32 pairs and metadata as int16 words: views of a packed operand."""
-    return packed.view(torch.int32)[: rows * columns // 4], packed[rows * columns // 2 :].view(torch.int16)
-
-
 @triton.jit
 def _pack_pair(x, bits, BIT: tl.constexpr, STEP: tl.constexpr):
-    """The two kept of four as bfloat16, the first in the low half of an int32. Entry i is kept where bit BIT+STEP*i is
-    set: the compiler shares the tests of the 16 bits between a block's rows and columns."""
+    """The two kept of four as bfloat16, the first in the low half of an int32. Entry i is kept if bit BIT+STEP*i is
+    set, so that the compiler tests each bit once for a block's rows and columns."""
     low = tl.where((bits & (1 << BIT)) != 0, x[0], tl.where((bits & (1 << (BIT + STEP))) != 0, x[1], x[2]))
     high = tl.where((bits & (1 << (BIT + 2 * STEP))) != 0, x[2], x[1])
     high = tl.where((bits & (1 << (BIT + 3 * STEP))) != 0, x[3], high)
@@ -346,14 +337,7 @@ def _pack_weight_kernel(
 
 
 def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
-    """Write the packed operands of w and of its transpose under w's mask; equal to operands.pack_weight_.torch.
-
-    packed, packed_t: 1-D bfloat16 buffers of 9/16 of w's elements; one may be None and is not written. w: (out, in),
-    rows contiguous, float32 or bfloat16. index: uint8 (out/4, in/4) of transposable_index; or (out, in/4) of
-    pair_index, for a row-wise mask, whose transpose is not 2:4. order: "sm80" (out and in multiples of 128) or "sm90"
-    (of 64). Without packed_t, in may be any multiple of 64. metadata=False writes the values alone, for an index that
-    has not changed since the last call. Raises ValueError on input that it would misread.
-    """
+    """Write the packed operands of w and of its transpose under w's mask. The rows of w must be contiguous."""
     (rows, columns), multiple = w.shape, _row_multiple("pack_weight_", order)
     if rows % multiple or columns % (64 if packed_t is None else multiple) or w.stride(1) != 1:
         raise ValueError(
@@ -373,8 +357,9 @@ def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) 
             f"pack_weight_: index {index.dtype} {tuple(index.shape)}, need the contiguous uint8 {blocks} of "
             f"transposable_index, or for packed alone {pairs} of pair_index"
         )
-    buffers = (*_packed_pointers(written[0], rows, columns), *_packed_pointers(written[-1], columns, rows))
-    arguments = (w, index, _table(w.device), *buffers, rows, columns, w.stride(0))
+    half = rows * columns // 2  # values as int32 pairs, then metadata as int16 words
+    buffers = [(t[:half].view(torch.int32), t[half:].view(torch.int16)) for t in (written[0], written[-1])]
+    arguments = (w, index, _table(w.device), *buffers[0], *buffers[1], rows, columns, w.stride(0))
     forms = {"WRITE": packed is not None, "WRITE_T": packed_t is not None, "METADATA": metadata, "PAIRS": by_rows}
     grid = rows * columns // 4096
     _launch(_pack_weight_kernel, grid, *arguments, ORDER=int(order[2:]), **forms, written=written, num_warps=8)
@@ -389,10 +374,10 @@ def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_col
     n = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = n < groups
     bits = tl.abs(_load_groups(w_ptr, n, columns, stride_row, stride_column, live)).to(tl.int32, bitcast=True)
-    a0, a1, a2, a3 = _split4(bits)  # which order as the magnitudes do
+    a0, a1, a2, a3 = _split4(bits)  # ordered as the magnitudes are
     NAN: tl.constexpr = 0x7F800001  # all NaNs are one, above inf
     a0, a1, a2, a3 = tl.minimum(a0, NAN), tl.minimum(a1, NAN), tl.minimum(a2, NAN), tl.minimum(a3, NAN)
-    # An element is kept that loses to one other at most. Ties keep the lower index.
+    # An element is kept if at most one other is larger. Ties keep the lower index.
     c01, c02, c03 = (a0 >= a1).to(tl.int32), (a0 >= a2).to(tl.int32), (a0 >= a3).to(tl.int32)
     c12, c13, c23 = (a1 >= a2).to(tl.int32), (a1 >= a3).to(tl.int32), (a2 >= a3).to(tl.int32)
     low = tl.where(c01 + c02 + c03 >= 2, 0, tl.where(c12 + c13 - c01 >= 1, 1, 2))
@@ -403,10 +388,7 @@ def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_col
 
 @torch.library.custom_op("nano24::pair_index", mutates_args=())
 def pair_index(x: torch.Tensor) -> torch.Tensor:
-    """The number, 0..5, of the pair that each group of four keeps; equal to sparse24.pair_index.torch.
-
-    x: (..., n), n divisible by 4, float32 or 16-bit, any strides. Returns uint8 (..., n/4).
-    """
+    """The number of the pair that each group of four keeps."""
     index = torch.empty((*x.shape[:-1], x.shape[-1] // 4), dtype=torch.uint8, device=x.device)
     x, groups = x.reshape(-1, x.shape[-1]), index.numel()
     sizes, grid = (x.shape[1] // 4, groups, *x.stride()), triton.cdiv(groups, 256)
@@ -429,7 +411,7 @@ def _soft_threshold24_kernel(
     n = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     live = n < groups
     x = _load_groups(w_ptr, n, columns, stride_row, stride_column, live)
-    a = _split4(tl.abs(x).to(tl.int32, bitcast=True))  # which order as the magnitudes do
+    a = _split4(tl.abs(x).to(tl.int32, bitcast=True))  # ordered as the magnitudes are
     low01, low23 = tl.minimum(a[0], a[1]), tl.minimum(a[2], a[3])
     high01, high23 = tl.maximum(a[0], a[1]), tl.maximum(a[2], a[3])
     threshold = tl.minimum(tl.maximum(low01, low23), tl.minimum(high01, high23)).to(tl.float32, bitcast=True)
@@ -461,12 +443,12 @@ def _(w, scale):
 
 
 def soft_threshold24(w: torch.Tensor) -> torch.Tensor:
-    """S(w), contiguous; equal to sparse24.soft_threshold24.torch. w: (..., n), n divisible by 4, any strides."""
+    """S(w), contiguous."""
     return _soft_threshold_and_scale(w, False)[0]
 
 
 def sste_scale(w: torch.Tensor) -> torch.Tensor:
-    """beta of w, float32 0-d; sparse24.sste_scale.torch within the rounding of the sums."""
+    """beta of w. It differs from its specification in the order of the sums."""
     return _soft_threshold_and_scale(w, True)[1]
 
 
@@ -478,14 +460,14 @@ _ADAMW_QUADS = 256  # quads per program
 
 @functools.lru_cache(maxsize=16)
 def _chunks(quads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int32 (programs, 2): of each program, which tensor and which of its chunks."""
+    """int32 (programs, 2): the tensor of each program, and the chunk of that tensor."""
     chunks = [(i, c) for i, n in enumerate(quads) for c in range(triton.cdiv(n, _ADAMW_QUADS))]
     return torch.tensor(chunks, dtype=torch.int32, device=device)
 
 
 @triton.jit
 def _aligned(address_ptr):
-    """The float32 pointer that lies at address_ptr. It points to 16-byte aligned memory."""
+    """The float32 pointer stored at address_ptr, to 16-byte aligned memory."""
     return tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(tl.float32)), 16)
 
 
@@ -535,12 +517,11 @@ def _adamw_kernel(
 
 
 def adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weight: bool = False) -> None:
-    """Masked decay of the gradients (or Eq. 8, of the weights), then torch.optim.AdamW's step, in place.
+    """Masked decay of the gradients (with decay_on_weight of the weights, Eq. 8), then the step of torch.optim.AdamW.
 
     Equally long lists of contiguous, 16-byte aligned float32 tensors of a multiple of 4 elements on one device;
-    `indices` holds None where no mask is. scalars: of each tensor (1 - beta1, beta2, 1 - beta2, eps,
-    1 - lr * weight_decay, lr / (1 - beta1^t), sqrt(1 - beta2^t), masked decay), the last one lr * lambda with
-    decay_on_weight. Gradients are read only. Raises ValueError for tensors that it would misread.
+    `indices` holds None for a tensor without mask. scalars: sparse24.adamw_scalars of each tensor, with lr * lambda in
+    place of lambda if decay_on_weight. Gradients are not written.
     """
     device = params[0].device
     for t in (*params, *grads, *exp_avgs, *exp_avg_sqs):  # the kernel sees addresses alone
@@ -585,11 +566,11 @@ def _reciprocal(x):
 
 @triton.jit
 def _activation(z, ACTIVATION: tl.constexpr):
-    """f(z) and f'(z) of the nonlinearity, float32; of a gated one, the gate's.
+    """f(z) and f'(z) in float32, for a gated activation those of its gate.
 
     GELU: erf's exponential is the normal density, so value and derivative share it. With k = 1/(1 + 0.2316419 |z|),
     Phi(-|z|) = density * poly5(k) to 7.5e-8 (Abramowitz and Stegun 26.2.17): within 3e-7 of z Phi(z), 4e-7 of f'. FMAs
-    are written out, because no launch contracts to them.
+    are written out, since `_launch` turns contraction off.
     """
     gated: tl.constexpr = ACTIVATION == "geglu" or ACTIVATION == "swiglu"
     tl.static_assert(gated or (ACTIVATION == "gelu" or ACTIVATION == "relu2"))
@@ -612,7 +593,7 @@ def _activation(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _backward(z, up, da, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """dZ of the (gate's) pre-activation and, gated, of the linear half: a = f(z) or f(z) * up."""
+    """dZ of a = f(z), or of a = f(z) * up both dZ and the gradient of up."""
     value, slope = _activation(z, ACTIVATION)
     if GATED:
         return da * up * slope, da * value
@@ -630,7 +611,7 @@ def _activation_kernel(z_ptr, a_ptr, size, ACTIVATION: tl.constexpr, GATED: tl.c
 
 
 def _gated(function: str, z: torch.Tensor, activation: str, da: torch.Tensor | None = None) -> bool:
-    """Return whether the activation is gated. Raises ValueError on tensors that the kernels would misread."""
+    """Whether the activation is gated. Raises ValueError for tensors that the kernels would misread."""
     halves = 2 if activation.endswith("glu") else 1
     fits = z.dim() == 2 and z.shape[0] % halves == 0 and z.is_contiguous()
     if not fits or (da is not None and (da.shape != (z.shape[0] // halves, z.shape[1]) or not da.is_contiguous())):
@@ -643,11 +624,10 @@ def _gated(function: str, z: torch.Tensor, activation: str, da: torch.Tensor | N
 
 @torch.library.custom_op("nano24::activation", mutates_args=())
 def activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
-    """a = f(z), or f(gate) * up; operands.activation.torch within rounding and 3e-7.
+    """a = f(z), or f(gate) * up, within rounding and 3e-7. z is contiguous.
 
-    z: (d_ff, tokens), gated (2 d_ff, tokens), contiguous. activation: gelu, relu2, geglu or swiglu. Returns (d_ff,
-    tokens) in z's dtype. recompute changes nothing here: torch.compile merges equal calls, and would keep the forward's
-    a for the backward, which computes it a second time to save memory.
+    recompute: True in the backward, which computes `a` a second time to save memory. It changes only the call:
+    torch.compile merges equal calls, and would keep the forward's `a` for the backward.
     """
     gated = _gated("activation", z, activation)
     a = z.new_empty((z.shape[0] // (1 + gated), z.shape[1]))
@@ -678,8 +658,7 @@ def _activation_backward_kernel(
 
 @torch.library.custom_op("nano24::activation_backward", mutates_args=())
 def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
-    """dz of `activation` in z's shape and dtype, from z and da (d_ff, tokens); its specification is
-    operands.activation_backward.torch."""
+    """dz of `activation`, within rounding and 4e-7. z and da are contiguous."""
     gated, dz, size = _gated("activation_backward", z, activation, da), torch.empty_like(z), da.numel()
     options = {"ACTIVATION": activation, "GATED": gated, "BLOCK": 1024, "num_warps": 4}
     _launch(_activation_backward_kernel, triton.cdiv(size, 1024), z, da, dz, size, **options)
@@ -690,10 +669,10 @@ activation_backward.register_fake(lambda z, da, activation: torch.empty_like(z))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mvue24 (Eq. 6) to masked dense, of any dtype and strides. A thread has one unit: the rows p and p+8 of a 16-row tile,
-# and of a 32-column panel the groups q, q+1, q+4, q+5, q even. Those eight groups are four 16-byte loads of bfloat16,
-# whole metadata words in sm90's order, and two Philox calls, whose four words serve (row half, column half), as
-# sparse24.group_uniforms says. A program's tile is 32 rows x 128 columns.
+# mvue24 (Eq. 6) to masked dense, of any dtype and strides. A thread has one unit of eight groups: rows p and p+8 of a
+# 16-row tile, and groups q, q+1, q+4, q+5 (q even) of a 32-column panel. A unit takes four 16-byte loads of bfloat16,
+# has complete metadata words in sm90's order, and takes two Philox calls, whose four words are those of (row half,
+# column half), as in sparse24.group_uniforms. A program's tile is 32 rows x 128 columns.
 
 
 @triton.jit
@@ -728,10 +707,8 @@ def _draw(
     a, word, K01: tl.constexpr, K02: tl.constexpr, K03: tl.constexpr, K12: tl.constexpr, K13: tl.constexpr,
     K23: tl.constexpr,
 ):  # fmt: skip
-    """MVUE of magnitudes a (four (N,)) with a random word: h, and the constant of the pair that is kept.
-
-    As sparse24.mvue24.torch, comparison by comparison, its `past1`, `past0`, `from3` and `from2` in one chain.
-    """
+    """MVUE of magnitudes a (four (N,)) with a random word: h, and the constant of the pair that is kept. Its
+    comparisons are those of sparse24.mvue24_with_mask."""
     u = _unit_float(word)
     rest = _min(a[0], a[1]) + _min(a[2], a[3]) + _min(_max(a[0], a[1]), _max(a[2], a[3]))
     h = _min(rest, ((a[0] + a[1]) + (a[2] + a[3])) * 0.5)
@@ -746,7 +723,7 @@ def _draw(
 
 @triton.jit
 def _unit(tile, tile_columns, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr, rows_first: tl.constexpr):
-    """First row (N,) and first column (N,) of each thread's unit; tiles are 16*TILE_GROUPS x 32*PANELS."""
+    """First row (N,) and first column (N,) of each thread's unit in a tile of 16*TILE_GROUPS x 32*PANELS."""
     n = tl.arange(0, 16 * TILE_GROUPS * PANELS)
     if rows_first:  # neighbouring threads take neighbouring rows, for a matrix that lies transposed
         p, rest = n % 8, n // 8
@@ -819,22 +796,19 @@ def _seed_tensor(seed, device: torch.device) -> torch.Tensor:
 
 
 def mvue24(x: torch.Tensor, seed) -> torch.Tensor:
-    """MVUE along the last dimension to masked dense; equal to sparse24.mvue24.torch.
-
-    x: (..., n), n divisible by 4, float32 or 16-bit, any strides. Returns x's shape and dtype. The fast paths take
-    bfloat16 matrices with 8 dividing n, and 32 the rows where rows are contiguous, 64 where columns are.
-    """
+    """MVUE along the last dimension to masked dense. The fast paths take bfloat16 matrices if 8 divides n, and if 32
+    divides the number of contiguous rows, or 64 the number of rows of a transposed matrix."""
     return _mvue24(x.reshape(-1, x.shape[-1]), _seed_tensor(seed, x.device)).view(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mvue24_pack, activation_backward_mvue24_pack: bfloat16 drawn in words of two, written as an operand of a 2:4 GEMM or
-# masked dense; with the activation's backward, dZ = f'(Z) dA, before it. A thread has one unit, as above.
+# mvue24_pack, activation_backward_mvue24_pack: MVUE of bfloat16 in words of two, written as an operand of a 2:4 GEMM or
+# masked dense; the second computes the activation's backward before it. A thread has one unit, as above.
 
 
 @triton.jit
 def _byte_perm(x, y, selector):
-    """Four bytes of the eight in (x, y), x the low four, as the selector's four low nibbles say (0..7)."""
+    """Four of the eight bytes of (x, y), x the low four, chosen by the selector's four low nibbles (0..7)."""
     if _INTERPRETED:
         out = tl.zeros_like(x)
         for i in tl.static_range(4):
@@ -867,7 +841,7 @@ def _raise(word, h):
 
 @triton.jit
 def _load_words(ptr, live, EVEN: tl.constexpr):
-    """Eight bfloat16 from ptr (N,) on, as four int32; EVEN: all threads are live."""
+    """Eight bfloat16 from ptr (N,) on, as four int32. EVEN: all threads are live."""
     ptr = ptr[:, None] + tl.arange(0, 4)[None, :]
     return _split4(tl.load(ptr) if EVEN else tl.load(ptr, mask=live[:, None], other=0))
 
@@ -900,7 +874,7 @@ def _load_token_major(
 
 @triton.jit
 def _activation_words(z, up, da, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """_backward on two bfloat16 in an int32 each: words of dZ, rounded."""
+    """`_backward` of the two bfloat16 in each int32: rounded words of dZ and of up's gradient."""
     low, low_up = _backward(_low(z), _low(up), _low(da), ACTIVATION, GATED)
     high, high_up = _backward(_high(z), _high(up), _high(da), ACTIVATION, GATED)
     return _bits16(low) | (_bits16(high) << 16), _bits16(low_up) | (_bits16(high_up) << 16)
@@ -911,7 +885,7 @@ def _magnitudes(w0, w1):
     """|x| of the four bfloat16 in two int32, float32."""
     if _INTERPRETED:
         return tl.abs(_low(w0)), tl.abs(_high(w0)), tl.abs(_low(w1)), tl.abs(_high(w1))
-    # The shift hidden from LLVM, the sign bit is dropped by the float instructions that follow, at no cost.
+    # If LLVM does not see the shift, the float instructions that follow drop the sign bit at no cost.
     asm: tl.constexpr = "shl.b32 $0, $1, 16;"
     low0 = tl.inline_asm_elementwise(asm, "=f,r", [w0], tl.float32, is_pure=True, pack=1)
     low1 = tl.inline_asm_elementwise(asm, "=f,r", [w1], tl.float32, is_pure=True, pack=1)
@@ -927,22 +901,22 @@ def _word_sum(w):
 
 @triton.jit
 def _mvue24_masked(w0, w1, random):
-    """The two int32 words of a group after MVUE, zeros where nothing is kept. The constants are byte masks."""
+    """The two int32 words of a group after MVUE, with zeros for pruned entries. The constants are byte masks."""
     h, pair = _draw(_magnitudes(w0, w1), random, 0xFFFF, 0xFF00FF, -0xFFFF01, 0xFFFF00, -0xFF0100, -0x10000)
     return _raise(w0, h) & _byte_perm(pair, pair, 0x1100), _raise(w1, h) & _byte_perm(pair, pair, 0x3322)
 
 
 @triton.jit
 def _mvue24_pair(w0, w1, random):
-    """The two kept of a group after MVUE as an int32, and their nibble at bit 16. The constants: a byte selector in the
-    low 16 bits, which is all that the selection reads, and the nibble."""
+    """The two kept of a group after MVUE as an int32, and their nibble at bit 16. A constant is a byte selector in the
+    low 16 bits, the only ones that `_byte_perm` reads, and the nibble."""
     h, pair = _draw(_magnitudes(w0, w1), random, 0x43210, 0x85410, 0xC7610, 0x95432, 0xD7632, 0xE7654)
     return _raise(_byte_perm(w0, w1, pair), h), pair
 
 
 @triton.jit
 def _mvue24_words(out_ptr, x, random0, random1, live, EVEN: tl.constexpr, PACK: tl.constexpr):
-    """MVUE of two groups, x four words, written packed or masked at out_ptr. Returns the nibbles, at bits 0 and 16."""
+    """Write MVUE of two groups, four words x, packed or masked to out_ptr. Returns their nibbles at bits 0 and 16."""
     if not PACK:
         w0, w1 = _mvue24_masked(x[0], x[1], random0)
         w2, w3 = _mvue24_masked(x[2], x[3], random1)
@@ -982,8 +956,8 @@ def _mvue24_words_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, ORDER: tl.constexpr, TOKEN_MAJOR: tl.constexpr, BIAS: tl.constexpr,
     EVEN: tl.constexpr, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr,
 ):  # fmt: skip
-    # x is dA, (rows, columns). With an activation, z and dz are (rows, columns) too, or gated (2 rows, columns), and so
-    # is what is pruned and written: dZ. Without one dZ is x.
+    # x is dA, (rows, columns). With an activation, z and dz, which is then pruned, are (rows, columns), gated
+    # (2 rows, columns). Without one, x is pruned.
     parts: tl.constexpr = 2 if GATED else 1
     tile, tile_columns = tl.program_id(0), (columns + 32 * PANELS - 1) // (32 * PANELS)
     row, column = _unit(tile, tile_columns, TILE_GROUPS, PANELS, False)
@@ -1039,7 +1013,7 @@ _ORDERS = {"masked": 0, "sm80": 80, "sm90": 90}  # how MVUE is written: masked d
 
 
 def _takes_words(x: torch.Tensor, token_major: bool) -> bool:
-    """Whether `_launch_words` can read x (rows, columns), or with token_major its transpose, in words of two."""
+    """Whether `_launch_words` can read x (rows, columns), with token_major its transpose, in words of two."""
     words = x.dtype == torch.bfloat16 and x.storage_offset() % 2 == 0 and (x.t() if token_major else x).is_contiguous()
     return words and x.shape[0] % _TILES[token_major][0] == 0 and x.shape[1] % 8 == 0
 
@@ -1056,13 +1030,13 @@ def _launch_words(x, z, dz, seed, out, metadata, bias, rows, columns, activation
 
 
 def multiples(order: str, token_major: bool = False, halves: int = 1) -> tuple[int, int]:
-    """The numbers that must divide rows and tokens, to be drawn and written in this order; rows of all `halves`."""
+    """The numbers that must divide the rows of all `halves` and the tokens, for MVUE written in this order."""
     return (_TILES[token_major][0] * halves, 8) if order == "masked" else (_row_multiple("mvue24_pack", order), 64)
 
 
 def _mvue24_outputs(like: torch.Tensor, rows: int, columns: int, order: str, bias: bool, token_major=False, halves=1):
-    """Empty tensors for `_launch_words`: out (masked or packed), its metadata part, partial bias gradients. rows: those
-    of all `halves`."""
+    """Empty tensors for `_launch_words`: out (masked or packed), its metadata part, partial bias gradients. `rows`
+    counts the rows of all `halves`."""
     multiple = multiples(order, token_major, halves)
     if like.dtype != torch.bfloat16 or rows % multiple[0] or columns % multiple[1]:
         raise ValueError(
@@ -1093,13 +1067,7 @@ def _(x, seed, order, token_major, bias):
 
 
 def mvue24_pack(x: torch.Tensor, seed, order: str, token_major: bool = False, bias: bool = False):
-    """MVUE straight to a packed operand; equal to operands.mvue24_pack.torch.
-
-    x: bfloat16, (rows, tokens), or with token_major (tokens, rows), transposed on the way. order: "sm80" (rows a
-    multiple of 128, tokens of 64), "sm90" (64 and 64), or "masked" for the masked dense (rows, tokens). Returns it, and
-    with `bias` x's sums over tokens before the pruning, float32 (rows,), else an empty tensor. Deterministic. Raises
-    ValueError for a shape or dtype that does not fit.
-    """
+    """MVUE to a packed operand, of bfloat16 and of the `multiples` of rows and tokens. Deterministic."""
     return _mvue24_pack(x, _seed_tensor(seed, x.device), order, token_major, bias)
 
 
@@ -1122,9 +1090,5 @@ def _(z, da, seed, activation, order, bias):
 
 
 def activation_backward_mvue24_pack(z, da, seed, activation: str, order: str, bias: bool = False):
-    """dz of `activation_backward`, and `mvue24_pack` of that dz, in one pass over memory.
-
-    z: (d_ff, tokens), gated (2 d_ff, tokens), da: (d_ff, tokens), bfloat16, contiguous. Returns dz, and what
-    `mvue24_pack` returns of it. Raises ValueError for a shape or dtype that does not fit.
-    """
+    """dz of `activation_backward`, and `mvue24_pack` of that dz, in one pass over memory. z and da are contiguous."""
     return _activation_backward_mvue24_pack(z, da, _seed_tensor(seed, z.device), activation, order, bias)

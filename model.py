@@ -4,10 +4,10 @@
     for each block:  x += attn(ln_1(x));  x += mlp(ln_2(x))
     logits = lm_head(ln_f(x))                     (B, T, V), lm_head.weight is wte.weight
 
-Parameter names and shapes are nanoGPT's, so its checkpoints load here. The model is built dense and initialised
-dense; only then are the chosen linears swapped for sparse ones that keep the very same Parameters. Hence a dense
-and a sparse run of one seed start from the same weights, and nothing below `GPT.__init__` knows about sparsity, but
-that MLP.forward asks whether a plan (gemm24/ffn.py) multiplies both of its linears at once.
+Parameter names and shapes are nanoGPT's, so its checkpoints load here. The model is built and initialised dense. Then
+the linears of each MLP are swapped for sparse ones that keep their Parameters, so a dense and a sparse run of one seed
+start from the same weights. Nothing below `GPT.__init__` knows about sparsity, except that MLP.forward asks whether a
+plan (gemm24/ffn.py) multiplies both of its linears at once.
 
 Letters: B sequences, T tokens each, C = n_embd, V = vocab_size, d_ff = hidden width of the feed-forward layer.
 """
@@ -25,7 +25,7 @@ from gemm24.ffn import sparse_ffn, takes_plan
 from gemm24.operands import ACTIVATIONS, GATED
 from sparse24 import MaskedDecayAdamW, kernel_status, recipe_names, sparsify
 
-# n_layer, n_head, n_embd of the four published GPT-2 sizes, and what Hugging Face calls them
+# The four published sizes of GPT-2, and their names at Hugging Face.
 PRESETS = {
     "124M":  {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "350M":  {"n_layer": 24, "n_head": 16, "n_embd": 1024},
@@ -34,9 +34,7 @@ PRESETS = {
 }  # fmt: skip
 HF_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
-# The linears of a block that become sparse, and all of them.
-FFN_LINEARS = ("mlp.c_fc", "mlp.c_proj")
-LINEARS = ("attn.c_attn", "attn.c_proj", *FFN_LINEARS)
+FFN_LINEARS = ("mlp.c_fc", "mlp.c_proj")  # the linears of a block that become sparse
 
 
 @dataclass
@@ -56,8 +54,8 @@ class GPTConfig:
 
     @property
     def d_ff(self) -> int:
-        """Hidden width. Gated activations have three matrices instead of two, so they get 2/3 of it, rounded to a
-        multiple of 64 (of 4 below 1024): the parameter count matches the ungated model's."""
+        """Hidden width. A gated MLP has three matrices, not two. So that it has as many parameters, it gets 2/3 of the
+        width, rounded to a multiple of 64 (of 4 below 1024)."""
         width = self.ffn_ratio * self.n_embd
         if self.activation not in GATED:
             return round(width)
@@ -78,12 +76,10 @@ class GPTConfig:
         if not (0.5 < width < math.inf and abs(width - round(width)) < 1e-6 * width):
             sizes = f"ffn_ratio={self.ffn_ratio} times n_embd={self.n_embd} is {width:g}"
             raise ValueError(f"GPTConfig: {sizes}, need a positive integer; change ffn_ratio")
-        if self.sparse == "none":
-            return
-        for name, size, knob in (("n_embd", self.n_embd, "n_embd"), ("d_ff", self.d_ff, f"ffn_ratio={self.ffn_ratio}")):
-            if size % 4:
-                need = f"need a multiple of 4 for sparse={self.sparse!r}; change {knob} or use sparse='none'"
-                raise ValueError(f"GPTConfig: {name}={size}, {need}")
+        for name, change in (("n_embd", "n_embd"), ("d_ff", f"ffn_ratio={self.ffn_ratio}")):
+            if self.sparse != "none" and getattr(self, name) % 4:
+                need = f"need a multiple of 4 for sparse={self.sparse!r}; change {change} or use sparse='none'"
+                raise ValueError(f"GPTConfig: {name}={getattr(self, name)}, {need}")
 
 
 def _one_of(what, value, allowed):
@@ -92,7 +88,7 @@ def _one_of(what, value, allowed):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and the tokens before it."""
+    """Multi-head causal self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -121,7 +117,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, fan_out, bias=config.bias)
         self.c_proj = nn.Linear(config.d_ff, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
-        self.plan = None  # ffn.set_plan: how both linears are multiplied at once where they are sparse
+        self.plan = None  # set by gemm24.ffn.set_plan: how both linears are multiplied at once while they are sparse
 
     def forward(self, x):
         if takes_plan(self.plan, x, self.c_fc, self.c_proj):
@@ -168,7 +164,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self):
-        """Matrices from N(0, 0.02^2), those writing to the residual stream shrunk by sqrt(2 n_layer); biases zero."""
+        """Matrices from N(0, 0.02^2), divided by sqrt(2 n_layer) if they write to the residual stream; biases 0."""
         for name, p in self.named_parameters():  # yields the tied matrix once
             if name.endswith("c_proj.weight"):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
@@ -184,15 +180,14 @@ class GPT(nn.Module):
             raise ValueError("GPT: a recipe was given but config.sparse='none'; set config.sparse or drop the recipe")
 
     def sparse_names(self) -> list[str]:
-        """Names of the linears that are sparse, or would be were `config.sparse` set, in module order."""
+        """Names of the linears that are sparse, in a dense model of those that would be, in module order."""
         return [f"transformer.h.{i}.{linear}" for i in range(self.config.n_layer) for linear in FFN_LINEARS]
 
     def forward(self, idx, targets=None):
-        """Logits and mean cross-entropy.
+        """Logits (B, T, V) and mean cross-entropy in nats; without targets the last position's (B, 1, V) and None.
 
-        idx: int64 (B, T), T <= block_size. targets: int64 (B, T), -1 where a position does not count.
-        Returns (logits (B, T, V), loss in nats, 0-d) with targets, else (logits of the last position (B, 1, V), None).
-        Raises ValueError when T > block_size.
+        idx: int64 (B, T), T <= block_size. targets: int64 (B, T), -1 where a position does not count. Raises ValueError
+        when T > block_size.
         """
         T, block_size = idx.shape[1], self.config.block_size
         if block_size < T:
@@ -205,7 +200,7 @@ class GPT(nn.Module):
         return self.head(x, targets)
 
     def head(self, x, targets=None):
-        """What `forward` returns, from the last block's output x (B, T, C)."""
+        """The result of `forward`, from the last block's output x (B, T, C). A method, so that it is compiled alone."""
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # only these are needed to sample
@@ -215,8 +210,8 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Drop the positions from `block_size` on. Makes a new wpe.weight: call it before making the optimizer."""
         if not 1 <= block_size <= self.config.block_size:
-            need = f"need 1 to {self.config.block_size}; a model cannot grow"
-            raise ValueError(f"crop_block_size: block_size={block_size}, {need}")
+            longest = self.config.block_size
+            raise ValueError(f"crop_block_size: block_size={block_size}, need 1 to {longest}; a model cannot grow")
         self.config = dataclasses.replace(self.config, block_size=block_size)
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.detach()[:block_size].clone())
         self.transformer.wpe.num_embeddings = block_size
@@ -225,34 +220,31 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Append `max_new_tokens` sampled tokens to idx, int64 (B, T); returns int64 (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest. Draws come from `generator` (on idx's
-        device), so training's random numbers stay untouched; None uses torch's global one. Changes no state: call
-        `eval()` first if dropout > 0. Raises ValueError for a negative temperature or top_k < 1.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest. `generator` is on idx's device; None is
+        torch's global one. Call `eval()` first if dropout > 0. Raises ValueError if temperature < 0 or top_k < 1.
         """
         if temperature < 0 or (top_k is not None and top_k < 1):
             need = "need temperature >= 0 and top_k >= 1 or None; use temperature=0 for greedy"
             raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, {need}")
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                logits = logits.masked_fill(logits < kth, -math.inf)
             if temperature == 0:
                 token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                probs = F.softmax(logits / temperature, dim=-1)
-                token = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)  # (B, 1)
             idx = torch.cat([idx, token], dim=1)
         return idx
 
     @classmethod
     def from_pretrained(cls, name, override_args=None, recipe=None):
-        """OpenAI's weights (a key of HF_NAMES) through Hugging Face transformers.
+        """OpenAI's weights (`name` is a key of HF_NAMES) by Hugging Face transformers; masks are made of them.
 
-        override_args: dict of dropout and sparse alone; the rest belongs to the weights.
-        Masks are made after loading, so they match them. OpenAI trained with the tanh form of GELU, which differs from
-        our erf form by less than 5e-4 everywhere. Raises ValueError for a name or argument, ImportError without
-        transformers.
+        override_args: dict of dropout and sparse alone; the weights fix the rest. OpenAI trained with the tanh form of
+        GELU, which differs from the erf form here by less than 5e-4. Raises ValueError for a name or argument,
+        ImportError without transformers.
         """
         _one_of("from_pretrained: name", name, HF_NAMES)
         override_args = override_args or {}
@@ -263,8 +255,7 @@ class GPT(nn.Module):
         try:
             from transformers import GPT2LMHeadModel
         except ImportError as error:
-            reason = "is loaded by the package transformers, which is missing; pip install transformers"
-            raise ImportError(f"from_pretrained: {name} {reason}") from error
+            raise ImportError(f"from_pretrained: {name} needs transformers; pip install transformers") from error
         model = cls(dataclasses.replace(config, sparse="none"))
         copy_hf_weights(model, GPT2LMHeadModel.from_pretrained(name).state_dict())
         model.config = config
@@ -272,21 +263,21 @@ class GPT(nn.Module):
         return model
 
     def get_num_params(self, non_embedding=True) -> int:
-        """Number of parameters, without the position embeddings by default; wte counts, as it is also lm_head."""
+        """Number of parameters, by default without the position embeddings; wte counts, since it is also lm_head."""
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
     def flops_per_token(self) -> int:
         """Forward and backward matmul FLOPs per token at full context, counted as dense whatever is sparse.
 
-        PaLM's convention (arXiv 2204.02311, appendix B): 6 per matmul weight (2 forward, 4 backward; lm_head once,
-        embedding look-ups none) plus 12 n_layer C T for Q K^T and A V, not halved for causality.
+        PaLM's convention (arXiv 2204.02311, appendix B): 6 per weight of a linear (2 forward, 4 backward) and
+        12 n_layer C T for Q K^T and A V, not halved for causality.
         """
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     def estimate_mfu(self, tokens_per_s, peak_flops) -> float | None:
-        """Model FLOPs utilisation of one device, a fraction of its dense peak (FLOP/s); None where that is unknown."""
+        """Model FLOPs utilisation of a device, as a fraction of its dense peak (FLOP/s); None if that is unknown."""
         return None if peak_flops is None else self.flops_per_token() * tokens_per_s / peak_flops
 
     def configure_optimizers(
@@ -309,16 +300,16 @@ class GPT(nn.Module):
 def copy_hf_weights(model, hf_state):
     """Copy a Hugging Face GPT-2 state dict into `model`, in place.
 
-    hf_state: name -> tensor, with the four linears of each block stored (in, out), transposed to ours, and with buffers
-    attn.bias and attn.masked_bias, ignored. lm_head.weight may be missing, being wte.weight.
-    Raises ValueError naming the keys that lack or are too many, or the first wrong shape; nothing is copied then.
+    hf_state: name -> tensor. The four linears of each block are stored (in, out) there, and transposed here. Buffers
+    attn.bias and attn.masked_bias are ignored; lm_head.weight may be missing. Raises ValueError, and copies nothing,
+    where names or shapes differ from the model's.
     """
     hf_state = {k: v for k, v in hf_state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
     hf_state.setdefault("lm_head.weight", hf_state.get("transformer.wte.weight"))
     ours = dict(model.named_parameters(remove_duplicate=False))
     if wrong := sorted(ours.keys() ^ hf_state.keys()):
         raise ValueError(f"copy_hf_weights: {wrong} on one side only, need equal names; build the model with bias=True")
-    linears = tuple(f"{name}.weight" for name in LINEARS)
+    linears = tuple(f"{name}.weight" for name in ("attn.c_attn", "attn.c_proj", *FFN_LINEARS))
     source = {k: v.t() if k.endswith(linears) else v for k, v in hf_state.items()}
     for k, p in ours.items():
         if source[k].shape != p.shape:
@@ -328,8 +319,8 @@ def copy_hf_weights(model, hf_state):
         p.copy_(source[k])
 
 
-# Dense 16-bit tensor-core peak, TFLOPS, fp32 accumulation, from NVIDIA's data sheets (half the figure "with sparsity").
-# A GPU missing here has no MFU; add a line rather than borrow a neighbour's.
+# Dense 16-bit tensor-core peak, TFLOPS with fp32 accumulation, from NVIDIA's data sheets (half of "with sparsity").
+# A GPU that is not listed has no MFU: add a line rather than use a similar GPU's.
 PEAK_TFLOPS = {
     "B200": 2250, "GB200": 2500, "B300": 2250, "GB300": 2500,
     "H100": 989.5, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989.5, "H200 NVL": 835, "GH200": 989.5,
@@ -337,16 +328,14 @@ PEAK_TFLOPS = {
     "RTX A6000": 154.8, "RTX 6000 Ada": 364, "RTX 3090": 71, "RTX 4090": 165.2, "RTX 5090": 209.5,
     "V100 SXM2": 125, "V100 PCIE": 112, "T4": 65,
 }  # fmt: skip
-OTHER_CHIP = {"MIG", "LAPTOP", "TI", "D"}  # "RTX 4090 D", "RTX 3090 Ti", a slice of an H200: not the one in the table
+# Words of names that are other chips than the table's: "RTX 4090 D", "RTX 3090 Ti", a slice of an H200.
+OTHER_CHIP = {"MIG", "LAPTOP", "TI", "D"}
 
 
 def peak_flops(device) -> float | None:
-    """Dense 16-bit peak of `device` in FLOP/s; None on a CPU and on a GPU that PEAK_TFLOPS lacks. The same number for
-    dense and sparse runs, so their MFUs compare."""
+    """Dense 16-bit peak of `device` in FLOP/s, for dense and sparse runs alike; None if it is not in PEAK_TFLOPS."""
     if torch.device(device).type != "cuda":
         return None
-    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device).upper()))  # whole words: A10 is not in RTX A1000
+    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device).upper()))  # A10 is not in "RTX A1000"
     matches = [key for key in PEAK_TFLOPS if words >= set(key.upper().split())]
-    if not matches or words & OTHER_CHIP:
-        return None
-    return PEAK_TFLOPS[max(matches, key=len)] * 1e12
+    return None if not matches or words & OTHER_CHIP else PEAK_TFLOPS[max(matches, key=len)] * 1e12

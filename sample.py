@@ -15,7 +15,6 @@ from configurator import configure_or_exit, without_removed
 from model import GPT, GPTConfig
 from runtime import checkpoint
 from runtime.loader import DATA_FOLDER, load_meta, load_tokenizer
-from sparse24 import recipe_of
 
 # ---- settings ----
 out_dir = "out"  # the run's folder
@@ -39,17 +38,14 @@ def load_model() -> tuple[GPT, dict]:
     path = Path(out_dir) / ckpt
     state = checkpoint.load(path, sparse24.PATTERNS_HASH)
     config, model_args = (without_removed(state[key], path) for key in ("config", "model_args"))
-    model = GPT(GPTConfig(**model_args), recipe_of(config))
+    model = GPT(GPTConfig(**model_args), sparse24.recipe_of(config))
     model.load_state_dict(state["model"])
-    meta = load_meta(DATA_FOLDER / state["config"]["dataset"])
+    meta = load_meta(DATA_FOLDER / config["dataset"])
     if meta["vocab_size"] > model.config.vocab_size:
-        raise ValueError(
-            f"dataset {state['config']['dataset']} now has {meta['vocab_size']} tokens, the checkpoint "
-            f"{model.config.vocab_size}; prepare the data that it was trained on"
-        )
-    layers = sparse24.sparse_linears(model)
-    sparse = sum(layer.sparse for layer in layers)
-    print(f"{path}: iteration {state['iter_num']}, {sparse} of {len(layers)} sparse linears in the 2:4 phase")
+        sizes = f"now has {meta['vocab_size']} tokens, the checkpoint {model.config.vocab_size}"
+        raise ValueError(f"dataset {config['dataset']} {sizes}; prepare the data that it was trained on")
+    phases = [layer.sparse for layer in sparse24.sparse_linears(model)]
+    print(f"{path}: iteration {state['iter_num']}, {sum(phases)} of {len(phases)} sparse linears in the 2:4 phase")
     return model, meta
 
 

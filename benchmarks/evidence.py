@@ -68,7 +68,7 @@ STAGES = {
     "step": Stage(60, 150, "{python} -m benchmarks.steps {out}/step.json --verdicts {verdicts}"),
     "train": Stage(60, 130, "{python} -m benchmarks.curves {out}/train.json"),
     "resume": Stage(
-        40, 90, "{python} -m pytest -q -n 4 -p no:cacheprovider -m gpu tests/test_gpu.py -k 'resumes or operators'"
+        40, 90, "{python} -m pytest -q -n 4 -p no:cacheprovider -m gpu tests/gpu -k 'resumes or operators'"
     ),
 }
 

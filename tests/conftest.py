@@ -1,7 +1,7 @@
 """Settings of the whole test run.
 
 Without a GPU Triton's kernels run on the CPU in Triton's interpreter, in numpy. With NANO24_PTX=90 (or 80) they are
-compiled for that architecture instead, and tests/ptx.py interprets the compiler's result: `make test-ptx`.
+compiled for that architecture instead, and tests/ptx/ interprets the compiler's result: `make test-ptx`.
 """
 
 import os

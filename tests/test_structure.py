@@ -16,6 +16,9 @@ from model import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from what stands to its left.
 ORDER = "configurator kernels | sparse24 | gemm24 | methods model | runtime | benchmarks | train bench sample studies"
+FOLDERS = [".", *(name for name in ORDER.split() if (ROOT / name).is_dir())]
+# Test files that belong to no module, all names of the form test_<name>.py or test_<name>_<part>.py.
+BELONG_TO_NO_MODULE = {"structure", "two_files", "guard", "data", "gpu", "readme"}
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
 
@@ -49,6 +52,36 @@ def test_imports_inside_a_folder_run_one_way():
         modules = {f"{folder.name}.{path.stem}": path for path in folder.glob("*.py")}
         graph = {name: imported(path) & modules.keys() for name, path in modules.items()}
         assert list(graphlib.TopologicalSorter(graph).static_order()), folder  # CycleError names a circle
+
+
+def modules(folder: Path) -> set[str]:
+    """Names of the folder's modules, without an `__init__.py` that holds nothing but its docstring."""
+    parsed = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
+    return {name for name, tree in parsed.items() if name != "__init__" or len(tree.body) > 1}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_module_has_its_test_file(folder):
+    wanted = {f"test_{name}.py" for name in modules(ROOT / folder)}
+    assert not wanted - {path.name for path in (ROOT / "tests" / folder).glob("*.py")}
+
+
+def test_every_test_file_is_named_after_a_module_of_its_folder():
+    """The folder is the one that tests/ mirrors, or tests/ itself for the tools of the tests."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        folder = path.parent.relative_to(ROOT / "tests")
+        names = modules(ROOT / folder) | modules(path.parent) | BELONG_TO_NO_MODULE
+        beginnings = tuple(f"test_{name}_" for name in names)
+        assert f"{path.stem}_".startswith(beginnings), f"{path} is named after no module"
+
+
+def test_both_halves_of_make_test_together_are_all_tests():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\ntwo_halves = $(call side_by_side,$(1) $(2),$(1) tests $(2:%=--ignore=%))\n" in makefile
+    assert re.findall(r"^\t\$\(call (\w+),-m ([^,]+),", makefile, re.MULTILINE) == [
+        ("two_halves", '"not slow"'),
+        ("two_halves", "slow"),
+    ]
 
 
 def test_model_imports_without_triton_and_optional_packages():

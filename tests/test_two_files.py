@@ -37,7 +37,7 @@ assert [type(module) for module in model] == [torch.nn.Linear, torch.nn.GELU, to
 torch.testing.assert_close(model(x), pruned)
 print(losses[0], losses[-1])
 """
-# In front of it: the folder holds every module that is not installed, and what the project imports comes from there.
+# Before it: the folder is the only place of modules that are not installed.
 ALONE = f"import sys; assert {str(ROOT)!r} not in sys.path"
 WITHOUT_TRITON = "sys.modules['triton'] = None"
 COMPARE = "assert sparse24.kernel_mismatches(torch.device('cpu')) == []; assert 'gemm24' not in sys.modules"
@@ -72,6 +72,7 @@ def test_it_trains_without_triton(tmp_path):
     check_losses(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton backend: triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA backend: use_kernels compares them in the tests above")
 def test_the_kernels_need_no_other_file(tmp_path):

@@ -129,7 +129,7 @@ def test_table_has_measured_shares_where_there_are_any():
 def interpreted(monkeypatch):
     """Everything is run once in the interpreter, nothing is timed; a list of what was run and returned."""
     if torch.cuda.is_available():
-        pytest.skip("CUDA backend: here bench.py measures, see test_gpu.py")
+        pytest.skip("CUDA backend: here bench.py measures, see tests/gpu/")
     runs = []
 
     def run_once(make, moved, repetitions, graph=True):

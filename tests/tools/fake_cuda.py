@@ -1,6 +1,6 @@
 """A make-believe CUDA GPU, for machines without one: it checks on a CPU what a real GPU would refuse.
 
-    python tests/fake_cuda.py train.py --device=cuda ...     run a script as if there were one H200
+    python tests/tools/fake_cuda.py train.py --device=cuda ...     run a script as if there were one H200
 
 GPU tensors are CPU tensors whose storage is marked. Ops that mix the two devices raise an error, as do arguments that
 torch.cuda refuses, and waiting for the GPU where that is forbidden: in a capture of a CUDA graph, and under
@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a real GPU has no part in this
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch._library.custom_ops import OPDEFS

@@ -29,7 +29,7 @@ def dataset(tmp_path_factory):
 
 def run_on_fake_gpu(cache, script, *words, **environment) -> subprocess.CompletedProcess:
     """cache: folder of the verdicts on GEMMs, which are not to reach the user's."""
-    command = [sys.executable, "tests/fake_cuda.py", str(script), *map(str, words)]
+    command = [sys.executable, "tests/tools/fake_cuda.py", str(script), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache), **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -5,17 +5,17 @@ Triton's own interpreter executes a kernel's Python. This one executes the compi
 through the program in lockstep, one numpy array per register, one instruction at a time.
 
 Modelled:
-- The instructions of ptx_instructions.py and of Launch, to the bit; any other is a Fault. ex2.approx and rcp.approx
-  are rounded to nearest, or are wrong by as much as the PTX ISA allows (`errors`).
+- The instructions of instructions.py and of Launch, to the bit; any other is a Fault. ex2.approx and rcp.approx are
+  rounded to nearest, or are wrong by as much as the PTX ISA allows (`errors`).
 - Global memory: the bytes that the argument tensors span, and the tensors whose addresses an int64 argument lists. An
-  access beyond them, or misaligned for its size, is a Fault. So are two threads that write different values to one
-  byte. A launch that faults leaves its tensors as they were.
-- Shared memory: each program has its own, which starts as random bits; the same checks hold between two barriers.
-- Registers: one that nothing was written to, as LLVM's undefined values are, reads as random bits, new ones each time.
+  access beyond them or a misaligned one is a Fault, and so are two threads that write different values to one byte. A
+  launch that faults leaves its tensors as they were.
+- Shared memory: each program has its own, which starts as random bits. The same checks hold between two barriers.
+- Registers: one that was never written reads as random bits, new ones each time, as LLVM's undefined values may.
 - Forward branches. All threads of a program must reach a barrier together, and all of a warp a shuffle.
 
 Not modelled: time, caches, ptxas's translation into machine code, loops, 2-D grids, and any order of threads but
-lockstep. So a thread that reads what another one writes, with no barrier between them, is not found.
+lockstep. So a thread that reads what another one writes without a barrier between them is not found.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-import ptx_instructions
 import torch
-from ptx_instructions import bits_dtype, decode, encode, width
-from ptx_memory import Fault, Memory, regions_of
 
 from benchmarks import kernel_times
+from ptx import instructions
+from ptx.instructions import bits_dtype, decode, encode, width
+from ptx.memory import Fault, Memory, regions_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
@@ -133,7 +133,7 @@ class Launch:
                     active = self.all_of(active) & ~taken
                 else:
                     self.step(instruction, mask)
-            except (Fault, ptx_instructions.Unknown) as error:
+            except (Fault, instructions.Unknown) as error:
                 raise Fault(f"{self.program.name}, {instruction.source}: `{instruction.text}`: {error}") from error
 
     def all_of(self, mask: np.ndarray | None) -> np.ndarray:
@@ -148,9 +148,8 @@ class Launch:
 
     def step(self, instruction: Instruction, mask: np.ndarray | None) -> None:
         head, *modifiers = instruction.opcode.split(".")
-        special = _SPECIAL.get(head)
-        if special:
-            special(self, modifiers, instruction.operands, mask)
+        if head in _SPECIAL:
+            _SPECIAL[head](self, modifiers, instruction.operands, mask)
         else:
             self.compute(instruction.opcode, instruction.operands, mask)
 
@@ -201,14 +200,14 @@ class Launch:
     # Arithmetic
 
     def compute(self, opcode: str, operands: tuple[str, ...], mask: np.ndarray | None) -> None:
-        operation = ptx_instructions.find(opcode)
+        operation = instructions.find(opcode)
         targets = operands[0].split("|")  # a comparison of packed halves has two
         if len(operands) != 1 + len(operation.operands):
             raise Fault(f"{len(operands) - 1} operands, need {len(operation.operands)}")
         values = [self.read(name, kind) for name, kind in zip(operands[1:], operation.operands, strict=True)]
         result = operation.function(*values)
-        if opcode in ptx_instructions.APPROXIMATE_ULPS and self.errors:
-            result = ptx_instructions.nudge(result, self.ulps(ptx_instructions.APPROXIMATE_ULPS[opcode]))
+        if opcode in instructions.APPROXIMATE_ULPS and self.errors:
+            result = instructions.nudge(result, self.ulps(instructions.APPROXIMATE_ULPS[opcode]))
         bits = encode(result, operation.result)
         for target, part in zip(targets, bits if len(targets) == 2 else [bits], strict=True):
             self.write(target, part, operation.result, mask)
@@ -280,15 +279,6 @@ class Launch:
         elements = [self.read_all(name, f"b{width(kind)}")[threads] for name in _vector(operands[1])]
         memory.store(self.address(operands[0], space)[threads], elements, threads)
 
-    def atomic(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
-        *how, kind = modifiers
-        if how != ["global", "gpu", "acq_rel", "add"]:
-            raise Fault("only atom.global.gpu.acq_rel.add is modelled")
-        threads = np.flatnonzero(self.all_of(mask))
-        address, values = self.address(operands[1], "global"), self.read_all(operands[2], kind)
-        found = self.memory.add(address[threads], values[threads], threads)
-        self.write(operands[0], self.spread(found, threads), kind, mask)
-
     # Between threads
 
     def together(self, mask: np.ndarray | None, size: int) -> None:
@@ -303,28 +293,14 @@ class Launch:
         self.together(mask, self.threads)
         self.shared.barrier()
 
-    def whole_warps(self, members: str, mask: np.ndarray | None) -> None:
-        self.together(mask, 32)
-        if (self.read(members, "b32") != 0xFFFFFFFF).any():
-            raise Fault("only a member mask of all 32 threads is modelled")
-
     def shuffle(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
         """shfl.sync.bfly: the value of the thread whose number differs by exclusive or."""
         register, source, lanes, clamp, members = operands
-        self.whole_warps(members, mask)
-        if modifiers != ["sync", "bfly", "b32"] or clamp != "31":
-            raise Fault("only shfl.sync.bfly.b32 with clamp 31 is modelled")
+        self.together(mask, 32)
+        if modifiers != ["sync", "bfly", "b32"] or clamp != "31" or (self.read(members, "b32") != 0xFFFFFFFF).any():
+            raise Fault("only shfl.sync.bfly.b32 of all 32 threads with clamp 31 is modelled")
         values = self.read_all(source, "b32")
         self.write(register, values[np.arange(self.n) ^ int(lanes)], "b32", mask)
-
-    def reduce(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
-        """redux.sync.add: the sum over the warp, in each of its threads."""
-        register, source, members = operands
-        self.whole_warps(members, mask)
-        if modifiers != ["sync", "add", "s32"]:
-            raise Fault("only redux.sync.add.s32 is modelled")
-        sums = self.read_all(source, "b32").reshape(-1, 32).sum(1, dtype=np.uint32)
-        self.write(register, np.repeat(sums, 32), "b32", mask)
 
     def matrix_elements(self, modifiers: list[str], operand: str, mask: np.ndarray | None) -> list[list[np.ndarray]]:
         """ldmatrix and stmatrix: of each 8x8 matrix of 16-bit elements, the addresses of a thread's two.
@@ -368,10 +344,8 @@ _SPECIAL = {
     "mov": Launch.move,
     "ld": Launch.load,
     "st": Launch.store,
-    "atom": Launch.atomic,
     "bar": Launch.barrier,
     "shfl": Launch.shuffle,
-    "redux": Launch.reduce,
     "ldmatrix": Launch.load_matrices,
     "stmatrix": Launch.store_matrices,
 }

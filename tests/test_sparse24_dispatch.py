@@ -1,6 +1,6 @@
 """Which tensors go to the kernels, and that everything built on the operators trains on them as on the twins.
 
-Without a GPU the kernels run in the Triton interpreter, and the dispatch is told to take CPU tensors.
+Without a GPU the kernels run in the Triton interpreter, and CPU tensors are sent to them.
 """
 
 import copy
@@ -21,7 +21,9 @@ from gemm24.matmul import unpack_ref
 from model import GPT, GPTConfig
 from sparse24 import MaskedDecayAdamW, Sparse24Linear, refresh_masks, sparsify
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+LAUNCHERS = ["transposable_index", "pack_weight_", "pair_index", "soft_threshold24", "sste_scale", "adamw_", "mvue24"]
+LAUNCHERS += ["mvue24_pack", "activation", "activation_backward", "activation_backward_mvue24_pack"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of inf and NaN
 
 
@@ -34,7 +36,7 @@ def default_switch(monkeypatch):
 def on_kernels(monkeypatch):
     """CPU tensors go to the kernels, interpreted."""
     if torch.cuda.is_available():
-        pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; test_gpu.py goes through dispatch")
+        pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; tests/gpu/ goes through dispatch")
     kernels.use_patterns(sparse24.PATTERNS)
     monkeypatch.setattr(sparse24, "_kernels", kernels)
     monkeypatch.setattr(sparse24, "_STATUS", {CPU: "on"})
@@ -48,11 +50,19 @@ def launched(on_kernels, monkeypatch):
     def counted(name, launch):
         return lambda *args, **kwargs: (calls.append(name), launch(*args, **kwargs))[1]
 
-    launchers = ("transposable_index", "pack_weight_", "pair_index", "soft_threshold24", "sste_scale", "adamw_")
-    launchers += ("activation", "activation_backward", "mvue24", "mvue24_pack", "activation_backward_mvue24_pack")
-    for name in launchers:
+    for name in LAUNCHERS:
         monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
     return calls
+
+
+@pytest.fixture
+def untested_gpu(monkeypatch):
+    """torch sees a GPU that can run the kernels, and no process has tried them on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(sparse24, "_STATUS", {})
+    monkeypatch.setattr(sparse24, "_kernels", None)
 
 
 def test_cpu_tensors_go_to_the_twins(monkeypatch):
@@ -79,28 +89,23 @@ def test_importing_the_operators_imports_no_triton():
         ("1", (9, 0), None, "on"),
     ],
 )
-def test_status_says_why(monkeypatch, value, capability, hip, status):
+def test_status_says_why(untested_gpu, monkeypatch, value, capability, hip, status):
     monkeypatch.setenv("NANO24_KERNELS", value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(sparse24, "_STATUS", {})
-    monkeypatch.setattr(sparse24, "_kernels", None)
     tested = []
     monkeypatch.setattr(sparse24, "kernel_mismatches", lambda device: tested.append(device) or [])
-    device = torch.device("cuda", 0)
-    assert sparse24.kernel_status(device) == "off: use_kernels was not called for this device"
+    assert sparse24.kernel_status(GPU) == "off: use_kernels was not called for this device"
     for _ in range(2):
-        assert sparse24.use_kernels(device) == sparse24.kernel_status(device) == status
-    assert tested == ([torch.device("cuda", 0)] if status == "on" else [])  # once
+        assert sparse24.use_kernels(GPU) == sparse24.kernel_status(GPU) == status
+    assert tested == ([GPU] if status == "on" else [])  # once
     assert sparse24._kernels is (kernels if status == "on" else None)
 
 
-def test_another_value_of_the_switch_is_refused(monkeypatch):
+def test_another_value_of_the_switch_is_refused(untested_gpu, monkeypatch):
     monkeypatch.setenv("NANO24_KERNELS", "off")
-    monkeypatch.setattr(sparse24, "_STATUS", {})
     with pytest.raises(ValueError, match=r"NANO24_KERNELS='off', need 0 .* or 1"):
-        sparse24.use_kernels(torch.device("cuda", 0))
+        sparse24.use_kernels(GPU)
 
 
 def test_flip_count_refuses_unlike_matrices():
@@ -112,40 +117,42 @@ def test_flip_count_refuses_unlike_matrices():
             sparse24.flip_count(a, b)
 
 
-def test_a_failed_self_test_warns_and_leaves_the_twins(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(sparse24, "_kernels", None)
-    device = torch.device("cuda", 0)
-    for mismatches, reason in (
+@pytest.mark.parametrize(
+    ("mismatches", "reason"),
+    [
         (lambda device: ["mvue24"], "failed the self-test, unlike their twins: mvue24"),
         (lambda device: 1 / 0, "failed the self-test with ZeroDivisionError: division by zero"),
-    ):
-        monkeypatch.setattr(sparse24, "_STATUS", {})
-        monkeypatch.setattr(sparse24, "kernel_mismatches", mismatches)
-        with pytest.warns(UserWarning, match=f"nano24 kernels on cuda:0 off: {reason}; PyTorch twins serve"):
-            assert sparse24.use_kernels(device) == f"off: {reason}"
-        assert sparse24._kernels is None
+    ],
+)
+def test_a_failed_self_test_warns_and_leaves_the_twins(untested_gpu, monkeypatch, mismatches, reason):
+    monkeypatch.setattr(sparse24, "kernel_mismatches", mismatches)
+    with pytest.warns(UserWarning, match=f"nano24 kernels on cuda:0 off: {reason}; PyTorch twins serve"):
+        assert sparse24.use_kernels(GPU) == f"off: {reason}"
+    assert sparse24._kernels is None
 
 
-def test_a_triton_too_old_is_no_crash(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(sparse24, "_STATUS", {})
+def test_a_triton_too_old_is_no_crash(untested_gpu, monkeypatch):
     monkeypatch.delitem(sys.modules, "kernels")
     monkeypatch.delattr(kernels.triton, "knobs")
     with pytest.warns(UserWarning, match=r"AttributeError: .*knobs"):
         assert sparse24.use_kernels("cuda:0").startswith("off: failed")
 
 
-def test_missing_triton_is_the_reason(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(sparse24, "_STATUS", {})
+def test_missing_triton_is_the_reason(untested_gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)
     assert sparse24.use_kernels("cuda:0").startswith("off: import of kernels halted")
+
+
+def test_a_lost_gpu_is_no_reason_to_go_on(untested_gpu, monkeypatch):
+    monkeypatch.setattr(sparse24, "kernel_mismatches", lambda device: 1 / 0)
+
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        sparse24.use_kernels(GPU)
+    assert sparse24._STATUS[GPU] == "off: being tested"
 
 
 @pytest.mark.slow
@@ -170,22 +177,6 @@ def test_self_test_passes_whatever_the_defaults(dtype):
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_lost_gpu_is_no_reason_to_go_on(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(sparse24, "_STATUS", {})
-    monkeypatch.setattr(sparse24, "kernel_mismatches", lambda device: 1 / 0)
-
-    def lost(device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    device = torch.device("cuda", 0)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        sparse24.use_kernels(device)
-    assert sparse24._STATUS[device] == "off: being tested"
-
-
 @pytest.mark.parametrize("name", ["mvue24", "soft_threshold24", "sste_scale", "activation", "activation_backward"])
 def test_gradients_flow_on_as_through_the_twins(on_kernels, name):
     x = torch.randn(8, 16, requires_grad=True)
@@ -208,19 +199,20 @@ def test_a_backward_pass_that_needs_what_was_overwritten_is_refused(launched):
 
 
 def test_operators_reach_the_kernels(launched):
-    w = torch.randn(8, 16)
-    assert torch.equal(sparse24.transposable_index(w), sparse24.transposable_index_ref(w))
-    x = torch.randn(2, 6, 8)
-    assert torch.equal(sparse24.mvue24(x, 2**64 - 1), sparse24.mvue24_ref(x, 2**64 - 1))
-    assert torch.equal(sparse24.soft_threshold24(x), sparse24.soft_threshold24_ref(x))
-    assert torch.equal(sparse24.pair_index(x), sparse24.pair_index_ref(x))
-    assert torch.allclose(sparse24.sste_scale(x), sparse24.sste_scale_ref(x))
-    assert torch.allclose(operands.activation(w, "gelu"), operands.activation_ref(w, "gelu"), atol=1e-6)
-    expected = operands.activation_backward_ref(w, w, "gelu")
-    assert torch.allclose(operands.activation_backward(w, w, "gelu"), expected, atol=1e-5)
-    kinds = ["transposable_index", "mvue24", "soft_threshold24", "pair_index", "sste_scale"]
-    kinds += ["activation", "activation_backward"]
-    assert list(dict.fromkeys(launched)) == kinds
+    w, x = torch.randn(8, 16), torch.randn(2, 6, 8)
+    for operator, *args in (
+        (sparse24.transposable_index, w),
+        (sparse24.mvue24, x, 2**64 - 1),
+        (sparse24.soft_threshold24, x),
+        (sparse24.pair_index, x),
+        (sparse24.sste_scale, x),
+        (operands.activation, w, "gelu"),
+        (operands.activation_backward, w, w, "gelu"),
+    ):
+        got, expected = operator(*args), operator.torch(*args)
+        assert launched.pop() == operator.__name__
+        exact = operator.__name__ not in ("sste_scale", "activation", "activation_backward")
+        assert torch.equal(got, expected) if exact else torch.allclose(got, expected, atol=1e-5)
 
 
 def test_what_no_kernel_takes_goes_to_the_twins(launched):
@@ -228,9 +220,9 @@ def test_what_no_kernel_takes_goes_to_the_twins(launched):
     assert torch.equal(sparse24.mvue24(w, 0, u=u), sparse24.mvue24_ref(w, 0, u=u))
     assert torch.equal(sparse24.mvue24(w.double(), 1), sparse24.mvue24_ref(w.double(), 1))
     assert sparse24.mvue24(torch.empty(0, 8), 1).shape == (0, 8)
-    assert torch.equal(operands.activation(w.t(), "gelu"), operands.activation_ref(w.t(), "gelu"))  # not contiguous
+    assert torch.equal(operands.activation(w.t(), "gelu"), operands.activation.torch(w.t(), "gelu"))  # not contiguous
     assert operands.activation(torch.ones(2, 2, 4), "geglu").shape == (1, 2, 4)
-    backward, twin = operands.activation_backward, operands.activation_backward_ref
+    backward, twin = operands.activation_backward, operands.activation_backward.torch
     da = torch.randn(16, 8).t()
     for args in ((w.t(), da.t()), (w, da)):
         assert torch.equal(backward(*args, "gelu"), twin(*args, "gelu"))
@@ -242,14 +234,15 @@ def test_what_no_kernel_takes_goes_to_the_twins(launched):
 
 def test_an_unknown_activation_is_refused_before_a_launch(launched):
     z = torch.randn(64, 64).to(torch.bfloat16)
-    for name, args in (
-        ("activation", (z,)),
-        ("activation_backward", (z, z)),
-        ("activation_backward_mvue24_pack", (z, z, 0)),
+    for operator, *args in (
+        (operands.activation, z, "selu"),
+        (operands.activation_backward, z, z, "selu"),
+        (operands.activation_backward_mvue24_pack, z, z, 0, "selu", "sm90"),
     ):
-        order = ("sm90",) if name.endswith("pack") else ()
-        with pytest.raises(ValueError, match=f"{name}: activation 'selu' is unknown, need one of gelu, relu2, geglu"):
-            getattr(operands, name)(*args, "selu", *order)
+        with pytest.raises(
+            ValueError, match=f"{operator.__name__}: activation 'selu' is unknown, need one of gelu, relu"
+        ):
+            operator(*args)
     assert launched == []
 
 
@@ -307,29 +300,21 @@ def test_training_on_the_kernels_is_training_on_the_twins(launched, monkeypatch,
             torch.testing.assert_close(ours["state"][i][key], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"fused": True},
-        pytest.param({"foreach": True}, marks=pytest.mark.slow),
-        pytest.param({"amsgrad": True}, marks=pytest.mark.slow),
-        pytest.param({"maximize": True}, marks=pytest.mark.slow),
-    ],
-)
-def test_options_of_torchs_go_to_torch(launched, options):
-    train(1, **options)
+def test_a_fused_optimizer_is_torchs(launched):
+    train(1, fused=True)
     assert "adamw_" not in launched
 
 
-@pytest.mark.parametrize("key", ["capturable", "differentiable"])
-def test_options_that_torch_would_refuse_here_go_to_torch(launched, key):
+def test_options_that_the_kernel_does_not_have_go_to_torch(launched):
     model, _, optimizer = train(1)
-    before = len(launched)
-    optimizer.param_groups[0][key] = True
+    launched.clear()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    assert optimizer._kernel_step() is False
-    assert len(launched) == before
+    for key in ("foreach", "amsgrad", "maximize", "capturable", "differentiable"):
+        before, optimizer.param_groups[0][key] = optimizer.param_groups[0][key], True
+        assert optimizer._kernel_step() is False, key
+        optimizer.param_groups[0][key] = before
+    assert launched == []
 
 
 def test_moments_that_do_not_fit_go_to_torch(launched):
@@ -391,30 +376,27 @@ def test_compiled_layer_on_the_kernels(on_kernels, tokens):
 
 
 @pytest.mark.slow
-def test_packs_reach_the_kernels(launched):
+@pytest.mark.parametrize("order", ["masked", "sm80", "sm90"])
+def test_packs_reach_the_kernels(launched, order):
     x = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    for order, token_major in ((o, t) for o in ("masked", "sm80", "sm90") for t in (False, True)):
-        ours = operands.mvue24_pack(x if not token_major else x.t().contiguous(), 5, order, token_major, True)
+    for token_major in (False, True):
+        packed, db = operands.mvue24_pack(x.t().contiguous() if token_major else x, 5, order, token_major, True)
         assert launched.pop() == "mvue24_pack"
-        twins = operands.mvue24_pack_ref(x, 5, order, False, True)
-        assert torch.equal(ours[0], twins[0])
-        torch.testing.assert_close(ours[1], x.float().sum(1), rtol=1e-5, atol=1e-4)
-        z = torch.cat((x, x.flip(0)))
-        if token_major:
-            continue
-        dz, packed, db = operands.activation_backward_mvue24_pack(z, x, 5, "swiglu", order, True)
-        assert launched.pop() == "activation_backward_mvue24_pack"
-        assert torch.equal(packed, operands.mvue24_pack_ref(dz, 5, order)[0])
-        torch.testing.assert_close(db, dz.float().sum(1), rtol=1e-5, atol=1e-4)
-    assert operands.mvue24_pack(x, 5, "sm90")[1].shape == (0,)
-    w, launched[:] = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)), []
-    index = sparse24.transposable_index_ref(w)
-    for order in ("sm80", "sm90"):
-        ours, twins = torch.zeros(2, 2, w.numel() * 9 // 16, dtype=torch.bfloat16)
-        operands.pack_weight_(*ours, w, index, order)
-        assert launched.pop() == "pack_weight_"
-        operands.pack_weight_ref_(*twins, w, index, order)
-        assert torch.equal(ours, twins)
+        assert torch.equal(packed, operands.mvue24_pack.torch(x, 5, order, False, True)[0])
+        torch.testing.assert_close(db, x.float().sum(1), rtol=1e-5, atol=1e-4)
+    assert operands.mvue24_pack(x, 5, order)[1].shape == (0,)
+    dz, packed, db = operands.activation_backward_mvue24_pack(torch.cat((x, x.flip(0))), x, 5, "swiglu", order, True)
+    assert launched.pop() == "activation_backward_mvue24_pack"
+    assert torch.equal(packed, operands.mvue24_pack.torch(dz, 5, order)[0])
+    torch.testing.assert_close(db, dz.float().sum(1), rtol=1e-5, atol=1e-4)
+    if order == "masked":
+        return
+    w = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
+    ours, twins = torch.zeros(2, 2, w.numel() * 9 // 16, dtype=torch.bfloat16)
+    operands.pack_weight_(*ours, w, sparse24.transposable_index_ref(w), order)
+    assert launched.pop() == "pack_weight_"
+    operands.pack_weight_.torch(*twins, w, sparse24.transposable_index_ref(w), order)
+    assert torch.equal(ours, twins)
 
 
 @pytest.mark.slow
@@ -423,10 +405,10 @@ def test_packs_that_no_kernel_takes_go_to_the_twins(launched):
     others = [(x.half(), "sm90"), (x[:, :188].contiguous(), "masked"), (x.float(), "masked")]
     for y, order in others:
         got, sums = operands.mvue24_pack(y, 5, order, False, True)
-        assert torch.equal(got, operands.mvue24_pack_ref(y, 5, order)[0])
+        assert torch.equal(got, operands.mvue24_pack.torch(y, 5, order)[0])
         assert torch.equal(sums, y.sum(1, dtype=torch.float32))
         got = operands.activation_backward_mvue24_pack(y, y, 5, "relu2", order)[1]
-        assert torch.equal(got, operands.mvue24_pack_ref(operands.activation_backward(y, y, "relu2"), 5, order)[0])
+        assert torch.equal(got, operands.mvue24_pack.torch(operands.activation_backward(y, y, "relu2"), 5, order)[0])
     assert not {"mvue24_pack", "activation_backward_mvue24_pack"} & {*launched}
     masked = operands.mvue24_pack.torch(x, 5, "masked")[0]
     packed, _ = operands.mvue24_pack(x, 5, "cutlass")  # drawn by a kernel, packed by the library's converter
@@ -482,7 +464,7 @@ def test_packs_of_strides_and_halves_that_no_kernel_takes(launched):
     for pre, da, activation, order in ((z, strided, "relu2", "sm90"), (strided, z, "relu2", "sm90"),
                                        (halves, halves[:48], "geglu", "masked")):  # fmt: skip
         dz, packed, _ = operands.activation_backward_mvue24_pack(pre, da, 5, activation, order)
-        assert torch.equal(packed, operands.mvue24_pack_ref(dz, 5, order)[0])
+        assert torch.equal(packed, operands.mvue24_pack.torch(dz, 5, order)[0])
     assert "activation_backward_mvue24_pack" not in launched
     launched.clear()
     wide = z[:96].t().contiguous()  # token-major, where 64 rows are drawn at a time too
@@ -490,7 +472,7 @@ def test_packs_of_strides_and_halves_that_no_kernel_takes(launched):
     assert "mvue24_pack" not in launched
 
 
-def test_metadata_that_stands_is_not_written_again(launched):
+def test_metadata_of_an_unchanged_mask_is_not_written(launched):
     w = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
     blobs = torch.zeros(2, w.numel() * 9 // 16, dtype=torch.bfloat16)
     operands.pack_weight_(*blobs, w, sparse24.transposable_index_ref(w), "sm90", metadata=False)

@@ -68,15 +68,6 @@ class Memory:
             if lost.any():
                 raise Fault(f"two threads write different values to one address, one of them {threads[lost][0]}")
 
-    def add(self, address: np.ndarray, values: np.ndarray, threads: np.ndarray) -> np.ndarray:
-        """Atomic additions, in the order of the threads. Returns what each found."""
-        element = self.offset(address, values.dtype.itemsize, threads) // values.dtype.itemsize
-        view, found = self.data.view(values.dtype), np.empty_like(values)
-        for i, (at, value) in enumerate(zip(element, values, strict=True)):
-            found[i] = view[at]
-            view[at] += value
-        return found
-
     def barrier(self) -> None:
         """From here on threads may overwrite what others wrote before."""
         self.writer.fill(-1)

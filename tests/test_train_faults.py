@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from harness import (
     ROOT,
     SETTINGS,
+    all_settings,
     contents,
     launch,
     make_dataset,
@@ -31,7 +33,7 @@ from test_train import data  # noqa: F401 (a fixture)
 
 from runtime import loader, ranks, setup
 from runtime.health import LossWatch, StepGuard
-from runtime.metrics import Metrics
+from runtime.metrics import Log
 
 CPU = torch.device("cpu")
 
@@ -355,10 +357,11 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_counts_on_them(run, tmp_
 
 def test_no_row_holds_what_json_has_no_word_for(tmp_path):
     with pristine_train():
-        rows = [{"iter": 0, "phase": "dense", "train_loss": float("nan"), "lr": float("inf"), "val_loss": 1.5}]
-        metrics = Metrics(tmp_path, 0, {"max_iters": 1, "wandb_log": False})
-        metrics.write(rows[0])
-        metrics.close()
+        settings = SimpleNamespace(**{**vars(all_settings()), **SETTINGS, "out_dir": str(tmp_path)})
+        log = Log(settings, None, None, None, 0.0)
+        log.open(0)
+        log.write({"iter": 0, "phase": "dense", "train_loss": float("nan"), "lr": float("inf"), "val_loss": 1.5})
+        log.file.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert (row["train_loss"], row["lr"], row["val_loss"]) == (None, None, 1.5)
 
@@ -437,5 +440,5 @@ def test_a_disk_that_is_full_for_metrics_is_an_error_without_a_traceback(run, tm
     def full(self, row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Metrics, "write", full)
+    monkeypatch.setattr(Log, "write", full)
     assert run(tmp_path / "out", status=1).stderr == "train.py: error: [Errno 28] No space left on device\n"

@@ -124,7 +124,7 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
         ({"spmm": "fast"}, "spmm='fast', need one of auto, dense, masked, cusparselt, cutlass"),
         ({"spmm": "cusparselt"}, "spmm='cusparselt': needs an NVIDIA GPU; use spmm='auto'"),
         ({"spmm": "cutlass"}, "spmm='cutlass': torch's CUTLASS 2:4 kernels need compute capability 8.x"),
-        ({"compile_mode": "fast"}, "compile_mode='fast', need default, reduce-overhead or max-autotune"),
+        ({"compile_mode": "fast"}, "compile_mode='fast', need one of default, reduce-overhead, max-autotune"),
     ],
     ids=str,
 )

@@ -241,7 +241,7 @@ def test_a_reference_of_another_model_is_refused(refused, dense, tmp_path):
     message = refused(tmp_path / "out", flip_reference=str(dense), learning_rate=0.5)
     assert re.search(r"does not compare with this run: learning_rate=0.5 \(there ", message)
     message = refused(tmp_path / "out", flip_reference=str(dense), **METHODS["sr_ste"])
-    assert "masks row (there flip_mask=transposable)" in message
+    assert "flip_mask=row (there transposable)" in message
 
 
 def test_soft_masks_follow_every_step(run, tmp_path):

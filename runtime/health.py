@@ -26,20 +26,19 @@ TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
 COMPARABLE = (
     *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio"),
     *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
-    *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
+    *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2", "flip_mask"),
 )
 
 
 class FlipReference:
     """The flip rate of a recorded dense run, train.py's `flip_reference`, as a function of the step."""
 
-    def __init__(self, folder: str | Path, settings: dict, virtual_mask: str):
-        """folder: out_dir of the dense run. settings: of the run to compare with it. virtual_mask: the kind of masks
-        whose flips are compared, "transposable" or "row". Raises ValueError if the run does not compare or has too few
-        flip rates, FileNotFoundError if there is none."""
+    def __init__(self, folder: str | Path, settings: dict):
+        """folder: out_dir of the dense run. settings: of the run to compare with it. Raises ValueError if they do not
+        compare or if there are too few flip rates, FileNotFoundError if there is no run."""
         rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None and row["lr"] > 0]
         config = without_removed(read_config(folder), folder)
-        need = {name: settings[name] for name in COMPARABLE} | {"sparse": "none", "flip_mask": virtual_mask}
+        need = {name: settings[name] for name in COMPARABLE} | {"sparse": "none"}
         differing = [f"{k}={value} (there {config.get(k)})" for k, value in need.items() if config.get(k) != value]
         if differing:
             raise ValueError(

@@ -1,7 +1,7 @@
 """What a run does before its first step: make, and check, everything that train.py's loop uses.
 
-train.py calls `begin`. Read it from top to bottom; the functions below it come in the order of their calls. `s` holds
-the settings. Whatever the user has set wrong is found before anything is written.
+train.py calls `begin`. Read it from top to bottom; its parts stand below it. `s` holds the settings. Whatever the user
+has set wrong is found before anything is written.
 """
 
 import contextlib
@@ -138,7 +138,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     # the model, its GEMMs, and the optimizer
     model, report = place_model(s, state, recipe, vocab_size, ranks, device)
     optimizer = build_optimizer(s, model, recipe, state)
-    reference = FlipReference(s.flip_reference, vars(s), s.flip_mask) if s.flip_reference else None
+    reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
     # From here on nothing that the user set can be wrong.
     if state and start["iter_num"] >= s.max_iters and not s.eval_only:
         if ranks.master:

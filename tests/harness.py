@@ -190,24 +190,22 @@ class Crew:
         for process in self.processes:
             process.stdin.write(json.dumps([port, str(out_dir), settings, fault], default=str) + "\n")
             process.stdin.flush()
-        done, waiting = {}, list(self.processes)
-        deadline = time.monotonic() + 300
+        done, waiting, deadline = {}, list(self.processes), time.monotonic() + 300
         while waiting:
             left = max(0, deadline - time.monotonic())
             ready, _, _ = select.select([process.stdout for process in waiting], [], [], left)
-            for process in [process for process in waiting if process.stdout in ready]:
-                line = process.stdout.readline()
-                status, printed, error = json.loads(line) if line else [1, "", f"the process ended: {self._log()}"]
-                done[process] = status, printed, error
-                waiting.remove(process)
-                if status:
-                    self.close()
-                    return subprocess.CompletedProcess(settings, status, printed, error)
             if not ready:
                 self.close()
                 raise TimeoutError(f"ranks {[self.processes.index(p) for p in waiting]} do not end: {self._log()}")
-        status, printed, error = done[self.processes[0]]
-        return subprocess.CompletedProcess(settings, status, printed, error)
+            for process in [process for process in waiting if process.stdout in ready]:
+                line = process.stdout.readline()
+                answer = json.loads(line) if line else [1, "", f"the process ended: {self._log()}"]
+                done[process] = subprocess.CompletedProcess(settings, *answer)
+                waiting.remove(process)
+                if done[process].returncode:
+                    self.close()
+                    return done[process]
+        return done[self.processes[0]]
 
     def _log(self) -> str:
         self.log.seek(0)
@@ -246,11 +244,11 @@ def serve() -> None:
 # Faults. Each `_fault(undo, **arguments)` patches train.py's modules; `undo`, an ExitStack, takes the patches back.
 
 
-def _replace(undo: contextlib.ExitStack, module, name: str, make):
-    """module.name = make(the old one), until `undo` is closed."""
-    old = getattr(module, name)
-    undo.callback(setattr, module, name, old)
-    setattr(module, name, make(old))
+def _wrap(undo: contextlib.ExitStack, module, name: str, wrapper):
+    """Until `undo` is closed, module.name(...) calls wrapper(the function that it was, ...)."""
+    real = getattr(module, name)
+    undo.callback(setattr, module, name, real)
+    setattr(module, name, lambda *args, **options: wrapper(real, *args, **options))
 
 
 def _strike(name: str) -> None:
@@ -265,14 +263,11 @@ def _place() -> tuple[int, int]:
 def _at_micro_batches(undo, act) -> None:
     """Call act(model, iter_num, micro_batch) at the start of each micro-batch."""
 
-    def make(seed_draws):
-        def patched(model, seed, i, m):
-            act(model, i, m)
-            seed_draws(model, seed, i, m)
+    def wrapper(seed_draws, model, seed, i, m):
+        act(model, i, m)
+        seed_draws(model, seed, i, m)
 
-        return patched
-
-    _replace(undo, train, "seed_draws", make)
+    _wrap(undo, train, "seed_draws", wrapper)
 
 
 def _signal(undo, signal: str, iter_num: int, micro_batch: int) -> None:
@@ -285,15 +280,12 @@ def _signal_at_refresh(undo, signal: str, count: int) -> None:
     calls = itertools.count(1)
     rank, world_size = _place()
 
-    def make(refresh_masks):
-        def patched(*args, **options):
-            if next(calls) == count and rank == world_size - 1:
-                _strike(signal)
-            return refresh_masks(*args, **options)
+    def wrapper(refresh_masks, *args, **options):
+        if next(calls) == count and rank == world_size - 1:
+            _strike(signal)
+        return refresh_masks(*args, **options)
 
-        return patched
-
-    _replace(undo, train, "refresh_masks", make)
+    _wrap(undo, train, "refresh_masks", wrapper)
 
 
 SAVE_POINTS = {  # where a save of ckpt.pt can die: (whether the new one is then resumed from, hard links, the call ...)
@@ -313,62 +305,50 @@ def _kill_in_save(undo, point: str, count: int) -> None:
     """kill -9 at `point`, a key of SAVE_POINTS, of the `count`-th save of ckpt.pt."""
     _, links, module, name, when, target = SAVE_POINTS[point]
 
-    def make_deadly(real):
-        def patched(*args):
-            deadly = target is None or Path(args[1]).name == target
-            if deadly and when == "during":
-                buffer = io.BytesIO()
-                real(args[0], buffer)
-                args[1].write(buffer.getvalue()[: buffer.tell() // 2])
-                args[1].flush()
-            if deadly and when != "after":
-                _strike("SIGKILL")
-            real(*args)
-            if deadly:
-                _strike("SIGKILL")
+    calls = itertools.count(1)
 
-        return patched
+    def deadly(real, *args):
+        here = target is None or Path(args[1]).name == target
+        if here and when == "during":
+            buffer = io.BytesIO()
+            real(args[0], buffer)
+            args[1].write(buffer.getvalue()[: buffer.tell() // 2])
+            args[1].flush()
+        if here and when != "after":
+            _strike("SIGKILL")
+        real(*args)
+        if here:
+            _strike("SIGKILL")
 
     def refuse(*_):
         raise OSError("no hard links here")
 
-    calls = itertools.count(1)
+    def wrapper(save, folder, state, file=checkpoint.NAME, **keep):
+        if file == checkpoint.NAME and next(calls) == count:
+            if not links:
+                _wrap(undo, os, "link", refuse)
+            _wrap(undo, module, name, deadly)
+        return save(folder, state, file, **keep)
 
-    def make(save):
-        def patched(folder, state, file=checkpoint.NAME, **keep):
-            if file == checkpoint.NAME and next(calls) == count:
-                if not links:
-                    _replace(undo, os, "link", lambda link: refuse)
-                _replace(undo, module, name, make_deadly)
-            return save(folder, state, file, **keep)
-
-        return patched
-
-    _replace(undo, checkpoint, "save", make)
+    _wrap(undo, checkpoint, "save", wrapper)
 
 
 def _dump(undo, folder: str) -> None:
     """Save, per rank: the gradients of the first optimizer step as it gets them, and the model at each save."""
-    rank = os.environ.get("RANK", 0)
+    rank, _ = _place()
 
-    def make_step(step):
-        def patched(self, closure=None):
-            path = Path(folder) / f"grads_{rank}.pt"
-            if not path.exists():
-                torch.save([p.grad.clone() for group in self.param_groups for p in group["params"]], path)
-            return step(self, closure)
+    def step_wrapper(step, self, closure=None):
+        path = Path(folder) / f"grads_{rank}.pt"
+        if not path.exists():
+            torch.save([p.grad.clone() for group in self.param_groups for p in group["params"]], path)
+        return step(self, closure)
 
-        return patched
+    def check_wrapper(check_equal, self, model):
+        torch.save(model.state_dict(), Path(folder) / f"model_{rank}.pt")
+        check_equal(self, model)
 
-    def make_check(check_equal):
-        def patched(self, model):
-            torch.save(model.state_dict(), Path(folder) / f"model_{rank}.pt")
-            check_equal(self, model)
-
-        return patched
-
-    _replace(undo, MaskedDecayAdamW, "step", make_step)
-    _replace(undo, ranks.Ranks, "check_equal", make_check)
+    _wrap(undo, MaskedDecayAdamW, "step", step_wrapper)
+    _wrap(undo, ranks.Ranks, "check_equal", check_wrapper)
 
 
 def _alter(undo, iter_num: int) -> None:
@@ -399,15 +379,12 @@ def _nan(undo, iter_nums: list[int]) -> None:
         nonlocal strike
         strike = i in iter_nums and m == rank == world_size - 1
 
-    def make_forward(forward):
-        def patched(self, idx, targets=None):
-            logits, loss = forward(self, idx, targets)
-            return logits, loss * float("nan") if strike and self.training else loss
-
-        return patched
+    def wrapper(forward, self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        return logits, loss * float("nan") if strike and self.training else loss
 
     _at_micro_batches(undo, act)
-    _replace(undo, GPT, "forward", make_forward)
+    _wrap(undo, GPT, "forward", wrapper)
 
 
 def install(fault: dict, undo: contextlib.ExitStack) -> None:
@@ -477,21 +454,18 @@ def photographs(folder: Path, album: Path):
         shutil.copytree(folder, album / f"{len(list(album.iterdir())):03d}")
         copying = False
 
-    def make(real):
-        def patched(*args, **options):
-            if copying:
-                return real(*args, **options)
+    def wrapper(real, *args, **options):
+        if copying:
+            return real(*args, **options)
+        take()
+        try:
+            return real(*args, **options)
+        finally:
             take()
-            try:
-                return real(*args, **options)
-            finally:
-                take()
-
-        return patched
 
     with contextlib.ExitStack() as undo:
         for name in ("link", "replace", "unlink", "rmdir", "mkdir", "fsync"):
-            _replace(undo, os, name, make)
+            _wrap(undo, os, name, wrapper)
         yield
 
 

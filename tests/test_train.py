@@ -48,15 +48,6 @@ def measured(out, key):
     return [row["iter"] for row in read_rows(out) if row[key] is not None]
 
 
-@pytest.fixture
-def saves(monkeypatch):
-    """The iterations that are saved, as a list that grows."""
-    saved, save = [], checkpoint.save
-    watched = lambda f, state, *rest, **keep: saved.append(state["iter_num"]) or save(f, state, *rest, **keep)  # noqa: E731
-    monkeypatch.setattr(checkpoint, "save", watched)
-    return saved
-
-
 def test_lr_warms_up_decays_and_stays(given):
     given(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=110, decay_lr=True)
     lr = [train.get_lr(i) for i in range(150)]
@@ -101,13 +92,16 @@ def test_every_iteration_has_a_row_with_what_is_due_then(reference, given):
     assert 0 == elapsed[0] < elapsed[-1]
 
 
-def test_rows_come_in_the_steps_that_ask_for_them(run, tmp_path):
-    out = tmp_path / "out"
-    run(out, max_iters=12, log_interval=5, flip_interval=4, eval_interval=9, dense_start=7)
+def test_rows_and_saves_come_in_the_steps_that_ask_for_them(run, tmp_path, monkeypatch):
+    out, saved, save = tmp_path / "out", [], checkpoint.save
+    watched = lambda f, state, *rest, **keep: saved.append(state["iter_num"]) or save(f, state, *rest, **keep)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "save", watched)
+    run(out, max_iters=12, log_interval=5, flip_interval=4, eval_interval=9, dense_start=7, checkpoint_interval=5)
     assert [row["iter"] for row in read_rows(out)] == [0, 4, 5, 7, 8, 9, 10, 12]
     assert measured(out, "val_loss") == [0, 9, 12]
     assert measured(out, "flip_rate") == [0, 4, 8]
     assert measured(out, "decay_ratio") == [0, 4, 5]
+    assert saved == [5, 7, 9, 10, 12]  # at the interval, the switch, evaluations and the end
     run(tmp_path / "off", max_iters=3, eval_interval=0, flip_interval=0)
     assert (measured(tmp_path / "off", "val_loss"), measured(tmp_path / "off", "flip_rate")) == ([3], [])
 
@@ -265,11 +259,6 @@ def test_evaluation_of_the_whole_split_is_its_mean_in_the_phase_of_the_run(run, 
 # Saves, stops, the end
 
 
-def test_saves_come_at_the_interval_the_switch_and_the_end(run, tmp_path, saves):
-    run(tmp_path / "out", max_iters=14, dense_start=9, checkpoint_interval=5, eval_interval=7)
-    assert saves == [5, 7, 9, 10, 14]
-
-
 @pytest.mark.slow
 def test_the_best_so_far_is_kept_on_request_and_over_a_stop(run, tmp_path):
     """With a learning rate that rises until it ruins the model, the best is not the last."""
@@ -290,21 +279,15 @@ def test_the_best_so_far_is_kept_on_request_and_over_a_stop(run, tmp_path):
         assert state_differences(read_state(parts, name), read_state(undisturbed, name)) == []
 
 
-def test_eval_only_prints_the_loss_and_writes_nothing(run, reference, tmp_path):
+def test_a_finished_run_and_eval_only_change_no_file(run, reference, tmp_path):
     out, _ = reference
     before = contents(out)
-    text = run(out, eval_only=True)
-    assert contents(out) == before
+    assert "all of max_iters=32 iterations are done; raise max_iters" in run(out)
     last = read_rows(out)[-1]["val_loss"]
-    assert re.search(rf"^iter +32/32  dense +val {last:.4f}, hard-pruned", text, re.M)
+    assert re.search(rf"^iter +32/32  dense +val {last:.4f}, hard-pruned", run(out, eval_only=True), re.M)
+    assert contents(out) == before
     run(tmp_path / "new", eval_only=True)
     assert not (tmp_path / "new").exists()
-
-
-def test_a_finished_run_is_left_alone(run, reference):
-    before = contents(reference[0])
-    assert re.search(r"all of max_iters=32 iterations are done; raise max_iters", run(reference[0]))
-    assert contents(reference[0]) == before
 
 
 @pytest.mark.parametrize(
@@ -317,10 +300,10 @@ def test_a_stop_says_how_to_go_on(run, tmp_path, changes, remedy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("iter_num", "micro_batch"), [(0, 0), (MAX_ITERS - 1, 2)])
-def test_a_stop_in_the_first_or_the_last_step_loses_nothing(run, reference, tmp_path, iter_num, micro_batch):
-    run(tmp_path / "out", stop_at(iter_num, micro_batch))
-    assert f"at iteration {iter_num + 1};" in run(tmp_path / "out")
+@pytest.mark.parametrize(("stop", "said"), [((0, 0), "at iteration 1;"), ((MAX_ITERS - 1, 2), "iterations are done")])
+def test_a_stop_in_the_first_or_the_last_step_loses_nothing(run, reference, tmp_path, stop, said):
+    run(tmp_path / "out", stop_at(*stop))
+    assert said in run(tmp_path / "out")
     assert run_differences(tmp_path / "out", reference[0]) == []
 
 

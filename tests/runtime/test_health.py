@@ -12,20 +12,19 @@ from harness import SETTINGS, launch, read_rows, read_state, state_differences
 from runtime import health
 from runtime.health import HEALTHY, TARGET, FlipReference, FlipWatch, LossWatch, StepGuard
 
-COMPARED = dict.fromkeys(health.COMPARABLE, 1)
+COMPARED = dict.fromkeys(health.COMPARABLE, 1) | {"flip_mask": "transposable"}
 
 
 def record(folder, rates, lr=lambda i: 1e-3, **config):
     folder.mkdir()
     rows = [{"iter": i, "phase": "dense", "flip_rate": r, "lr": lr(i)} for i, r in rates]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {**COMPARED, "sparse": "none", "flip_mask": "transposable", **config}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**COMPARED, "sparse": "none", **config}))
     return folder
 
 
 def reference_of(*args, **options):
-    return FlipReference(record(*args, **options), COMPARED, "transposable")
+    return FlipReference(record(*args, **options), COMPARED)
 
 
 def test_the_target_is_the_middle_of_the_papers_band():

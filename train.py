@@ -160,10 +160,7 @@ def clip_gradients(model: torch.nn.Module, ranks: Ranks) -> float:
     return norm.item()
 
 
-def run(resources: contextlib.ExitStack) -> None:
-    t = setup.begin(globals(), configure_or_exit(globals(), sys.argv[1:]), resources)
-    if t is None:  # all steps were done by an earlier start
-        return
+def run(t: setup.Training) -> None:
     model, optimizer, scaler, ranks, phase = t.model, t.optimizer, t.scaler, t.ranks, t.phase
     local_steps = math.ceil(gradient_accumulation_steps / ranks.world_size)
     local_share = gradient_accumulation_steps / ranks.world_size  # DDP and FSDP average over the ranks
@@ -242,10 +239,15 @@ def run(resources: contextlib.ExitStack) -> None:
 
 
 def main() -> None:
+    overrides = configure_or_exit(globals(), sys.argv[1:])
+    errors = (*setup.ERRORS, ValueError, ImportError)  # what is wrong before the first step is one line to the user
     with contextlib.ExitStack() as resources:
         try:
-            run(resources)
-        except setup.ERRORS as error:
+            t = setup.begin(globals(), overrides, resources)
+            errors = setup.ERRORS  # a ValueError in the loop is a bug of ours, and shows its traceback
+            if t is not None:
+                run(t)
+        except errors as error:
             sys.exit(f"train.py: error: {error}")
 
 

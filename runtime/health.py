@@ -1,10 +1,8 @@
-"""Is the flip rate healthy (section 4.1 to 4.3)? mu = r'/r, of a sparse run's flip rate and of a dense run's at the
-same step. A run is healthy with mu from 0.60 to 0.95; above 1 its masks explode, and it should rise and fade to 0.
+"""Is the run healthy? Its flip rate against a dense run's (sections 4.1 to 4.3), its gradients and its losses.
 
-train.py compares it with a dense run that was recorded before (`flip_reference`), and warns. studies/search_decay.py
-records that dense run, and finds a decay factor whose mu is in the band.
-
-Beside it: the guard that skips steps with a gradient that is not finite, and names the data of losses that stand out.
+mu = r'/r is the flip rate of a sparse run over that of a dense run at the same step. A run is healthy with mu from 0.60
+to 0.95; above 1 its masks explode. A healthy flip rate rises and then fades towards 0. studies/search_decay.py finds a
+decay factor whose mu is in the band.
 """
 
 import math
@@ -28,75 +26,64 @@ TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
 COMPARABLE = (
     *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio"),
     *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
-    *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
+    *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2", "flip_mask"),
 )
 
 
 class FlipReference:
-    """The flip rate of a dense run that was recorded, as a function of the step."""
+    """The flip rate of a recorded dense run, train.py's `flip_reference`, as a function of the step."""
 
-    def __init__(self, folder: str | Path, settings: dict, virtual_mask: str):
-        """folder: out_dir of the dense run. settings: of the run to compare with it. virtual_mask: the kind of masks
-        whose flips are compared, "transposable" or "row".
-
-        Raises ValueError where the folder holds no flip rates, or a run that does not compare; FileNotFoundError where
-        there is none.
-        """
+    def __init__(self, folder: str | Path, settings: dict):
+        """folder: out_dir of the dense run. settings: of the run to compare with it. Raises ValueError if they do not
+        compare or if there are too few flip rates, FileNotFoundError if there is no run."""
         rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None and row["lr"] > 0]
         config = without_removed(read_config(folder), folder)
-        if config.get("sparse") != "none":
-            raise ValueError(
-                f"flip_reference={folder}: sparse={config.get('sparse')!r}, need a dense run (sparse=none)"
-            )
-        differing = [f"{k}={settings[k]} (there {config.get(k)})" for k in COMPARABLE if settings[k] != config.get(k)]
-        if config.get("flip_mask") != virtual_mask:
-            differing.append(f"masks {virtual_mask} (there flip_mask={config.get('flip_mask')})")
+        need = {name: settings[name] for name in COMPARABLE} | {"sparse": "none"}
+        differing = [f"{k}={value} (there {config.get(k)})" for k, value in need.items() if config.get(k) != value]
         if differing:
             raise ValueError(
-                f"flip_reference={folder} does not compare with this run: {', '.join(differing)}; record another with "
-                "studies.search_decay, or with train.py --sparse=none"
+                f"flip_reference={folder} does not compare with this run: {', '.join(differing)}; record "
+                "another with studies.search_decay, or with train.py --sparse=none"
             )
         if len(rows) < 5:
-            raise ValueError(
-                f"flip_reference={folder}: {len(rows)} flip rates, need 5 or more; lower flip_interval there"
-            )
+            raise ValueError(f"flip_reference={folder}: {len(rows)} flip rates, need 5 or more; lower flip_interval")
         self.iters = [row["iter"] for row in rows]
         self.rates = smooth([row["flip_rate"] for row in rows], 2)
         tail = rows[-max(5, len(rows) // 5) :]
         self.per_lr = statistics.fmean(r["flip_rate"] for r in tail) / statistics.fmean(r["lr"] for r in tail)
 
     def rate(self, iter_num: int, lr: float) -> float:
-        """r at this step; past the record's end it goes on in proportion to the learning rate."""
+        """r at this step. Past the end of the record r is proportional to the learning rate."""
         if iter_num > self.iters[-1]:
             return self.per_lr * lr
         return float(np.interp(iter_num, self.iters, self.rates))
 
 
 class FlipWatch:
-    """Warns, once each, when the flip rate explodes or does not fade. It has no state but the flip rates it was given.
+    """Warns once when the flip rate explodes, and once when it does not fade.
 
-    explodes    the mean of mu over the last 5 measurements, after the warm-up, is 1 or more
-    not fading  half-way from the warm-up's end, or the first sparse step if that is later, to `end`, the last 5
-                measurements are still above 0.9 of the peak's 5
+    explodes    the mean of the last 5 mu, measured after the warm-up, is 1 or more
+    not fading  half of the time to `end` is over, counted from the warm-up's end or the first sparse step, whichever is
+                later, and the last 5 flip rates are still above 0.9 of the highest 5
     """
 
     COUNT, FADED = 5, 0.9
 
     def __init__(self, warmup_iters: int, end: int, reference: FlipReference | None = None):
         self.warmup_iters, self.end, self.reference = warmup_iters, end, reference
-        self.begin = None  # the later of the first step that it is told of, and the warm-up's end
+        self.begin = None  # the first step that is added, or the warm-up's end if that is later
         self.rates: list[float] = []
         self.mus: list[float] = []
         self.warned: set[str] = set()
 
     def replay(self, rows: list[dict]) -> None:
-        """Take the rows of metrics.jsonl that an earlier start of this run wrote. It has warned of them already."""
+        """Add the rows that an earlier start of this run wrote to metrics.jsonl, and has warned of already."""
         for row in rows:
             if row["phase"] == "sparse" and row["flip_rate"] is not None:
                 self.add(row["iter"], row["flip_rate"], row["lr"])
 
     def add(self, iter_num: int, rate: float, lr: float) -> list[str]:
-        """The flip rate of a sparse step; returns what is wrong and what to do."""
+        """Add the flip rate of a sparse step. Returns new warnings, which say what is wrong and what to do."""
         self.rates.append(rate)
         self.begin = max(iter_num, self.warmup_iters) if self.begin is None else self.begin
         if self.reference and iter_num >= self.warmup_iters:
@@ -113,8 +100,7 @@ class FlipWatch:
             if recent > self.FADED * peak:
                 found["not fading"] = (
                     f"the flip rate, {recent:.5f}, has not come down from its peak of {peak:.5f}, and half of the "
-                    "schedule is over; a healthy one fades (section 4.1): raise masked_decay, or let the learning rate "
-                    "decay"
+                    "schedule is over (section 4.1): raise masked_decay, or let the learning rate decay"
                 )
         new = [text for kind, text in found.items() if kind not in self.warned]
         self.warned |= found.keys()
@@ -125,7 +111,7 @@ class FlipMeter:
     """Measures the flip rate every flip_interval steps (Definition 4.1), and beside it how strong masked decay is."""
 
     def __init__(self, s, recipe, model: nn.Module, linears: list[nn.Linear], watch: FlipWatch, ranks):
-        """linears: the layers whose masks count; in a dense run the masks that their weights would have."""
+        """linears: the layers whose masks count. Dense ones count by the masks that their weights would have."""
         self.s, self.recipe, self.model, self.linears = s, recipe, model, linears
         self.watch, self.ranks, self.before = watch, ranks, None
 
@@ -150,10 +136,8 @@ class FlipMeter:
 
 
 def decay_ratio(model: nn.Module, masked_decay: float) -> float | None:
-    """RMS(masked_decay * ~mask * w) / RMS(grad) over the sparse weights: the strength of masked decay.
-
-    Call it between clipping and the optimizer's step. None where no layer is sparse or has a gradient.
-    """
+    """RMS(masked_decay * ~mask * w) / RMS(grad) over the sparse weights: the strength of masked decay. None if no layer
+    is sparse or has a gradient. Call it between clipping and the optimizer's step."""
     layers = [m for m in sparse_linears(model) if m.sparse and m.weight.grad is not None]
     if not layers:
         return None
@@ -164,8 +148,8 @@ def decay_ratio(model: nn.Module, masked_decay: float) -> float | None:
 
 
 class LossWatch:
-    """Finds losses that stand out: above the mean of the last COUNT by more than SIGMAS of their standard deviations,
-    or not finite. Such losses do not enter the mean. Each rank watches its own micro-batches."""
+    """Finds losses that are not finite, or that exceed the mean of the last COUNT by SIGMAS standard deviations. Such
+    losses do not enter the mean. Each rank watches its own micro-batches."""
 
     COUNT, LEAST, SIGMAS = 200, 50, 6.0
 
@@ -174,7 +158,7 @@ class LossWatch:
         self.in_a_row = 0
 
     def add(self, loss: float) -> str | None:
-        """The loss of one micro-batch; returns what is odd about it."""
+        """Add the loss of one micro-batch. Returns a description if it stands out."""
         if not math.isfinite(loss):
             return f"loss {loss}"
         if len(self.recent) >= self.LEAST:
@@ -183,7 +167,7 @@ class LossWatch:
             if loss > mean + self.SIGMAS * deviation:
                 self.in_a_row += 1
                 count = len(self.recent)
-                if self.in_a_row == self.LEAST:  # this is where the loss is now
+                if self.in_a_row == self.LEAST:  # no spike but the new level of the loss
                     self.recent.clear()
                 return f"loss {loss:.4f}, where the last {count} were {mean:.4f} +- {deviation:.4f}"
         self.in_a_row = 0
@@ -192,7 +176,7 @@ class LossWatch:
 
 
 class Diverged(RuntimeError):
-    """The gradients of MAX_SKIPPED steps in a row, and of one more, were not finite."""
+    """More than MAX_SKIPPED gradients in a row were not finite."""
 
 
 class StepGuard:
@@ -201,14 +185,13 @@ class StepGuard:
     MAX_SKIPPED = 20  # steps in a row
 
     def __init__(self, s, ranks, writer, skipped: int, in_a_row: int):
-        """skipped, in_a_row: the steps that the run has skipped so far, and those that were the last ones."""
+        """skipped: number of steps skipped so far. in_a_row: how many of them were the last ones."""
         self.s, self.ranks, self.writer = s, ranks, writer
         self.skipped, self.in_a_row, self.losses = skipped, in_a_row, LossWatch()
 
     def check(self, row: dict, losses: list[float], starts_of: Callable) -> bool:
-        """Return whether the step may be taken. losses: those of this rank's micro-batches. starts_of(micro_batch): the
-        positions in the training split at which its windows begin. Raises Diverged after MAX_SKIPPED skipped steps in a
-        row."""
+        """Whether the step may be taken. losses: of this rank's micro-batches. starts_of(micro_batch): the positions in
+        the training split at which its windows begin. Raises Diverged after too many skipped steps."""
         mine = range(self.ranks.rank, self.s.gradient_accumulation_steps, self.ranks.world_size)
         for micro_batch, loss in zip(mine, losses, strict=True):
             if spike := self.losses.add(loss):
@@ -224,8 +207,7 @@ class StepGuard:
         if self.in_a_row > self.MAX_SKIPPED:
             self.writer.wait()
             raise Diverged(
-                f"the last {self.in_a_row} gradients were not finite; the weights are as they were before them, the "
-                f"last checkpoint is {checkpoint.find(self.s.out_dir)}; lower learning_rate, or look at the data named "
-                "above"
+                f"the last {self.in_a_row} gradients were not finite; the weights are as before them, the last "
+                f"checkpoint is {checkpoint.find(self.s.out_dir)}; lower learning_rate, or look at the data named above"
             )
         return finite

@@ -10,20 +10,18 @@ import torch
 from sparse24 import seed_words
 
 DATA_FOLDER = Path(__file__).resolve().parents[1] / "data"
-
-
-_EPOCH = 5  # tag that keeps the stream of seed_words for the orders of epochs apart from others
+_EPOCH = 5  # tag that keeps the random numbers of the epochs' orders apart from others
 
 
 class DataLost(RuntimeError):
-    """A dataset that was there when the run began is no longer."""
+    """The data was there when the run began, and is no longer."""
 
 
 class Tokens:
     """One split of a dataset: a memory-mapped file of uint16 tokens, checked before it is used.
 
-    Raises FileNotFoundError or ValueError, naming the prepare command, when the file is missing, is shorter than one
-    block of block_size + 1 tokens, or holds a token of vocab_size or more.
+    Raises FileNotFoundError if the file is missing, ValueError if it is shorter than one window or holds a token of
+    vocab_size or more. Both name the prepare command.
     """
 
     def __init__(self, folder: Path, split: str, block_size: int, vocab_size: int):
@@ -41,7 +39,7 @@ class Tokens:
                 f"dataset: {self.path} holds {len(self.data)} tokens, need more than block_size={block_size}; "
                 f"set a smaller block_size, or {self.remedy} from more text"
             )
-        chunk = 2**20  # the whole file is read up to 134M tokens, samples of a larger one; `windows` checks the rest
+        chunk = 2**20  # all of a file up to 134M tokens is read, samples of a larger one; `windows` checks the rest
         starts = range(0, len(self.data), max(chunk, len(self.data) // 128))
         self._check(max(int(self.data[start : start + chunk].max()) for start in starts))
 
@@ -54,7 +52,7 @@ class Tokens:
 
     def windows(self, starts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets int64 (B, T), the targets one token on, for windows that begin at `starts`. Raises
-        DataLost when the file was deleted or cut short since, which to read on would end the process without a word."""
+        DataLost if the file was deleted or cut short: reading on would end the process without a message."""
         try:
             size = self.path.stat().st_size
         except OSError as error:
@@ -66,24 +64,22 @@ class Tokens:
         rows = np.stack([self.data[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
         self._check(int(rows.max()))
         block = torch.from_numpy(rows)
-        if device.type == "cuda":
-            block = block.pin_memory().to(device, non_blocking=True)
-        else:
-            block = block.to(device)
+        block = block.pin_memory() if device.type == "cuda" else block
+        block = block.to(device, non_blocking=device.type == "cuda")
         return block[:, :-1], block[:, 1:]
 
     def random_starts(self, count: int, *key: int) -> np.ndarray:
-        """Where `count` windows begin that may lie anywhere: a function of `key` alone."""
+        """Starts of `count` windows anywhere in the file, a function of `key` alone."""
         return seed_words(count, *key) % np.uint64(len(self.data) - self.block_size)
 
     def epoch_starts(self, count: int, first: int, seed: int) -> np.ndarray:
-        """Where windows `first`, `first` + 1, ... of an endless row of epochs begin. An epoch takes each of the windows
-        that lie side by side in the file once, in an order and from an offset that are functions of (seed, epoch)."""
+        """Starts of windows `first`, `first` + 1, ... of a sequence of epochs. An epoch cuts the file into windows from
+        some offset on, and takes each of them once. Offset and order are functions of (seed, epoch)."""
         windows, spare = divmod(len(self.data) - 1, self.block_size)
         starts = []
         for number in range(first, first + count):
             epoch, place = divmod(number, windows)
-            if epoch not in self._orders:  # of two epochs at most is an order kept, eight bytes a window
+            if epoch not in self._orders:  # the orders of two epochs are kept, eight bytes a window
                 self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
                 words = seed_words(windows + 1, seed, epoch, 0, _EPOCH)
                 self._orders[epoch] = np.argsort(words[1:], kind="stable"), int(words[0] % np.uint64(spare + 1))
@@ -93,10 +89,8 @@ class Tokens:
 
 
 def load_meta(folder: Path) -> dict:
-    """meta.json of a dataset; without one, GPT-2's tokenizer is assumed, as nanoGPT does.
-
-    Raises ValueError when it is not that of the .bin files beside it, as after a preparation that was cut short.
-    """
+    """meta.json of a dataset. Without one GPT-2's tokenizer is assumed, as in nanoGPT. Raises ValueError if it does not
+    belong to the .bin files beside it, as after a preparation that was cut short."""
     path = folder / "meta.json"
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": 50257}
@@ -117,10 +111,8 @@ def load_meta(folder: Path) -> dict:
 
 
 def load_tokenizer(meta: dict):
-    """(encode: str -> list of ints, decode: list of ints -> str) of a dataset's meta.json.
-
-    Characters that a char-level vocabulary lacks raise ValueError. GPT-2's padding ids decode to nothing.
-    """
+    """(encode: str -> list of ints, decode: list of ints -> str) of a dataset's meta.json. Characters that a char-level
+    vocabulary lacks raise ValueError. GPT-2's padding ids decode to nothing."""
     if meta["tokenizer"] == "char":
         ids = {char: i for i, char in enumerate(meta["chars"])}
 

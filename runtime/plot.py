@@ -2,10 +2,9 @@
 
     python -m runtime.plot out-dense out-fst [--out=plots]
 
-Each run folder holds metrics.jsonl (one object per measured iteration) and config.json, both written by train.py. A
-run that is still going can be drawn: its half-written last line is left out. The flip rate (Definition 4.1: the
-fraction of mask entries that change in one step) is drawn for several runs on one axis, because the papers choose the
-masked decay by comparing a sparse run's curve with the dense run's.
+Each folder holds metrics.jsonl and config.json, as train.py writes them. A run that is still going can be drawn. The
+flip rates (Definition 4.1) of several runs share one axis, because the papers choose the masked decay by comparing a
+sparse run's curve with the dense run's.
 """
 
 import argparse
@@ -17,11 +16,11 @@ from runtime.metrics import read_config, read_metrics, smooth
 
 # Okabe and Ito's palette, less its yellow, which is too faint for a line: distinct for the colour-blind.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SKIP = 0.1  # of a run's first iterations do not set the top of the loss axis, else the start hides the end
+SKIP = 0.1  # the first tenth of a run does not set the range of the loss axis: the start would hide the end
 
 
 def switches(rows):
-    """{iteration: the phase that begins there}, the first phase left out."""
+    """{iteration: the phase that begins there}, without the first phase."""
     return {b["iter"]: b["phase"] for a, b in itertools.pairwise(rows) if a["phase"] != b["phase"]}
 
 
@@ -32,7 +31,7 @@ def curve(rows, key):
 
 
 def label_of(folder, config, unique):
-    """Folder name and recipe, for example "out-fst (fst, decay 6e-05)"; the whole path where names collide."""
+    """Folder name and recipe, for example "out-fst (fst, decay 6e-05)". The whole path if `unique` is False."""
     name = os.path.basename(os.path.abspath(folder)) if unique else folder
     recipe = "dense" if config.get("sparse") == "none" else config.get("sparse")
     decay = config.get("masked_decay") if recipe != "dense" else None
@@ -41,7 +40,7 @@ def label_of(folder, config, unique):
 
 
 def load_runs(folders):
-    """[{label, style, rows, switches}] in the order given; raises ValueError for a run without a finished line."""
+    """[{label, style, rows, switches}] of the runs in these folders. Raises ValueError for a run without a row."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     runs = []
     for i, (folder, name) in enumerate(zip(folders, names, strict=True)):
@@ -60,8 +59,7 @@ def new_figure(title, ylabel):
     figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("iteration")
-    axes.set_ylabel(ylabel)
+    axes.set(xlabel="iteration", ylabel=ylabel)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(which="major", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -71,7 +69,7 @@ def new_figure(title, ylabel):
 
 
 def mark_switches(axes, runs):
-    """A dashed line at each run's switches, in its colour; one grey line where several runs switch together."""
+    """A dashed line at each switch, in the colour of its run, or in grey if several runs switch at that iteration."""
     at = {}
     for run in runs:
         for switch in run["switches"].items():
@@ -79,22 +77,13 @@ def mark_switches(axes, runs):
     for (iteration, phase), colours in at.items():
         colour = colours[0] if len(colours) == 1 else "0.35"
         axes.axvline(iteration, color=colour, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
-        axes.annotate(
-            f"{phase} from {iteration:,}",
-            xy=(iteration, 0.98),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=colour,
-        )
+        top, left = {"xy": (iteration, 0.98), "xycoords": ("data", "axes fraction")}, {"textcoords": "offset points"}
+        font = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8, "color": colour}
+        axes.annotate(f"{phase} from {iteration:,}", **top, **left, xytext=(-3, 0), **font)
 
 
 def finish(figure, path):
-    """Legend below the axes, where it covers neither a curve nor a mark, and the file."""
+    """Add the legend below the axes, where it covers nothing, and write the file."""
     labels = figure.axes[0].get_legend_handles_labels()[1]
     ncols = 2 if max(map(len, labels), default=0) < 50 else 1
     figure.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=ncols)
@@ -102,7 +91,7 @@ def finish(figure, path):
 
 
 def plot_loss(runs, path):
-    """Train loss thin, validation loss with markers; the legend ends with each run's last validation loss."""
+    """Draw train losses thin and validation losses with markers. The legend has each run's last validation loss."""
     figure, axes = new_figure("loss: thin = train, marked = validation", "cross-entropy (nats per token)")
     settled = []
     for run in runs:
@@ -120,7 +109,7 @@ def plot_loss(runs, path):
 
 
 def plot_flip_rate(runs, path):
-    """Flip rates on a log axis, raw points faint under a running mean; returns False, drawing nothing, if none."""
+    """Draw flip rates on a log axis, faint points under a running mean. Returns False, and draws nothing, if none."""
     figure, axes = new_figure("flip rate", "fraction of mask entries changed per step")
     drawn = []
     for run in runs:

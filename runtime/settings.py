@@ -18,38 +18,38 @@ from runtime.ranks import Ranks
 from sparse24 import Recipe, kernel_status, sparse_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST = {  # the smallest value that a setting may have
+    "batch_size": 1, "gradient_accumulation_steps": 1, "block_size": 1, "max_iters": 0, "warmup_iters": 0, "seed": 0,
+    "log_interval": 1, "eval_interval": 0, "eval_iters": 0, "flip_interval": 0, "checkpoint_interval": 1,
+    "keep_last": 2, "keep_every": 0, "grad_clip": 0, "dense_start": -1, "fsdp_copies": 1,
+}  # fmt: skip
+CHOICES = {
+    "init_from": ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+    "sampling": ("random", "epoch"),
+    "flip_mask": ("auto", "transposable", "row"),
+    "dtype": ("auto", *DTYPES),
+    "compile_mode": ("default", "reduce-overhead", "max-autotune"),
+    "spmm": choose.MODES,
+    "parallel": ("ddp", "fsdp"),
+}
 
 
 def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
     """Check the settings and fill in what the recipe and "auto" stand for. Returns the recipe, None for a dense run."""
-    for name, least in (
-        *(("batch_size", 1), ("gradient_accumulation_steps", 1), ("log_interval", 1), ("checkpoint_interval", 1)),
-        *(("eval_interval", 0), ("eval_iters", 0), ("flip_interval", 0), ("max_iters", 0), ("seed", 0)),
-        *(("dense_start", -1), ("block_size", 1), ("warmup_iters", 0), ("grad_clip", 0)),
-        *(("keep_last", 2), ("keep_every", 0), ("fsdp_copies", 1)),
-    ):
+    for name, least in LEAST.items():
         if getattr(s, name) < least:
             raise ValueError(f"{name}={getattr(s, name)}, need at least {least}")
+    for name, choices in CHOICES.items():
+        if getattr(s, name) not in choices:
+            raise ValueError(f"{name}={getattr(s, name)!r}, need one of {', '.join(choices)}")
     if s.wandb_log and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
     if s.seed >= 2**32:
         raise ValueError(f"seed={s.seed}, need a seed below 2**32")
-    if s.sampling not in ("random", "epoch"):
-        raise ValueError(f"sampling={s.sampling!r}, need random or epoch")
-    if s.parallel not in ("ddp", "fsdp"):
-        raise ValueError(f"parallel={s.parallel!r}, need ddp or fsdp")
     if s.parallel == "ddp" and s.fsdp_copies > 1:
         raise ValueError(f"fsdp_copies={s.fsdp_copies} is for parallel='fsdp'; under ddp each rank has a copy")
     if s.parallel == "fsdp" and (s.dtype == "float16" or s.compile_mode != "default"):
         raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
-    if s.compile_mode not in ("default", "reduce-overhead", "max-autotune"):
-        raise ValueError(f"compile_mode={s.compile_mode!r}, need default, reduce-overhead or max-autotune")
-    if s.spmm not in choose.MODES:
-        raise ValueError(f"spmm={s.spmm!r}, need one of {', '.join(choose.MODES)}")
-    if s.dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype={s.dtype!r}, need one of auto, {', '.join(DTYPES)}")
-    if s.flip_mask not in ("auto", "transposable", "row"):
-        raise ValueError(f"flip_mask={s.flip_mask!r}, need auto, transposable or row")
     if s.sparse == "none":
         if s.flip_reference:
             raise ValueError(f"flip_reference={s.flip_reference} is for sparse runs, and sparse='none'; drop it")
@@ -100,20 +100,12 @@ def planned_dense_start(s: SimpleNamespace) -> int:
 
 
 def planned_sparse_start(s: SimpleNamespace, recipe: Recipe | None) -> int | None:
-    """First iteration of the sparse phase; None where a rule of the optimizer is to say."""
+    """First iteration of the sparse phase; None if a rule of the optimizer decides it during the run."""
     return None if recipe and recipe.dense_pretrain_latest else round(s.max_iters * s.dense_pretrain)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The start of the run
-
-
 def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
-    """The checkpoint to resume from, or None to begin anew. Raises ValueError where init_from and out_dir disagree."""
-    if s.init_from not in ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        raise ValueError(
-            f"init_from={s.init_from!r}, need auto, scratch, resume or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
-        )
+    """The checkpoint to resume from, or None to begin anew. Raises ValueError if init_from does not fit out_dir."""
     if s.init_from not in ("auto", "resume") and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ValueError(
             f"init_from={s.init_from} would begin anew at each restart by torchrun; use init_from=auto, which begins "
@@ -140,15 +132,13 @@ def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
 
 
 def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
-    """Raises ValueError where the settings ask for another model or another dense switch than the checkpoint's.
-
-    It takes the settings that train.py no longer has out of `state`: see configurator.without_removed."""
+    """Raises ValueError if the settings ask for another model or another dense switch than the checkpoint has. Removes
+    from `state` the settings that train.py no longer has."""
     for key in ("config", "model_args"):
         state[key] = without_removed(state[key], path)
     saved = state["config"]
     shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "ffn_ratio", "sparse", "dense_pretrain")
-    found = {name: getattr(s, name) for name in shape}
-    differing = [f"{name}={value} (there {saved[name]})" for name, value in found.items() if value != saved[name]]
+    differing = [f"{k}={getattr(s, k)} (there {saved[k]})" for k in shape if getattr(s, k) != saved[k]]
     if differing:
         raise ValueError(
             f"resume: {path} holds another model than these settings: {', '.join(differing)}; "
@@ -161,44 +151,37 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Messages
-
-
-def announce(s: SimpleNamespace, model, path: Path | None, iter_num: int, sparse_start, ranks: Ranks, report) -> None:
-    """A few lines on what is about to run. report: of prepare.plan_gemms, or None."""
-    layers = sparse_linears(model)
-    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+def announce(s: SimpleNamespace, model, path: Path | None, start: dict, ranks: Ranks, report) -> None:
+    """Print what is about to run. start: the state of the checkpoint at `path`, or of a fresh start. report: on the 2:4
+    GEMMs, or None."""
     spread = f" by {s.parallel}" if ranks.world_size > 1 else " alone" if s.parallel == "fsdp" else ""
-    where = f"resuming {path} at iteration {iter_num}" if path else f"init {s.init_from.replace('auto', 'scratch')}"
+    origin = f"init {'scratch' if s.init_from == 'auto' else s.init_from}"
+    origin = f"resuming {path} at iteration {start['iter_num']}" if path else origin
     machines = f"{ranks.world_size} x {s.device}{spread}"
-    print(f"{s.out_dir}: {where}; {machines}, {s.dtype}, compile={s.compile}, torch {torch.__version__}")
+    print(f"{s.out_dir}: {origin}; {machines}, {s.dtype}, compile={s.compile}, torch {torch.__version__}")
     if s.device.startswith("cuda"):
         print(f"Triton kernels: {kernel_status(next(model.parameters()).device)}")
+    tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {s.max_iters:,} steps")
-    if layers:
+    if layers := sparse_linears(model):
         share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
+        first = "the second moments settle" if start["sparse_start"] is None else start["sparse_start"]
         print(
             f"sparse: {s.sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {s.mask_interval} "
             f"steps, decay {s.masked_decay:g}, mvue={s.mvue}; dense from iteration {s.dense_start}"
-            + (f" and until {'the second moments settle' if sparse_start is None else sparse_start}")
-            * (sparse_start != 0)
+            + (f" and until {first}" if first else "")
         )
-        own = {name: getattr(sparse24.get_recipe(s.sparse), name) for name in sparse24.SETTINGS}
-        changed = [f"{name}={getattr(s, name)} ({value})" for name, value in own.items() if getattr(s, name) != value]
+        defaults = {name: getattr(sparse24.get_recipe(s.sparse), name) for name in sparse24.SETTINGS}
+        changed = [f"{k}={getattr(s, k)} ({value})" for k, value in defaults.items() if getattr(s, k) != value]
         if changed:
             print(f"unlike {s.sparse}'s own: {', '.join(changed)}")
     if report and (s.device.startswith("cuda") or s.spmm != "auto"):
         print(report.text())
     if report and s.device.startswith("cuda") and s.spmm == "auto" and not report.pays():
-        why = "no 2:4 GEMM can be used, for the reasons above"
-        if report.rows:
-            why = "a sparse layer is not faster than a dense one, see the times above"
+        why = "a sparse layer is not faster than a dense one, see the times above"
+        why = why if report.rows else "no 2:4 GEMM can be used, for the reasons above"
         print(f"{why}: --sparse=none trains at least as fast here")
-
-
-def announce_changes(before: dict, now: dict) -> None:
-    """Which settings differ from the ones the checkpoint was saved with."""
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    before = start.get("config", vars(s))
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in vars(s).items() if before.get(name) != value]
     if changed:
         print(f"changed since the checkpoint: {', '.join(changed)}")

@@ -1,6 +1,7 @@
-"""A run before its first step: everything that train.py's loop uses is made here, and checked.
+"""What a run does before its first step: make, and check, everything that train.py's loop uses.
 
-`begin` is what train.py calls. Everything that can be wrong is found before anything is written.
+train.py calls `begin`. Read it from top to bottom; its parts stand below it. `s` holds the settings. Whatever the user
+has set wrong is found before anything is written.
 """
 
 import contextlib
@@ -20,32 +21,17 @@ from configurator import setting_names, write_json
 from gemm24 import choose
 from gemm24.ffn import pack_weights, plan_ffn, set_plan, time_ways
 from model import GPT, GPTConfig, peak_flops
-from runtime import checkpoint
+from runtime import checkpoint, settings
 from runtime.checkpoint_writer import Saver, Writer
 from runtime.fsdp import shard_like, shard_model
 from runtime.health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
 from runtime.loader import DATA_FOLDER, DataLost, Tokens, load_meta
-from runtime.metrics import Log, Metrics, read_metrics
+from runtime.metrics import Log, read_metrics
 from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, sign, start_ranks
-from runtime.settings import (
-    DTYPES,
-    announce,
-    announce_changes,
-    check_resume,
-    find_start,
-    pick_device,
-    planned_dense_start,
-    planned_sparse_start,
-    resolve_settings,
-)
+from runtime.settings import DTYPES, check_resume, find_start, planned_dense_start, planned_sparse_start
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW, Recipe, is_dtensor, sparse_linears
 
-
-class SetupError(RuntimeError):
-    """A setting, the data or out_dir keeps the run from starting."""
-
-
-ERRORS = (SetupError, checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged, OSError)
+ERRORS = (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged, OSError)  # the user can act on them
 
 
 class Phase:
@@ -88,7 +74,7 @@ class Training:
     """Everything that train.py's loop uses."""
 
     settings: SimpleNamespace
-    recipe: Recipe | None
+    recipe: Recipe | None  # None in a dense run
     ranks: Ranks
     device: torch.device
     train_data: Tokens
@@ -105,7 +91,7 @@ class Training:
     guard: StepGuard
     saver: Saver
     log: Log
-    static_grads: bool  # CUDA graphs overwrite their results at the next replay: sum gradients in tensors that stay
+    static_grads: bool  # keep the gradients' tensors: a CUDA graph overwrites its own results at its next replay
 
     def autocast(self):
         """The context of every forward: mixed precision, unless dtype is float32."""
@@ -118,35 +104,31 @@ class Training:
         return (self.ddp or self.net)(x, y)
 
     def sync_gradients(self, last: bool):
-        """The context of a micro-step. Gradients are averaged over the ranks in the last one of a step alone."""
+        """The context of a micro-step. Ranks average their gradients only in the last one of a step."""
         if hasattr(self.model, "set_requires_all_reduce"):  # FSDP: between replicas; shards are summed in every one
             self.model.set_requires_all_reduce(last)
         return self.ddp.no_sync() if self.ddp and not last else contextlib.nullcontext()
 
 
 def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Training | None:
-    """Everything that the loop uses, made and checked; None if the run has done all of its steps already.
+    """Make everything that the loop uses. Returns None if the run has done all of its steps already.
 
     script: train.py's globals, which get the settings as they are resolved. overrides: what config files and the
-    command line set. resources: closes what the run holds open. Raises one of ERRORS, and then has written nothing.
+    command line set. resources: closes what the run holds open. Raises one of ERRORS, or ValueError or ImportError for
+    what the user set wrong, and has written nothing then.
     """
-    try:
-        return _begin(script, overrides, resources)
-    except (ValueError, ImportError) as error:
-        raise SetupError(str(error)) from error
-
-
-def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Training | None:
-    # the settings, the ranks, the data, and the checkpoint to resume from
+    # the settings and the ranks
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
-    recipe = resolve_settings(s, overrides)
+    recipe = settings.resolve_settings(s, overrides)
     ranks = start_ranks(s.device)
     if s.gradient_accumulation_steps < ranks.world_size:
         raise ValueError(
             f"gradient_accumulation_steps={s.gradient_accumulation_steps}, need one for each of {ranks.world_size} "
             "ranks; raise it, and lower batch_size to keep the tokens per step"
         )
-    device = pick_device(s, ranks)
+    device = settings.pick_device(s, ranks)
+
+    # the data, and the checkpoint to resume from
     vocab_size = load_meta(DATA_FOLDER / s.dataset)["vocab_size"]
     data = [Tokens(DATA_FOLDER / s.dataset, split, s.block_size, vocab_size) for split in ("train", "val")]
     path, state, lock = load_start(s, ranks, resources)
@@ -157,7 +139,7 @@ def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tr
     # the model, its GEMMs, and the optimizer
     model, report = place_model(s, state, recipe, vocab_size, ranks, device)
     optimizer = build_optimizer(s, model, recipe, state)
-    reference = FlipReference(s.flip_reference, vars(s), s.flip_mask) if s.flip_reference else None
+    reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
     # From here on nothing that the user set can be wrong.
     if state and start["iter_num"] >= s.max_iters and not s.eval_only:
         if ranks.master:
@@ -168,41 +150,35 @@ def _begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tr
     if start["scaler"]:
         scaler.load_state_dict(start["scaler"])
     net, ddp = wrap_model(s, model, ranks, device)
+    static_grads = bool(s.compile) and s.compile_mode != "default"
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if static_grads else None
 
     # the parts of the loop that decide by themselves when it is their turn
     optimizer.dense_start_log = start["autoswitch"] or optimizer.dense_start_log
     phase = Phase(s, recipe, start["sparse_start"], optimizer, ranks)
+    peak = peak_flops(device)
+    log = Log(s, model, ranks, peak and peak * ranks.world_size, start["elapsed_s"])
+    watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, reference)
+    if ranks.master and not s.eval_only:
+        open_folder(s, path, lock, report, ranks, device, resources)
+        log.open(start["iter_num"])
+        if state:
+            watch.replay(read_metrics(s.out_dir))
     linears = [model.get_submodule(name) for name in model.sparse_names()]
     linears = [m for m in linears if not (m.in_features % 4 or m.out_features % 4)]  # a dense run may have any width
-    writes = ranks.master and not s.eval_only
-    metrics = open_folder(s, path, lock, start["iter_num"], report, ranks, device, resources) if writes else None
-    watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, reference)
-    if metrics and start["iter_num"]:
-        watch.replay(read_metrics(s.out_dir))
     flips = FlipMeter(s, recipe, model, linears, watch, ranks)
     writer = Writer(s.out_dir, keep_last=s.keep_last, keep_every=s.keep_every, ranks=ranks)
     guard = StepGuard(s, ranks, writer, *start["skipped"])
-    peak = peak_flops(device)
-    log = Log(s, model, ranks, peak and peak * ranks.world_size, metrics, start["elapsed_s"])
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     saver = Saver(s, writer, ranks, phase, guard, log, parts, start["iter_num"], start["best_val_loss"])
     if ranks.master:
-        announce(s, model, path, start["iter_num"], phase.sparse_start, ranks, report)
-        if state:
-            announce_changes(state["config"], vars(s))
-    static_grads = bool(s.compile) and s.compile_mode != "default"
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if static_grads else None
+        settings.announce(s, model, path, start, ranks, report)
     return Training(
         settings=s, recipe=recipe, ranks=ranks, device=device, train_data=data[0], val_data=data[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
-        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log,
-        static_grads=static_grads,
+        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, static_grads=static_grads,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts of `begin`, in its order
 
 
 def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
@@ -224,16 +200,9 @@ def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
 
 
 def fresh_state(s, recipe: Recipe | None) -> dict:
-    """The start of a new run, under the keys of a checkpoint that the loop continues from."""
-    return {
-        "iter_num": 0,
-        "best_val_loss": math.inf,
-        "sparse_start": planned_sparse_start(s, recipe),
-        "autoswitch": None,
-        "scaler": {},
-        "elapsed_s": 0.0,
-        "skipped": (0, 0),
-    }
+    """The state that a new run begins with, under the names that it has in a checkpoint."""
+    progress = {"iter_num": 0, "best_val_loss": math.inf, "elapsed_s": 0.0, "skipped": (0, 0), "scaler": {}}
+    return progress | {"sparse_start": planned_sparse_start(s, recipe), "autoswitch": None}
 
 
 def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, ranks: Ranks, device: torch.device):
@@ -264,7 +233,7 @@ def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, r
 
 
 def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
-    """(the model as it is called, compiled if asked for; its DDP wrapper where several ranks hold the whole model)."""
+    """(the model as it is called, compiled if asked for; its DDP wrapper if several ranks each hold all of it)."""
     if s.parallel == "fsdp" and ranks.control is not None:  # its blocks are compiled one by one already
         if s.compile:  # the logits in float32 are the largest part outside the blocks
             model.head = torch.compile(model.head, mode=s.compile_mode)
@@ -272,18 +241,16 @@ def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
     net = torch.compile(model, mode=s.compile_mode) if s.compile else model
     if ranks.world_size == 1:
         return net, None
-    keyword = "forward_sync_buffers"  # its name since torch 2.13
-    if keyword not in inspect.signature(DistributedDataParallel).parameters:
-        keyword = "broadcast_buffers"
     # Masks come from the same weights on every rank, so buffers need no broadcast.
+    known = inspect.signature(DistributedDataParallel).parameters
+    keyword = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
     ddp = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, **{keyword: False})
     pack_weights(model)  # DDP has written rank 0's weights everywhere
     return net, ddp
 
 
-def open_folder(s, path, lock, iter_num: int, report, ranks: Ranks, device: torch.device, resources) -> Metrics:
-    """Make out_dir this run's: lock it, delete an earlier run that is to be overwritten, write config.json and
-    spmm.json. Returns metrics.jsonl, open."""
+def open_folder(s, path: Path | None, lock, report, ranks: Ranks, device: torch.device, resources) -> None:
+    """Make out_dir this run's: lock it, delete a run that is to be overwritten, write config.json and spmm.json."""
     folder = Path(s.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     sign(lock or resources.enter_context(hold(folder)))
@@ -294,26 +261,21 @@ def open_folder(s, path, lock, iter_num: int, report, ranks: Ranks, device: torc
     write_json(folder / "config.json", {**vars(s), "environment": environment(device, ranks.world_size)})
     if report and report.rows:
         report.save(folder / "spmm.json")
-    return Metrics(folder, iter_num, vars(s))
 
 
 def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, vocab_size: int) -> GPT:
-    """The model: anew from the seed, with OpenAI's weights, or to `load_weights` into."""
+    """A model from the seed, with OpenAI's weights, or of a checkpoint's shape, for `load_weights`."""
     torch.manual_seed(s.seed)
     if state is not None:
         return GPT(GPTConfig(**{**state["model_args"], "dropout": s.dropout}), recipe)
     if s.init_from.startswith("gpt2"):
-        model = GPT.from_pretrained(
-            s.init_from,
-            {name: getattr(s, name) for name in ("dropout", "sparse")},
-            recipe,
-        )
+        model = GPT.from_pretrained(s.init_from, {"dropout": s.dropout, "sparse": s.sparse}, recipe)
         if s.block_size < model.config.block_size:
             model.crop_block_size(s.block_size)
         return model
-    padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64  # tensor cores like multiples of 64
-    settings = {field.name: getattr(s, field.name) for field in fields(GPTConfig) if hasattr(s, field.name)}
-    return GPT(GPTConfig(**{**settings, "vocab_size": padded}), recipe)
+    shape = {field.name: getattr(s, field.name) for field in fields(GPTConfig) if hasattr(s, field.name)}
+    shape["vocab_size"] = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64  # tensor cores like that
+    return GPT(GPTConfig(**shape), recipe)
 
 
 def load_weights(model: GPT, saved: dict) -> None:
@@ -347,8 +309,8 @@ def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state
 
 
 def plan_gemms(s: SimpleNamespace, model: GPT, kept: Path | None, ranks: Ranks, fsdp: bool, dev: torch.device):
-    """(the plan of the sparse FFNs or None, report): rank 0 measures, all ranks follow. kept: of a run that is resumed,
-    its spmm.json, whose verdicts it keeps."""
+    """(the plan of the sparse FFNs or None, the report on it). Rank 0 measures for all ranks. kept: the spmm.json of a
+    run that is resumed, whose verdicts stay."""
     answer = None
     if ranks.master:
         try:
@@ -362,22 +324,22 @@ def plan_gemms(s: SimpleNamespace, model: GPT, kept: Path | None, ranks: Ranks, 
 
 
 def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
-    """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
+    """(plan or None, report). What an earlier start of this run measured is used if the question is still the same."""
     rows, whole = choose.read_report(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
     # Time the GPU alone, because in training the host runs ahead of it.
     options = {"graph": dev.type == "cuda", "cache": cache, "known": rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
-    shape, mlp = (model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype]), model.transformer.h[0].mlp
+    mlp = model.transformer.h[0].mlp
     options["transposable"] = mlp.c_fc.recipe.mask == "transposable"
-    plan, report = plan_ffn(*shape, s.spmm, s.mvue, **options)
+    plan, report = plan_ffn(model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype], s.spmm, s.mvue, **options)
     if plan is not None and s.spmm == "auto":
-        # shards are packed in each micro-step, in one form at a time, all else once in an optimizer step
+        # FSDP's shards are packed once in each micro-step. All other weights are packed once in an optimizer step.
         uses = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
-        how = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
-        if not whole or whole["asked"] != how or rows != report.rows:
-            whole = time_ways(copy.deepcopy(mlp).to(dev), plan, **how) | {"asked": how}
+        asked = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
+        if not whole or whole["asked"] != asked or rows != report.rows:
+            whole = time_ways(copy.deepcopy(mlp).to(dev), plan, **asked) | {"asked": asked}
         report.whole = whole
         plan = plan if whole["taken"] == "plan" else None
     return plan, report

@@ -5,12 +5,13 @@
     run_here(out, settings)             train.main() in this process, fast, with the same kind of result
     Crew(2).run(out, settings)          the same on two processes, which are started once for many runs
 
-A fault is a dict, in JSON on this file's command line. Nothing here sleeps to hit a moment: a fault strikes at a
-named iteration and micro-batch, or at a named line of a save.
+A fault is a dict, in JSON on this file's command line. It strikes at a named iteration and micro-batch, or at a named
+line of a save; nothing sleeps to hit a moment.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -51,6 +52,11 @@ DENSE_START = round(32 * 5 / 6)
 TIMED = {"tokens_per_s", "mfu", "elapsed_s"}  # metrics that no two runs share
 
 
+def stop_at(iter_num: int, micro_batch: int = 1, signal: str = "SIGTERM") -> dict:
+    """The fault of a rank that gets this signal as it begins this micro-batch."""
+    return {"kind": "signal", "signal": signal, "iter_num": iter_num, "micro_batch": micro_batch}
+
+
 def all_settings() -> SimpleNamespace:
     """train.py's settings as its globals have them now."""
     return SimpleNamespace(**{name: vars(train)[name] for name in setting_names(vars(train))})
@@ -59,16 +65,14 @@ def all_settings() -> SimpleNamespace:
 def make_dataset(folder: Path, sentences: int = 270) -> Path:
     """A character dataset of `sentences` short sentences in random order, nine tenths of it to train on."""
     rng = random.Random(0)
-    text = "".join(
-        rng.choice(("the cat sat on the mat. ", "a dog ran far! ", "we saw six (6) birds, ")) for _ in range(sentences)
-    )
+    known = ("the cat sat on the mat. ", "a dog ran far! ", "we saw six (6) birds, ")
+    text = "".join(rng.choice(known) for _ in range(sentences))
     chars = "".join(sorted(set(text)))
     ids = np.array([chars.index(char) for char in text], dtype="<u2")
     folder.mkdir(parents=True, exist_ok=True)
     ids[: len(ids) * 9 // 10].tofile(folder / "train.bin")
     ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
-    meta = {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "char", "vocab_size": len(chars), "chars": chars}))
     return folder
 
 
@@ -91,7 +95,7 @@ def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, **
 
 
 def children_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of what it has started, torchrun's ranks, which are in sessions of their own."""
+    """Process ids of its children. torchrun's ranks are in sessions of their own."""
     children = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -124,10 +128,9 @@ def launch(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1) -
 @contextlib.contextmanager
 def pristine_train():
     """Put back what train.main() changes in its process: its own globals, signal handlers, torch's global state."""
-    before = dict(vars(train))
+    before, argv = dict(vars(train)), sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    precision, argv = torch.get_float32_matmul_precision(), sys.argv
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     try:
         with torch.random.fork_rng(devices=[]):
             yield train
@@ -142,9 +145,8 @@ def pristine_train():
 
 
 def run_here(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, first: tuple[str, ...] = ()):
-    """train.main() in this process: about 2 s less than `launch`. An exception that a user would see as a traceback is
-    raised; an exit status and what was printed are returned, as `launch` returns them. `first`: words before the
-    settings, such as a config file."""
+    """train.main() in this process, about 2 s faster than `launch`. Returns what that returns, but raises what a user
+    would see as a traceback. first: words before the settings, such as a config file."""
     if ranks != 1:
         raise ValueError(f"run_here: ranks={ranks}, but this is one process; use launch")
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
@@ -188,24 +190,22 @@ class Crew:
         for process in self.processes:
             process.stdin.write(json.dumps([port, str(out_dir), settings, fault], default=str) + "\n")
             process.stdin.flush()
-        done, waiting = {}, list(self.processes)
-        deadline = time.monotonic() + 300
+        done, waiting, deadline = {}, list(self.processes), time.monotonic() + 300
         while waiting:
             left = max(0, deadline - time.monotonic())
             ready, _, _ = select.select([process.stdout for process in waiting], [], [], left)
-            for process in [process for process in waiting if process.stdout in ready]:
-                line = process.stdout.readline()
-                status, printed, error = json.loads(line) if line else [1, "", f"the process ended: {self._log()}"]
-                done[process] = status, printed, error
-                waiting.remove(process)
-                if status:
-                    self.close()
-                    return subprocess.CompletedProcess(settings, status, printed, error)
             if not ready:
                 self.close()
                 raise TimeoutError(f"ranks {[self.processes.index(p) for p in waiting]} do not end: {self._log()}")
-        status, printed, error = done[self.processes[0]]
-        return subprocess.CompletedProcess(settings, status, printed, error)
+            for process in [process for process in waiting if process.stdout in ready]:
+                line = process.stdout.readline()
+                answer = json.loads(line) if line else [1, "", f"the process ended: {self._log()}"]
+                done[process] = subprocess.CompletedProcess(settings, *answer)
+                waiting.remove(process)
+                if done[process].returncode:
+                    self.close()
+                    return done[process]
+        return done[self.processes[0]]
 
     def _log(self) -> str:
         self.log.seek(0)
@@ -244,162 +244,124 @@ def serve() -> None:
 # Faults. Each `_fault(undo, **arguments)` patches train.py's modules; `undo`, an ExitStack, takes the patches back.
 
 
-def _replace(undo: contextlib.ExitStack, module, name: str, make):
-    """module.name = make(the old one), until `undo` is closed."""
-    old = getattr(module, name)
-    undo.callback(setattr, module, name, old)
-    setattr(module, name, make(old))
+def _wrap(undo: contextlib.ExitStack, module, name: str, wrapper):
+    """Until `undo` is closed, module.name(...) calls wrapper(the function that it was, ...)."""
+    real = getattr(module, name)
+    undo.callback(setattr, module, name, real)
+    setattr(module, name, lambda *args, **options: wrapper(real, *args, **options))
 
 
 def _strike(name: str) -> None:
     os.kill(os.getpid(), getattr(signal, name))
 
 
+def _place() -> tuple[int, int]:
+    """(rank, world size) of this process."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _at_micro_batches(undo, act) -> None:
+    """Call act(model, iter_num, micro_batch) at the start of each micro-batch."""
+
+    def wrapper(seed_draws, model, seed, i, m):
+        act(model, i, m)
+        seed_draws(model, seed, i, m)
+
+    _wrap(undo, train, "seed_draws", wrapper)
+
+
 def _signal(undo, signal: str, iter_num: int, micro_batch: int) -> None:
     """Send the signal to the rank that is about to do this micro-batch (numbered over all ranks)."""
-
-    def make(seed_draws):
-        def patched(model, seed, i, m):
-            if (i, m) == (iter_num, micro_batch):
-                _strike(signal)
-            seed_draws(model, seed, i, m)
-
-        return patched
-
-    _replace(undo, train, "seed_draws", make)
+    _at_micro_batches(undo, lambda model, i, m: _strike(signal) if (i, m) == (iter_num, micro_batch) else None)
 
 
 def _signal_at_refresh(undo, signal: str, count: int) -> None:
     """Send the signal to the last rank as it begins its `count`-th refresh of the masks."""
-    calls = 0
-    is_last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+    calls = itertools.count(1)
+    rank, world_size = _place()
 
-    def make(refresh_masks):
-        def patched(*args, **options):
-            nonlocal calls
-            calls += 1
-            if calls == count and is_last:
-                _strike(signal)
-            return refresh_masks(*args, **options)
+    def wrapper(refresh_masks, *args, **options):
+        if next(calls) == count and rank == world_size - 1:
+            _strike(signal)
+        return refresh_masks(*args, **options)
 
-        return patched
-
-    _replace(undo, train, "refresh_masks", make)
+    _wrap(undo, train, "refresh_masks", wrapper)
 
 
-# Where a save of ckpt.pt can die: name -> (whether the new checkpoint is then the one to resume from, hard links)
-SAVE_POINTS = {
-    "half of the bytes written": (False, True),
-    "written, before fsync": (False, True),
-    "synced, before the old one is linked": (False, True),
-    "old one linked, before that becomes ckpt_prev.pt": (False, True),
-    "ckpt_prev.pt replaced": (False, True),
-    "before the new one becomes ckpt.pt": (False, True),
-    "the new one is ckpt.pt": (True, True),
-    "no hard links: between the two renames": (False, False),
-    "no hard links: the new one is ckpt.pt": (True, False),
+SAVE_POINTS = {  # where a save of ckpt.pt can die: (whether the new one is then resumed from, hard links, the call ...)
+    "half of the bytes written": (False, True, torch, "save", "during", None),
+    "written, before fsync": (False, True, os, "fsync", "before", None),
+    "synced, before the old one is linked": (False, True, os, "link", "before", None),
+    "old one linked, before that becomes ckpt_prev.pt": (False, True, os, "link", "after", None),
+    "ckpt_prev.pt replaced": (False, True, os, "replace", "after", checkpoint.PREVIOUS),
+    "before the new one becomes ckpt.pt": (False, True, os, "replace", "before", checkpoint.NAME),
+    "the new one is ckpt.pt": (True, True, os, "replace", "after", checkpoint.NAME),
+    "no hard links: between the two renames": (False, False, os, "replace", "before", checkpoint.NAME),
+    "no hard links: the new one is ckpt.pt": (True, False, os, "replace", "after", checkpoint.NAME),
 }
 
 
 def _kill_in_save(undo, point: str, count: int) -> None:
     """kill -9 at `point`, a key of SAVE_POINTS, of the `count`-th save of ckpt.pt."""
-    links = SAVE_POINTS[point][1]
+    _, links, module, name, when, target = SAVE_POINTS[point]
 
-    def torch_save(save):
-        def patched(state, file):
+    calls = itertools.count(1)
+
+    def deadly(real, *args):
+        here = target is None or Path(args[1]).name == target
+        if here and when == "during":
             buffer = io.BytesIO()
-            save(state, buffer)
-            file.write(buffer.getvalue()[: buffer.tell() // 2])
-            file.flush()
+            real(args[0], buffer)
+            args[1].write(buffer.getvalue()[: buffer.tell() // 2])
+            args[1].flush()
+        if here and when != "after":
+            _strike("SIGKILL")
+        real(*args)
+        if here:
             _strike("SIGKILL")
 
-        return patched
+    def refuse(*_):
+        raise OSError("no hard links here")
 
-    def fsync(sync):
-        return lambda descriptor: _strike("SIGKILL")
-
-    def link(make_link):
-        def patched(source, target):
+    def wrapper(save, folder, state, file=checkpoint.NAME, **keep):
+        if file == checkpoint.NAME and next(calls) == count:
             if not links:
-                raise OSError("no hard links here")
-            if point == "synced, before the old one is linked":
-                _strike("SIGKILL")
-            make_link(source, target)
-            if point == "old one linked, before that becomes ckpt_prev.pt":
-                _strike("SIGKILL")
+                _wrap(undo, os, "link", refuse)
+            _wrap(undo, module, name, deadly)
+        return save(folder, state, file, **keep)
 
-        return patched
-
-    def replace(rename):
-        def patched(source, target):
-            is_new = Path(target).name == checkpoint.NAME
-            if is_new and point in ("before the new one becomes ckpt.pt", "no hard links: between the two renames"):
-                _strike("SIGKILL")
-            rename(source, target)
-            if (is_new and SAVE_POINTS[point][0]) or (not is_new and point == "ckpt_prev.pt replaced"):
-                _strike("SIGKILL")
-
-        return patched
-
-    calls = 0
-
-    def make(save):
-        def patched(folder, state, name=checkpoint.NAME, **keep):
-            nonlocal calls
-            calls += name == checkpoint.NAME
-            if calls == count:
-                if point == "half of the bytes written":
-                    _replace(undo, torch, "save", torch_save)
-                elif point == "written, before fsync":
-                    _replace(undo, os, "fsync", fsync)
-                _replace(undo, os, "link", link)
-                _replace(undo, os, "replace", replace)
-            return save(folder, state, name, **keep)
-
-        return patched
-
-    _replace(undo, checkpoint, "save", make)
+    _wrap(undo, checkpoint, "save", wrapper)
 
 
 def _dump(undo, folder: str) -> None:
     """Save, per rank: the gradients of the first optimizer step as it gets them, and the model at each save."""
-    rank = os.environ.get("RANK", 0)
+    rank, _ = _place()
 
-    def make_step(step):
-        def patched(self, closure=None):
-            path = Path(folder) / f"grads_{rank}.pt"
-            if not path.exists():
-                torch.save([p.grad.clone() for group in self.param_groups for p in group["params"]], path)
-            return step(self, closure)
+    def step_wrapper(step, self, closure=None):
+        path = Path(folder) / f"grads_{rank}.pt"
+        if not path.exists():
+            torch.save([p.grad.clone() for group in self.param_groups for p in group["params"]], path)
+        return step(self, closure)
 
-        return patched
+    def check_wrapper(check_equal, self, model):
+        torch.save(model.state_dict(), Path(folder) / f"model_{rank}.pt")
+        check_equal(self, model)
 
-    def make_check(check_equal):
-        def patched(self, model):
-            torch.save(model.state_dict(), Path(folder) / f"model_{rank}.pt")
-            check_equal(self, model)
-
-        return patched
-
-    _replace(undo, MaskedDecayAdamW, "step", make_step)
-    _replace(undo, ranks.Ranks, "check_equal", make_check)
+    _wrap(undo, MaskedDecayAdamW, "step", step_wrapper)
+    _wrap(undo, ranks.Ranks, "check_equal", check_wrapper)
 
 
 def _alter(undo, iter_num: int) -> None:
     """Change a high bit of one weight of the last rank before its first micro-batch of a step. (The lowest bit heals:
     gradients are averaged, so the two weights move alike, and rounding makes them equal again within some steps.)"""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = _place()
 
-    def make(seed_draws):
-        @torch.no_grad()
-        def patched(model, seed, i, m):
-            if (i, m) == (iter_num, rank) and rank == world_size - 1:
-                model.transformer.h[1].mlp.c_proj.weight.view(torch.int32)[0, 0] ^= 1 << 20
-            seed_draws(model, seed, i, m)
+    @torch.no_grad()
+    def act(model, i, m):
+        if (i, m) == (iter_num, rank) and rank == world_size - 1:
+            model.transformer.h[1].mlp.c_proj.weight.view(torch.int32)[0, 0] ^= 1 << 20
 
-        return patched
-
-    _replace(undo, train, "seed_draws", make)
+    _at_micro_batches(undo, act)
 
 
 def _double(undo) -> None:
@@ -410,25 +372,19 @@ def _double(undo) -> None:
 
 def _nan(undo, iter_nums: list[int]) -> None:
     """The loss of the last rank's first micro-batch of these steps is not a number."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    strike = []
+    rank, world_size = _place()
+    strike = False
 
-    def make_draws(seed_draws):
-        def patched(model, seed, i, m):
-            strike[:] = [i] if i in iter_nums and m == rank == world_size - 1 else []
-            seed_draws(model, seed, i, m)
+    def act(model, i, m):
+        nonlocal strike
+        strike = i in iter_nums and m == rank == world_size - 1
 
-        return patched
+    def wrapper(forward, self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        return logits, loss * float("nan") if strike and self.training else loss
 
-    def make_forward(forward):
-        def patched(self, idx, targets=None):
-            logits, loss = forward(self, idx, targets)
-            return logits, loss * float("nan") if strike and self.training else loss
-
-        return patched
-
-    _replace(undo, train, "seed_draws", make_draws)
-    _replace(undo, GPT, "forward", make_forward)
+    _at_micro_batches(undo, act)
+    _wrap(undo, GPT, "forward", wrapper)
 
 
 def install(fault: dict, undo: contextlib.ExitStack) -> None:
@@ -479,6 +435,12 @@ def row_differences(one: list[dict], other: list[dict]) -> list[str]:
     return differences(*([{k: v for k, v in row.items() if k not in TIMED} for row in rows] for rows in (one, other)))
 
 
+def run_differences(one: Path, other: Path) -> list[str]:
+    """What two runs' folders differ in: their last checkpoints and metrics, in all but settings and clocks."""
+    states = state_differences(read_state(one), read_state(other))
+    return states + row_differences(read_rows(one), read_rows(other))
+
+
 @contextlib.contextmanager
 def photographs(folder: Path, album: Path):
     """Copy `folder` into `album`, which is made, before and after every change of a name or folder by this process:
@@ -492,21 +454,18 @@ def photographs(folder: Path, album: Path):
         shutil.copytree(folder, album / f"{len(list(album.iterdir())):03d}")
         copying = False
 
-    def make(real):
-        def patched(*args, **options):
-            if copying:
-                return real(*args, **options)
+    def wrapper(real, *args, **options):
+        if copying:
+            return real(*args, **options)
+        take()
+        try:
+            return real(*args, **options)
+        finally:
             take()
-            try:
-                return real(*args, **options)
-            finally:
-                take()
-
-        return patched
 
     with contextlib.ExitStack() as undo:
         for name in ("link", "replace", "unlink", "rmdir", "mkdir", "fsync"):
-            _replace(undo, os, name, make)
+            _wrap(undo, os, name, wrapper)
         yield
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import SETTINGS, read_rows, read_state, row_differences, state_differences
-from test_train import data, refused, run  # noqa: F401 (fixtures)
 
 import methods.bi_mask
 import methods.step
@@ -293,7 +292,7 @@ def test_a_reference_of_another_model_is_refused(refused, dense, tmp_path):
     message = refused(tmp_path / "out", flip_reference=str(dense), learning_rate=0.5)
     assert re.search(r"does not compare with this run: learning_rate=0.5 \(there ", message)
     message = refused(tmp_path / "out", flip_reference=str(dense), **as_recipe("sr_ste"))
-    assert "masks row (there flip_mask=transposable)" in message
+    assert "flip_mask=row (there transposable)" in message
 
 
 def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp_path, monkeypatch):

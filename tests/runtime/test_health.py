@@ -1,37 +1,40 @@
-"""runtime/health.py: the dense run's curve and warnings, on planted curves."""
+"""runtime/health.py: the dense run's curve and warnings, on planted curves; losses that stand out; skipped steps."""
 
 import json
 import math
+import re
 
+import numpy as np
 import pytest
+import torch
+from harness import SETTINGS, launch, read_rows, read_state, state_differences
 
 from runtime import health
-from runtime.health import HEALTHY, TARGET, FlipReference, FlipWatch, smooth
+from runtime.health import HEALTHY, TARGET, FlipReference, FlipWatch, LossWatch, StepGuard
 
-SETTINGS = dict.fromkeys(health.COMPARABLE, 1)
+COMPARED = dict.fromkeys(health.COMPARABLE, 1) | {"flip_mask": "transposable"}
 
 
 def record(folder, rates, lr=lambda i: 1e-3, **config):
     folder.mkdir()
     rows = [{"iter": i, "phase": "dense", "flip_rate": r, "lr": lr(i)} for i, r in rates]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {**SETTINGS, "sparse": "none", "flip_mask": "transposable", **config}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**COMPARED, "sparse": "none", **config}))
     return folder
 
 
-class Constant:
-    """A dense run whose flip rate never changes."""
+def reference_of(*args, **options):
+    return FlipReference(record(*args, **options), COMPARED)
 
-    def rate(self, iter_num, lr):
-        return 0.01
+
+def test_the_target_is_the_middle_of_the_papers_band():
+    assert HEALTHY == (0.60, 0.95)
+    assert math.isclose(TARGET / HEALTHY[0], HEALTHY[1] / TARGET)
 
 
 def test_the_reference_is_the_smoothed_curve_and_goes_on_with_the_learning_rate(tmp_path):
-    folder = record(
-        tmp_path / "dense", [(10 * i, 0.001 * i) for i in range(21)], lr=lambda i: 1e-3 if i < 150 else 2e-3
-    )
-    reference = FlipReference(folder, SETTINGS, "transposable")
+    rates = [(10 * i, 0.001 * i) for i in range(21)]
+    reference = reference_of(tmp_path / "dense", rates, lr=lambda i: 1e-3 if i < 150 else 2e-3)
     assert reference.rate(100, 1e-3) == pytest.approx(0.010)
     assert reference.rate(105, 1e-3) == pytest.approx(0.0105)
     # The last five measurements have a mean of 0.018 at a learning rate of 2e-3.
@@ -39,118 +42,186 @@ def test_the_reference_is_the_smoothed_curve_and_goes_on_with_the_learning_rate(
     assert reference.rate(5000, 2e-4) == pytest.approx(0.0018)
 
 
+def test_a_reference_is_continued_from_its_last_fifth_and_no_sooner(tmp_path):
+    reference = reference_of(tmp_path / "dense", [(10 * i, 0.001 * i) for i in range(40)])
+    assert reference.rate(391, 1e-3) == pytest.approx(0.0355)  # of 32 to 39
+    assert reference.rate(390, 1e-3) == pytest.approx(0.038)  # the curve's end, of 37 to 39
+
+
+def test_five_flip_rates_are_enough_and_steps_without_a_learning_rate_do_not_count(tmp_path):
+    rates = [(i, 0.01) for i in range(10)]
+    reference = reference_of(tmp_path / "five", rates, lr=lambda i: 1e-3 if i < 5 else 0.0)
+    assert reference.rate(99, 2e-3) == pytest.approx(0.02)
+    with pytest.raises(ValueError, match="4 flip rates, need 5 or more"):
+        reference_of(tmp_path / "four", rates, lr=lambda i: 1e-3 if i < 4 else 0.0)
+
+
+# What two runs must have in common, written out so that COMPARABLE cannot lose one: model, batch and schedule.
+NAMES = "dataset n_layer n_head n_embd activation ffn_ratio block_size batch_size gradient_accumulation_steps "
+NAMES += "learning_rate warmup_iters decay_lr lr_decay_iters min_lr grad_clip weight_decay beta1 beta2"
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sparse": "fst"}, "sparse='fst', need a dense run"),
-        ({"learning_rate": 2}, r"does not compare with this run: learning_rate=1 \(there 2\)"),
+        *[({name: 2}, rf"does not compare with this run: {name}=1 \(there 2\);") for name in NAMES.split()],
+        ({"sparse": "fst"}, r"sparse=none \(there fst\)"),
+        ({"flip_mask": "row"}, r"flip_mask=transposable \(there row\)"),
         ({"sparse_layers": "ffn+attn"}, r"dense has sparse_layers='ffn\+attn', need 'ffn': the setting was removed"),
-        ({"flip_mask": "row"}, r"masks transposable \(there flip_mask=row\)"),
     ],
 )
 def test_a_reference_that_does_not_compare_is_refused(tmp_path, config, message):
-    folder = record(tmp_path / "dense", [(i, 0.01) for i in range(9)], **config)
     with pytest.raises(ValueError, match=message):
-        FlipReference(folder, SETTINGS, "transposable")
-
-
-def test_a_reference_needs_flip_rates(tmp_path):
-    with pytest.raises(ValueError, match="4 flip rates, need 5 or more"):
-        FlipReference(record(tmp_path / "dense", [(i, 0.01) for i in range(4)]), SETTINGS, "transposable")
-
-
-def watched(rates, reference=None, warmup=10, end=110):
-    watch = FlipWatch(warmup, end, reference)
-    return {i: texts for i, r in enumerate(rates) if (texts := watch.add(i, r, 1e-3))}
-
-
-def test_an_explosion_is_told_once_after_five_measurements_past_the_warm_up():
-    found = watched([0.011] * 40, Constant())
-    assert list(found) == [14]
-    assert "1.10 times the dense run's" in found[14][0]
-    assert watched([0.0095] * 40, Constant()) == {}
-    assert watched([0.05] * 10 + [0.009] * 30, Constant()) == {}  # during the warm-up nothing counts
-    assert watched([0.011] * 40) == {}  # nothing to compare with
-
-
-def test_one_high_measurement_is_no_explosion():
-    assert watched([0.013 if i % 5 == 0 else 0.009 for i in range(40)], Constant()) == {}
-
-
-def test_a_flip_rate_that_does_not_fade_is_told_once_half_way():
-    rises = [0.01 * min(1, i / 20) for i in range(110)]
-    found = watched(rises)
-    assert list(found) == [60]
-    assert "has not come down from its peak of 0.01000" in found[60][0]
-    assert watched([0.01 * min(1, i / 20, (110 - i) / 60) for i in range(110)]) == {}
-
-
-def test_a_sparse_phase_that_begins_late_is_given_half_of_what_is_left():
-    watch = FlipWatch(10, 110)
-    rates = {i: 0.01 * (111 - i) / 61 for i in range(50, 111)}
-    assert not any(watch.add(i, r, 1e-3) for i, r in rates.items())
-    watch = FlipWatch(10, 110)
-    assert [i for i in rates if watch.add(i, 0.01, 1e-3)] == [80]
-
-
-def test_the_target_is_the_middle_of_the_papers_band():
-    assert HEALTHY == (0.60, 0.95)
-    assert math.isclose(TARGET / HEALTHY[0], HEALTHY[1] / TARGET)
-    assert smooth([1.0, 4.0, 1.0], 1) == [2.5, 2.0, 2.5]
+        reference_of(tmp_path / "dense", [(i, 0.01) for i in range(9)], **config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faults that were made by hand, and that nothing above had found
+# Warnings of flip rates
 
 
-class Never:
-    """A dense run whose masks never flip."""
+class Constant:
+    """A dense run whose flip rate never changes."""
+
+    def __init__(self, flip_rate=0.01):
+        self.flip_rate = flip_rate
 
     def rate(self, iter_num, lr):
-        return 0.0
+        return self.flip_rate
+
+
+def watched(rates, reference=None, first=0):
+    """{step: warnings} of a run whose warm-up ends at 10, and whose schedule ends at 110."""
+    watch = FlipWatch(10, 110, reference)
+    return {i: texts for i, r in enumerate(rates, first) if (texts := watch.add(i, r, 1e-3))}
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("rates", "reference", "steps"),
     [
-        *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio"),
-        *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
-        *("lr_decay_iters", "min_lr", "grad_clip", "weight_decay", "beta1", "beta2"),
+        ([0.011] * 40, Constant(), [14]),  # five measurements past the warm-up
+        ([0.01] * 20, Constant(), [14]),  # as high as the dense run's is enough
+        ([0.01] * 20, Constant(0.0), [14]),
+        ([0.02] * 20 + [0.001] * 10 + [0.02] * 20, Constant(), [14]),  # told once, though it comes back
+        ([0.0095] * 40, Constant(), []),
+        ([0.05] * 10 + [0.009] * 30, Constant(), []),  # during the warm-up nothing counts
+        ([0.013 if i % 5 == 0 else 0.009 for i in range(40)], Constant(), []),  # one high measurement
+        ([0.011] * 40, None, []),  # nothing to compare with
     ],
 )
-def test_two_runs_compare_by_model_batch_and_schedule(tmp_path, name):
-    folder = record(tmp_path / "dense", [(i, 0.01) for i in range(9)], **{name: 2})
-    with pytest.raises(ValueError, match=rf": {name}=1 \(there 2\);"):
-        FlipReference(folder, {**SETTINGS, name: 1}, "transposable")
+def test_an_explosion_is_told_once(rates, reference, steps):
+    found = watched(rates, reference)
+    assert list(found) == steps
+    assert all("times the dense run's" in texts[0] for texts in found.values())
 
 
-def test_a_reference_is_continued_from_its_last_fifth_and_no_sooner(tmp_path):
-    folder = record(tmp_path / "dense", [(10 * i, 0.001 * i) for i in range(40)])
-    reference = FlipReference(folder, SETTINGS, "transposable")
-    assert reference.rate(391, 1e-3) == pytest.approx(0.0355)  # of 32 to 39
-    assert reference.rate(390, 1e-3) == pytest.approx(0.038)  # the curve's own end, of 37 to 39
+@pytest.mark.parametrize(
+    ("rates", "first", "steps"),
+    [
+        ([0.01 * min(1, i / 20) for i in range(110)], 0, [60]),
+        ([0.01 * min(1, i / 20, (110 - i) / 60) for i in range(110)], 0, []),
+        ([0.01] * 61, 50, [80]),  # a sparse phase that begins late is given half of what is left
+        ([0.01 * (111 - i) / 61 for i in range(50, 111)], 50, []),
+        ([0.01] * 40 + [0.0092] * 30, 0, [60]),
+        ([0.01] * 40 + [0.0088] * 30, 0, []),  # a tenth below the peak is enough
+    ],
+)
+def test_a_flip_rate_that_does_not_fade_is_told_once_half_way(rates, first, steps):
+    assert list(watched(rates, first=first)) == steps
 
 
-def test_a_reference_of_five_flip_rates_is_enough_and_steps_without_a_learning_rate_do_not_count(tmp_path):
-    folder = record(tmp_path / "dense", [(i, 0.01) for i in range(10)], lr=lambda i: 1e-3 if i < 5 else 0.0)
-    assert FlipReference(folder, SETTINGS, "transposable").rate(99, 2e-3) == pytest.approx(0.02)
-
-
-def test_a_flip_rate_as_high_as_the_dense_runs_is_an_explosion():
-    assert list(watched([0.01] * 20, Constant())) == [14]
-
-
-def test_an_explosion_that_comes_back_is_not_told_again():
-    assert list(watched([0.02] * 20 + [0.001] * 10 + [0.02] * 20, Constant())) == [14]
-
-
-def test_flips_beside_a_dense_run_that_has_none_are_an_explosion():
-    assert list(watched([0.01] * 20, Never())) == [14]
-
-
-def test_the_peak_is_that_of_five_and_a_tenth_below_it_is_enough():
+def test_the_peak_is_the_mean_of_five():
     spike = [0.012 if i == 30 else 0.01 for i in range(70)]
-    assert list(watched(spike)) == [60]
-    assert "from its peak of 0.01040" in watched(spike)[60][0]
-    assert list(watched([0.01] * 40 + [0.0092] * 30)) == [60]
-    assert watched([0.01] * 40 + [0.0088] * 30) == {}
+    assert "has not come down from its peak of 0.01040" in watched(spike)[60][0]
+    assert "1.10 times the dense run's" in watched([0.011] * 15, Constant())[14][0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses that stand out
+
+
+def test_a_loss_that_stands_out_is_found_and_not_learned():
+    watch, noise = LossWatch(), np.random.default_rng(0).normal(3, 0.1, 500)
+    assert [watch.add(float(x)) for x in noise] == [None] * 500
+    assert re.match(r"loss 4\.5000, where the last 200 were \d\.\d+ \+- 0\.\d+", watch.add(4.5))
+    assert watch.add(4.5) is not None
+    assert watch.add(1.0) is None  # a low loss is no trouble
+    assert watch.add(float("nan")) == "loss nan"
+    assert watch.add(float("inf")) == "loss inf"
+
+
+def test_a_level_that_stays_is_reported_for_a_while_alone():
+    watch = LossWatch()
+    for x in np.random.default_rng(0).normal(3, 0.1, 100):
+        watch.add(float(x))
+    found = [watch.add(float(x)) is not None for x in np.random.default_rng(1).normal(6, 0.1, 150)]
+    assert found == [True] * LossWatch.LEAST + [False] * (150 - LossWatch.LEAST)
+
+
+def test_few_losses_are_no_measure():
+    watch = LossWatch()
+    assert [watch.add(x) for x in [3.0] * (LossWatch.LEAST - 1) + [50.0]] == [None] * LossWatch.LEAST
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients that are not finite
+
+
+def nan_at(*iter_nums):
+    return {"kind": "nan", "iter_nums": list(iter_nums)}
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(run, tmp_path):
+    text = run(tmp_path / "out", nan_at(5), max_iters=7, dense_start=7, checkpoint_interval=1)
+    run(tmp_path / "before", max_iters=5, dense_start=7, checkpoint_interval=1)
+    # the last save is that of iteration 7, the one before it that of 6: after the step that was skipped
+    before, after = read_state(tmp_path / "before"), read_state(tmp_path / "out", "ckpt_prev.pt")
+    assert (before["iter_num"], after["iter_num"]) == (5, 6)
+    assert state_differences(after["model"], before["model"]) == []
+    assert state_differences(after["optimizer"]["state"], before["optimizer"]["state"]) == []
+    rows = read_rows(tmp_path / "out")
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 0, 0, 1, 1, None]
+    assert rows[5]["train_loss"] is rows[5]["grad_norm"] is rows[5]["decay_ratio"] is None
+    assert rows[6]["train_loss"] > 0
+    assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert "warning, iteration 5: gradient norm nan, step skipped" in text
+    assert re.search(r"warning, rank 0: loss nan; iteration 5, micro-batch 0, whose windows begin at tokens \d+", text)
+    assert all(torch.isfinite(t).all() for t in read_state(tmp_path / "out")["model"].values() if torch.is_tensor(t))
+
+
+@pytest.mark.slow
+def test_the_count_goes_over_a_stop(run, tmp_path):
+    for max_iters in (5, 8):
+        run(tmp_path / "out", nan_at(3, 5), max_iters=max_iters, dense_start=7)
+    assert [row["skipped"] for row in read_rows(tmp_path / "out")][-2] == 2
+    assert read_state(tmp_path / "out")["skipped"] == [2, 0]
+
+
+@pytest.mark.slow
+def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(attempt, run, tmp_path, monkeypatch):
+    """Saves go on meanwhile, so a restart must not begin the count anew: a job that is started again would creep on."""
+    monkeypatch.setattr(StepGuard, "MAX_SKIPPED", 5)
+    for _ in range(2):
+        done = attempt(tmp_path / "out", nan_at(*range(9, 40)))
+        assert done.returncode == 1
+        assert "train.py: error: the last 6 gradients were not finite" in done.stderr
+        assert "lower learning_rate" in done.stderr
+        assert "Traceback" not in done.stderr
+        state = read_state(tmp_path / "out")
+        assert (state["iter_num"], state["skipped"]) == (12, [3, 3])
+        assert all(torch.isfinite(t).all() for t in state["model"].values() if torch.is_tensor(t))
+    run(tmp_path / "out")  # and without what was wrong the run goes on
+    assert read_rows(tmp_path / "out")[-2]["skipped"] == 3
+
+
+def test_just_enough_in_a_row_do_not(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(StepGuard, "MAX_SKIPPED", 3)
+    run(tmp_path / "out", nan_at(4, 5, 6, 8, 9, 10), max_iters=12)
+    assert read_state(tmp_path / "out")["skipped"] == [6, 0]
+
+
+@pytest.mark.slow
+def test_all_ranks_pass_over_what_one_of_them_met(data, tmp_path):
+    done = launch(tmp_path / "out", {**SETTINGS, "dataset": data, "max_iters": 5}, nan_at(2), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "warning, rank 1: loss nan; iteration 2, micro-batch 1" in done.stdout
+    assert read_state(tmp_path / "out")["skipped"] == [1, 0]

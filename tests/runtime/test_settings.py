@@ -1,0 +1,278 @@
+"""runtime/settings.py: what a recipe and "auto" fill in, what is said at the start, and what is refused in one line."""
+
+import json
+import os
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from harness import SETTINGS, all_settings, launch, make_dataset, read_state, run_differences, run_here
+
+import train
+from configurator import setting_names
+from runtime.settings import planned_dense_start, resolve_settings
+from sparse24 import RECIPES, get_recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_iters": 600000}, 500000),
+        ({"max_iters": 32}, 27),
+        ({"max_iters": 1}, 1),
+        ({"dense_finetune": 0.0}, 100),
+        ({"dense_finetune": 1.0}, 0),
+        ({"dense_start": 0}, 0),
+        ({"dense_start": 7}, 7),
+        ({"dense_start": 7, "sparse": "none"}, 0),
+    ],
+)
+def test_dense_start(given, settings, expected):
+    given(**{"sparse": "fst", "max_iters": 100, "dense_start": -1, "dense_finetune": 1 / 6, **settings})
+    assert planned_dense_start(all_settings()) == expected
+
+
+BROUGHT = {"mask_interval": 40, "masked_decay": 0.0, "mvue": False, "dense_finetune": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"sparse": "fst"}, BROUGHT | {"masked_decay": 6e-5, "mvue": True, "dense_finetune": 1 / 6}),
+        ({"sparse": "ste"}, BROUGHT),
+        (
+            {"sparse": "ste", "masked_decay": 2e-4, "mvue": True, "mask_interval": 1, "dense_finetune": 0.5},
+            {"masked_decay": 2e-4, "mvue": True, "mask_interval": 1, "dense_finetune": 0.5},
+        ),
+    ],
+)
+def test_a_recipe_brings_its_defaults_and_what_the_user_sets_outdoes_them(given, overrides, expected):
+    given(**overrides)
+    settings = all_settings()
+    recipe = resolve_settings(settings, overrides)
+    assert {name: getattr(settings, name) for name in expected} == expected
+    assert {name: getattr(recipe, name) for name in expected} == expected
+    assert len(overrides) > 1 or recipe == get_recipe(overrides["sparse"])
+
+
+def test_the_script_shows_the_defaults_of_fst():
+    for field in fields(RECIPES["fst"]):
+        if field.name in setting_names(vars(train)):
+            assert getattr(train, field.name) == getattr(RECIPES["fst"], field.name), field.name
+
+
+def test_a_config_file_then_the_command_line(tmp_path, data):
+    config = tmp_path / "c.py"
+    config.write_text("sparse = 'ste'\nmax_iters = 5\nmasked_decay = 1e-3\n")
+    settings = {name: SETTINGS[name] for name in SETTINGS if name not in ("sparse", "masked_decay", "mvue")}
+    done = run_here(tmp_path / "out", {**settings, "dataset": data, "max_iters": 2}, first=(str(config),))
+    assert done.returncode == 0
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    chosen = {"sparse": "ste", "max_iters": 2, "masked_decay": 1e-3, "mvue": False, "dense_start": 2}
+    assert chosen.items() <= saved.items()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals: one clear line, exit status 1 (2 for a word that is no setting), nothing written
+
+
+def test_a_word_or_a_file_with_a_mistake_is_refused_with_status_2(refused, tmp_path):
+    said = refused(tmp_path / "out", status=2, max_iter=5)
+    assert "unknown setting 'max_iter' on the command line; did you mean 'max_iters'?" in said
+    said = refused(tmp_path / "out", status=2, masked_decay_auto=True)
+    assert "masked_decay_auto on the command line was removed after commit 7ffc73d" in said
+    config = tmp_path / "c.py"
+    config.write_text("dropout = '0.1'\n")
+    said = refused(tmp_path / "out", status=2, first=(str(config),))
+    assert f"setting 'dropout' in {config}: got '0.1', need a float" in said
+
+
+@pytest.mark.slow
+def test_a_real_process_exits_with_status_2_and_no_traceback(tmp_path):
+    done = launch(tmp_path / "out", {"max_iter": 5})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"train\.py: error: unknown setting 'max_iter'[^\n]*\n", done.stderr)
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+LEAST = {  # written out, so that settings.LEAST cannot lose one
+    "batch_size": 1, "gradient_accumulation_steps": 1, "block_size": 1, "max_iters": 0, "warmup_iters": 0, "seed": 0,
+    "log_interval": 1, "eval_interval": 0, "eval_iters": 0, "flip_interval": 0, "checkpoint_interval": 1,
+    "keep_last": 2, "keep_every": 0, "dense_start": -1, "fsdp_copies": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_head": 5}, "n_embd=32.*n_head=5"),
+        ({"n_embd": 30, "n_head": 3}, "n_embd=30, need a multiple of 4 for sparse='fst'"),
+        ({"ffn_ratio": 34 / 32}, "d_ff=34, need a multiple of 4 for sparse='fst'; change ffn_ratio"),
+        ({"ffn_ratio": 0.33}, "ffn_ratio=0.33 times n_embd=32"),
+        ({"activation": "tanh"}, "activation='tanh' is unknown, need one of gelu, relu2, geglu, swiglu"),
+        ({"sparse": "fts"}, "'fts' is unknown, need one of fst, ste"),
+        ({"sparse": "s_ste", "mask_interval": 5}, "Recipe 's_ste': need mask_interval=1 for mask='soft'"),
+        ({"sparse": "step", "dense_pretrain": 0.0}, "Recipe 'step': need dense_pretrain above 0 and at most"),
+        ({"flip_mask": "soft"}, "flip_mask='soft', need one of auto, transposable, row"),
+        ({"sparse": "none", "flip_reference": "x"}, "flip_reference=x is for sparse runs"),
+        ({"flip_reference": "no/such"}, "no such run folder: 'no/such'; give the out_dir of a run"),
+        ({"dense_pretrain": 0.5, "dense_start": 9}, "dense until iteration 16 and dense from 9: no sparse phase"),
+        ({"sparse": "step", "max_iters": 1}, "dense_pretrain=0.1 of max_iters=1 is no step; raise one of them"),
+        *[({name: least - 1}, f"{name}={least - 1}, need at least {least}") for name, least in LEAST.items()],
+        ({"grad_clip": -1.0}, "grad_clip=-1.0, need at least 0"),
+        ({"mask_interval": 0}, "mask_interval=0, need at least 1"),
+        ({"seed": 2**32}, r"seed=4294967296, need a seed below 2\*\*32"),
+        ({"masked_decay": -1.0}, "masked_decay=-1.0, need a finite factor of at least 0"),
+        ({"dense_finetune": 1.5}, "dense_finetune=1.5, need a fraction of max_iters from 0 to 1"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"beta1": 1.5}, "[Ii]nvalid beta|beta1=1.5"),
+        ({"block_size": 100000}, "holds .* tokens, need more than block_size=100000"),
+        ({"dtype": "int8"}, "dtype='int8', need one of auto, float32, bfloat16, float16"),
+        ({"spmm": "fast"}, "spmm='fast', need one of auto, dense, masked, cusparselt, cutlass"),
+        ({"spmm": "cusparselt"}, "spmm='cusparselt': needs an NVIDIA GPU; use spmm='auto'"),
+        ({"spmm": "cutlass"}, "spmm='cutlass': torch's CUTLASS 2:4 kernels need compute capability 8.x"),
+        ({"compile_mode": "fast"}, "compile_mode='fast', need one of default, reduce-overhead, max-autotune"),
+        pytest.param({"device": "cuda"}, "sees no CUDA GPU; use --device=cpu", marks=NO_GPU),
+        pytest.param({"device": "cuda:1"}, "sees no CUDA GPU; use --device=cpu", marks=NO_GPU),
+        ({"device": "abacus"}, "device='abacus'"),
+        ({"device": "hpu"}, "device='hpu'"),
+        ({"init_from": "resume"}, "init_from=resume, but .* holds no ckpt.pt; use init_from=scratch or auto"),
+        ({"init_from": "sctratch"}, "init_from='sctratch', need one of auto, scratch, resume, gpt2"),
+        ({"dataset": "no_such_dataset"}, "train.bin does not exist; set dataset to one of .*shakespeare"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_refused(refused, tmp_path, changes, message):
+    assert re.search(message, refused(tmp_path / "out", **changes))
+
+
+@pytest.mark.parametrize(
+    ("package", "changes"), [("transformers", {"init_from": "gpt2"}), ("wandb", {"wandb_log": True})], ids=str
+)
+def test_a_package_that_is_not_installed_is_named(refused, stopped, tmp_path, monkeypatch, package, changes):
+    """Before the run that overwrite allows to delete is deleted."""
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install {package}" in refused(tmp_path / "out", **changes)
+    assert f"pip install {package}" in refused(stopped, **{"init_from": "scratch", "overwrite": True, **changes})
+
+
+def test_an_out_dir_that_is_a_file_is_refused(refused, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert "out is a file; use another out_dir" in refused(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "gpt2"])
+def test_a_start_that_a_restart_would_undo_is_refused(run, refused, tmp_path, monkeypatch, init_from):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    said = refused(tmp_path / "out", init_from=init_from, overwrite=True)
+    assert f"init_from={init_from} would begin anew at each restart by torchrun; use init_from=auto" in said
+    run(tmp_path / "out", max_iters=1)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    run(tmp_path / "out", init_from="scratch", overwrite=True, max_iters=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"n_layer": 3},
+            r"another model than these settings: n_layer=3 \(there 2\); use its settings, or another out_dir",
+        ),
+        ({"n_embd": 64, "n_head": 4}, r"n_head=4 \(there 2\), n_embd=64 \(there 32\)"),
+        ({"block_size": 16}, r"block_size=16 \(there 32\)"),
+        ({"bias": True}, r"bias=True \(there False\)"),
+        ({"activation": "relu2"}, r"activation=relu2 \(there gelu\)"),
+        ({"ffn_ratio": 2.0}, r"ffn_ratio=2.0 \(there 4.0\)"),
+        ({"sparse": "none"}, r"sparse=none \(there fst\)"),
+        ({"sparse": "ste"}, r"sparse=ste \(there fst\)"),
+        ({"max_iters": 40}, r"dense at iteration 27 of 32, these settings at 33 of 40; say which with --dense_start="),
+        ({"dense_finetune": 0.5}, r"dense at iteration 27 of 32, these settings at 16 of 32"),
+        ({"init_from": "scratch"}, r"holds a run already; use --init_from=resume .*--overwrite=True to delete it"),
+        ({"init_from": "gpt2"}, r"init_from=gpt2, but .* holds a run already"),
+        ({"init_from": "scratch", "overwrite": True, "dataset": "no_such_dataset"}, "does not exist"),
+        ({"init_from": "scratch", "overwrite": True, "n_head": 5}, "n_head=5"),
+        ({"init_from": "scratch", "overwrite": True, "device": "nonsense"}, "device='nonsense'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_a_run_that_is_there_is_refused(refused, stopped, changes, message):
+    assert re.search(message, refused(stopped, **changes))
+
+
+def test_metrics_alone_and_another_vocabulary_are_refused(refused, stopped, tmp_path):
+    other = make_dataset(tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"vocab_size": meta["vocab_size"] + 1}))
+    assert "use the dataset it was made for" in refused(stopped, dataset=other)
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        (stopped / name).unlink()
+    assert "holds a run already" in refused(stopped, init_from="scratch")
+
+
+def test_other_checkpoints_than_the_last_are_not_deleted_unasked(run, refused, tmp_path):
+    out = tmp_path / "out"
+    run(out, max_iters=6, checkpoint_interval=2, keep_every=4)
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        os.rename(out / name, tmp_path / name)
+    said = refused(out, max_iters=6)
+    assert "has no ckpt.pt, but ckpt_00000004.pt: mv one of these to ckpt.pt" in said
+    os.rename(tmp_path / "ckpt.pt", out / "ckpt_best.pt")
+    assert "has no ckpt.pt, but ckpt_00000004.pt, ckpt_best.pt: mv" in refused(out, max_iters=6)
+    (out / "ckpt_00000004.pt").rename(out / "ckpt.pt")
+    assert "at iteration 4" in run(out, max_iters=6, checkpoint_interval=2, keep_every=4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of before settings were removed
+
+
+OLD = {
+    "config": {
+        "masked_decay_auto": False,
+        "masked_decay_auto_interval": 100,
+        "checkpoint_async": False,
+        "max_skipped": 5,
+        "wandb_mode": "offline",
+        "check_interval": 1000,
+        "backend": "auto",
+        "flip_layers": True,
+        "beta": "none",
+        "ffn_recompute": False,
+        "sparse_layers": "ffn",
+        "dense_blocks": 0,
+        "rewarm_iters": 0,
+        "decay_on": "grad",
+        "decay_schedule": "constant",
+        "mask": "transposable",
+    },
+    "model_args": {"sparse_layers": "ffn", "dense_blocks": 0},
+}
+
+
+def make_old(path, **config):
+    state = read_state(path)
+    changed = {key: {**state[key], **names} for key, names in OLD.items()}
+    changed["config"] |= config
+    torch.save({**state, **changed, "controller": None}, path / "ckpt.pt")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_names_removed_settings_goes_on(run, reference, stopped):
+    make_old(stopped)
+    text = run(stopped)
+    assert "resuming" in text
+    assert re.search(r"changed since the checkpoint: out_dir \S+ -> \S+$", text, re.M)
+    assert run_differences(stopped, reference[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("masked_decay_auto", True), ("sparse_layers", "ffn+attn"), ("mask", "row")]
+)
+def test_a_checkpoint_that_needs_a_removed_setting_is_refused(refused, stopped, name, value):
+    make_old(stopped, **{name: value})
+    removed = "the setting was removed after commit 7ffc73d: .*; use that commit"
+    said = refused(stopped)
+    assert re.search(rf"ckpt\.pt has {name}={re.escape(repr(value))}, need .*: {removed}", said)

@@ -120,15 +120,18 @@ STUDIES = {
             for decay in ("0", "6e-5", "2e-4", "6e-4", "2e-3", "6e-3", "2e-2")
         },
     ),
+    "flip_rate": Study(
+        {"dense": "sparse=none"}
+        | {
+            f"lambda {decay}": f"sparse=fst masked_decay={decay} mask_interval=1 mvue=False dense_finetune=0"
+            for decay in ("0", "2e-4", "2e-3", "2e-2")
+        }
+    ),
 }
 FLIP_COMMON = (  # the first 311 iterations of nanoGPT's CPU recipe, whose schedule is laid out for 1000
     f"{PRESETS['cpu']} n_embd=128 learning_rate=1e-3 min_lr=1e-4 lr_decay_iters=1000 max_iters=311 "
     "flip_interval=1 eval_interval=0 eval_iters=20"
 )
-FLIP_RATE = {"dense": "sparse=none"} | {
-    f"lambda {decay}": f"sparse=fst masked_decay={decay} mask_interval=1 mvue=False dense_finetune=0"
-    for decay in ("0", "2e-4", "2e-3", "2e-2")
-}
 WINDOWS = (150, 200, 250, 300)  # centres t0 of windows of 20 iterations
 
 

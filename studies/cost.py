@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import roofline
-from benchmarks.suites import gpt2, predict_step
+from benchmarks.steps import gpt2, predict_step
 from configurator import configure
 from model import GPT, GPTConfig
 from runtime.metrics import read_config, read_metrics

@@ -25,8 +25,8 @@ def words(tmp_path, data):
 
 @pytest.fixture
 def fake_train(monkeypatch, write_run):
-    """fake_train(mu_of): runs that cost nothing. The dense flip rate falls with the step, a candidate's is mu_of(lambda)
-    times as high. Returns the folders' names, in the order of their runs."""
+    """fake_train(mu_of) fakes the runs: the dense flip rate falls with the step, a candidate's is mu_of(lambda)
+    of it. Returns the folders' names, in the order of their runs."""
 
     def install(mu_of):
         ran = []

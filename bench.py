@@ -165,28 +165,28 @@ def prediction(name: str) -> str:
     layers, blocks, whole = [], [], []
     for activation, d in itertools.product(("gelu", "geglu"), WIDTHS):
         d_ff = GPTConfig(n_embd=d, n_head=1, activation=activation).d_ff
-        found = [roofline.s_model(gpu, d, d_ff, 16384, activation, **one) for one in sparse]
-        layers.append([activation, str(d), *(f"{s:.2f}" for s in found)])
+        s = (roofline.s_model(gpu, d, d_ff, 16384, activation, **one) for one in sparse)
+        layers.append([activation, str(d), *map("{:.2f}".format, s)])
     for n, d in itertools.product((512, 1024, 2048), WIDTHS):
-        found = [roofline.block_s_model(gpu, d, 4 * d, 16384, n, **one) for one in sparse]
-        blocks.append([str(n), str(d), *(f"{s:.2f}" for s in found)])
+        s = (roofline.block_s_model(gpu, d, 4 * d, 16384, n, **one) for one in sparse)
+        blocks.append([str(n), str(d), *map("{:.2f}".format, s)])
     for size, batch in PAPER_BATCH.items():
         dense, *found = (predict_step(gpu, gpt2(size), batch, one) for one in (None, *sparse))
         speeds = [f"{dense['ms'] / one['ms']:.2f}: {one['tokens_per_s']:,.0f}" for one in found]
         whole.append([size, str(batch), f"{dense['ms']:.1f}", f"{dense['tokens_per_s']:,.0f}", *speeds])
-    return "\n\n".join(
-        [
-            f"S_model on {name.upper()}, predicted and not measured: dense GEMMs at {gpu.flops / 1e12:.0f} TFLOP/s, "
-            f"{gpu.bandwidth / 1e12:.2f} TB/s (roofline.py says what is counted and what is assumed). s is dense over "
-            "sparse time of a GEMM.",
-            "Feed-forward layer, 16384 tokens, forward and backward:",
-            table(["activation", "d", *heads], layers),
-            "Transformer block, 16384 tokens, GELU:",
-            table(["n", "d", *heads], blocks),
-            "Whole training step, block_size 1024; S and tokens/s:",
-            table(["size", "batch", "dense ms", "dense tokens/s", *heads], whole),
-        ]
+    head = (
+        f"S_model on {name.upper()}, predicted and not measured: dense GEMMs at {gpu.flops / 1e12:.0f} TFLOP/s, "
+        f"{gpu.bandwidth / 1e12:.2f} TB/s (roofline.py says what is counted and what is assumed). s is dense over "
+        "sparse time of a GEMM."
     )
+    tables = {
+        "Feed-forward layer, 16384 tokens, forward and backward:": table(["activation", "d", *heads], layers),
+        "Transformer block, 16384 tokens, GELU:": table(["n", "d", *heads], blocks),
+        "Whole training step, block_size 1024; S and tokens/s:": table(
+            ["size", "batch", "dense ms", "dense tokens/s", *heads], whole
+        ),
+    }
+    return "\n\n".join([head, *itertools.chain(*tables.items())])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -337,9 +337,8 @@ def report(search: Search) -> str:
         lines.append(f"and, to watch mu in that run too, --flip_reference={run_folder(search, None)}")
         return "\n".join(lines)
     nearest, further = min(mus, key=lambda decay: distance(mus[decay])), next_candidate(mus)
-    lines.append(
-        f"no lambda has mu from {HEALTHY[0]:.2f} to {HEALTHY[1]:.2f}; nearest is {nearest:g} with {mus[nearest]:.3f}"
-    )
+    band = "mu from {:.2f} to {:.2f}".format(*HEALTHY)
+    lines.append(f"no lambda has {band}; nearest is {nearest:g} with {mus[nearest]:.3f}")
     if further is not None:
         lines.append(f"run it again with --refine={len(search.refined) + 2}, which goes on with lambda = {further:g}")
     else:

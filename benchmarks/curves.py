@@ -1,19 +1,17 @@
 """Short runs of train.py from one seed, dense beside the 2:4 methods: python -m benchmarks.curves OUT.json
 
 GPT-2 124M with 16 x 1,024 tokens a step; the same data in the same order for every method. The losses stand side by
-side in OUT.json. They show that the fast path trains; they are too short to rank methods by their loss.
-
-The runs share the GPU, so that their compilers work at the same time: their step times say nothing about speed, which
-benchmarks/steps.py measures.
+side in OUT.json. They show that the fast path trains; they are too short to rank methods by their loss. The runs share
+the GPU, so that their compilers work at the same time: their step times say nothing about speed.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.machine import read_json
 from configurator import write_json
 from runtime.metrics import read_metrics
 
@@ -28,20 +26,10 @@ RUNS = {  # name -> what differs from SETTINGS
 STEPS = 300
 WRITE_S = 5  # seconds between two writes of the results
 SETTINGS = {
-    "batch_size": 16,
-    "block_size": 1024,
-    "gradient_accumulation_steps": 1,
-    "max_iters": STEPS,
-    "learning_rate": 6e-4,
-    "warmup_iters": 50,
-    "lr_decay_iters": STEPS,
-    "min_lr": 6e-5,
-    "eval_interval": 0,
-    "eval_iters": 20,
-    "log_interval": 10,
-    "flip_interval": 50,
-    "checkpoint_interval": 10**6,
-}
+    "batch_size": 16, "block_size": 1024, "gradient_accumulation_steps": 1, "max_iters": STEPS,
+    "learning_rate": 6e-4, "warmup_iters": 50, "lr_decay_iters": STEPS, "min_lr": 6e-5,
+    "eval_interval": 0, "eval_iters": 20, "log_interval": 10, "flip_interval": 50, "checkpoint_interval": 10**6,
+}  # fmt: skip
 
 
 def dataset() -> str:
@@ -64,9 +52,7 @@ def read(folder: Path, process: subprocess.Popen) -> dict:
     """A run that has ended or is under way: its rows of metrics.jsonl, its settings and its choice of GEMMs."""
     rows = read_metrics(str(folder)) if (folder / "metrics.jsonl").exists() else []
     result = {"exit": process.poll(), "rows": rows, "output": Path(f"{folder}.log").read_text().splitlines()[-25:]}
-    for name in ("config.json", "spmm.json"):
-        result[name] = json.loads((folder / name).read_text()) if (folder / name).exists() else None
-    return result
+    return result | {name: read_json(folder / name) for name in ("config.json", "spmm.json")}
 
 
 def main(argv: list[str]) -> int:

@@ -3,20 +3,19 @@
     python bench.py --evidence OUT --minutes 4                     every stage that fits into four minutes
     python bench.py --evidence OUT --minutes 3 probe gemm tests    these stages, in this order
 
-Each stage is a process of its own in a process group of its own. It begins only when its `least` seconds are left, and
-it is killed with everything that it started after its `most` seconds. It writes its numbers as it goes, so a stage that
-is killed keeps what it measured. How each stage ended stands in OUT/evidence.json, with the end of its output if it
-failed; log.txt has the whole output. A stage that ended well for the same code is skipped when it is found in OUT or in
+Each stage is a process in a process group of its own. It begins only when its `least` seconds are left, and it is
+killed with everything that it started after its `most` seconds. It writes its numbers as it goes, so a stage that is
+killed keeps what it measured. OUT/evidence.json says how each stage ended, with the end of its output if it failed;
+log.txt has the whole output. A stage that ended well for the same code is skipped when it is found in OUT or in
 results/<gpu>/evidence, so calls that lie weeks apart add up.
 
 The compile caches of Triton and Inductor come back as caches.tgz, the verdicts on GEMMs as gemms.json. A later call
 begins with them if the files are put into .evidence. The stage `train` reads the dataset at .evidence/books if there is
 one (train.bin, val.bin and meta.json), else Python's own standard library. NANO24_COMMIT names the commit in the
-results where the history did not travel along.
+results if the history did not travel along.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -28,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.machine import gpu_state, read_json
 from configurator import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +57,8 @@ STAGES = {
     "tests": Stage(
         40,
         140,
-        "{python} -m pytest -q -n 14 -p no:cacheprovider -m gpu tests/test_kernels.py tests/test_gpu_gemm.py "
-        "--deselect tests/test_gpu_gemm.py::test_times_are_those_of_the_gpu",
+        "{python} -m pytest -q -n 14 -p no:cacheprovider -m gpu tests/test_kernels.py tests/gemm24/test_gpu.py "
+        "--deselect tests/gemm24/test_gpu.py::test_times_are_those_of_the_gpu",
     ),
     "sweep": Stage(25, 60, "{python} -m benchmarks.sweep {out}/sweep.json"),
     "kernels": Stage(
@@ -76,7 +76,7 @@ STAGES = {
 def code_id(stage: Stage) -> str:
     """A hash of the repository's source files, and for a stage of tests also of the tests: the same code gives the same
     results, with or without git."""
-    folders = ("benchmarks", "gemm24", *(["tests"] if "pytest" in stage.command else []))
+    folders = ["benchmarks", "gemm24", "methods", "runtime", *(["tests"] if "pytest" in stage.command else [])]
     files = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -88,8 +88,7 @@ def earlier_stages(*files: Path) -> dict[str, dict]:
     """The stages of earlier calls by name. A later file goes before an earlier one."""
     found = {}
     for path in files:
-        if path.exists():
-            found |= json.loads(path.read_text())["stages"]
+        found |= (read_json(path) or {"stages": {}})["stages"]
     return found
 
 
@@ -181,12 +180,7 @@ def pack_up(out: Path) -> None:
 
 def device_name() -> str | None:
     """The first GPU's name as nvidia-smi says it; None without one."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):  # no driver here
-        return None
-    return done.stdout.partition("\n")[0].strip() or None
+    return gpu_state().get("name")
 
 
 def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage], held: Path | None = None) -> bool:

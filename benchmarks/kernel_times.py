@@ -1,36 +1,37 @@
 """What the kernels cost: predicted from their machine code, and measured beside a plain copy on this machine's GPU.
 
-`python bench.py --suite kernels [--predict]` runs this (see `run`); results/kernels.{json,md} are what it wrote.
+`python bench.py --suite kernels [--predict]` runs this (see `run`) and writes results/kernels.{json,md}.
 
-Prediction. A kernel's code is compiled for the GPU by its own launcher, and its instructions (I) are counted: all are
-straight-line code, so what is there runs once. Beside the bytes (B) that it must move at the speed of a copy stand the
-instructions it must issue, one a lane and clock, those of the half-rate ALU pipe (integers, logic, comparisons,
-selects, conversions) and of the 1/8-rate special functions. The largest of the three, m, as a fraction of the copy's
-time, gives the predicted share of copy bandwidth (1 + m^4)^(-1/4), at most 0.92: a rule of thumb, no measurement.
+Prediction. A kernel's code is compiled for the GPU by its own launcher, and its instructions (I) are counted. The code
+has no loops, so each instruction runs once. A kernel must move its bytes (B) at the speed of a copy, and it must issue
+its instructions: all of them at one a lane and clock, those of the ALU pipe (integers, logic, comparisons, selects,
+conversions) at half of that rate, special functions at an eighth. The longest of the three, m, as a fraction of the
+copy's time, predicts the share of copy bandwidth: (1 + m^4)^(-1/4), at most 0.92. This is a rule of thumb.
 
-Measurement. Each kernel runs on rotating sets of tensors larger than the L2 cache together, in one CUDA graph, so that
-neither the cache nor the host's launches are timed; so does the copy of as many bytes. The share is copy time over
-kernel time, median (smallest to largest) over repetitions that alternate with the copy's.
+Measurement. Each kernel runs on rotating sets of tensors that are larger than the L2 cache together, in one CUDA graph,
+so neither the cache nor the host's launches count. So does a copy of as many bytes. The share is copy time over kernel
+time, median (smallest to largest) over repetitions that take turns with the copy's.
 """
 
 import contextlib
 import functools
-import json
+import itertools
 import re
 import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 import sparse24
-from benchmarks import roofline
+from benchmarks.machine import read_json
+from benchmarks.roofline import CARDS, COPY_SHARE
 from configurator import write_json
-from gemm24.choose import reason
+from gemm24 import choose
 from gemm24.operands import GATED, activation_ref
 
 if find_spec("triton"):
@@ -39,17 +40,14 @@ if find_spec("triton"):
 
     kernels.use_patterns(sparse24.PATTERNS)
 
-# Compute capability, SMs, clock in GHz (an assumption), memory bandwidth in TB/s by the vendor's data sheets.
-GPUS = {
-    "A100": (80, 108, 1.41, roofline.DATA_SHEET["a100"][1]),
-    "H200": (90, 132, 1.75, roofline.DATA_SHEET["h200"][1]),
-    "B200": (100, 148, 1.85, roofline.DATA_SHEET["b200"][1]),
-}
-_COPY = roofline.COPY_SHARE  # of that bandwidth, what a copy is taken to reach
+GPUS = {name.upper(): CARDS[name] for name in ("a100", "h200", "b200")}
 _ALU = re.compile(
     r"(FMNMX|FSETP|FSEL|SEL|LOP3|SHF|PRMT|F2FP|ISETP|IADD3|LEA|VIADD|PLOP3|HMNMX2|IMNMX|VIMNMX|SGXT|IABS|POPC|BMSK|VOTE)"
 )
 _SPECIAL = re.compile(r"(MUFU|F2F|I2F|F2I)\b")
+
+
+BLOCK, GROUP, ELEMENT = ("4x4 block", 16), ("group of 4", 4), ("element", 1)  # unit, and its number of elements
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,21 @@ class Case:
     """One launcher call, whose kernel is counted and timed."""
 
     name: str
-    unit: str  # what bytes and instructions are counted per
-    per_unit: int  # elements of the shape in a unit
+    unit: tuple[str, int]  # bytes and instructions are counted per unit
     bytes: float  # moved per unit
     ceiling: float  # instructions per unit, on every architecture
-    # 16-byte global loads and stores in the code. No stores, where a thread writes fewer contiguous bytes than that: an
-    # index byte, 4 B of packed weights, 8 B of packed gradients; a warp writes whole lines of them.
+    # 16-byte global loads and stores in the code. There are no such stores if a thread writes fewer contiguous bytes:
+    # an index byte, 4 B of packed weights, 8 B of packed gradients. A warp writes complete lines of them.
     wide: tuple[int, int]
-    make: Callable[[int, int, str, str], Callable]  # (rows, columns, order, device) -> what launches the kernel once
+    make: Callable  # (rows, columns, order, device, **options) -> a function that launches the kernel once
+    options: dict = field(default_factory=dict)
     graph: bool = True  # whether a CUDA graph can hold the launch
+
+    def launcher(self, rows: int, columns: int, order: str, device: str) -> Callable:
+        return self.make(rows, columns, order, device, **self.options)
+
+    def moved(self, rows: int, columns: int) -> float:
+        return self.bytes * rows * columns / self.unit[1]
 
 
 def _index(w: torch.Tensor) -> torch.Tensor:
@@ -140,98 +144,62 @@ def _adamw(rows, columns, order, device):
     return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars)
 
 
-_GROUP = "group of 4"
+_BF16 = {"dtype": torch.bfloat16}
 CASES = [
-    Case("mask search, fp32 weights", "4x4 block", 16, 65, 265, (4, 0), _search),
+    Case("mask search, fp32 weights", BLOCK, 65, 265, (4, 0), _search),
+    Case("mask search, bf16 weights", BLOCK, 33, 270, (0, 0), _search, _BF16),
+    Case("weight pack, values", BLOCK, 97, 250, (4, 0), _pack, {"metadata": False}),
+    Case("weight pack, values and metadata", BLOCK, 101, 400, (4, 0), _pack),
+    # As FSDP packs a gathered weight where it multiplies:
+    Case("weight pack of bf16", BLOCK, 51, 245, (0, 0), _pack, _BF16 | {"forms": (True, False)}),
+    Case("weight pack of bf16, transposed", BLOCK, 51, 262, (0, 0), _pack, _BF16 | {"forms": (False, True)}),
     Case(
-        "mask search, bf16 weights", "4x4 block", 16, 33, 270, (0, 0), functools.partial(_search, dtype=torch.bfloat16)
+        *("weight pack of bf16, row-wise mask", BLOCK, 54, 275, (0, 0), _pack),
+        _BF16 | {"forms": (True, False), "pairs": True},
     ),
-    Case("weight pack, values", "4x4 block", 16, 97, 250, (4, 0), functools.partial(_pack, metadata=False)),
-    Case("weight pack, values and metadata", "4x4 block", 16, 101, 400, (4, 0), _pack),
-    *(  # as FSDP packs a gathered weight where it multiplies
-        Case(
-            f"weight pack of bf16{', transposed' if transposed else ''}",
-            "4x4 block",
-            16,
-            51,
-            ceiling,
-            (0, 0),
-            functools.partial(_pack, dtype=torch.bfloat16, forms=(not transposed, transposed)),
-        )
-        for transposed, ceiling in ((False, 245), (True, 262))
-    ),
-    Case(
-        "weight pack of bf16, row-wise mask",
-        "4x4 block",
-        16,
-        54,
-        275,
-        (0, 0),
-        functools.partial(_pack, dtype=torch.bfloat16, forms=(True, False), pairs=True),
-    ),
-    Case("MVUE, masked dense", _GROUP, 4, 16, 80, (4, 4), _mvue),
-    Case("MVUE, transposed to masked dense", _GROUP, 4, 16, 92, (4, 4), functools.partial(_mvue, token_major=True)),
-    Case("MVUE, masked dense, fp32", _GROUP, 4, 32, 110, (8, 8), functools.partial(_mvue, dtype=torch.float32)),
-    Case("MVUE, packed", _GROUP, 4, 12.5, 85, (4, 0), _mvue_pack),
-    Case("MVUE, transposed and packed", _GROUP, 4, 12.5, 97, (4, 0), functools.partial(_mvue_pack, token_major=True)),
+    Case("MVUE, masked dense", GROUP, 16, 80, (4, 4), _mvue),
+    Case("MVUE, transposed to masked dense", GROUP, 16, 92, (4, 4), _mvue, {"token_major": True}),
+    Case("MVUE, masked dense, fp32", GROUP, 32, 110, (8, 8), _mvue, {"dtype": torch.float32}),
+    Case("MVUE, packed", GROUP, 12.5, 85, (4, 0), _mvue_pack),
+    Case("MVUE, transposed and packed", GROUP, 12.5, 97, (4, 0), _mvue_pack, {"token_major": True}),
     *(
-        Case(
-            f"{name}, forward", "element", 1, size, ceiling, (loads, 1), functools.partial(_activation, activation=name)
-        )
+        Case(f"{name}, forward", ELEMENT, size, ceiling, (loads, 1), _activation, {"activation": name})
         for name, size, ceiling, loads in (
-            ("gelu", 4, 23, 1),
-            ("relu2", 4, 9, 1),
-            ("geglu", 6, 26, 2),
-            ("swiglu", 6, 17, 2),
+            *(("gelu", 4, 23, 1), ("relu2", 4, 9, 1)),
+            *(("geglu", 6, 26, 2), ("swiglu", 6, 17, 2)),
         )
     ),
     *(
-        Case(
-            f"{name}, backward",
-            "element",
-            1,
-            size,
-            ceiling,
-            wide,
-            functools.partial(_activation_backward, activation=name),
-        )
+        Case(f"{name}, backward", ELEMENT, size, ceiling, wide, _activation_backward, {"activation": name})
         for name, size, ceiling, wide in (
-            ("gelu", 6, 26, (2, 1)),
-            ("relu2", 6, 12, (2, 1)),
-            ("geglu", 10, 32, (3, 2)),
-            ("swiglu", 10, 25, (3, 2)),
+            *(("gelu", 6, 26, (2, 1)), ("relu2", 6, 12, (2, 1))),
+            *(("geglu", 10, 32, (3, 2)), ("swiglu", 10, 25, (3, 2))),
         )
     ),
     *(
         Case(
-            f"{name} backward, MVUE, packed{', bias' if bias else ''}",
-            _GROUP,
-            4,
-            size,
-            ceiling,
-            wide,
-            functools.partial(_fused, activation=name, bias=bias),
+            *(f"{name} backward, MVUE, packed{', bias' if bias else ''}", GROUP, size, ceiling, wide, _fused),
+            {"activation": name, "bias": bias},
         )
         for name, bias, size, ceiling, wide in (
-            ("gelu", False, 28.5, 175, (8, 4)),
-            ("gelu", True, 28.5, 185, (8, 4)),
-            ("relu2", False, 28.5, 122, (8, 4)),
-            ("geglu", False, 49, 280, (12, 8)),
+            *(("gelu", False, 28.5, 175, (8, 4)), ("gelu", True, 28.5, 185, (8, 4))),
+            *(("relu2", False, 28.5, 122, (8, 4)), ("geglu", False, 49, 280, (12, 8))),
             ("swiglu", False, 49, 245, (12, 8)),
         )
     ),
-    Case("row mask, fp32", _GROUP, 4, 17, 90, (1, 0), _pairs),
-    Case("soft threshold, fp32", _GROUP, 4, 32, 80, (1, 1), _soft),
-    Case("soft threshold and scale, fp32", _GROUP, 4, 32, 150, (1, 1), functools.partial(_soft, scale=True)),
-    Case("AdamW with masked decay", "element", 1, 28.0625, 112, (4, 3), _adamw, graph=False),
+    Case("row mask, fp32", GROUP, 17, 90, (1, 0), _pairs),
+    Case("soft threshold, fp32", GROUP, 32, 80, (1, 1), _soft),
+    Case("soft threshold and scale, fp32", GROUP, 32, 150, (1, 1), _soft, {"scale": True}),
+    Case("AdamW with masked decay", ELEMENT, 28.0625, 112, (4, 3), _adamw, graph=False),
 ]
-DEVICE = "cuda"  # where things are measured
+DEVICE = "cuda"  # the device that is measured
+SHAPE = (16384, 4096)  # rows and columns of the tensors that are measured
 TOKENS = 32 * 512
-# The paper's shapes.
+# The shapes of the paper's tables.
 TABLE2 = ((3072, 768), (4096, 1024), (5120, 1280), (1024, 1600), (8192, 2048), (16384, 4096), (30768, 8192))
 TABLE3 = (768, 1024, 1280, 1600, 2048, 4096, 8192)
-# What issues more than an H200 can in the time of its bytes, and why that is accepted. (Two kernels more would be
-# limited by the ALU pipe alone, if it runs at half rate as NVIDIA's table says.)
+# These issue more instructions than an H200 can while it moves their bytes, for the reason given. (Two more kernels
+# would be limited by the ALU pipe alone, if it runs at half rate as NVIDIA's table says.)
 ISSUE_BOUND = {
     "mask search, bf16 weights": "half the bytes for the same search; the master weights of training are float32",
     "MVUE, transposed and packed": "dY alone, a fifth of what is drawn; its exchange by shared memory comes on top",
@@ -317,35 +285,34 @@ def read_code(compiled) -> dict:
     return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, "code": code}
 
 
-def predict(case: Case, arch: int, rows: int = 256, columns: int = 256) -> dict:
+def predict(case: Case, arch: int) -> dict:
     """Counts of one kernel's code for sm_`arch`; instructions per unit."""
-    call = case.make(rows, columns, "sm80" if arch < 90 else "sm90", "cpu")
+    rows = columns = 256
+    call = case.launcher(rows, columns, "sm80" if arch < 90 else "sm90", "cpu")
     ((compiled, grid),) = compile_only(call, arch)
     found = read_code(compiled)
     code = found.pop("code")
-    threads_per_unit = grid[0] * compiled.metadata.num_warps * 32 * case.per_unit / (rows * columns)
+    threads_per_unit = grid[0] * compiled.metadata.num_warps * 32 * case.unit[1] / (rows * columns)
 
-    def per_unit(pattern) -> float:
-        return round(sum(bool(re.match(pattern, i)) for i in code) * threads_per_unit, 2)
+    def count(pattern: str) -> int:
+        return sum(bool(re.match(pattern, instruction)) for instruction in code)
 
+    per_unit = {"instructions": "", "alu": _ALU, "special": _SPECIAL}
     return found | {
         "kernel": compiled.metadata.name,
-        "instructions": per_unit(""),
-        "alu": per_unit(_ALU),
-        "special": per_unit(_SPECIAL),
+        **{name: round(count(pattern) * threads_per_unit, 2) for name, pattern in per_unit.items()},
         "nan_dropping": len(re.findall(r"\b(?:min|max)\.(?:ftz\.)?(?:f32|f16|bf16)", compiled.asm["ptx"])),
-        "local": sum(i.startswith(("LDL", "STL")) for i in code),
-        "wide_loads": sum(bool(re.match(r"LDG.*\.128", i)) for i in code),
-        "wide_stores": sum(bool(re.match(r"STG.*\.128", i)) for i in code),
+        "local": count("LDL|STL"),
+        "wide_loads": count(r"LDG.*\.128"),
+        "wide_stores": count(r"STG.*\.128"),
     }
 
 
 def share_of_copy(case: Case, counts: dict, gpu: str) -> float:
     """Predicted share of copy bandwidth: see the top of this file."""
-    _, sms, ghz, bandwidth = GPUS[gpu]
-    lanes = sms * 128 * ghz / 1000  # lane-instructions per picosecond
-    copy_ps = case.bytes / (bandwidth * _COPY)
-    m = max(counts["instructions"], 2 * counts["alu"], 8 * counts["special"]) / lanes / copy_ps
+    card = GPUS[gpu]
+    copy_ps = case.bytes / (card.tb_per_s * COPY_SHARE)
+    m = max(counts["instructions"], 2 * counts["alu"], 8 * counts["special"]) / card.lanes_per_ps / copy_ps
     return min(0.92, (1 + m**4) ** -0.25)
 
 
@@ -356,27 +323,19 @@ def share_of_copy(case: Case, counts: dict, gpu: str) -> float:
 def time_calls(calls: list[Callable], repetitions: int, graph: bool = True) -> list[float]:
     """Microseconds per call, one per repetition: all calls captured in one CUDA graph, their results kept alive.
 
-    graph=False times plain calls: for those that copy from the host, and only where they outlast their launch.
+    graph=False times plain calls: for those that copy from the host, and only if they outlast their launch.
     """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()  # compiles, and fills caches of tables
-    torch.cuda.synchronize()
     results, times = [], []
 
-    def replay():
-        for call in calls:
-            call()
+    def body():
+        results[:] = [call() for call in calls]
 
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for call in calls:
-                results.append(call())
-        replay = captured.replay
+    body()  # compiles, and fills caches of tables
+    torch.cuda.synchronize()
+    results.clear()
+    replay = choose._captured(body) if graph else body
     for repetition in range(repetitions + 3):  # the first three warm up
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         replay()
         end.record()
@@ -411,11 +370,11 @@ def measure(make: Callable[[], Callable], moved: float, repetitions: int, graph:
 
 
 def attempt(make: Callable[[], Callable], moved: float, repetitions: int, graph: bool = True) -> dict:
-    """`measure`, or {"reason": why not}: the cases that follow are worth having."""
+    """The result of `measure`, or {"reason": why it failed}, so that the cases after it are measured."""
     try:
         return measure(make, moved, repetitions, graph)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        return {"reason": reason(error)}
+        return {"reason": choose.reason(error)}
 
 
 def speed(row: dict) -> str:
@@ -423,32 +382,40 @@ def speed(row: dict) -> str:
     return row.get("reason") or f"{row['gb_per_s']:.0f} GB/s, {row['us']:.1f} us, {row['share']:.2f} of a copy's speed"
 
 
+def compared(rows: list[tuple[dict, Callable, float]], repetitions: int) -> Iterator[dict]:
+    """Measure several ways to do one thing. rows: (name of the way, see `attempt`, bytes moved), ours first."""
+    ours = None
+    for name, make, moved in rows:
+        found = attempt(make, moved, repetitions)
+        ours = ours or found
+        if "us" in found and "us" in ours:
+            found["times_ours"] = found["us"] / ours["us"]
+        print(f"{' '.join(map(str, name.values()))}: {speed(found)}", flush=True)
+        yield name | found
+
+
 def table2(shapes, repetitions: int) -> Iterator[dict]:
     """The paper's Table 2: transposable mask search, GB/s of real bytes (w read, its result written)."""
     patterns = baselines.pattern_table(sparse24.PATTERNS.to(DEVICE))
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in shapes:
-            ours_us = None  # the first row of these
-            searches = {
-                "8 candidates (ours)": (kernels.transposable_index, 1),
-                "90 scores": (lambda w: baselines.transposable_index_dot(w, patterns), 1),
-                "2-approximation": (baselines.transposable_mask_2approx, 16),
-            }
-            if dtype == torch.bfloat16 and not any(n % 128 for n in shape):
-                searches["torch's greedy tile"] = (_torch_tile, 16 * 2.25)  # packed operands of w and w^T
-            for name, (search, written) in searches.items():
+    searches = {  # and the bytes that each writes per 4x4 block
+        "8 candidates (ours)": (kernels.transposable_index, 1),
+        "90 scores": (lambda w: baselines.transposable_index_dot(w, patterns), 1),
+        "2-approximation": (baselines.transposable_mask_2approx, 16),
+        "torch's greedy tile": (_torch_tile, 16 * 2.25),  # packed operands of w and w^T
+    }
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16), shapes):
+        rows = []
+        for name, (search, written) in searches.items():
+            if search is _torch_tile and (dtype != torch.bfloat16 or any(n % 128 for n in shape)):
+                continue
 
-                def make(search=search, shape=shape, dtype=dtype):
-                    w = _randn(*shape, device=DEVICE, dtype=dtype)
-                    return lambda: search(w)
+            def make(search=search, shape=shape, dtype=dtype):
+                w = _randn(*shape, device=DEVICE, dtype=dtype)
+                return lambda: search(w)
 
-                moved = shape[0] * shape[1] / 16 * (16 * dtype.itemsize + written)
-                result = attempt(make, moved, repetitions)
-                ours_us = result.get("us") if search is kernels.transposable_index else ours_us
-                if "us" in result and ours_us:
-                    result["times_ours"] = result["us"] / ours_us
-                yield {"shape": shape, "dtype": str(dtype)[6:], "search": name} | result
-                print(f"{shape} {dtype} {name}: {speed(result)}", flush=True)
+            moved = shape[0] * shape[1] / 16 * (16 * dtype.itemsize + written)
+            rows.append(({"shape": shape, "dtype": str(dtype)[6:], "search": name}, make, moved))
+        yield from compared(rows, repetitions)
 
 
 def _torch_tile(w):
@@ -458,45 +425,51 @@ def _torch_tile(w):
 def table3(widths, repetitions: int) -> Iterator[dict]:
     """The paper's Table 3: GEGLU on feature-major tensors of 32x512 tokens, along tokens, along features, by torch."""
     compiled = torch.compile(lambda z: activation_ref(z, "geglu"))
+
+    def by_torch(width, *_):
+        z, _ = _z_and_da(width, TOKENS, DEVICE, "geglu")
+        return lambda: compiled(z)
+
+    orders = {"along tokens (ours)": {"by_token": False}, "along features (intuitive)": {"by_token": True}}
     for width in widths:
-        cases = [
-            (name, make, moved, functools.partial(make, width, TOKENS, "", DEVICE, "geglu", by_token))
-            for name, by_token in (("along tokens (ours)", False), ("along features (intuitive)", True))
-            for make, moved in ((_activation, 6), (_activation_backward, 10))
-        ]
-
-        def by_torch(width=width):
-            z, _ = _z_and_da(width, TOKENS, DEVICE, "geglu")
-            return lambda: compiled(z)
-
-        ours_us = {}  # of each pass, the first row
-        for name, make, moved, call in (*cases, ("torch.compile", _activation, 6, by_torch)):
-            result = attempt(call, moved * width * TOKENS, repetitions)
-            ours_us.setdefault(make, result.get("us"))
-            if "us" in result and ours_us[make]:
-                result["times_ours"] = result["us"] / ours_us[make]
-            yield {"width": width, "order": name, "pass": make.__name__[1:]} | result
-            print(f"{width} {name} {make.__name__[1:]}: {speed(result)}", flush=True)
+        for make, moved in ((_activation, 6), (_activation_backward, 10)):
+            ways = [(order, functools.partial(make, activation="geglu", **one)) for order, one in orders.items()]
+            ways += [("torch.compile", by_torch)] if make is _activation else []
+            yield from compared(
+                [
+                    (
+                        {"width": width, "order": order, "pass": make.__name__[1:]},
+                        functools.partial(way, width, TOKENS, "", DEVICE),
+                        moved * width * TOKENS,
+                    )
+                    for order, way in ways
+                ],
+                repetitions,
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def markdown(results: dict) -> str:
-    """The kernels' table, with the measured share of a copy's bandwidth where there is one."""
+    """The kernels' table, with the measured share of a copy's bandwidth if there is one."""
     measured = results["measured"]
     head = ["kernel", "unit", "B", "I (sm_80, 90, 100)", f"predicted share: {', '.join(GPUS)}"]
     head += [f"measured share, {results['measured_on']['device_name']}"] if measured else []
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for row in results["kernels"]:
-        counts = ", ".join(f"{row['counts'][str(arch)]['instructions']:.3g}" for arch, *_ in GPUS.values())
+        counts = ", ".join(f"{row['counts'][str(card.capability)]['instructions']:.3g}" for card in GPUS.values())
         shares = ", ".join(f"{share:.2f}" for share in row["predicted"].values())
-        cells = [row["name"], row["unit"], f"{row['bytes']:g}", counts, shares]
+        rows.append([row["name"], row["unit"], f"{row['bytes']:g}", counts, shares])
         if measured:
             found = measured.get(row["name"], {"reason": "not measured"})
-            cells.append(found.get("reason") or _share(found))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows[-1].append(found.get("reason") or _share(found))
+    return _table(head, rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def _share(row: dict) -> str:
@@ -506,20 +479,18 @@ def _share(row: dict) -> str:
 
 def paper_table(rows: list[dict], *keys: str) -> str:
     """One of the paper's tables: GB/s of real bytes, time, its ratio to ours, and the share of a copy's bandwidth."""
-    lines = [f"| {' | '.join(keys)} | GB/s | us | times ours | share of copy |", "|---" * (len(keys) + 4) + "|"]
+    lines = []
     for row in rows:
-        cells = [str(row[key]) for key in keys]
+        cells = ["", "", "", row.get("reason")]
         if "us" in row:
             times = f"{row['times_ours']:.2f}" if "times_ours" in row else ""
-            cells += [f"{row['gb_per_s']:.0f}", f"{row['us']:.1f}", times, _share(row)]
-        else:
-            cells += ["", "", "", row["reason"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells = [f"{row['gb_per_s']:.0f}", f"{row['us']:.1f}", times, _share(row)]
+        lines.append([*(str(row[key]) for key in keys), *cells])
+    return _table([*keys, "GB/s", "us", "times ours", "share of copy"], lines)
 
 
 def report(results: dict) -> str:
-    """kernels.md: the kernels' table and, where they were measured, the paper's."""
+    """kernels.md: the kernels' table and, if they were measured, the paper's."""
     e = results["environment"]
     made = f"Compiled by Triton {e['triton']}, torch {e['torch']}, commit {e['commit']}"
     tables = [markdown(results)]
@@ -530,37 +501,34 @@ def report(results: dict) -> str:
         tables.append(paper_table(results["table2"], "dtype", "shape", "search"))
         tables.append("GEGLU of 32x512 tokens, feature-major, the paper's Table 3:")
         tables.append(paper_table(results["table3"], "width", "order", "pass"))
-    return (
-        "\n\n".join(["# Kernels", f"`python bench.py --suite kernels`. {made}. All of it: kernels.json.", *tables])
-        + "\n"
-    )
+    start = f"`python bench.py --suite kernels`. {made}. All of it: kernels.json."
+    return "\n\n".join(["# Kernels", start, *tables]) + "\n"
 
 
 def earlier_measurements(path: Path) -> dict:
-    """What an earlier run measured, so that predicting anew does not lose it."""
-    keys = ("measured", "measured_on", "table2", "table3")
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    return {key: earlier.get(key) for key in keys}
+    """The measurements of an earlier run, so that predicting anew does not lose them."""
+    earlier = read_json(path) or {}
+    return {key: earlier.get(key) for key in ("measured", "measured_on", "table2", "table3")}
 
 
 def count_all() -> list[dict]:
     """The kernels' table without its measured column: every case compiled and counted for every GPU of GPUS."""
     rows = []
     for case in CASES:
-        counts = {str(arch): predict(case, arch) for arch, *_ in GPUS.values()}
-        shares = {gpu: share_of_copy(case, counts[str(GPUS[gpu][0])], gpu) for gpu in GPUS}
-        row = {"name": case.name, "unit": case.unit, "bytes": case.bytes, "counts": counts, "predicted": shares}
+        counts = {str(card.capability): predict(case, card.capability) for card in GPUS.values()}
+        shares = {gpu: share_of_copy(case, counts[str(card.capability)], gpu) for gpu, card in GPUS.items()}
+        row = {"name": case.name, "unit": case.unit[0], "bytes": case.bytes, "counts": counts, "predicted": shares}
         rows.append(row)
         print(f"{case.name}: {counts['90']['instructions']} I, predicted {shares['H200']:.2f} on H200", flush=True)
     return rows
 
 
-def measure_all(shape: tuple[int, int], repetitions: int) -> Iterator[tuple[str, dict]]:
-    """(case, its measurement) on tensors of `shape`."""
+def measure_all(repetitions: int) -> Iterator[tuple[str, dict]]:
+    """(case, its measurement) on tensors of SHAPE."""
     order = "sm80" if torch.cuda.get_device_capability() < (9, 0) else "sm90"
     for case in CASES:
-        moved = case.bytes * shape[0] * shape[1] / case.per_unit
-        found = attempt(functools.partial(case.make, *shape, order, DEVICE), moved, repetitions, case.graph)
+        make = functools.partial(case.launcher, *SHAPE, order, DEVICE)
+        found = attempt(make, case.moved(*SHAPE), repetitions, case.graph)
         print(f"{case.name}: {speed(found)}", flush=True)
         yield case.name, found
 
@@ -579,39 +547,28 @@ def spread_out(shapes: Sequence, count: int) -> list:
 
 
 def run(
-    out: Path,
-    environment: dict,
-    measuring: bool,
-    shape=(16384, 4096),
-    repetitions: int = 10,
-    tables: int = 7,
-    counting: bool = True,
+    out: Path, environment: dict, measuring: bool, repetitions: int = 10, tables: int = 7, counting: bool = True
 ) -> dict:
-    """Compile and count every kernel, measure them and the paper's tables too if asked (it takes a CUDA GPU), and
-    write `out`/kernels.json and kernels.md. Measurements that are there already stay where nothing is measured.
+    """Compile and count every kernel, measure them and `tables` shapes of each of the paper's tables if asked (which
+    takes a CUDA GPU), and write `out`/kernels.json and kernels.md. Without measuring, earlier measurements stay.
 
-    counting=False takes the counts from results/kernels.json. The file is written after each measurement, so that a run
-    that is killed loses none."""
+    counting=False takes the counts from results/kernels.json. The file is written after each measurement, so a run that
+    is killed loses none."""
     out.mkdir(parents=True, exist_ok=True)
     path, counted = out / "kernels.json", Path(__file__).parents[1] / "results" / "kernels.json"
-    earlier = json.loads(counted.read_text()) if not counting else {}
-    kernels_rows = count_all() if counting else earlier["kernels"]
-    results = {"environment": earlier.get("environment", environment), "kernels": kernels_rows}
-    results |= earlier_measurements(path)
-    save = functools.partial(write_json, path, results)
+    earlier = {} if counting else read_json(counted)
+    counts = count_all() if counting else earlier["kernels"]
+    results = {"environment": earlier.get("environment", environment), "kernels": counts} | earlier_measurements(path)
     if measuring:
         results |= {"measured": {}, "measured_on": environment, "table2": [], "table3": []}
-        for name, found in measure_all(shape, repetitions):
+        for name, found in measure_all(repetitions):
             results["measured"][name] = found
-            save()
-        for key, rows in (
-            ("table2", table2(spread_out(TABLE2, tables), repetitions)),
-            ("table3", table3(spread_out(TABLE3, tables), repetitions)),
-        ):
-            for row in rows:
+            write_json(path, results)
+        for key, make, shapes in (("table2", table2, TABLE2), ("table3", table3, TABLE3)):
+            for row in make(spread_out(shapes, tables), repetitions):
                 results[key].append(row)
-                save()
-    save()
+                write_json(path, results)
+    write_json(path, results)
     (out / "kernels.md").write_text(text := report(results))
     print(f"{text}\nwrote {out}/kernels.json and .md; README.md holds the first table, which a test compares")
     return results

@@ -1,47 +1,40 @@
 """Probe a GPU, its 2:4 library and our kernels in about a minute: python -m benchmarks.probe OUT.json [part ...]
 
 Parts, in this order: kernels (each beside its specification), machine (card, versions, copy bandwidth, rate of a large
-product), order (which bytes the library's compress writes, and whether they are ours), host (microseconds that
-the host takes to enqueue a product), graph (a captured product, replayed with other inputs). Each part's result is
-written before the next begins; a part that fails says why.
+product), order (which bytes the library's compress writes, and whether they are ours), host (microseconds that the host
+takes to enqueue a product), graph (a captured product, replayed with other inputs). Each part's result is written
+before the next begins. A part that fails says why.
 """
 
 import math
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import sparse24
+from benchmarks import machine as this_machine
+from benchmarks.machine import attempt, copy_bandwidth, device
 from configurator import write_json
 from gemm24 import choose, cusparselt, ffn, matmul
 from gemm24.matmul import Choice, Gemm, matmul24
 from gemm24.operands import activation, mvue24_pack, pack_matrix
-from runtime.ranks import environment
 
 CUSPARSELT = Choice("cusparselt", "library")
-PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 SHAPES = [  # (rows, columns): small, odd multiples, the weights of GPT-2, a gradient
     *((64, 64), (64, 128), (128, 64), (128, 128), (192, 128), (320, 192), (192, 320), (256, 512), (384, 128)),
     *((768, 3072), (3072, 768), (1280, 5120), (1600, 6400), (6400, 1600), (4096, 16384), (768, 16384)),
 ]
-COPY_BYTES, WIDTH = 2**30, 8192  # sizes of the copy and of the product that give the card's two rates
+WIDTH = 8192  # of the product that gives the card's rate
 PACKED = ((1280, 5120), (5120, 16384))  # matrices whose packing is timed
-CALLS = 100  # that the host enqueues while its time is taken
 
 
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def median_us(call: Callable, graph: bool = False, repetitions: int = 7) -> float:
-    """Median microseconds of one call; graph: of a CUDA graph's replay, so that host time does not count."""
-    (times,) = choose.time_interleaved([call], repetitions, graph, device())
-    return statistics.median(times)
+def median_us(call: Callable) -> float:
+    """Median microseconds of one call."""
+    return statistics.median(choose.time_interleaved([call], 7, False, device())[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,15 +43,12 @@ def median_us(call: Callable, graph: bool = False, repetitions: int = 7) -> floa
 
 def machine() -> dict:
     """Card, versions, and the two rates of which everything else is a share."""
-    card = torch.cuda.get_device_properties(device())
-    found = environment(device(), 1) | {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
-    found |= {"sms": card.multi_processor_count, "memory_bytes": card.total_memory, "l2_bytes": card.L2_cache_size}
-    source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device=device()).random_() for _ in range(2))
-    found["copy_tb_per_s"] = 2 * COPY_BYTES / median_us(lambda: target.copy_(source)) / 1e6
     a, b = (torch.randn(WIDTH, WIDTH, device=device(), dtype=torch.bfloat16) for _ in range(2))
-    found["product_tflops"] = 2e-6 * WIDTH**3 / median_us(lambda: a @ b)
-    found["schema"] = str(torch.ops.aten._cslt_sparse_mm.default._schema)
-    return found
+    return this_machine.machine(device()) | {
+        "copy_tb_per_s": copy_bandwidth(device()) / 1e12,
+        "product_tflops": 2e-6 * WIDTH**3 / median_us(lambda: a @ b),
+        "schema": str(torch.ops.aten._cslt_sparse_mm.default._schema),
+    }
 
 
 def kernels() -> dict:
@@ -72,36 +62,8 @@ def kernels() -> dict:
 # The library's byte order
 
 
-def with_digits(digit: torch.Tensor) -> torch.Tensor:
-    """bf16 (rows, columns) of ones and zeros: group g of row r keeps the pair PAIRS[digit[r, g]]."""
-    pairs = torch.tensor(PAIRS, device=digit.device)[digit]
-    x = torch.zeros(*digit.shape, 4, device=digit.device).scatter_(-1, pairs, 1.0)
-    return x.flatten(1).to(torch.bfloat16)
-
-
-def learn_order(compress: Callable, rows: int, columns: int, device) -> torch.Tensor:
-    """int64 (number of nibbles,): which group of four (row * columns/4 + column/4) each nibble of a library's metadata
-    belongs to, in memory's order, low nibble first; -1 for a nibble that belongs to none.
-
-    compress: bf16 (rows, columns) -> blob, of which the first rows * columns / 2 elements are the values. Each group
-    is given a number; call i of compress has digit i of that number, in base 6, as the pair that the group keeps."""
-    groups = torch.arange(rows * columns // 4, device=device).view(rows, columns // 4)
-    digit_of = {low | high << 2: number for number, (low, high) in enumerate(PAIRS)}
-    found = None
-    for place in range(max(1, math.ceil(math.log(groups.numel(), 6)))):
-        blob = compress(with_digits(groups // 6**place % 6)).flatten()
-        raw = blob[rows * columns // 2 :].contiguous().view(torch.uint8).cpu()
-        nibbles = torch.stack((raw & 15, raw >> 4), -1).flatten()
-        digits = torch.full(nibbles.shape, -1, dtype=torch.int64)
-        for nibble, number in digit_of.items():
-            digits[nibbles == nibble] = number
-        part = torch.where(digits < 0, -(10**12), digits * 6**place)
-        found = part if found is None else found + part
-    return torch.where((found >= 0) & (found < groups.numel()), found, -1)
-
-
 def compare_order(rows: int, columns: int) -> dict:
-    """Compare our packers' bytes at this shape with the library's. If no packer agrees, learn the library's order."""
+    """Compare our packers' bytes at this shape with the library's."""
     x = choose.random_24(rows, columns, device())
     blob = torch._cslt_compress(x)
     row = {"shape": list(blob.shape), "padding": blob.numel() - x.numel() * 9 // 16}
@@ -111,21 +73,14 @@ def compare_order(rows: int, columns: int) -> dict:
         except ValueError as error:
             row[order] = choose.reason(error)
     values = blob.flatten()[: x.numel() // 2].view(rows, -1)
-    row["values in row order"] = torch.equal(values, x[x != 0].view(rows, -1))
-    if not any(row[order] is True for order in ("sm90", "sm80")) and rows * columns <= 2**16:
-        row["learned"] = learn_order(torch._cslt_compress, rows, columns, device()).tolist()
-    return row
+    return row | {"values in row order": torch.equal(values, x[x != 0].view(rows, -1))}
 
 
 def order() -> dict:
     found = {}
     for rows, columns in SHAPES:
-        try:
-            found[f"{rows}x{columns}"] = compare_order(rows, columns)
-        except RuntimeError as error:
-            found[f"{rows}x{columns}"] = {"reason": choose.reason(error)}
-        shown = {key: value for key, value in found[f"{rows}x{columns}"].items() if key != "learned"}
-        print("order", rows, columns, shown, flush=True)
+        found[f"{rows}x{columns}"] = row = attempt(lambda shape=(rows, columns): compare_order(*shape))
+        print("order", rows, columns, row, flush=True)
     trusted, why = choose.trusted_order(choose.BACKENDS["cusparselt"], device(), ffn.kernel_samples)
     return found | {"trusted": trusted, "why": why}
 
@@ -134,23 +89,11 @@ def order() -> dict:
 # The host's time for a call; CUDA graphs
 
 
-def operands(gemm: Gemm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def operands(gemm: Gemm, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(pruned A, its packed operand by the library's compress, B) of a random GEMM."""
-    a = choose.random_24(gemm.m, gemm.k, device())
-    b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), device=device()).bfloat16()
+    a = choose.random_24(gemm.m, gemm.k, device(), dtype)
+    b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), device=device()).to(dtype)
     return a, matmul.compress24(a, "library"), b.t() if gemm.b_column_major else b
-
-
-def enqueue_us(call: Callable) -> float:
-    """Microseconds of the host per call, the GPU's work not waited for."""
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    us = 1e6 * (time.perf_counter() - start) / CALLS
-    torch.cuda.synchronize()
-    return us
 
 
 def host() -> dict:
@@ -166,8 +109,8 @@ def host() -> dict:
     if cusparselt.available() is None:
         calls["2:4 by kept plans"] = lambda: cusparselt.matmul(packed, b, *shape, 0)
     for name, call in calls.items():
-        found[f"{name} us"] = enqueue_us(call)
-    found["kernel launch us"] = enqueue_us(lambda: activation(a, "gelu"))
+        found[f"{name} us"] = choose.enqueue_us(call, device())
+    found["kernel launch us"] = choose.enqueue_us(lambda: activation(a, "gelu"), device())
     for rows, columns in PACKED:
         x = choose.random_24(rows, columns, device())
         found[f"compress {rows}x{columns} us"] = median_us(lambda x=x: torch._cslt_compress(x))
@@ -219,22 +162,19 @@ PARTS = {part.__name__: part for part in (kernels, machine, order, host, graph)}
 
 
 def main(argv: list[str]) -> int:
-    path, results, failed = Path(argv[0]), {}, False
+    path, results = Path(argv[0]), {}
     names = argv[1:] or PARTS
     if "kernels" not in names:
         sparse24.use_kernels(device())
     for name in names:
         start = time.perf_counter()
-        try:
-            results[name] = PARTS[name]()
-        except Exception as error:  # named in the results, and the parts after it are worth having
-            traceback.print_exc()
-            results[name], failed = {"reason": choose.reason(error)}, True
+        results[name] = attempt(PARTS[name])
         results[name]["seconds"] = round(time.perf_counter() - start, 2)
         write_json(path, results)
-        shown = {key: value for key, value in results[name].items() if name != "order" or "x" not in key}
-        print(name, shown, flush=True)
-    return int(failed)
+        print(
+            name, {key: value for key, value in results[name].items() if name != "order" or "x" not in key}, flush=True
+        )
+    return int(any("reason" in part for part in results.values()))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Tables and a figure of the evidence from one GPU: python -m benchmarks.report results/h200
 
-Reads results/<gpu>/evidence/*.json, which `bench.py --evidence` wrote; writes results/<gpu>/README.md and evidence.png.
-Stages that are missing are left out. No number is typed by hand.
+Reads results/<gpu>/evidence/*.json, which `bench.py --evidence` wrote, and writes results/<gpu>/README.md and
+evidence.png. Stages that are missing are left out. No number is typed by hand.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
 from benchmarks import kernel_times
+from benchmarks.machine import read_json
 from runtime.plot import COLOURS
 
 PRODUCTS = ("z", "y", "da", "dx", "dw1", "dw2")
@@ -24,8 +24,7 @@ KINDS = (  # (kind of kernel, pattern of its name); the first pattern that fits 
 
 
 def load(folder: Path, name: str) -> dict | None:
-    path = folder / "evidence" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(folder / "evidence" / f"{name}.json")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -40,7 +39,7 @@ def with_spread(s: dict) -> str:
 # The parts
 
 
-LABELS = {  # today's names for the parts of the probe at b79c636
+LABELS = {  # later names for rows of the probe at b79c636
     "cusparselt": "2:4 by torch's op, as a custom op",
     "cusparselt-plan": "2:4 by kept plans, as a custom op",
     "raw torch op": "2:4 by torch's op",
@@ -48,31 +47,24 @@ LABELS = {  # today's names for the parts of the probe at b79c636
 
 
 def machine_text(probe: dict) -> str:
-    m, host, shapes = probe["machine"], probe["host"], orders(probe)
-    version = m["cusparselt"]
-    packed = all(row["sm90"] is True and not row["padding"] for row in shapes.values())
+    m, version = probe["machine"], probe["machine"]["cusparselt"]
+    shapes = {name: row for name, row in probe["order"].items() if re.fullmatch(r"\d+x\d+", name)}
+    packed = all(row.get("sm90") is True and not row["padding"] for row in shapes.values())
     where = f"at all {len(shapes)} shapes tried, without padding" if packed else "but not at every shape"
-    replays = [
-        f"{LABELS.get(name, name)}: {all(right)}" for name, right in probe["graph"].items() if isinstance(right, list)
-    ]
-    lines = [
-        f"{m['device_name']}, torch {m['torch']}, triton {m['triton']}, cuSPARSELt {version // 1000}."
-        f"{version // 100 % 10}.{version % 100}. A copy moves {m['copy_tb_per_s']:.2f} TB/s. A product of random bf16 "
-        f"matrices, 8192 x 8192 x 8192, runs at {m['product_tflops']:.0f} TFLOP/s. Triton kernels: "
-        f"{probe['kernels']['status']}.",
-        f"cuSPARSELt {probe['order']['why']}, {where}.",
-        f"A captured product is right at every replay. {'; '.join(replays)}.",
-    ]
-    rows = [
-        [LABELS.get(name, name), f"{us:.0f}"]
-        for name, us in ((name.removesuffix(" us"), us) for name, us in host.items() if name.endswith(" us"))
-    ]
-    return "\n\n".join([*lines, table(["time of one call", "us"], rows)])
-
-
-def orders(probe: dict) -> dict[str, dict]:
-    """The rows of the probe's part `order`, by shape."""
-    return {name: row for name, row in probe["order"].items() if re.fullmatch(r"\d+x\d+", name)}
+    replays = {name: all(right) for name, right in probe["graph"].items() if isinstance(right, list)}
+    calls = {name.removesuffix(" us"): us for name, us in probe["host"].items() if name.endswith(" us")}
+    return "\n\n".join(
+        [
+            f"{m['device_name']}, torch {m['torch']}, triton {m['triton']}, cuSPARSELt {version // 1000}."
+            f"{version // 100 % 10}.{version % 100}. A copy moves {m['copy_tb_per_s']:.2f} TB/s. A product of random "
+            f"bf16 matrices, 8192 x 8192 x 8192, runs at {m['product_tflops']:.0f} TFLOP/s. Triton kernels: "
+            f"{probe['kernels']['status']}.",
+            f"cuSPARSELt {probe['order']['why']}, {where}.",
+            "A captured product is right at every replay. "
+            f"{'; '.join(f'{LABELS.get(name, name)}: {right}' for name, right in replays.items())}.",
+            table(["time of one call", "us"], [[LABELS.get(name, name), f"{us:.0f}"] for name, us in calls.items()]),
+        ]
+    )
 
 
 def gemm_rows(gemm: dict) -> dict[int, dict[str, dict]]:
@@ -85,17 +77,13 @@ def gemm_rows(gemm: dict) -> dict[int, dict[str, dict]]:
 
 
 def gemm_text(gemm: dict) -> str:
+    def cell(row):
+        return f"{row['dense_us']:.0f} / {row['best_us']:.0f} = {row['ratio']:.2f}"
+
     rows = gemm_rows(gemm)
-    cells = [
-        [
-            str(d),
-            *(f"{of[p]['dense_us']:.0f} / {of[p]['best_us']:.0f} = {of[p]['ratio']:.2f}" for p in PRODUCTS),
-        ]
-        for d, of in rows.items()
-    ]
-    return "\n\n".join(
-        [table(["d", *PRODUCTS], cells), algorithms_text([r for of in rows.values() for r in of.values()])]
-    )
+    cells = [[str(d), *(cell(found[product]) for product in PRODUCTS)] for d, found in rows.items()]
+    every = [row for found in rows.values() for row in found.values()]
+    return "\n\n".join([table(["d", *PRODUCTS], cells), algorithms_text(every)])
 
 
 def algorithms_text(rows: list[dict]) -> str:
@@ -133,51 +121,34 @@ def ffn_text(ffn: dict) -> str:
     cells = []
     for row in ffn_rows(ffn):
         dense, auto = row["variants"]["dense"], row["variants"]["auto"]
-        cells.append(
-            [
-                row["activation"],
-                str(row["d"]),
-                f"{dense['ms']['median']:.3f}",
-                f"{auto['ms']['median']:.3f}",
-                with_spread(row["s"]["auto"]),
-                f"{s_of_micro_steps(row, 4):.2f}",
-                f"{auto['pack_ms']['median']:.2f}",
-                f"{dense['host_us'] / 1000:.1f} / {auto['host_us'] / 1000:.1f}",
-            ]
-        )
-    head = [
-        "activation",
-        "d",
-        "dense ms",
-        "2:4 ms",
-        "S, packed each time",
-        "S, packed every 4th (computed)",
-        "packing ms",
-    ]
-    return table([*head, "host ms, dense / 2:4"], cells)
+        ms = [f"{one['ms']['median']:.3f}" for one in (dense, auto)]
+        s = [with_spread(row["s"]["auto"]), f"{s_of_micro_steps(row, 4):.2f}"]
+        host = f"{dense['host_us'] / 1000:.1f} / {auto['host_us'] / 1000:.1f}"
+        cells.append([row["activation"], str(row["d"]), *ms, *s, f"{auto['pack_ms']['median']:.2f}", host])
+    head = ["activation", "d", "dense ms", "2:4 ms", "S, packed each time", "S, packed every 4th (computed)"]
+    return table([*head, "packing ms", "host ms, dense / 2:4"], cells)
+
+
+WAYS = {"compiled": "launched one by one", "graphs": "CUDA graphs"}
 
 
 def step_text(step: dict) -> str:
     cells = []
     for row in step["rows"]:
-        for how in ("compiled", "graphs"):
-            if how not in row:
-                continue
-            dense, sparse = row[how]["dense"], row[how]["sparse"]
-            cells.append(
-                [
-                    row["size"],
-                    f"{row['micro_steps']} x {row['batch']} x 1024",
-                    {"compiled": "launched one by one", "graphs": "CUDA graphs"}[how],
-                    f"{dense['ms']['median']:.0f} / {sparse['ms']['median']:.0f}",
-                    with_spread(row[how]["s"]),
-                    f"{dense['tokens_per_s']:,.0f} / {sparse['tokens_per_s']:,.0f}",
-                    f"{dense['mfu']:.2f} / {sparse['mfu']:.2f}",
-                    f"{row['dense']['peak_gib']:.1f} / {row['sparse']['peak_gib']:.1f}",
-                    f"{row['dense']['host_us'] / 1000:.0f} / {row['sparse']['host_us'] / 1000:.0f}",
-                    f"{row['dense']['launches']} / {row['sparse']['launches']}",
-                ]
+        whole = row["dense"], row["sparse"]
+        for way in (way for way in WAYS if way in row):
+            both = row[way]["dense"], row[way]["sparse"]
+            pairs = (
+                [f"{one['ms']['median']:.0f}" for one in both],
+                [f"{one['tokens_per_s']:,.0f}" for one in both],
+                [f"{one['mfu']:.2f}" for one in both],
+                [f"{one['peak_gib']:.1f}" for one in whole],
+                [f"{one['host_us'] / 1000:.0f}" for one in whole],
+                [f"{one['launches']}" for one in whole],
             )
+            ms, *others = (" / ".join(pair) for pair in pairs)
+            shape = f"{row['micro_steps']} x {row['batch']} x 1024"
+            cells.append([row["size"], shape, WAYS[way], ms, with_spread(row[way]["s"]), *others])
     head = ["size", "tokens per step", "kernels", "ms", "S", "tokens/s", "MFU", "peak GiB", "host ms", "launches"]
     note = (
         "host ms is the least time in which the host enqueued a step; it waits for the GPU where the queue of launches "
@@ -193,13 +164,13 @@ def kind_of(kernel: str) -> str:
 def spent_ms(run: dict) -> dict[str, float]:
     """Milliseconds of the GPU by kind of kernel. A row lists its longest kernels; the rest are everything else."""
     # Files before 12c6b30 also list the optimizer's step, which the profiler marked as if it were a kernel.
-    twice = sum(us for kernel, (_, us) in run["kernels"].items() if kernel.startswith("Optimizer."))
-    found = {"everything else": run["gpu_us"] - twice}
+    marks = sum(us for kernel, (_, us) in run["kernels"].items() if kernel.startswith("Optimizer."))
+    found = {"everything else": run["gpu_us"] - marks}
     for kernel, (_, us) in run["kernels"].items():
-        if kernel.startswith("Optimizer.") or kind_of(kernel) == "everything else":
-            continue
-        found[kind_of(kernel)] = found.get(kind_of(kernel), 0) + us
-        found["everything else"] -= us
+        kind = kind_of(kernel)
+        if kind != "everything else" and not kernel.startswith("Optimizer."):
+            found[kind] = found.get(kind, 0) + us
+            found["everything else"] -= us
     return {kind: us / 1000 for kind, us in found.items()}
 
 
@@ -261,47 +232,43 @@ def page(folder: Path) -> str:
 
 def draw(folder: Path, path: Path) -> None:
     """Ratios of products, layers and steps over the width, on one sheet."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def errors(spreads):
+        return [[abs(one["median"] - one[end]) for one in spreads] for end in ("min", "max")]
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    products, layers, steps = figure.subplots(1, 3)
     if gemm := load(folder, "gemm"):
         rows = gemm_rows(gemm)
         for name, colour in zip(PRODUCTS, COLOURS, strict=False):
-            if name in ("da", "dx"):  # they have the shapes of z and y
-                continue
-            label = {"z": "z and da", "y": "y and dx"}.get(name, name)
-            axes[0].plot(list(rows), [of[name]["ratio"] for of in rows.values()], "o-", color=colour, label=label)
-    axes[0].set(title="products, 16,384 tokens", xlabel="d", ylabel="dense time / 2:4 time")
+            if name not in ("da", "dx"):  # they have the shapes of z and y
+                label = {"z": "z and da", "y": "y and dx"}.get(name, name)
+                ratios = [found[name]["ratio"] for found in rows.values()]
+                products.plot(list(rows), ratios, "o-", color=colour, label=label)
+    products.set(title="products, 16,384 tokens", xlabel="d", ylabel="dense time / 2:4 time")
     if ffn := load(folder, "ffn"):
         for activation, colour in zip(("gelu", "geglu"), COLOURS, strict=False):
-            mine = sorted((r for r in ffn_rows(ffn) if r["activation"] == activation), key=lambda r: r["d"])
-            d, s = [row["d"] for row in mine], [row["s"]["auto"] for row in mine]
-            spread = [[abs(one["median"] - one[end]) for one in s] for end in ("min", "max")]
-            axes[1].errorbar(
-                d, [one["median"] for one in s], spread, color=colour, marker="o", capsize=3, label=activation
-            )
-            often = [s_of_micro_steps(row, 4) for row in mine]
-            axes[1].plot(d, often, ":", color=colour, label=f"{activation}, packed every 4th time")
-    axes[1].set(title="feed-forward layer, forward and backward", xlabel="d", ylabel="S")
+            rows = sorted((r for r in ffn_rows(ffn) if r["activation"] == activation), key=lambda r: r["d"])
+            d, s = [row["d"] for row in rows], [row["s"]["auto"] for row in rows]
+            style = {"color": colour, "marker": "o", "capsize": 3, "label": activation}
+            layers.errorbar(d, [one["median"] for one in s], errors(s), **style)
+            often = [s_of_micro_steps(row, 4) for row in rows]
+            layers.plot(d, often, ":", color=colour, label=f"{activation}, packed every 4th time")
+    layers.set(title="feed-forward layer, forward and backward", xlabel="d", ylabel="S")
     if step := load(folder, "step"):
         rows = sorted((row for row in step["rows"] if "graphs" in row), key=lambda row: int(row["size"][:-1]))
-        for offset, how, colour in ((-0.2, "compiled", COLOURS[0]), (0.2, "graphs", COLOURS[1])):
-            s = [row[how]["s"] for row in rows]
-            spread = [[abs(one["median"] - one[end]) for one in s] for end in ("min", "max")]
-            label = {"compiled": "launched one by one", "graphs": "CUDA graphs"}[how]
-            places = [i + offset for i in range(len(rows))]
-            axes[2].bar(places, [one["median"] for one in s], 0.4, yerr=spread, capsize=3, color=colour, label=label)
-        axes[2].set_xticks(range(len(rows)), [f"{row['size']}\nbatch {row['batch']}" for row in rows])
-    axes[2].set(title="whole optimizer step", ylabel="S")
-    for axis in axes:
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.legend(fontsize="small")
+        for offset, way, colour in ((-0.2, "compiled", COLOURS[0]), (0.2, "graphs", COLOURS[1])):
+            s = [row[way]["s"] for row in rows]
+            style = {"yerr": errors(s), "capsize": 3, "color": colour, "label": WAYS[way]}
+            steps.bar([i + offset for i in range(len(rows))], [one["median"] for one in s], 0.4, **style)
+        steps.set_xticks(range(len(rows)), [f"{row['size']}\nbatch {row['batch']}" for row in rows])
+    steps.set(title="whole optimizer step", ylabel="S")
+    for axes in (products, layers, steps):
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.legend(fontsize="small")
     figure.suptitle(f"{load(folder, 'evidence')['device']}: dense time over 2:4 time")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def main(argv: list[str]) -> None:

@@ -1,27 +1,25 @@
 """S_model: how fast a feed-forward layer, a block and a training step can be, dense and 2:4 sparse, by counting.
 
 A time is the FLOPs of the GEMMs over the rate that dense GEMMs reach, plus the bytes of everything else over the speed
-of a copy. Sparse GEMMs take 1/ratio of the dense time; 2 is what the hardware promises. Nothing overlaps, launches and
-the host cost nothing, every GEMM reaches the full rate, which small widths do not. Counted as one pass each:
+of a copy. Sparse GEMMs take 1/ratio of the dense time; the hardware promises 2. Assumed: nothing overlaps, launches and
+the host cost nothing, and every GEMM reaches the full rate, which small widths do not. Counted as one pass each:
 
-    feed-forward    2-byte activations, read and written once by the activation and by its backward; in the backward A
-                    again from Z (`recompute`: neither path stores A; dense beside dZ, at the cost of writing it).
-                    Layers and blocks leave autocast's casts out. Sparse: what MVUE reads and writes on top, and
-                    per optimizer step the masters read, and their packed forms and those of their transposes written.
+    feed-forward    2-byte activations, read and written once by the activation and by its backward. With `recompute`
+                    the backward makes A from Z again, since neither path stores A; dense fuses that with dZ, at the
+                    cost of writing A. Layers and blocks leave autocast's casts out. Sparse adds the bytes of MVUE and,
+                    per optimizer step, the masters read, and their packed forms and those of their transposes written.
     block           attention's two linears, causal attention (half of the square; the backward takes 2.5 forwards), the
                     residual additions with their LayerNorms (fp32 stream), the gradient of q, k, v put together.
     step            blocks, embeddings, lm_head, cross-entropy, autocast's casts of weights and gradients, clip, AdamW.
 
-Seconds, bytes and FLOPs throughout; d = width, d_ff = hidden width, tokens = sequences x their length.
+Units are seconds, bytes and FLOPs; d = width, d_ff = hidden width, tokens = sequences x their length.
 """
 
 from dataclasses import dataclass
 
 from gemm24.operands import GATED
+from model import PEAK_TFLOPS
 
-# Dense bf16 TFLOP/s and memory TB/s by NVIDIA's data sheets (SXM parts). What is reached of them is an
-# assumption; a measured GPU(...) serves instead of any of these.
-DATA_SHEET = {"a100": (312, 2.04), "h100": (989.5, 3.35), "h200": (989.5, 4.8), "b200": (2250, 8.0)}
 GEMM_SHARE, COPY_SHARE = 0.8, 0.9
 FLASH_SHARE = 0.5  # rate of attention, of that of GEMMs: an assumption
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")  # forward, input gradients, weight gradients
@@ -36,8 +34,31 @@ class GPU:
     bandwidth: float
 
 
+@dataclass(frozen=True)
+class Card:
+    """A GPU by NVIDIA's data sheet (the SXM part). Its dense bf16 rate stands in model.PEAK_TFLOPS."""
+
+    tb_per_s: float  # of its memory
+    capability: int
+    sms: int
+    ghz: float  # an assumption
+
+    @property
+    def lanes_per_ps(self) -> float:
+        """Lane-instructions that it issues per picosecond."""
+        return self.sms * 128 * self.ghz / 1000
+
+
+CARDS = {
+    "a100": Card(2.04, 80, 108, 1.41),
+    "h100": Card(3.35, 90, 132, 1.75),
+    "h200": Card(4.8, 90, 132, 1.75),
+    "b200": Card(8.0, 100, 148, 1.85),
+}
+# The rates that they reach are an assumption. A measured GPU(...) serves in place of any of these.
 GPUS = {
-    name: GPU(tflops * 1e12 * GEMM_SHARE, tbytes * 1e12 * COPY_SHARE) for name, (tflops, tbytes) in DATA_SHEET.items()
+    name: GPU(PEAK_TFLOPS[name.upper()] * 1e12 * GEMM_SHARE, card.tb_per_s * 1e12 * COPY_SHARE)
+    for name, card in CARDS.items()
 }
 
 

@@ -1,23 +1,23 @@
 """Whole optimizer steps of GPT-2, dense and fst taking turns: python -m benchmarks.steps OUT.json [--verdicts FILE]
 
 Both models are in memory, and each repetition is one step of each, so that clocks and temperature are the same for
-both. A step is the micro-steps, the clipping, AdamW and the packing of the weights; the mask search is timed alone, and
-a fortieth of it is added to the sparse step. Blocks and head are compiled one by one. Steps are timed twice: as they
-are, and with each micro-step replayed from one CUDA graph, so that the host's time does not count. Each row also has
-tokens/s, MFU, peak memory, kernel launches, the host's time to enqueue a step, and where the GPU's time goes.
+both. A step is the micro-steps, the clipping, AdamW and the packing of the weights. The mask search is timed alone, and
+a fortieth of it is added to the sparse step. Blocks and head are compiled one by one. Steps are timed twice: launched
+one by one, and with each micro-step replayed from one CUDA graph, so that the host's time does not count. Each row also
+has tokens/s, MFU, peak memory, kernel launches, the host's time to enqueue a step, and the GPU's time by kernel.
 
 `python bench.py --suite e2e` measures the same steps at the batches of the paper's Table 8. On a CPU, steps are timed
-once, and what only a GPU has is left out.
+once, and the numbers that only a GPU has are left out.
 """
 
 import argparse
 import statistics
 import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,29 +25,15 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import roofline
-from benchmarks.suites import (
-    MASK_INTERVAL,
-    PAPER_BATCH,
-    Settings,
-    autocast,
-    compiled,
-    copy_bandwidth,
-    describe,
-    gpt2,
-    measured_card,
-    plan,
-    predict_step,
-    release,
-    spread,
-    time_ms,
-)
-from configurator import write_json
+from benchmarks import machine, roofline
+from benchmarks.machine import copy_bandwidth, spread
+from benchmarks.suites import MASK_INTERVAL, Settings, compiled, describe, measured_card, plan, time_ms
 from gemm24 import choose, ffn
-from model import GPT, GPTConfig, peak_flops
-from runtime.ranks import environment
+from model import GPT, PRESETS, GPTConfig, peak_flops
 from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
 
+PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8's; it has no 1558M
+TOY = GPTConfig(vocab_size=128, block_size=32, n_layer=2, n_head=1, n_embd=64, bias=False)  # the model on a CPU
 TOP = 30  # number of kernels that a row lists
 NAME = 120  # characters of a kernel's name
 
@@ -69,20 +55,25 @@ def cases(settings: Settings) -> list[Case]:
     return [Case(size, PAPER_BATCH[size], 1) for size in sizes]
 
 
+def gpt2(size: str) -> GPTConfig:
+    """GPT-2 of this size, or the model of a CPU's suites, "toy"."""
+    if size == "toy":
+        return TOY
+    return GPTConfig(vocab_size=50304, block_size=1024, dropout=0.0, bias=False, **PRESETS[size])
+
+
+def predict_step(gpu: roofline.GPU, config: GPTConfig, batch: int, sparse: dict | None, accumulation: int = 1) -> dict:
+    shape = (config.n_layer, config.n_embd, config.d_ff, config.vocab_size, config.block_size)
+    return roofline.train_step(gpu, *shape, batch, config.activation, accumulation, sparse)
+
+
 class Run:
     """A GPT in training: `step` is one whole optimizer step on random tokens, all but the mask refresh.
 
-    micro_steps: forward and backward passes per step. Blocks and head are compiled one by one, which takes seconds
-    where the whole of a deep model takes minutes."""
+    micro_steps: forward and backward passes per step. Blocks and head are compiled one by one, which takes seconds,
+    while compiling a whole deep model takes minutes."""
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        sparse: bool,
-        batch: int,
-        settings: Settings,
-        micro_steps: int = 1,
-    ):
+    def __init__(self, config: GPTConfig, sparse: bool, batch: int, settings: Settings, micro_steps: int = 1):
         device = settings.device
         torch.manual_seed(0)
         with device:
@@ -95,36 +86,30 @@ class Run:
             ffn.set_plan(self.model, self.plan)
         if not settings.toy:
             for block in self.model.transformer.h:
-                block.compile(dynamic=False, mode=settings.compile_mode)
+                block.compile(dynamic=False)
             self.model.head = compiled(self.model.head, settings)
         self.tokens = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
-        self.iter_num, self.micro_steps = 0, micro_steps
-        self.new_gradients = True
-        if settings.compile_mode != "default":
-            self.keep_gradients()
+        self.iter_num, self.micro_steps, self.new_gradients = 0, micro_steps, True
 
     def micro_step(self) -> None:
         """Forward and backward: gradients are added to what is there."""
-        with autocast(self.tokens.device):
+        with torch.autocast(self.tokens.device.type, torch.bfloat16):
             _, loss = self.model(*self.tokens)
         (loss / self.micro_steps).backward()
 
     def capture(self) -> None:
-        """From now on the micro-step is the replay of one CUDA graph, so that the host's time does not count."""
-        self.keep_gradients()
-        self.micro_step = choose._captured(self.micro_step)
+        """From now on the micro-step is the replay of one CUDA graph, so that the host's time does not count.
 
-    def keep_gradients(self) -> None:
-        """A CUDA graph overwrites what it returned at its next replay, so gradients are summed in tensors of ours."""
+        A graph overwrites its results at the next replay, so gradients are summed in tensors that stay."""
         self.new_gradients = False
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p)
+        self.micro_step = choose._captured(self.micro_step)
 
     def step(self) -> None:
         for micro_step in range(self.micro_steps):
             if self.sparse:
                 seed_draws(self.model, 1, self.iter_num, micro_step)
-            torch.compiler.cudagraph_mark_step_begin()
             self.micro_step()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -201,25 +186,16 @@ def row_of(case: Case, settings: Settings) -> dict:
     ffn.pack_weights(sparse.model)
     asked = (runs, row["tokens"], row["refresh_ms"]["median"], settings)
     row["compiled"] = timed(*asked)
-    if on_gpu and settings.compile_mode == "default":  # the other modes capture graphs of their own
+    if on_gpu:
         for run in runs.values():
             run.capture()
         row["graphs"] = timed(*asked)
     if card := measured_card(sparse.report, copy_bandwidth(device)):
-        row |= step_model(*card, config, case)
+        gpu, ratio = card  # S_model with this card's own rates
+        ways = (None, {"ratio": ratio, "mask_interval": MASK_INTERVAL})
+        dense_ms, sparse_ms = (predict_step(gpu, config, case.batch, one, case.micro_steps)["ms"] for one in ways)
+        row["s_model"] = dense_ms / sparse_ms
     return row
-
-
-def step_model(gpu: roofline.GPU, ratio: dict[str, float], config: GPTConfig, case: Case) -> dict:
-    """S_model of a step with this card's own rates."""
-    both = (None, {"ratio": ratio, "mask_interval": MASK_INTERVAL})
-    dense, sparse = (predict_step(gpu, config, case.batch, one, case.micro_steps)["ms"] for one in both)
-    return {"s_model": dense / sparse}
-
-
-def rows(case: Case, settings: Settings) -> Iterator[dict]:
-    """The row of one case, as bench.py's suites give theirs."""
-    yield row_of(case, settings)
 
 
 def main(argv: list[str]) -> int:
@@ -227,22 +203,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--verdicts", type=Path, help="a file of verdicts on GEMMs, as bench.py writes it")
     args = parser.parse_args(argv)
-    device = torch.device("cuda", torch.cuda.current_device())
-    use_kernels(device)
+    settings = Settings(machine.device(), repetitions=5, cache=args.verdicts)
+    use_kernels(settings.device)
     torch.set_float32_matmul_precision("high")
-    results, failed = {"environment": environment(device, 1), "rows": []}, False
-    for case in CASES:
-        settings = Settings(device, repetitions=5, cache=args.verdicts)
-        try:
-            release(device)
-            row = row_of(case, settings)
-        except Exception as error:  # named in the results, and the cases after it are worth having
-            traceback.print_exc()
-            row, failed = case._asdict() | {"reason": choose.reason(error)}, True
-        results["rows"].append(row)
-        write_json(args.out, results)
-        print({key: value for key, value in row.items() if key not in ("dense", "sparse")}, flush=True)
-    return int(failed)
+    rows = ((case._asdict(), partial(row_of, case, settings)) for case in CASES)
+    return machine.write_rows(args.out, rows, ("dense", "sparse"))
 
 
 if __name__ == "__main__":

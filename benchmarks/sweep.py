@@ -9,19 +9,19 @@ Each row has the dense time in its own type, the best 2:4 time, and all the time
 the dense time in bf16.
 """
 
-import json
 import statistics
 import sys
-import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.probe import device
-from configurator import write_json
+from benchmarks.kernel_times import time_calls
+from benchmarks.machine import device, write_rows
+from benchmarks.probe import operands
 from gemm24 import choose, ffn
-from runtime.ranks import environment
+from gemm24.matmul import Gemm
 from sparse24 import use_kernels
 
 TOKENS = 16384
@@ -31,17 +31,7 @@ RAISED = 8  # algorithm ids in a row that raise: the library has no more
 
 def quick_us(call: Callable, count: int, samples: int = 3) -> float:
     """Median microseconds per call of `samples` replays of a graph of `count` calls."""
-    call()
-    replay = choose._captured(lambda: [call() for _ in range(count)])
-    times = []
-    for _ in range(samples):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1000 * begin.elapsed_time(end) / count)
-    return statistics.median(times)
+    return statistics.median(time_calls([call] * count, samples))
 
 
 def sweep(multiply: Callable[[int], torch.Tensor], reference: torch.Tensor, slack: float, count: int) -> dict:
@@ -74,23 +64,20 @@ def calls_of(flops: float) -> int:
     return max(2, min(50, int(2e-3 * 5e14 / flops)))
 
 
-def product_row(name: str, m: int, n: int, k: int, column_major: bool, transposed: bool, dtype: torch.dtype) -> dict:
+def product_row(gemm: Gemm, dtype: torch.dtype) -> dict:
     """One product D = A B in a 16-bit type, A (m, k) 2:4."""
-    a = choose.random_24(m, k, device(), dtype)
-    b = torch.randn(*((n, k) if column_major else (k, n)), device=device()).to(dtype)
-    b = b.t() if column_major else b
-    packed, count = torch._cslt_compress(a), calls_of(2.0 * m * n * k)
-    reference = b.float().t() @ a.float().t() if transposed else a.float() @ b.float()
+    a, packed, b = operands(gemm, dtype)
+    packed, count = packed.view(gemm.m, -1), calls_of(2.0 * gemm.m * gemm.n * gemm.k)
 
-    def dense():
-        return b.t() @ a.t() if transposed else a @ b
+    def dense(a=a, b=b):
+        return b.t() @ a.t() if gemm.transposed else a @ b
 
     def multiply(alg_id):
-        return torch._cslt_sparse_mm(packed, b, transpose_result=transposed, alg_id=alg_id)
+        return torch._cslt_sparse_mm(packed, b, transpose_result=gemm.transposed, alg_id=alg_id)
 
-    row = {"name": name, "m": m, "n": n, "k": k, "dtype": str(dtype)[6:], "b_column_major": column_major}
-    times = sweep(multiply, reference, 0.02, count)
-    return summary(row | {"transposed": transposed}, times, quick_us(dense, count, 7))
+    row = {name: getattr(gemm, name) for name in ("name", "m", "n", "k", "b_column_major", "transposed")}
+    times = sweep(multiply, dense(a.float(), b.float()), 0.02, count)
+    return summary(row | {"dtype": str(dtype)[6:]}, times, quick_us(dense, count, 7))
 
 
 def float8_row(name: str, m: int, n: int, k: int) -> dict:
@@ -115,32 +102,22 @@ def float8_row(name: str, m: int, n: int, k: int) -> dict:
     return summary(row, sweep(multiply, reference, 0.02, count), quick_us(dense, count, 7))
 
 
-def rows() -> Iterator[Callable[[], dict]]:
-    """The products, the most telling first."""
+def rows() -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """The products, the most telling first, for machine.write_rows."""
     for d in (1600, 4096):
         for name, m, n, k in (("z", 4 * d, TOKENS, d), ("y", d, TOKENS, 4 * d), ("dw1", 4 * d, d, TOKENS)):
-            yield lambda name=name, m=m, n=n, k=k: float8_row(name, m, n, k)
-        yield lambda d=d: product_row("activations y", TOKENS, d, 4 * d, True, False, torch.bfloat16)
-        yield lambda d=d: product_row("activations y, transposed", TOKENS, d, 4 * d, True, True, torch.bfloat16)
+            yield {"name": name}, partial(float8_row, name, m, n, k)
+        for name, transposed in (("activations y", False), ("activations y, transposed", True)):
+            gemm = Gemm(name, TOKENS, d, 4 * d, True, transposed, False)
+            yield {"name": name}, partial(product_row, gemm, torch.bfloat16)
     for d in (1600, 768):
         for name, gemm in ffn.ffn_gemms(d, 4 * d, TOKENS, "gelu", False, True).items():
-            shape = (name, gemm.m, gemm.n, gemm.k, gemm.b_column_major, gemm.transposed)
-            yield lambda shape=shape: product_row(*shape, torch.float16)
+            yield {"name": name}, partial(product_row, gemm, torch.float16)
 
 
 def main(argv: list[str]) -> int:
     use_kernels(device())
-    path, results, failed = Path(argv[0]), {"environment": environment(device(), 1), "rows": []}, False
-    for make in rows():
-        try:
-            row = make()
-        except Exception as error:  # named in the results, and the rows after it are worth having
-            traceback.print_exc()
-            row, failed = {"reason": choose.reason(error)}, True
-        results["rows"].append(row)
-        write_json(path, results)
-        print(json.dumps({key: value for key, value in row.items() if key != "algorithms"}), flush=True)
-    return int(failed)
+    return write_rows(Path(argv[0]), rows(), ("algorithms",))
 
 
 if __name__ == "__main__":

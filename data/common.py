@@ -1,9 +1,9 @@
-"""What every data/*/prepare.py shares: fetching, reading, tokenizing, and writing without leaving half a file behind.
+"""Shared by all data/*/prepare.py: fetching, reading, tokenizing, and writing that never leaves half a file behind.
 
-A data set is a folder of three files, read by train.py and sample.py:
+A data set is a folder of three files, which train.py and sample.py read:
   train.bin, val.bin   token ids, little-endian uint16, no header
   meta.json            tokenizer ("char" or "gpt2"), vocab_size, chars (char only; index = token id), train_tokens,
-                       val_tokens, sha256 (of the text; of train.bin + val.bin where it came from a hub), source, extras
+                       val_tokens, sha256 (of the text; of train.bin + val.bin if it came from a hub), source, extras
 """
 
 import argparse
@@ -73,12 +73,17 @@ def fetch(url, sha256, path, timeout=30):
     return path
 
 
-def tiny_shakespeare(out_dir, file=None):
-    """The text of `file`, or tiny shakespeare downloaded to `out_dir`, in a 90/10 split: (train, val, meta entries)."""
-    path = file or fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256, out_dir / "input.txt")
+def tiny_shakespeare(script, doc, argv):
+    """Parse a Shakespeare script's words, and split the text of --file, or tiny shakespeare downloaded to --out_dir, in
+    90/10. Returns (out_dir, train, val, meta entries)."""
+    made = parser(script, doc)
+    made.add_argument("--file", type=Path, help="text on disk (UTF-8, plain or .xz) instead of the download")
+    args = made.parse_args(argv)
+    path = args.file or fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256, args.out_dir / "input.txt")
     text = "".join(read_lines(path))
     cut = int(len(text) * 0.9)
-    return text[:cut], text[cut:], {"sha256": sha256_of(path), "source": file.name if file else SHAKESPEARE_URL}
+    meta = {"sha256": sha256_of(path), "source": args.file.name if args.file else SHAKESPEARE_URL}
+    return args.out_dir, text[:cut], text[cut:], meta
 
 
 # ---- tokenizing ------------------------------------------------------------------------------------------------------
@@ -94,7 +99,7 @@ def encode_chars(text, chars):
 
 @functools.cache
 def gpt2_encoding(timeout=60):
-    """tiktoken's GPT-2 BPE. It downloads its vocabulary with no time limit of its own, so a thread waits for it."""
+    """tiktoken's GPT-2 BPE. tiktoken downloads its vocabulary without a time limit, so a thread waits for it."""
     import tiktoken
 
     found = {}
@@ -109,10 +114,9 @@ def gpt2_encoding(timeout=60):
     thread.start()
     thread.join(timeout)
     if "encoding" not in found:
-        reason = found.get("error", f"no answer in {timeout} s")
         raise RuntimeError(
-            f"gpt2_encoding: no GPT-2 vocabulary ({reason}); without network, set TIKTOKEN_CACHE_DIR to a folder "
-            "that tiktoken has filled on a machine with one"
+            f"gpt2_encoding: no GPT-2 vocabulary ({found.get('error', f'no answer in {timeout} s')}); without network, "
+            "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled on a machine with one"
         ) from found.get("error")
     return found["encoding"]
 
@@ -133,7 +137,8 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def _write_tokens(file, token_chunks):
+def write_bin(file, token_chunks):
+    """Write an iterable of token chunks (arrays, lists) to an open file. Returns the number of tokens."""
     count = 0
     for chunk in map(np.asarray, token_chunks):
         for token in (chunk.min(), chunk.max()) if chunk.size else ():
@@ -144,30 +149,19 @@ def _write_tokens(file, token_chunks):
     return count
 
 
-def write_bin(path, token_chunks):
-    """Write a .bin file from an iterable of token chunks (arrays, lists), whole or not at all. Returns the count."""
-    with atomic(Path(path)) as file:
-        return _write_tokens(file, token_chunks)
-
-
-def write_meta(folder, **meta):
-    """Write `folder`/meta.json, whole or not at all."""
-    with atomic(Path(folder) / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode() + b"\n")
-
-
 def write_dataset(out_dir, train, val, **meta):
-    """Write a data set from two iterables of token chunks. What was in `out_dir` stays until both splits are whole."""
+    """Write a data set from two iterables of token chunks. Files in `out_dir` stay until both splits are written."""
     counts = {}
     with atomic(out_dir / "val.bin") as val_file, atomic(out_dir / "train.bin") as train_file:
         for name, file, chunks in (("train", train_file, train), ("val", val_file, val)):
-            counts[f"{name}_tokens"] = count = _write_tokens(file, chunks)
+            counts[f"{name}_tokens"] = count = write_bin(file, chunks)
             if not count:
                 raise ValueError(f"write_dataset: 0 {name} tokens, need at least 1; give more text")
             print(f"{name}: {count:,} tokens")
     if "sha256" not in meta:
         meta["sha256"] = sha256_of(out_dir / "train.bin", out_dir / "val.bin")
-    write_meta(out_dir, **meta, **counts)
+    with atomic(out_dir / "meta.json") as file:
+        file.write(json.dumps(meta | counts, indent=1).encode() + b"\n")
     print(f"wrote train.bin, val.bin and meta.json in {out_dir}")
 
 
@@ -208,7 +202,7 @@ def progress(pieces, name, total=None):
     """Pass pieces through under a progress bar, on a terminal."""
     from tqdm import tqdm
 
-    yield from tqdm(pieces, name, total, unit=" pieces", disable=None)
+    return tqdm(pieces, name, total, unit=" pieces", disable=None)
 
 
 def batches(pieces):
@@ -246,16 +240,15 @@ def encode_all(pieces, num_proc):
 def file_splits(args):
     """Train pieces, val pieces and meta entries of the --input files."""
     inputs = args.input + ([args.val] if args.val else [])
-    if args.val:
-        train, val = documents(args.input), documents([args.val])
-    else:
-        count = sum(ends for _, _, ends in documents(inputs))
-        if count < 2:
-            raise ValueError(f"--input: {count} document, need 2 to split; add {SEPARATOR} lines or give --val FILE")
-        held_out = set(random.Random(SPLIT_SEED).sample(range(count), max(1, round(count * args.val_fraction))))
-        train = (piece for piece in documents(inputs) if piece[0] not in held_out)
-        val = (piece for piece in documents(inputs) if piece[0] in held_out)
     meta = {"sha256": sha256_of(*inputs), "source": ", ".join(path.name for path in inputs)}
+    if args.val:
+        return progress(documents(args.input), "train"), progress(documents([args.val]), "val"), meta
+    count = sum(ends for _, _, ends in documents(inputs))
+    if count < 2:
+        raise ValueError(f"--input: {count} document, need 2 to split; add {SEPARATOR} lines or give --val FILE")
+    held_out = set(random.Random(SPLIT_SEED).sample(range(count), max(1, round(count * args.val_fraction))))
+    train = (piece for piece in documents(inputs) if piece[0] not in held_out)
+    val = (piece for piece in documents(inputs) if piece[0] in held_out)
     return progress(train, "train"), progress(val, "val"), meta
 
 
@@ -278,7 +271,7 @@ def hub_splits(args, hub):
 
 
 def prepare_documents(script, doc, hub, argv=None):
-    """The whole script of a document data set; `hub` is its name (and configuration) for datasets.load_dataset."""
+    """A document data set's script; `hub` is its name (and configuration) for datasets.load_dataset."""
     made = parser(script, doc)
     made.add_argument("--input", type=Path, nargs="+", help=f"text, plain or .xz, {SEPARATOR} between documents")
     made.add_argument("--val", type=Path, help="with --input: validation text, in place of a random split")

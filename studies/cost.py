@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import roofline
-from benchmarks.suites import gpt2, predict_step
+from benchmarks.steps import gpt2, predict_step
 from configurator import configure
 from model import GPT, GPTConfig
 from runtime.metrics import read_config, read_metrics
@@ -19,11 +19,16 @@ from studies.grids import words
 
 # Sequences of a micro-batch, and micro-batches of a step: 524,288 tokens, the paper's and GPT-2's, in what fits a card.
 MICRO_BATCH, ACCUMULATION = 16, 32
+GPU, SIZE = "h200", "774M"  # predicted times are this GPU's and this GPT-2's
 
 
 def fitted(defaults: dict, settings: str) -> dict:
     """`defaults` with those of `settings` that are among them, checked."""
     return defaults | configure(defaults, [f"--{k}={v}" for k, v in words(settings).items() if k in defaults])
+
+
+def is_dense(settings: str) -> bool:
+    return words(settings).get("sparse", "none") == "none"
 
 
 def _recipe(settings: str) -> Recipe:
@@ -32,18 +37,15 @@ def _recipe(settings: str) -> Recipe:
 
 
 def switches_by_itself(settings: str) -> bool:
-    """Whether the optimizer ends the dense start, as STEP's does: a step's mean cost is not known before the run."""
-    return words(settings).get("sparse", "none") != "none" and _recipe(settings).dense_pretrain_latest > 0
+    """Whether STEP's rule ends the dense start, so that a step's mean cost is not known before the run."""
+    return not is_dense(settings) and _recipe(settings).autoswitch
 
 
 def recipe_of(settings: str) -> Recipe | None:
-    """The recipe of these settings; None for a dense run. ValueError where a step's cost cannot be known before."""
-    if words(settings).get("sparse", "none") == "none":
-        return None
-    recipe = _recipe(settings)
-    if recipe.dense_pretrain_latest:
+    """The recipe of these settings, None for a dense run. Raises ValueError if a step's cost cannot be known before."""
+    if switches_by_itself(settings):
         raise ValueError(f"{settings}: equal cost needs a dense phase of known length")
-    return recipe
+    return None if is_dense(settings) else _recipe(settings)
 
 
 def sparse_gemms(recipe: Recipe) -> list[str]:
@@ -72,14 +74,14 @@ def flops_of(settings: str, vocab_size: int) -> float:
     return total - sparse_share(recipe) * config.n_layer * sum(gemms[name] for name in sparse_gemms(recipe)) / 2
 
 
-def predicted_ms(settings: str, gpu: str, size: str, ratio: float) -> float:
-    """Milliseconds of a step of GPT-2 `size` with the d_ff ratio and the recipe of `settings`, mean over the phases.
+def predicted_ms(settings: str, ratio: float) -> float:
+    """Milliseconds of a step of GPT-2 SIZE on GPU with the recipe and d_ff ratio of `settings`, mean over the phases.
 
-    A gradient of soft weights that is not straight through reads weights and dW and writes dW, all fp32, in each
-    micro-step."""
-    shape = {name: value for name, value in words(settings).items() if name in ("ffn_ratio", "activation")}
-    config = GPTConfig(**fitted(asdict(gpt2(size)), " ".join(f"{name}={value}" for name, value in shape.items())))
-    recipe, card = recipe_of(settings), roofline.GPUS[gpu]
+    ratio: dense over 2:4 time of a GEMM. The gradient of soft weights, unless it is straight through, reads weights and
+    dW and writes dW, all fp32, in each micro-step."""
+    shape = " ".join(f"{name}={v}" for name, v in words(settings).items() if name in ("ffn_ratio", "activation"))
+    config = GPTConfig(**fitted(asdict(gpt2(SIZE)), shape))
+    recipe, card = recipe_of(settings), roofline.GPUS[GPU]
     dense = predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
     if recipe is None:
         return dense
@@ -93,8 +95,8 @@ def predicted_ms(settings: str, gpu: str, size: str, ratio: float) -> float:
 
 
 def measured_ms(folder: Path, settings: str) -> float:
-    """Milliseconds of a step of a run, mean over the phases; of each the median of its rows but the first, which has
-    compiling in it."""
+    """Milliseconds of a step of a run, mean over the phases. A phase's time is the median of its rows, without the
+    first row, in which the compiler works."""
     config, recipe = read_config(folder), recipe_of(settings)
     tokens = config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"]
     share = {"sparse": sparse_share(recipe) if recipe else 0.0}

@@ -104,20 +104,15 @@ def equal_cost_table(costs: dict, steps: dict, losses: dict, panels: dict[str, d
 def flip_table(rates: dict[str, list[list[float]]], windows: tuple[int, ...]) -> list[str]:
     """rates: {variant: for each seed the means of the windows}; mu is against the dense run of the same seed."""
     dense = list(zip(*rates["dense"], strict=True))
-    lines = [f"| run | {' | '.join(f't0 = {t0}' for t0 in windows)} |", "|---|" + "---|" * len(windows)]
-    lines.append("| dense, r | " + " | ".join(f"{statistics.fmean(r):.5f}" for r in dense) + " |")
-    for variant in list(rates)[1:]:
-        cells = []
+    rows = [["dense, r", *(f"{statistics.fmean(r):.5f}" for r in dense)]]
+    for variant in (label for label in rates if label != "dense"):
+        rows.append([f"{variant}, mu"])
         for sparse, base in zip(zip(*rates[variant], strict=True), dense, strict=True):
             mu = [a / b for a, b in zip(sparse, base, strict=True)]
-            cells.append(f"{statistics.fmean(mu):.2f} ({min(mu):.2f} to {max(mu):.2f})")
-        lines.append(f"| {variant}, mu | {' | '.join(cells)} |")
-    seeds = len(rates["dense"])
-    return [
-        *lines,
-        "",
-        f"Means over {seeds} seeds (smallest to largest); each mu is against the dense run of its own seed.",
-    ]
+            rows[-1].append(f"{statistics.fmean(mu):.2f} ({min(mu):.2f} to {max(mu):.2f})")
+    note = f"Means over {len(rates['dense'])} seeds (smallest to largest); "
+    note += "each mu is against the dense run of its own seed."
+    return [*markdown(["run", *(f"t0 = {t0}" for t0 in windows)], rows), "", note]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,16 +129,13 @@ def colour_of(difference: Paired) -> str:
 def draw_panel(axes, title: str, panel: dict[str, Paired], labels: list[str]) -> None:
     """One row per label, the first on top: a bar for the interval, its mean as a tick and a number, a dot per seed."""
     axes.axvline(0, color="0.2", linewidth=1)
-    for y, label in enumerate(labels):
-        d = panel.get(label)
-        if d is None:
-            continue
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    for y, d in ((y, panel[label]) for y, label in enumerate(labels) if label in panel):
         colour = colour_of(d)
         axes.plot(d.differences, [y + 0.22] * len(d.differences), "o", color=colour, alpha=0.5, markersize=4, mew=0)
         if d.low is not None:
             axes.plot([d.low, d.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
         axes.plot([d.mean], [y], "|", color=colour, markersize=13, markeredgewidth=2.2)
-        place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{d.mean:+.4f}", (1, y), fontsize=8.5, color=colour, **place)
     axes.set_title(title, loc="left", fontsize=10.5)
     axes.grid(axis="x", color="0.9", linewidth=0.8)
@@ -154,14 +146,11 @@ def draw_panel(axes, title: str, panel: dict[str, Paired], labels: list[str]) ->
     axes.locator_params(axis="x", nbins=5)
 
 
-def draw(panels: dict[str, dict[str, Paired]], path, title: str = "") -> None:
+def draw(panels: dict[str, dict[str, Paired]], path, title: str) -> None:
     """A figure of one panel per reference or criterion, side by side, rows sorted by the first panel's means."""
     from matplotlib.figure import Figure  # without pyplot: always Agg, no display and no global state
 
-    means = {}
-    for panel in panels.values():
-        for label, d in panel.items():
-            means.setdefault(label, d.mean)
+    means = {label: d.mean for panel in reversed(panels.values()) for label, d in panel.items()}
     labels = sorted(means, key=means.get)
     figure = Figure(figsize=(4.2 + 3.6 * len(panels), 1.5 + 0.34 * len(labels)), dpi=130, layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -169,10 +158,7 @@ def draw(panels: dict[str, dict[str, Paired]], path, title: str = "") -> None:
         draw_panel(axes, name, panel, labels)
     grid[0].set_yticks(range(len(labels)), labels, fontsize=9)
     grid[0].set_ylim(len(labels) - 0.5, -0.5)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
-    figure.supxlabel(
-        "validation loss, difference within each seed: tick = mean, bar = its 95 % interval, dot = one seed",
-        fontsize=8.5,
-    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
+    meaning = "validation loss, difference within each seed: tick = mean, bar = its 95 % interval, dot = one seed"
+    figure.supxlabel(meaning, fontsize=8.5)
     figure.savefig(path)

@@ -2,23 +2,22 @@
 
     python -m studies.search_decay config/train_gpt2_sparse.py --launcher="torchrun --standalone --nproc_per_node=8"
 
-Take the training command, with its config files and settings, and write this script's name for train.py's:
-
-    dense run, then one sparse run per candidate lambda: train.py in search_dir/dense, search_dir/decay-<lambda>
-      -> mu(lambda) = mean r' / mean r over the window
-      -> no mu in [0.60, 0.95]: up to `refine` more candidates, interpolated or further out, which run too
-      -> search.json, search.png, the training command
+The words are those of the training command. The search trains the dense model in search_dir/dense, and one sparse run
+per candidate lambda in search_dir/decay-<lambda>. Then it takes mu(lambda) = mean r' / mean r over the window. If no mu
+is in [0.60, 0.95], up to `refine` more candidates run, interpolated or further out. It writes search.json and
+search.png, and prints the training command.
 
 r' and r are the flip rates (Definition 4.1, fraction of mask entries per step) of the candidate and of the dense run at
-the same steps; seed, initial weights and batches are equal, so that they differ in the method alone. The recommended
+the same steps. Seed, initial weights and batches are equal, so the runs differ in the method alone. The recommended
 lambda is the measured one whose mu lies in the band and nearest to its middle, on a log scale.
 
 A run has 1.5 * warmup_iters steps, all of them sparse, of the schedule that the settings give (lr_decay_iters stays).
-The window is the last fifth, 1.2 to 1.5 warm-ups: until the warm-up's end masks hardly answer to lambda, and later
+The window is the last fifth, 1.2 to 1.5 warm-ups: before the warm-up's end masks hardly answer to lambda, and later
 steps cost more than they tell. mu goes on falling slowly (the small model's at lambda 2e-3 is 0.59, 0.51, 0.46, 0.42
 after 1.5, 2, 2.5, 3 warm-ups, results/flip_rate.md), so look at it again in the real run (flip_reference).
 
-Stopped or killed, the same command goes on where it stood. A finished run keeps its metrics and loses its checkpoint.
+A search that was stopped or killed goes on with the same command. A finished run keeps its metrics and loses its
+checkpoint.
 """
 
 import argparse
@@ -27,9 +26,7 @@ import json
 import math
 import shlex
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -41,8 +38,8 @@ from runtime.loader import DATA_FOLDER, Tokens, load_meta
 from runtime.metrics import read_config, read_metrics, smooth
 from runtime.plot import curve, finish, new_figure
 from sparse24 import Recipe, get_recipe, recipe_of
+from studies import runs
 
-ROOT = Path(__file__).resolve().parents[1]
 OWNED = {  # settings of train.py that are refused on the command line, and what to do instead
     "out_dir": "each run has a folder of its own; choose where with --search_dir",
     "masked_decay": "it is what is searched for; choose the candidates with --candidates",
@@ -56,7 +53,7 @@ FACTOR = 3.0  # from the outermost candidate to the next one further out
 
 @dataclass
 class Search:
-    """What is asked for, and what has been measured."""
+    """A search: its settings, and its results so far."""
 
     args: argparse.Namespace
     words: list[str]  # the user's, for train.py
@@ -66,14 +63,11 @@ class Search:
     refined: list[float] = field(default_factory=list)  # candidates beside those asked for
     results: dict[float, dict] = field(default_factory=dict)  # {lambda: what `compare` returns}
 
-    @property
-    def steps(self) -> int:
-        return self.settings["max_iters"]
-
-    @property
-    def first(self) -> int:
-        """First step of the window."""
-        return self.steps - window_size(self.steps)
+    def __post_init__(self):
+        self.folder, self.steps = Path(self.args.search_dir), self.settings["max_iters"]
+        self.first = self.steps - window_size(self.steps)  # first step of the window
+        python = self.args.launcher == "python"
+        self.launcher = [sys.executable] if python else shlex.split(self.args.launcher)
 
     @property
     def decays(self) -> list[float]:
@@ -89,13 +83,13 @@ def window_size(steps: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Preparation: everything that can be wrong is found here, before anything is written
+# Preparation: it finds every mistake before anything is written
 
 
 def train_defaults() -> dict:
-    """train.py's settings as `configure` takes them, from its source: nobody imports train."""
-    source = (ROOT / "train.py").read_text(encoding="utf-8")
-    defaults = {"__file__": str(ROOT / "train.py")}
+    """train.py's settings as `configure` takes them, read from its source, since nobody imports a script."""
+    source = runs.TRAIN.read_text(encoding="utf-8")
+    defaults = {"__file__": str(runs.TRAIN)}
     exec(source.partition("# ---- the run ----")[2].partition("# ---- end of settings ----")[0], defaults)
     return defaults
 
@@ -133,17 +127,16 @@ def resolve_recipe(name: str, overrides: dict) -> Recipe:
 
 
 def own_settings(recipe: Recipe, steps: int, flip_mask: str) -> dict:
-    """What the search sets for its runs, after the user's words."""
+    """The settings that the search gives to its runs, after the user's words."""
     own = {"sparse": recipe.name, "max_iters": steps, "dense_start": steps, "dense_pretrain": 0.0}
-    own["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask  # of the dense run too
+    own["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask  # for the dense run too
     own["flip_interval"] = max(1, window_size(steps) // 50)  # 50 or more in the window, for a mean without noise
-    own |= {"flip_reference": "", "init_from": "auto", "wandb_log": False}
-    own |= {"eval_interval": 0, "eval_iters": 1, "always_save_checkpoint": True}
-    return own | {"checkpoint_interval": max(1, steps // 10)}
+    own |= {"flip_reference": "", "init_from": "auto", "wandb_log": False, "eval_interval": 0, "eval_iters": 1}
+    return own | {"always_save_checkpoint": True, "checkpoint_interval": max(1, steps // 10)}
 
 
 def prepare(args: argparse.Namespace, words: list[str]) -> Search:
-    """Raises ValueError, or an OSError of the data, for whatever keeps the search from running."""
+    """The search that these options and words ask for. Raises ValueError, or an OSError of the data."""
     defaults = train_defaults()
     overrides = configure(defaults, words)
     settings = {name: defaults[name] for name in setting_names(defaults)} | overrides
@@ -153,29 +146,27 @@ def prepare(args: argparse.Namespace, words: list[str]) -> Search:
     if steps < 10 or args.refine < 0:
         raise ValueError(f"--steps={steps} --refine={args.refine}, need at least 10 steps ({usual} is usual) and 0")
     args.candidates = parse_candidates(args.candidates)
-    if not args.launcher.strip() or not shutil.which(launcher_words(args.launcher)[0]):
-        raise ValueError(f"--launcher={args.launcher}: there is no such program; give its path, or activate .venv")
     recipe = resolve_recipe(settings["sparse"], overrides)
     own = own_settings(recipe, steps, settings["flip_mask"])
     data = DATA_FOLDER / settings["dataset"]
     for split in ("train", "val"):
         Tokens(data, split, settings["block_size"], load_meta(data)["vocab_size"])
-    real_steps, settings = settings["max_iters"], settings | asdict(recipe) | own
-    for name in ("name", "out_dir", "masked_decay"):
-        del settings[name]
-    search = Search(args, words, own, settings, real_steps)
+    every = settings | asdict(recipe) | own
+    every = {name: value for name, value in every.items() if name not in ("name", "out_dir", "masked_decay")}
+    search = Search(args, words, own, every, settings["max_iters"])
+    if not args.launcher.strip() or not shutil.which(search.launcher[0]):
+        raise ValueError(f"--launcher={args.launcher}: there is no such program; give its path, or activate .venv")
     read_earlier(search)
     return search
 
 
 def read_earlier(search: Search) -> None:
     """Take over an earlier call's further candidates. Raises ValueError where search_dir holds anything else."""
-    folder = Path(search.args.search_dir)
-    path = folder / "search.json"
+    folder, path = search.folder, search.folder / "search.json"
     if not path.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something else than a search; use another --search_dir")
     if not any(folder.glob("*/metrics.jsonl")):
-        return  # no run began, so that nothing binds
+        return  # no run began, so the settings may still change
     try:
         earlier = json.loads(path.read_text())
         saved, refined = earlier["settings"], [c["masked_decay"] for c in earlier["candidates"] if c["refined"]]
@@ -196,92 +187,39 @@ def read_earlier(search: Search) -> None:
 # The runs
 
 
-def launcher_words(launcher: str) -> list[str]:
-    return [sys.executable] if launcher == "python" else shlex.split(launcher)
-
-
 def run_folder(search: Search, decay: float | None) -> Path:
-    """decay: the candidate's, None for the dense run."""
-    return Path(search.args.search_dir) / ("dense" if decay is None else f"decay-{decay:g}")
+    """The folder of a candidate's run; of the dense run for None."""
+    return search.folder / ("dense" if decay is None else f"decay-{decay:g}")
 
 
-def run_command(search: Search, decay: float | None) -> list[str]:
-    changed = {"sparse": "none"} if decay is None else {"masked_decay": decay}
-    given = search.own | changed | {"out_dir": run_folder(search, decay)}
-    script = [*launcher_words(search.args.launcher), str(ROOT / "train.py")]
-    return [*script, *search.words, *(f"--{name}={value}" for name, value in given.items())]
-
-
-def is_finished(folder: Path, steps: int) -> bool:
-    """train.py writes the row of the last step after it saved the checkpoint."""
-    return (folder / "metrics.jsonl").exists() and any(row["iter"] >= steps for row in read_metrics(folder))
-
-
-def run_child(command: list[str], log_path: Path) -> int:
-    """Exit status of `command`. A signal to stop waits for it, so that train.py can save.
-
-    A terminal's Ctrl-C reaches train.py by itself, and a second one would end it unsaved; a SIGTERM is passed on."""
-    with open(log_path, "a") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        received = []
-
-        def receive(number, frame):
-            received.append(number)
-            if number == signal.SIGTERM:
-                child.terminate()
-
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            status = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    if received:
-        raise InterruptedError
-    return status
+def run_words(search: Search, decay: float | None) -> list[str]:
+    given = search.own | ({"sparse": "none"} if decay is None else {"masked_decay": decay})
+    return [*search.words, *(f"--{name}={value}" for name, value in given.items())]
 
 
 def run(search: Search, decay: float | None) -> float:
-    """Train one run to its end, from where it stands. Returns its seconds. Raises RuntimeError if it fails."""
+    """Train one run to its end, from where it stands, and return its seconds. Raises RuntimeError if it fails."""
     folder, begin = run_folder(search, decay), time.perf_counter()
-    if not is_finished(folder, search.steps):
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "log.txt"
-        print(f"{folder}: running, log in {log}", flush=True)
-        try:
-            status = run_child(run_command(search, decay), log)
-        except InterruptedError:
-            raise RuntimeError(f"stopped; the same command goes on with {folder}") from None
-        if status or not is_finished(folder, search.steps):
-            last = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
-            raise RuntimeError(f"{folder} ended with status {status}, unfinished; the end of {log}:\n    {last}")
-        for name in ("ckpt.pt", "ckpt_prev.pt"):  # gigabytes each, and nothing reads them any more
-            (folder / name).unlink(missing_ok=True)
-    return max(time.perf_counter() - begin, read_metrics(folder)[-1].get("elapsed_s") or 0.0)
+    runs.train(folder, run_words(search, decay), search.steps, search.launcher)
+    for name in ("ckpt.pt", "ckpt_prev.pt"):  # they may have gigabytes, and nobody reads them any more
+        (folder / name).unlink(missing_ok=True)
+    return max(time.perf_counter() - begin, runs.last_row(folder).get("elapsed_s") or 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mu, and which lambda
-
-
-def window_rates(folder: Path, first: int) -> dict[int, float]:
-    """{step: flip rate} of the measured steps from `first` on."""
-    rows = [row for row in read_metrics(folder) if row["iter"] >= first and row.get("flip_rate") is not None]
-    return {row["iter"]: row["flip_rate"] for row in rows}
+# mu, and the choice of lambda
 
 
 def compare(sparse: dict[int, float], dense: dict[int, float]) -> dict:
     """mu = mean r' / mean r over the same steps, and the smallest and largest r'/r of a single one."""
     if not dense or sparse.keys() != dense.keys():
-        raise ValueError(
-            f"{len(sparse)} and {len(dense)} flip rates in the window, need the same steps, and one at least"
-        )
+        raise ValueError(f"{len(sparse)} and {len(dense)} flip rates in the window, need one or more of the same steps")
     rate, dense_rate = statistics.fmean(sparse.values()), statistics.fmean(dense.values())
     if dense_rate == 0:
         raise ValueError("no mask of the dense run flips in the window, so there is no mu; raise --steps")
     single = [sparse[step] / dense[step] for step in dense if dense[step]]
-    result = {"flip_rate": rate, "dense_flip_rate": dense_rate, "mu": rate / dense_rate}
-    return result | {"mu_smallest": min(single), "mu_largest": max(single)}
+    mus = {"mu": rate / dense_rate, "mu_smallest": min(single), "mu_largest": max(single)}
+    return {"flip_rate": rate, "dense_flip_rate": dense_rate} | mus
 
 
 def distance(mu: float) -> float:
@@ -296,11 +234,11 @@ def recommend(mus: dict[float, float]) -> float | None:
 
 
 def next_candidate(mus: dict[float, float]) -> float | None:
-    """Where no mu is in the band: the lambda to try next, or None where no further one can help.
+    """The lambda to try next if no mu is in the band, or None if no further one can help.
 
-    Between the first two neighbours on either side of the band, log lambda is interpolated against log mu; a lambda
-    of 0 has no logarithm and is no neighbour. Without such a pair it goes out by FACTOR: up if the largest lambda still
-    has too many flips, else down.
+    Between the first two neighbours on either side of the band, log lambda is interpolated against log mu. A lambda of
+    0 has no logarithm and is no neighbour. Without such a pair the next lambda is FACTOR times the largest one if that
+    still has too many flips, else the smallest one over FACTOR.
     """
     positive = sorted(decay for decay in mus if decay > 0)
     for a, b in itertools.pairwise(positive):
@@ -318,51 +256,46 @@ def next_candidate(mus: dict[float, float]) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is told and written
+# Output
 
 
 def describe_cost(search: Search) -> str:
-    s, folders = search.settings, [run_folder(search, decay) for decay in (None, *search.decays)]
-    total, tokens = len(folders) * search.steps, s["gradient_accumulation_steps"] * s["batch_size"] * s["block_size"]
-    share, done = total / max(1, search.real_steps), sum(is_finished(folder, search.steps) for folder in folders)
+    settings, folders = search.settings, [run_folder(search, decay) for decay in (None, *search.decays)]
+    tokens = settings["gradient_accumulation_steps"] * settings["batch_size"] * settings["block_size"]
+    total, done = len(folders) * search.steps, sum(runs.is_finished(folder, search.steps) for folder in folders)
     more = max(0, search.args.refine - len(search.refined))
     text = (
         f"{len(folders)} runs x {search.steps:,} steps = {total:,} steps of {tokens:,} tokens, {total * tokens:,} "
-        f"tokens, {100 * share:.3g} % of the training run's {search.real_steps:,} steps; {done} of them done\n"
-        f"and at most {more} more runs, if no candidate fits; recipe {s['sparse']}, seed {s['seed']}; mu is sampled at "
-        f"steps {search.first:,} to {search.steps - 1:,}, every {s['flip_interval']}"
+        f"tokens, {100 * total / max(1, search.real_steps):.3g} % of the training run's {search.real_steps:,} steps; "
+        f"{done} of them done\nand at most {more} more runs, if no candidate fits; recipe {settings['sparse']}, seed "
+        f"{settings['seed']}; mu is sampled at steps {search.first:,} to {search.steps - 1:,}, every "
+        f"{settings['flip_interval']}"
     )
-    if search.first < s["warmup_iters"]:
+    if search.first < (warmup := settings["warmup_iters"]):
         text += (
-            f"\nnote: that begins before the warm-up's end, {s['warmup_iters']:,}, when mu still falls with the steps; "
-            f"--steps={round(1.5 * s['warmup_iters'])} would not"
+            f"\nnote: that begins before the warm-up's end, {warmup:,}, when mu still falls with the steps; "
+            f"--steps={round(1.5 * warmup)} would not"
         )
     return text
 
 
 def training_command(search: Search, decay: float) -> str:
-    recipe = [f"--sparse={search.settings['sparse']}"]  # where the config file is a dense run's
-    words = [*shlex.split(search.args.launcher), "train.py", *search.words, *recipe, f"--masked_decay={decay:g}"]
-    return shlex.join(words)
+    recipe = f"--sparse={search.settings['sparse']}"  # the config file may be a dense run's
+    start = [*shlex.split(search.args.launcher), "train.py"]
+    return shlex.join([*start, *search.words, recipe, f"--masked_decay={decay:g}"])
 
 
 def write_results(search: Search) -> None:
     best, nothing = recommend(search.mus), {"flip_rate": None, "dense_flip_rate": None, "mu": None}
-    results = {
-        "settings": search.settings,
-        "window": [search.first, search.steps],
-        "healthy": HEALTHY,
-        "candidates": [
-            {"masked_decay": decay, "refined": decay in search.refined, **search.results.get(decay, nothing)}
-            for decay in search.decays
-        ],
-        "masked_decay": best,
-        "command": None if best is None else training_command(search, best),
-        "environment": read_config(run_folder(search, None)).get("environment"),
-    }
-    folder = Path(search.args.search_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "search.json", results)
+    results = {"settings": search.settings, "window": [search.first, search.steps], "healthy": HEALTHY}
+    results["candidates"] = [
+        {"masked_decay": decay, "refined": decay in search.refined, **search.results.get(decay, nothing)}
+        for decay in search.decays
+    ]
+    results |= {"masked_decay": best, "command": None if best is None else training_command(search, best)}
+    results["environment"] = read_config(run_folder(search, None)).get("environment")
+    search.folder.mkdir(parents=True, exist_ok=True)
+    write_json(search.folder / "search.json", results)
 
 
 def draw(search: Search, path: Path) -> None:
@@ -403,9 +336,8 @@ def report(search: Search) -> str:
         lines.append(f"and, to watch mu in that run too, --flip_reference={run_folder(search, None)}")
         return "\n".join(lines)
     nearest, further = min(mus, key=lambda decay: distance(mus[decay])), next_candidate(mus)
-    lines.append(
-        f"no lambda has mu from {HEALTHY[0]:.2f} to {HEALTHY[1]:.2f}; nearest is {nearest:g} with {mus[nearest]:.3f}"
-    )
+    band = "mu from {:.2f} to {:.2f}".format(*HEALTHY)
+    lines.append(f"no lambda has {band}; nearest is {nearest:g} with {mus[nearest]:.3f}")
     if further is not None:
         lines.append(f"run it again with --refine={len(search.refined) + 2}, which goes on with lambda = {further:g}")
     else:
@@ -418,20 +350,18 @@ def report(search: Search) -> str:
 
 def measure(search: Search, decay: float) -> None:
     run(search, decay)
-    dense, sparse = (window_rates(run_folder(search, which), search.first) for which in (None, decay))
+    dense, sparse = (runs.flip_rates(run_folder(search, which), search.first) for which in (None, decay))
     search.results[decay] = compare(sparse, dense)
     write_results(search)
     print(f"lambda = {decay:g}: mu = {search.results[decay]['mu']:.3f}", flush=True)
 
 
 def run_search(search: Search) -> None:
-    """All the runs; what is finished is only read."""
+    """Train and compare all runs. Finished runs are only read."""
     write_results(search)
     seconds = run(search, None)
-    left = sum(not is_finished(run_folder(search, decay), search.steps) for decay in search.decays)
-    print(
-        f"dense run done; the other {left} take about {seconds * left / 60:.1f} minutes if they are as fast", flush=True
-    )
+    left = sum(not runs.is_finished(run_folder(search, decay), search.steps) for decay in search.decays)
+    print(f"dense run done; the other {left} take about {seconds * left / 60:.1f} minutes if equally fast", flush=True)
     for decay in search.decays:
         measure(search, decay)
     while recommend(search.mus) is None and len(search.refined) < search.args.refine:
@@ -451,10 +381,12 @@ def parse(argv: list[str] | None):
         allow_abbrev=False,
     )
     parser.add_argument("--candidates", default="0,2e-5,6e-5,2e-4,6e-4,2e-3,6e-3", help="decay factors, with commas")
-    parser.add_argument("--steps", type=int, help="of each run; 1.5 * warmup_iters, and at least 100, unless given")
-    parser.add_argument("--launcher", default="python", help="what starts train.py, for example torchrun and its words")
-    parser.add_argument("--search_dir", default="out-search", help="what the search writes")
-    parser.add_argument("--refine", type=int, default=2, help="most further candidates where none fits")
+    parser.add_argument("--steps", type=int, help="steps of each run; default: 1.5 * warmup_iters, at least 100")
+    parser.add_argument(
+        "--launcher", default="python", help="program that starts train.py, for example torchrun with its options"
+    )
+    parser.add_argument("--search_dir", default="out-search", help="folder of the runs and the results")
+    parser.add_argument("--refine", type=int, default=2, help="largest number of further candidates")
     parser.add_argument("--dry_run", action="store_true", help="print the cost and the commands, and stop")
     return parser.parse_known_args(argv)
 
@@ -465,11 +397,13 @@ def main(argv: list[str] | None = None) -> int:
         search = prepare(*parse(argv))
         print(describe_cost(search), flush=True)
         if search.args.dry_run:
-            print("\n".join(shlex.join(run_command(search, decay)) for decay in (None, *search.decays)))
+            for decay in (None, *search.decays):
+                command = runs.train_command(run_folder(search, decay), run_words(search, decay), search.launcher)
+                print(shlex.join(command))
             return 0
         run_search(search)
         print(report(search))
-        picture = Path(search.args.search_dir) / "search.png"
+        picture = search.folder / "search.png"
         draw(search, picture)
         print(f"wrote {picture.with_suffix('.json')} and {picture}")
     except (ValueError, OSError, RuntimeError) as error:

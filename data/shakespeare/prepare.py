@@ -10,17 +10,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import gpt2_encoding, parser, tiny_shakespeare, write_dataset
+from common import gpt2_encoding, tiny_shakespeare, write_dataset
 
 
 def main(argv=None):
-    made = parser(__file__, __doc__)
-    made.add_argument("--file", type=Path, help="text on disk (UTF-8, plain or .xz) instead of the download")
-    args = made.parse_args(argv)
-    train, val, meta = tiny_shakespeare(args.out_dir, args.file)
+    out_dir, train, val, meta = tiny_shakespeare(__file__, __doc__, argv)
     encoding = gpt2_encoding()
     splits = ([encoding.encode_ordinary(split)] for split in (train, val))
-    write_dataset(args.out_dir, *splits, tokenizer="gpt2", vocab_size=encoding.n_vocab, **meta)
+    write_dataset(out_dir, *splits, tokenizer="gpt2", vocab_size=encoding.n_vocab, **meta)
 
 
 if __name__ == "__main__":

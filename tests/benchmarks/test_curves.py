@@ -23,9 +23,13 @@ def toy(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_losses_of_every_method_come_back(toy, capsys):
-    assert curves.main([str(toy)]) == 0
+def test_losses_of_every_method_and_the_failure_of_one_come_back(toy, monkeypatch, capsys):
+    monkeypatch.setitem(curves.RUNS, "broken", {"activation": "nosuch"})
+    assert curves.main([str(toy)]) == 1
     runs = json.loads(toy.read_text())["runs"]
+    broken = runs.pop("broken")
+    assert broken["rows"] == []
+    assert "activation='nosuch'" in broken["output"][-1]
     assert {name: run["exit"] for name, run in runs.items()} == {"dense": 0, "fst from CUDA graphs": 0}
     for run in runs.values():
         assert sum("train_loss" in row and row["train_loss"] is not None for row in run["rows"]) == 4
@@ -33,15 +37,6 @@ def test_losses_of_every_method_come_back(toy, capsys):
         assert any("done: 4 iterations" in line for line in run["output"])
     assert [run["config.json"]["sparse"] for run in runs.values()] == ["none", "fst"]
     assert "fst from CUDA graphs: exit 0, losses [(0, " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_is_written_down(toy, monkeypatch):
-    monkeypatch.setitem(curves.SETTINGS, "activation", "nosuch")
-    assert curves.main([str(toy)]) == 1
-    run = json.loads(toy.read_text())["runs"]["dense"]
-    assert run["rows"] == []
-    assert "activation='nosuch'" in run["output"][-1]
 
 
 def test_a_run_that_is_killed_is_a_failure(toy, monkeypatch):

@@ -1,8 +1,6 @@
 """The runner of stages, with stages that end well, crash, hang, and leave processes behind."""
 
 import json
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -140,24 +138,13 @@ def test_the_code_is_known_by_its_content(monkeypatch, tmp_path):
     assert len({tests for _, tests in found}) == 3
 
 
-@pytest.mark.slow
-def test_bench_runs_it_and_names_a_stage_that_does_not_exist(tmp_path):
-    words = ["--evidence", str(tmp_path / "out"), "--minutes", "1"]
-    for more, message in (
-        (["nosuch"], "bench.py: --evidence: no stage 'nosuch', need some of probe, gemm, tests,"),
-        (None, "bench.py: probe is no option; stages need --evidence OUT, suites --suite NAME"),
-    ):
-        command = [sys.executable, "bench.py", *(words + more if more else ["probe"])]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert message in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_every_stage_is_a_program_that_is_there():
-    for name, stage in evidence.STAGES.items():
-        words = stage.command.split()
-        assert 0 < stage.least < stage.most, name
-        assert words[0] == "{python}"
-        path = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
-        assert path == "pytest.py" or (ROOT / path).exists(), name
+@pytest.mark.parametrize("name", evidence.STAGES)
+def test_a_stage_is_a_program_and_files_that_are_there(name):
+    stage = evidence.STAGES[name]
+    words = stage.command.split()
+    assert 0 < stage.least < stage.most
+    assert words[0] == "{python}"
+    module = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
+    paths = [word.partition("::")[0] for word in words if word.startswith("tests/")]
+    for path in paths if module == "pytest.py" else [module, *paths]:
+        assert (ROOT / path).exists(), path

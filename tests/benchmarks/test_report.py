@@ -1,4 +1,4 @@
-"""The page of a GPU's evidence: it is made of the files beside it, and README's numbers are in it."""
+"""The page of a GPU's evidence is made of the files beside it, and README's numbers are in it."""
 
 import json
 import re
@@ -71,14 +71,7 @@ def test_kernels_are_sorted_by_name_and_counted_once():
         "triton_red_fused_native_layer_norm_0": [1, 20.0],
     }
     found = report.spent_ms({"kernels": kernels, "gpu_us": 1070.0})
-    assert found == pytest.approx(
-        {
-            "2:4 products": 0.3,
-            "dense products": 0.4,
-            "activation, MVUE, packing (ours)": 0.05,
-            "gelu (the compiler's)": 0.06,
-            "AdamW (ours)": 0.07,
-            "everything else": 0.12,
-        }
-    )
+    expected = {"2:4 products": 0.3, "dense products": 0.4, "activation, MVUE, packing (ours)": 0.05}
+    expected |= {"gelu (the compiler's)": 0.06, "AdamW (ours)": 0.07, "everything else": 0.12}
+    assert found == pytest.approx(expected)
     assert sum(found.values()) == pytest.approx(1.0)

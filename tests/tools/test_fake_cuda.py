@@ -1,4 +1,4 @@
-"""train.py and bench.py on the make-believe GPU of fake_cuda.py, and what that refuses as a real one does.
+"""train.py on the make-believe GPU of fake_cuda.py, and what that refuses as a real one does.
 
 Each run is a process of its own, and takes seconds: Triton's interpreter, and 0.2 s of warm-up for each measurement.
 """
@@ -68,73 +68,6 @@ def test_train_falls_back_where_the_library_packs_in_another_way(tmp_path, datas
     assert done.returncode == 0, done.stderr
     assert "cusparselt: packs by its own compress" in done.stdout
     assert read_state(tmp_path / "out")["iter_num"] == 2
-
-
-BENCH = """
-import dataclasses, sys
-import bench
-from benchmarks import suites
-
-settings_of = bench.settings_of
-bench.settings_of = lambda *asked: dataclasses.replace(settings_of(*asked), scale="toy")
-suites.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
-for suite in ("gemm", "ffn"):
-    bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", sys.argv[1]])
-"""
-
-
-@pytest.mark.slow
-def test_bench_measures_layers_and_gemms_on_the_fake_gpu(tmp_path):
-    (tmp_path / "toy_bench.py").write_text(BENCH)
-    done = run_on_fake_gpu(tmp_path, tmp_path / "toy_bench.py", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    suites = json.loads((tmp_path / "out" / "bench.json").read_text())["suites"]
-    assert [row["chosen"] for row in suites["gemm"]["rows"]] == [True] * 6
-    layer = suites["ffn"]["rows"][0]
-    assert all("ms" in layer["variants"][name] for name in ("dense", "auto")), layer["variants"]
-    assert layer["plan"].count("cusparselt") == 6
-    assert suites["ffn"]["environment"]["device_name"] == "NVIDIA H200"
-
-
-STAGES = """
-import sys
-from dataclasses import replace
-from benchmarks import suites
-from gemm24 import choose, ffn
-from benchmarks import probe, steps, sweep
-
-choose._WARM_UP = 0
-real = ffn.ffn_gemms
-probe.SHAPES, probe.COPY_BYTES, probe.WIDTH, probe.PACKED = [(64, 64), (128, 128)], 4096, 128, ((64, 128),)
-probe.CALLS, suites.TOY = 2, replace(suites.TOY, n_layer=1)
-probe.ffn.ffn_gemms = lambda d, d_ff, tokens, *more: real(64, 256, 64, *more)
-out = sys.argv[1]
-assert probe.main([f"{out}/probe.json"]) == 0
-sweep.rows = lambda: [lambda: sweep.product_row("y", 64, 64, 128, True, False, sweep.torch.bfloat16)]
-assert sweep.main([f"{out}/sweep.json"]) == 0
-steps.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
-steps.CASES = [steps.Case("toy", 2, 1)]
-steps.kernel_times = lambda call: call() or {"a": [1, 2.0]}  # the profiler sees no kernel here
-probe.ffn.ffn_gemms = real
-assert steps.main([f"{out}/step.json", "--verdicts", f"{out}/gemms.json"]) == 0
-"""
-
-
-@pytest.mark.slow
-def test_the_stages_of_the_evidence_run_on_the_fake_gpu(tmp_path):
-    (tmp_path / "toy_stages.py").write_text(STAGES)
-    done = run_on_fake_gpu(tmp_path, tmp_path / "toy_stages.py", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    probe, sweep, step = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("probe", "sweep", "step"))
-    assert (probe["machine"]["device_name"], probe["kernels"]["status"]) == ("NVIDIA H200", "on")
-    assert [probe["order"][shape]["sm90"] for shape in ("64x64", "128x128")] == [True, True]
-    assert probe["order"]["trusted"] == "sm90"
-    assert probe["graph"]["2:4 by torch's op"] == [True] * 5
-    assert sweep["rows"][0]["ratio"] == pytest.approx(2.0)  # as the make-believe clock has it
-    assert sweep["rows"][0]["algorithms"].keys() >= {"0", "1", "2", "3"}
-    (row,) = step["rows"]
-    assert row["plan"].count("cusparselt") == 6
-    assert row["compiled"]["dense"]["ms"]["median"] > 0 < row["graphs"]["sparse"]["ms"]["median"]
 
 
 # name -> (code, how the error that it raises begins; "" for none). x is a tensor and graph a CUDA graph of the GPU.

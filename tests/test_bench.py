@@ -1,0 +1,219 @@
+"""bench.py: rows that are saved as they come, the answer, and what it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from benchmarks import roofline
+from benchmarks.suites import Settings
+from gemm24 import ffn
+
+ROOT = Path(bench.__file__).resolve().parent
+SETTINGS = Settings(torch.device("cpu"), scale="toy", repetitions=2)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def broken(*_, **__):
+    raise RuntimeError("no kernel image")
+
+
+def test_a_budget_leaves_out_and_a_failure_is_a_row(monkeypatch):
+    rows = list(bench.suite_rows("gemm", replace(SETTINGS, budget=-1.0)))
+    assert rows == [{"case": [64, 128], "reason": "left out: the suite's time was up"}]
+    monkeypatch.setattr(ffn, "plan_ffn", broken)
+    found = {suite: {"rows": list(bench.suite_rows(suite, SETTINGS))} for suite in ("gemm", "ffn")}
+    reasons = [row["reason"] for suite in found.values() for row in suite["rows"]]
+    assert reasons == ["RuntimeError: no kernel image"] * 3
+    assert len(bench.failures({"suites": found}, ["gemm", "ffn"])) == 3
+    assert bench.failures({"suites": found}, ["gemm"]) == ["gemm: RuntimeError: no kernel image"]  # others are earlier
+
+
+@pytest.mark.parametrize(
+    "reason", ["left out: x", "OutOfMemoryError: x", "RuntimeError: CUDA out of memory. Tried to allocate"]
+)
+def test_memory_and_time_that_run_out_are_no_failures(reason):
+    assert bench.failures({"suites": {"ffn": {"rows": [{"case": [1], "reason": reason}]}}}, ["ffn"]) == []
+
+
+def test_results_are_saved_row_by_row_and_other_suites_stay(tmp_path, monkeypatch):
+    path, data = tmp_path / "gpu" / "bench.json", {"suites": {"e2e": {"rows": [1]}, "gemm": {"rows": [2]}}}
+
+    def rows(suite, settings):
+        yield {"case": [1], "reason": "x"}
+        saved = json.loads(path.read_text())["suites"]
+        assert saved["e2e"] == {"rows": [1]}
+        assert saved["gemm"]["rows"] == [{"case": [1], "reason": "x"}]
+        assert "after" not in saved["gemm"]  # a run that was killed shows as such
+        yield {"case": [2], "reason": "y"}
+
+    monkeypatch.setattr(bench, "suite_rows", rows)
+    bench.run_suite("gemm", SETTINGS, data, path)
+    saved = json.loads(path.read_text())["suites"]["gemm"]
+    assert len(saved["rows"]) == 2
+    assert saved["environment"].keys() >= {"commit", "torch", "triton", "python", "device_name"}
+    assert "after" in saved
+    assert saved["settings"]["scale"] == "toy"
+
+
+def test_on_a_cpu_it_runs_toys_and_writes_only_where_it_was_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bench.main(["--suite", "gemm"])
+    assert list(tmp_path.iterdir()) == []
+    assert "Its ratios mean nothing" in capsys.readouterr().out
+    for suite in ("ffn", "gemm"):
+        bench.main(["--suite", suite, "--repetitions", "2", "--out_dir", "here"])
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["bench.json", "bench.md"]
+    assert json.loads(Path("here/bench.json").read_text())["suites"].keys() == {"ffn", "gemm"}
+    assert "2:4 against compiled dense: feed-forward layers " in capsys.readouterr().out
+
+
+def test_failures_end_the_command_with_an_error(monkeypatch):
+    monkeypatch.setattr(ffn, "plan_ffn", broken)
+    with pytest.raises(SystemExit, match="these failed:\ngemm: RuntimeError: no kernel image"):
+        bench.main(["--suite", "gemm"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repetitions", "0"], "0, need at least 1"),
+        (["--suite", "nosuch"], "invalid choice: 'nosuch'"),
+        (["probe"], "probe is no option; stages need --evidence OUT, suites --suite NAME"),
+        (["--evidence", "out", "nosuch"], "--evidence: no stage 'nosuch', need some of probe, gemm, tests,"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(tmp_path, monkeypatch, words, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        bench.main(words)
+    assert message in f"{ended.value} {capsys.readouterr().err}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_no_rival(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    text = capsys.readouterr().out
+    assert "against compiled dense" in text
+    assert not re.search("torchao|semi-structured", text)
+
+
+@pytest.mark.parametrize("gpu", list(roofline.GPUS))
+def test_prediction_prints_all_tables(gpu, capsys):
+    bench.main(["--predict", gpu])
+    text = capsys.readouterr().out
+    assert text.startswith(f"S_model on {gpu.upper()}, predicted and not measured")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3 * 2 + 2 * len(bench.WIDTHS) + 3 * len(bench.WIDTHS) + 4
+    assert all(name in text for name in ("124M", "350M", "774M", "1558M"))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"), ("Tesla T4", "tesla-t4")]
+)
+def test_results_folder_is_the_gpus_name(name, folder):
+    assert bench.slug(name) == folder
+
+
+def test_readme_and_results_hold_what_the_roofline_predicts(capsys):
+    bench.main(["--predict"])
+    text = capsys.readouterr().out
+    assert (ROOT / "results" / "roofline.md").read_text() == text, "python bench.py --predict > results/roofline.md"
+    h200 = text[text.index("S_model on H200") : text.index("S_model on B200")]
+    steps = h200[h200.index("| size |") :].strip()
+    assert len(steps.splitlines()) == 6
+    assert steps in (ROOT / "README.md").read_text(), f"README should hold:\n{steps}"
+
+
+def test_the_readme_holds_the_table_of_every_gpu_that_was_measured():
+    """And a bench.md holds the summary of its bench.json."""
+    for path in (ROOT / "results").glob("*/bench.json"):
+        text = bench.summary(json.loads(path.read_text()))
+        assert path.with_suffix(".md").read_text() == text + "\n"
+        assert text in (ROOT / "README.md").read_text(), f"README should hold the table of {path}:\n{text}"
+
+
+def test_the_summary_answers_and_has_a_line_for_each_way():
+    shape = {"activation": "gelu", "d": 768, "n": 1024, "batch": 4}
+    layer = shape | {"s": {"auto": {"median": 1.25, "min": 1.2, "max": 1.3}}, "s_model": 1.5}
+    layer["variants"] = {"dense": {"ms": {"median": 2.0}}, "auto": {"ms": {"median": 1.6}}}
+    way = {"dense": {"ms": {"median": 20.0}}, "sparse": {"ms": {"median": 10.0}}}
+    step = {"size": "124M", "batch": 4, "micro_steps": 2, "compiled": way | {"s": {"median": 2, "min": 1, "max": 3}}}
+    step |= {"graphs": way | {"s": {"median": 0.9, "min": 0.8, "max": 1}}}
+    step |= {"dense": {"peak_gib": 8.0}, "sparse": {"peak_gib": 10.0}}
+    gemm = {"name": "z", "d": 64, "tokens": 128, "dense_us": 2000.0, "best_us": 1000.0, "ratio": 2.0}
+    rows = {
+        "ffn": [layer, {"case": [1], "reason": "OOM"}],
+        "e2e": [step],
+        "gemm": [gemm, gemm | {"ratio": None, "reason": "no"}],
+    }
+    answer, _, _, _, *lines = bench.summary(
+        {"suites": {name: {"rows": found} for name, found in rows.items()}}
+    ).splitlines()
+    assert answer == (
+        "2:4 against compiled dense: feed-forward layers 1.25 to 1.25 times as fast, "
+        "optimizer steps 0.90 to 2.00 times as fast."
+    )
+    assert lines == [
+        "| ffn | gelu, d 768, n 1024, batch 4, auto | 2.000 | 1.600 | 1.25 (1.20 to 1.30) | 1.50 | 0.83 |  |",
+        "| ffn | [1] |  |  | OOM |  |  |  |",
+        "| e2e | 124M, batch 4 x 2, compiled | 20.000 | 10.000 | 2.00 (1.00 to 3.00) |  |  | 1.250 |",
+        "| e2e | 124M, batch 4 x 2, graphs | 20.000 | 10.000 | 0.90 (0.80 to 1.00) |  |  | 1.250 |",
+        "| gemm | d 64, 128 tokens, z | 2.000 | 1.000 | 2.00 |  |  |  |",
+        "| gemm | d 64, 128 tokens, z |  |  | no |  |  |  |",
+    ]
+    assert bench.answer({"suites": {}}) == "2:4 against compiled dense: not measured."
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA backend: this machine has a GPU to measure on")
+def test_the_kernels_suite_says_what_it_needs():
+    code = "import sys; sys.modules['triton'] = None; import bench; bench.main(['--suite', 'kernels', '--predict'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "need it to compile the kernels; `make test` installs it" in done.stderr
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for extra, message in (({}, "use --predict"), ({"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET=1 .* unset it")):
+        command = [sys.executable, "bench.py", "--suite", "kernels", "--out_dir", "/nonexistent/results"]
+        done = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert re.search(message, done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_layers_and_gemms_are_measured_on_a_fake_gpu(tmp_path):
+    """tests/fake_cuda.py makes this process believe in one H200."""
+    pytest.importorskip("triton", reason="Triton is not installed: the make-believe GPU runs its kernels")
+    script = tmp_path / "toy_bench.py"
+    script.write_text("""
+import dataclasses, sys
+import bench
+from benchmarks import suites
+
+settings_of = bench.settings_of
+bench.settings_of = lambda *asked: dataclasses.replace(settings_of(*asked), scale="toy")
+suites.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
+for suite in ("gemm", "ffn"):
+    bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", sys.argv[1]])
+""")
+    command = [sys.executable, "tests/fake_cuda.py", str(script), str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    suites = json.loads((tmp_path / "out" / "bench.json").read_text())["suites"]
+    assert [row["chosen"] for row in suites["gemm"]["rows"]] == [True] * 6
+    layer = suites["ffn"]["rows"][0]
+    assert all("ms" in layer["variants"][name] for name in ("dense", "auto")), layer["variants"]
+    assert layer["plan"].count("cusparselt") == 6
+    assert suites["ffn"]["environment"]["device_name"] == "NVIDIA H200"

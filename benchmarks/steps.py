@@ -42,7 +42,9 @@ from benchmarks.suites import (
     spread,
     time_ms,
 )
-from gemm24 import choose, ffn
+from gemm24 import choose
+from gemm24 import plan as ffn_plan
+from gemm24.ffn import pack_weights
 from model import GPT, GPTConfig, peak_flops
 from runtime.ranks import environment, write_json
 from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
@@ -91,7 +93,7 @@ class Run:
         self.sparse, self.report, self.plan = sparse, None, None
         if sparse:
             self.plan, self.report = plan(config, batch * config.block_size, settings)
-            ffn.set_plan(self.model, self.plan)
+            ffn_plan.set_plan(self.model, self.plan)
         if not settings.toy:
             for block in self.model.transformer.h:
                 block.compile(dynamic=False, mode=settings.compile_mode)
@@ -129,7 +131,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.new_gradients)
         if self.sparse:
-            ffn.pack_weights(self.model)
+            pack_weights(self.model)
         self.iter_num += 1
 
     def refresh(self) -> None:
@@ -197,7 +199,7 @@ def row_of(case: Case, settings: Settings) -> dict:
     sparse = runs["sparse"]
     row["plan"] = describe(sparse.plan, sparse.report)
     row["refresh_ms"] = spread(time_ms([sparse.refresh], settings)[0])
-    ffn.pack_weights(sparse.model)
+    pack_weights(sparse.model)
     asked = (runs, row["tokens"], row["refresh_ms"]["median"], settings)
     row["compiled"] = timed(*asked)
     if on_gpu and settings.compile_mode == "default":  # the other modes capture graphs of their own

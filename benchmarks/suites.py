@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import roofline
-from gemm24 import choose, ffn
+from gemm24 import choose
+from gemm24 import plan as ffn_plan
+from gemm24.ffn import pack_weights
 from model import MLP, PRESETS, Block, GPTConfig
 from sparse24 import RECIPES, refresh_masks, sparsify, transposable_mask
 
@@ -132,10 +134,10 @@ def measured_card(report, bandwidth: float) -> tuple[roofline.GPU, dict[str, flo
 
 
 def plan(config: GPTConfig, tokens: int, settings: Settings):
-    """(plan or None, report) of ffn.plan_ffn for this many tokens."""
+    """(plan or None, report) of ffn_plan.plan_ffn for this many tokens."""
     graph = settings.device.type == "cuda"  # by their time on the GPU, as train.py chooses them
     options = {"spmm": settings.spmm, "graph": graph, "cache": settings.cache}
-    return ffn.plan_ffn(config, tokens=tokens, device=settings.device, dtype=torch.bfloat16, mvue=True, **options)
+    return ffn_plan.plan_ffn(config, tokens=tokens, device=settings.device, dtype=torch.bfloat16, mvue=True, **options)
 
 
 def describe(chosen, report) -> str:
@@ -163,10 +165,10 @@ def gemm_grid(settings: Settings) -> list[tuple[int, int]]:
 
 
 def gemm_rows(case: tuple[int, int], settings: Settings):
-    """The six GEMMs of a GELU layer of one width: the rows behind ffn.plan_ffn's plan, with TFLOP/s."""
+    """The six GEMMs of a GELU layer of one width: the rows behind ffn_plan.plan_ffn's plan, with TFLOP/s."""
     d, tokens = case
     config = GPTConfig(n_embd=d, n_head=1, activation="gelu", bias=False)
-    gemms = ffn.ffn_gemms(d, config.d_ff, tokens, "gelu", False, True)
+    gemms = ffn_plan.ffn_gemms(d, config.d_ff, tokens, "gelu", False, True)
     _, report = plan(config, tokens, settings)
     print(report.text(), flush=True)
     for name, gemm in gemms.items():
@@ -231,19 +233,19 @@ def _ffn_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, to
 
 def dense_variant(kind, config, x, dy, settings) -> Variant:
     module = _layer(kind, config, settings.device)
-    return Variant(ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16))
+    return Variant(ffn_plan.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16))
 
 
 def auto_variant(kind, config, x, dy, settings) -> Variant:
-    """This repo's sparse layer, with the plan that ffn.plan_ffn makes for the shape: train.py takes it only where
-    ffn.time_ways finds it faster than the 2:4 layers one by one."""
+    """This repo's sparse layer, with the plan that ffn_plan.plan_ffn makes for the shape: train.py takes it only where
+    ffn_plan.time_ways finds it faster than the 2:4 layers one by one."""
     module = _layer(kind, config, settings.device)
     sparsify(module, "fst", lambda name, _: "attn" not in name)
     chosen, report = plan(config, x.shape[0] * x.shape[1], settings)
-    ffn.set_plan(module, chosen)
+    ffn_plan.set_plan(module, chosen)
     return Variant(
-        ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16),
-        functools.partial(ffn.pack_weights, module),
+        ffn_plan.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16),
+        functools.partial(pack_weights, module),
         functools.partial(refresh_masks, module, measure=False),
         report,
         describe(chosen, report),
@@ -263,7 +265,7 @@ def semi_structured_variant(kind, config, x, dy, settings) -> Variant:
             swapped.repack(mask)
 
     pack()
-    return Variant(ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16), pack)
+    return Variant(ffn_plan.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16), pack)
 
 
 def torchao_variant(kind, config, x, dy, settings) -> Variant:
@@ -273,7 +275,7 @@ def torchao_variant(kind, config, x, dy, settings) -> Variant:
     module = _layer(kind, config, settings.device)
     for parent, name, linear in _ffn_linears(module):
         setattr(parent, name, SemiSparseLinear.from_dense(linear.bfloat16()))
-    return Variant(ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16))
+    return Variant(ffn_plan.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16))
 
 
 VARIANTS = {

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.probe import device
-from gemm24 import choose, ffn
+from gemm24 import choose
+from gemm24 import plan as ffn_plan
 from runtime.ranks import environment, write_json
 from sparse24 import use_kernels
 
@@ -122,7 +123,7 @@ def rows() -> Iterator[Callable[[], dict]]:
         yield lambda d=d: product_row("activations y", TOKENS, d, 4 * d, True, False, torch.bfloat16)
         yield lambda d=d: product_row("activations y, transposed", TOKENS, d, 4 * d, True, True, torch.bfloat16)
     for d in (1600, 768):
-        for name, gemm in ffn.ffn_gemms(d, 4 * d, TOKENS, "gelu", False, True).items():
+        for name, gemm in ffn_plan.ffn_gemms(d, 4 * d, TOKENS, "gelu", False, True).items():
             shape = (name, gemm.m, gemm.n, gemm.k, gemm.b_column_major, gemm.transposed)
             yield lambda shape=shape: product_row(*shape, torch.float16)
 

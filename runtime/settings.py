@@ -44,8 +44,7 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
     if s.compile_mode not in ("default", "reduce-overhead", "max-autotune"):
         raise ValueError(f"compile_mode={s.compile_mode!r}, need default, reduce-overhead or max-autotune")
-    if s.spmm not in choose.MODES:
-        raise ValueError(f"spmm={s.spmm!r}, need one of {', '.join(choose.MODES)}")
+    choose.check_mode(s.spmm)
     if s.dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype={s.dtype!r}, need one of auto, {', '.join(DTYPES)}")
     if s.flip_mask not in ("auto", "transposable", "row"):

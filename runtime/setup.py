@@ -17,8 +17,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import setting_names
-from gemm24 import choose
-from gemm24.ffn import pack_weights, plan_ffn, set_plan, time_ways
+from gemm24.choose import Report
+from gemm24.ffn import pack_weights
+from gemm24.plan import plan_ffn, set_plan, time_ways
 from model import GPT, GPTConfig, peak_flops
 from runtime import checkpoint
 from runtime.checkpoint import like
@@ -253,8 +254,8 @@ def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, r
     if not fsdp:
         model.to(device)
     if recipe and recipe.fused and not s.eval_only and (state["iter_num"] if state else 0) < s.dense_start:
-        kept = Path(s.out_dir) / "spmm.json" if state else None
-        plan, report = plan_gemms(s, model, kept, ranks, fsdp, device)
+        path = Path(s.out_dir) / "spmm.json" if state else None
+        plan, report = plan_gemms(s, model, path, ranks, fsdp, device)
     if fsdp:  # moves one shard at a time to the device
         mode = s.compile_mode if s.compile else None
         shard_model(model, model.transformer.h, ranks, device, s.fsdp_copies, DTYPES[s.dtype], mode)
@@ -342,13 +343,13 @@ def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state
     return optimizer
 
 
-def plan_gemms(s: SimpleNamespace, model: GPT, kept: Path | None, ranks: Ranks, fsdp: bool, dev: torch.device):
-    """(the plan of the sparse FFNs or None, report): rank 0 measures, all ranks follow. kept: of a run that is resumed,
-    its spmm.json, whose verdicts it keeps."""
+def plan_gemms(s: SimpleNamespace, model: GPT, path: Path | None, ranks: Ranks, fsdp: bool, dev: torch.device):
+    """(the plan of the sparse FFNs or None, report): rank 0 measures, all ranks follow. path: the spmm.json of a run
+    that is resumed, whose choices it follows."""
     answer = None
     if ranks.master:
         try:
-            answer = _measure_gemms(s, model, kept, ranks.world_size, fsdp, dev)
+            answer = _measure_gemms(s, model, path, ranks.world_size, fsdp, dev)
         except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer
             answer = ValueError(str(error))
     answer = ranks.decide(answer)
@@ -358,22 +359,24 @@ def plan_gemms(s: SimpleNamespace, model: GPT, kept: Path | None, ranks: Ranks, 
 
 
 def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
-    """(plan or None, report), from what an earlier start of this run has kept where that still answers."""
-    rows, whole = choose.read_report(path)
+    """(plan or None, report), from the report of an earlier start where that answers the same question."""
+    saved = Report.read(path)
+    for note in saved.notes:
+        print(note)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
     # Time the GPU alone, because in training the host runs ahead of it.
-    options = {"graph": dev.type == "cuda", "cache": cache, "known": rows}
+    options = {"graph": dev.type == "cuda", "cache": cache, "known": saved.rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
     shape, mlp = (model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype]), model.transformer.h[0].mlp
     options["transposable"] = mlp.c_fc.recipe.mask == "transposable"
     plan, report = plan_ffn(*shape, s.spmm, s.mvue, **options)
     if plan is not None and s.spmm == "auto":
-        # shards are packed in each micro-step, in one form at a time, all else once in an optimizer step
+        # Shards are packed in each micro-step, in one form at a time; other weights once in an optimizer step.
         uses = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
-        how = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
-        if not whole or whole["asked"] != how or rows != report.rows:
-            whole = time_ways(copy.deepcopy(mlp).to(dev), plan, **how) | {"asked": how}
-        report.whole = whole
-        plan = plan if whole["taken"] == "plan" else None
+        asked = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
+        report.layer = saved.layer
+        if not saved.layer or saved.layer["asked"] != asked or saved.rows != report.rows:
+            report.layer = time_ways(copy.deepcopy(mlp).to(dev), plan, **asked) | {"asked": asked}
+        plan = plan if report.layer["taken"] == "plan" else None
     return plan, report

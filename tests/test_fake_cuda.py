@@ -100,14 +100,14 @@ STAGES = """
 import sys
 from dataclasses import replace
 from benchmarks import suites
-from gemm24 import choose, ffn
+from gemm24 import choose, plan
 from benchmarks import probe, steps, sweep
 
 choose._WARM_UP = 0
-real = ffn.ffn_gemms
+real = plan.ffn_gemms
 probe.SHAPES, probe.COPY_BYTES, probe.WIDTH, probe.PACKED = [(64, 64), (128, 128)], 4096, 128, ((64, 128),)
 probe.CALLS, suites.TOY = 2, replace(suites.TOY, n_layer=1)
-probe.ffn.ffn_gemms = lambda d, d_ff, tokens, *more: real(64, 256, 64, *more)
+plan.ffn_gemms = lambda d, d_ff, tokens, *more: real(64, 256, 64, *more)
 out = sys.argv[1]
 assert probe.main([f"{out}/probe.json"]) == 0
 sweep.rows = lambda: [lambda: sweep.product_row("y", 64, 64, 128, True, False, sweep.torch.bfloat16)]
@@ -115,7 +115,7 @@ assert sweep.main([f"{out}/sweep.json"]) == 0
 steps.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
 steps.CASES = [steps.Case("toy", 2, 1)]
 steps.kernel_times = lambda call: call() or {"a": [1, 2.0]}  # the profiler sees no kernel here
-probe.ffn.ffn_gemms = real
+plan.ffn_gemms = real
 assert steps.main([f"{out}/step.json", "--verdicts", f"{out}/gemms.json"]) == 0
 """
 

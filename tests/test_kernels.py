@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton backend: triton is not installed")
 import kernels
 import sparse24
 from benchmarks import baselines
-from gemm24 import matmul, operands
+from gemm24 import layout, operands
 from gemm24.operands import activation_backward_ref, activation_ref
 from sparse24 import (
     adamw_scalars,
@@ -200,7 +200,7 @@ def random_index(rows: int, columns: int) -> torch.Tensor:
 
 def expected_packs(w, index, order):
     mask, w = expand_index(index), w.to(torch.bfloat16)
-    return matmul.pack_ref(w, mask, order), matmul.pack_ref(w.t().contiguous(), mask.t().contiguous(), order)
+    return layout.pack24(w, mask, order), layout.pack24(w.t().contiguous(), mask.t().contiguous(), order)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_weight_pack_of_values_alone_leaves_the_metadata():
     kernels.pack_weight_(packed, packed_t, randn(64, 128), index, "sm90")
     w = randn(64, 128, seed=1)
     kernels.pack_weight_(packed, packed_t, w, index, "sm90", metadata=False)
-    assert torch.equal(matmul.unpack_ref(packed, 64, 128, "sm90"), w.to(torch.bfloat16) * expand_index(index))
+    assert torch.equal(layout.unpack24(packed, 64, 128, "sm90"), w.to(torch.bfloat16) * expand_index(index))
     assert torch.equal(packed_t.view(torch.int16), expected_packs(w, index, "sm90")[1].view(torch.int16))
 
 
@@ -253,7 +253,7 @@ def test_weight_pack_of_a_row_wise_mask_equals_its_twin(order, rows, columns):
     index = index.to(DEVICE)
     packed = torch.zeros(rows * columns * 9 // 16, dtype=torch.bfloat16, device=DEVICE)
     kernels.pack_weight_(packed, None, w, index, order)
-    expected, size = matmul.pack_ref(w, expand_pairs(index), order), rows * columns // 2
+    expected, size = layout.pack24(w, expand_pairs(index), order), rows * columns // 2
     assert_equal(packed[:size], expected[:size])
     assert torch.equal(packed[size:].view(torch.int16), expected[size:].view(torch.int16))
 
@@ -400,7 +400,7 @@ def test_mvue_pack_equals_its_twins(order, rows, columns, token_major):
     if order == "masked":
         assert_equal(packed, values)
     else:
-        assert torch.equal(packed.view(torch.int16), matmul.pack_ref(values, kept, order).view(torch.int16))
+        assert torch.equal(packed.view(torch.int16), layout.pack24(values, kept, order).view(torch.int16))
     assert_sums(sums, x)
     again, nothing = kernels.mvue24_pack(given, seed_tensor(7), order, token_major, False)
     assert torch.equal(again.view(torch.int16), packed.view(torch.int16))
@@ -420,7 +420,7 @@ def test_mvue_pack_keeps_overflow_visible(token_major):
     packed, _ = kernels.mvue24_pack(
         x.t().contiguous() if token_major else x, seed_tensor(7), "sm90", token_major, False
     )
-    dense = matmul.unpack_ref(packed, 64, 64, "sm90")
+    dense = layout.unpack24(packed, 64, 64, "sm90")
     assert_equal(dense, mvue24_ref(x, 7))
     bad = ~x.isfinite().view(64, 16, 4).all(-1)
     assert bad.any()
@@ -590,7 +590,7 @@ def test_fused_backward_is_its_parts(activation, order, d_ff, tokens):
     if order == "masked":
         assert_equal(packed, values)
     else:
-        assert torch.equal(packed.view(torch.int16), matmul.pack_ref(values, kept, order).view(torch.int16))
+        assert torch.equal(packed.view(torch.int16), layout.pack24(values, kept, order).view(torch.int16))
     assert_sums(sums, dz)
     _, again, nothing = kernels.activation_backward_mvue24_pack(z, da, seed_tensor(-9), activation, order, False)
     assert torch.equal(again.view(torch.int16), packed.view(torch.int16))

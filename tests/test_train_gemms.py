@@ -10,13 +10,16 @@ from harness import all_settings, read_rows, read_state, row_differences, state_
 from test_train import _stopped, data, given, refused, run, stopped  # noqa: F401 (fixtures)
 
 from gemm24.choose import Report
-from gemm24.ffn import FFNPlan, plan_ffn, set_plan
 from gemm24.matmul import Choice
+from gemm24.plan import FFNPlan, plan_ffn, set_plan
 from model import GPT, GPTConfig
 from runtime import setup
 from runtime.ranks import Ranks
 from sparse24 import sparse_linears
 
+# A row as `choose` makes it on a GPU.
+ROW = {"name": "z", "m": 1, "n": 2, "k": 3, "dense_us": 10.0, "best_us": 8.0, "ratio": 1.25, "chosen": True}
+ROW |= {"backend": "cusparselt", "order": "sm90", "alg_id": 4, "split_k": 1, "reason": "", "key": "k", "faults": {}}
 PACKED = {"n_embd": 64, "dtype": "bfloat16", "dropout": 0.0, "max_iters": 14, "lr_decay_iters": 14, "dense_start": 11}
 
 
@@ -48,26 +51,23 @@ def test_a_planned_run_that_was_stopped_ends_in_the_same_bits(run, tmp_path, sto
     assert row_differences(read_rows(tmp_path / "parts"), read_rows(tmp_path / "whole")) == []
 
 
-def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, tmp_path, monkeypatch):
-    """With a clock and a library that are not there: rows come from ffn.plan_ffn as a GPU would give them."""
-    row = {"name": "z", "m": 1, "n": 2, "k": 3, "dense_us": 10.0, "best_us": 8.0, "ratio": 1.25, "chosen": True}
-    row |= {"backend": "cusparselt", "alg_id": 4, "split_k": 1, "reason": "", "key": "k", "faults": {}}
-    short = {**row, "name": "y", "faults": {"cusparselt sm90 0/1": "raises OutOfMemoryError: CUDA"}}  # the moment's
+def test_measurements_are_printed_and_saved_and_the_next_start_gets_them(run, tmp_path, monkeypatch):
+    short = {**ROW, "name": "y", "faults": {"cusparselt sm90 0/1": "raises OutOfMemoryError: CUDA"}}  # is not saved
     asked = []
 
     def plan(config, tokens, device, dtype, spmm, mvue, **options):
         asked.append((tokens, str(device), dtype, spmm, mvue, [*options["known"]], options["graph"]))
-        return None, Report({}, [row, short], ["cusparselt: sound"])
+        return None, Report({}, [ROW, short], ["cusparselt: sound"])
 
     monkeypatch.setattr(setup, "plan_ffn", plan)
     out = tmp_path / "out"
     text = run(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 3, "micro_batch": 1}, spmm="masked")
     assert "cusparselt: sound\n2:4 GEMM " in text
     assert "1.25  cusparselt 4/1" in text
-    assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [row], "whole": None}
+    assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [ROW], "whole": None}
     run(out, spmm="masked")
     options = (4 * 32, "cpu", torch.float32, "masked", True)
-    assert asked == [(*options, [], False), (*options, [row], False)]
+    assert asked == [(*options, [], False), (*options, [ROW], False)]
     run(out, max_iters=33, dense_start=27)  # in the dense phase nothing is measured
     run(out, eval_only=True, max_iters=33, dense_start=27)
     assert len(asked) == 2
@@ -79,7 +79,7 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
 @pytest.mark.parametrize("taken", ["plan", "layers"])
 def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path, monkeypatch, taken):
     """GEMMs that each win may not make a layer that does. A run that is resumed does not ask again."""
-    rows, timed = [{"key": "z", "chosen": True, "faults": {}}], []
+    rows, timed = [ROW], []
 
     def plan(config, tokens, device, dtype, spmm, mvue, **options):
         return FFNPlan("gelu", tokens, dtype, mvue, *[Choice()] * 6), Report({}, rows, [])
@@ -121,9 +121,12 @@ def test_auto_takes_the_plan_where_the_whole_layer_is_faster_by_it(run, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"spmm": "fast"}, "spmm='fast', need one of auto, dense, masked, cusparselt, cutlass"),
+        ({"spmm": "fast"}, "spmm='fast', need one of auto, dense, masked, cusparselt, emulated"),
         ({"spmm": "cusparselt"}, "spmm='cusparselt': needs an NVIDIA GPU; use spmm='auto'"),
-        ({"spmm": "cutlass"}, "spmm='cutlass': torch's CUTLASS 2:4 kernels need compute capability 8.x"),
+        (
+            {"spmm": "cutlass"},
+            "spmm='cutlass' was removed after commit 8751ec3: Ampere has cuSPARSELt too; use spmm='auto'",
+        ),
         ({"compile_mode": "fast"}, "compile_mode='fast', need default, reduce-overhead or max-autotune"),
     ],
     ids=str,
@@ -134,11 +137,14 @@ def test_gemms_that_cannot_be_had_are_refused(refused, tmp_path, changes, messag
 
 @pytest.mark.slow
 def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped):
-    """A kill may have cut it short, on a disk that lost its end."""
-    for iter_num, text in enumerate(("{", "[1]", '{"rows": [{}]}', '{"rows": 1}'), 11):
+    """A kill may have cut it short, on a disk that lost its end. Or it is of a run that chose cutlass."""
+    cutlass = json.dumps({"rows": [{**ROW, "backend": "cutlass", "key": '{"cutlass": "cutlass"}'}], "whole": None})
+    damaged = r"spmm.json cannot be read \(\w+: .*\): GEMMs are measured anew"
+    removed = "spmm.json has verdicts on the backend cutlass, which was removed after commit 8751ec3: those GEMMs are"
+    cases = [("{", damaged), ("[1]", damaged), ('{"rows": [{}], "whole": null}', damaged), (cutlass, removed)]
+    for iter_num, (text, message) in enumerate(cases, 11):
         (stopped / "spmm.json").write_text(text)
-        said = run(stopped, max_iters=iter_num, dense_start=27)
-        assert re.search(r"spmm.json cannot be read \(\w+: .*\): GEMMs are measured anew", said)
+        assert len(re.findall(message, run(stopped, max_iters=iter_num, dense_start=27))) == 1
         assert read_state(stopped)["iter_num"] == iter_num
 
 
@@ -186,7 +192,7 @@ def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch)
     monkeypatch.setattr(setup, "_measure_gemms", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(Ranks, "decide", lambda self, value: answer[0])
     assert setup.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu")) == ("plan", "report")
-    answer[0] = ValueError("spmm='cutlass': cannot")
+    answer[0] = ValueError("spmm='cusparselt': cannot")
     with pytest.raises(ValueError, match="cannot"):
         setup.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, torch.device("cpu"))
 

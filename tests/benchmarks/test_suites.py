@@ -12,7 +12,7 @@ import torch
 import bench
 from benchmarks import roofline, steps, suites
 from benchmarks.suites import TOY, Settings
-from gemm24 import ffn
+from gemm24 import plan as ffn_plan
 from gemm24.choose import Report
 from gemm24.matmul import Choice
 from model import GPTConfig
@@ -36,15 +36,15 @@ def timed(monkeypatch):
 
     def plan_ffn(config, tokens, **options):
         plan, report = original(config, tokens, **options)
-        gemms = ffn.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, True)
+        gemms = ffn_plan.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, True)
         for gemm in gemms.values():
             us = 2e-6 * gemm.m * gemm.n * gemm.k
             row = {**gemm._asdict(), "dense_us": us, "dense_spread_us": [us, us], "best_us": us / 2, "ratio": 2.0}
             report.rows.append(row | Choice()._asdict() | {"chosen": gemm.name != "dw2", "reason": ""})
         return plan, Report(report.choices, report.rows, report.notes)
 
-    original = ffn.plan_ffn
-    monkeypatch.setattr(ffn, "plan_ffn", plan_ffn)
+    original = ffn_plan.plan_ffn
+    monkeypatch.setattr(ffn_plan, "plan_ffn", plan_ffn)
 
 
 def layer(kind: str, settings=SETTINGS, case=("gelu", 64, 32, 2)) -> dict:
@@ -107,7 +107,7 @@ def test_a_plan_without_rows_has_no_model():
 
 def test_gemm_rows(timed):
     rows = list(suites.gemm_rows((64, 128), SETTINGS))
-    assert [row["name"] for row in rows] == list(ffn.GEMMS)
+    assert [row["name"] for row in rows] == list(ffn_plan.GEMMS)
     assert all(row["dense_tflops"] == pytest.approx(1) and row["best_tflops"] == pytest.approx(2) for row in rows)
     us = rows[0]["dense_us"]
     assert bench.cells("gemm", rows[0]) == [
@@ -134,7 +134,7 @@ def test_semi_structured_forward_is_pruned_and_its_gradients_are_those_of_the_pr
         y.backward(dy)
         grads["found"] = [y.detach(), x.grad, *(p.grad for p in module.parameters())]
 
-    monkeypatch.setattr(ffn, "forward_backward", keep_gradients)
+    monkeypatch.setattr(ffn_plan, "forward_backward", keep_gradients)
     variant = suites.semi_structured_variant("ffn", config, x, dy, SETTINGS)
     variant.pack()
     x.grad = None
@@ -181,13 +181,13 @@ def test_a_budget_leaves_out_and_a_failure_is_a_row(monkeypatch):
     assert rows == [{"case": [64, 128], "reason": "left out: the suite's time was up"}]
 
     def broken(*_, **__):
-        raise ValueError("spmm='cutlass': cannot")
+        raise ValueError("spmm='cusparselt': cannot")
 
-    monkeypatch.setattr(ffn, "plan_ffn", broken)
+    monkeypatch.setattr(ffn_plan, "plan_ffn", broken)
     (row,) = bench.suite_rows("gemm", SETTINGS)
-    assert row["reason"] == "ValueError: spmm='cutlass': cannot"
+    assert row["reason"] == "ValueError: spmm='cusparselt': cannot"
     rows = list(bench.suite_rows("ffn", SETTINGS))
-    assert all(row["variants"]["auto"]["reason"] == "ValueError: spmm='cutlass': cannot" for row in rows)
+    assert all(row["variants"]["auto"]["reason"] == "ValueError: spmm='cusparselt': cannot" for row in rows)
     assert all(row["s"] == {} for row in rows)
     data = {"suites": {"gemm": {"rows": [row]}, "ffn": {"rows": rows}}}
     assert len(bench.failures(data, ["gemm", "ffn"])) == 3
@@ -242,7 +242,7 @@ def test_failures_end_the_command_with_an_error(monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(ffn, "plan_ffn", broken)
+    monkeypatch.setattr(ffn_plan, "plan_ffn", broken)
     with pytest.raises(SystemExit) as ended:
         bench.main(["--suite", "gemm"])
     assert ended.value.code == 1
@@ -328,7 +328,7 @@ def test_the_model_shares_packing_as_the_measurement_does(kind):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gemms_are_chosen_by_their_time_on_the_gpu(monkeypatch, device):
-    monkeypatch.setattr(ffn, "plan_ffn", lambda config, **options: options)
+    monkeypatch.setattr(ffn_plan, "plan_ffn", lambda config, **options: options)
     options = suites.plan(TOY, 64, replace(SETTINGS, device=torch.device(device)))
     asked = device == "cuda"
     assert (options["graph"], options["tokens"], options["spmm"]) == (asked, 64, "emulated")
@@ -342,7 +342,7 @@ def test_units(monkeypatch):
 
 def test_attention_of_a_block_stays_dense(monkeypatch):
     modules = []
-    monkeypatch.setattr(ffn, "forward_backward", lambda net, module, *_: modules.append(module))
+    monkeypatch.setattr(ffn_plan, "forward_backward", lambda net, module, *_: modules.append(module))
     config = GPTConfig(n_embd=64, n_head=1, block_size=32, bias=False)
     x = torch.zeros(2, 32, 64)
     suites.auto_variant("block", config, x, x, SETTINGS)

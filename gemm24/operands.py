@@ -291,7 +291,5 @@ def _compare_kernels(device: torch.device) -> dict[str, bool]:
 
 SELF_TESTS.append(_compare_kernels)
 
-# Names of the last release for the specifications.
+# Names of the last release for two specifications.
 activation_ref, activation_backward_ref = activation.torch, activation_backward.torch
-mvue24_pack_ref, pack_weight_ref_ = mvue24_pack.torch, pack_weight_.torch
-activation_backward_mvue24_pack_ref = activation_backward_mvue24_pack.torch

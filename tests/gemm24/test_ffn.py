@@ -456,10 +456,13 @@ def test_it_compiles_as_one_graph(order):
     assert_equal(run(mlp, x, dy, compiled), run(mlp, x, dy))
 
 
+specified_activation = operands.activation.torch  # tests replace operands.activation
+
+
 @torch.library.custom_op("nano24_tests::activation", mutates_args=())
 def opaque_activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
     """The activation's kernel as the compiler sees it: an op that it cannot look into."""
-    return operands.activation.torch(z, activation)
+    return specified_activation(z, activation)
 
 
 @opaque_activation.register_fake

@@ -73,7 +73,7 @@ def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None 
 def _runs_kernels(*arguments) -> bool:
     """Whether the floating-point tensors among the arguments may go to a kernel: none may need a gradient."""
     tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return bool(tensors) and all(
+    return len(tensors) > 0 and all(  # torch 2.11's compiler cannot trace bool() of a list
         _STATUS.get(t.device) == "on"
         and t.dtype in _KERNEL_DTYPES
         and t.numel() > 0

@@ -85,7 +85,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto (bfloat16 where the GPU has it, else float16; float32 on CPUs), float32, bfloat16, float16
 compile: bool | None = None  # torch.compile the model; None = on CUDA only
 compile_mode = "default"  # torch.compile's mode: default, reduce-overhead (CUDA graphs), max-autotune
-spmm = "auto"  # 2:4 GEMMs: auto (where faster), cusparselt, cutlass; or none: dense (by layer), masked (fused FFN)
+spmm = "auto"  # 2:4 GEMMs: auto (where faster), cusparselt; or none: dense (by layer), masked (fused FFN)
 deterministic = False  # bit-reproducible GPU kernels, which are slower; CPU runs are always reproducible
 # ---- several ranks ----
 parallel = "ddp"  # ddp (each rank holds the model) or fsdp (weights, gradients and moments in shards)

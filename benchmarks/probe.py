@@ -19,7 +19,9 @@ import sparse24
 from benchmarks import machine as this_machine
 from benchmarks.machine import attempt, copy_bandwidth, device
 from configurator import write_json
-from gemm24 import choose, cusparselt, ffn, matmul
+from gemm24 import choose, cusparselt
+from gemm24 import plan as ffn_plan
+from gemm24.layout import compress24
 from gemm24.matmul import Choice, Gemm, matmul24
 from gemm24.operands import activation, mvue24_pack, pack_matrix
 
@@ -81,7 +83,7 @@ def order() -> dict:
     for rows, columns in SHAPES:
         found[f"{rows}x{columns}"] = row = attempt(lambda shape=(rows, columns): compare_order(*shape))
         print("order", rows, columns, row, flush=True)
-    trusted, why = choose.trusted_order(choose.BACKENDS["cusparselt"], device(), ffn.kernel_samples)
+    trusted, why = choose.trusted_order(device())
     return found | {"trusted": trusted, "why": why}
 
 
@@ -93,11 +95,11 @@ def operands(gemm: Gemm, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tens
     """(pruned A, its packed operand by the library's compress, B) of a random GEMM."""
     a = choose.random_24(gemm.m, gemm.k, device(), dtype)
     b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), device=device()).to(dtype)
-    return a, matmul.compress24(a, "library"), b.t() if gemm.b_column_major else b
+    return a, compress24(a), b.t() if gemm.b_column_major else b
 
 
 def host() -> dict:
-    gemm = ffn.ffn_gemms(256, 1024, 1024, "gelu", False, True)["z"]
+    gemm = ffn_plan.ffn_gemms(256, 1024, 1024, "gelu", False, True)["z"]
     a, packed, b = operands(gemm)
     found = {}
     shape, blob = (gemm.m, gemm.transposed), packed.view(gemm.m, -1)
@@ -122,7 +124,7 @@ def host() -> dict:
 def replays(multiply: Callable) -> list[bool]:
     """Capture a product and replay it five times. Before each replay its inputs change, and other products overwrite
     the host's memory that held its plan. Returns if each result was right. multiply: (packed, b, gemm, alg_id) -> D."""
-    gemm, other = (ffn.ffn_gemms(d, 4 * d, t, "gelu", False, True)["y"] for d, t in ((768, 4096), (1024, 2048)))
+    gemm, other = (ffn_plan.ffn_gemms(d, 4 * d, t, "gelu", False, True)["y"] for d, t in ((768, 4096), (1024, 2048)))
     a, packed, b = operands(gemm)
     _, packed_other, b_other = operands(other)
     results = []

@@ -28,7 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import machine, roofline
 from benchmarks.machine import copy_bandwidth, spread
 from benchmarks.suites import MASK_INTERVAL, Settings, compiled, describe, measured_card, plan, time_ms
-from gemm24 import choose, ffn
+from gemm24 import choose
+from gemm24 import plan as ffn_plan
+from gemm24.ffn import pack_weights
 from model import GPT, PRESETS, GPTConfig, peak_flops
 from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
 
@@ -83,7 +85,7 @@ class Run:
         self.sparse, self.report, self.plan = sparse, None, None
         if sparse:
             self.plan, self.report = plan(config, batch * config.block_size, settings)
-            ffn.set_plan(self.model, self.plan)
+            ffn_plan.set_plan(self.model, self.plan)
         if not settings.toy:
             for block in self.model.transformer.h:
                 block.compile(dynamic=False)
@@ -115,7 +117,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.new_gradients)
         if self.sparse:
-            ffn.pack_weights(self.model)
+            pack_weights(self.model)
         self.iter_num += 1
 
     def refresh(self) -> None:
@@ -183,7 +185,7 @@ def row_of(case: Case, settings: Settings) -> dict:
     sparse = runs["sparse"]
     row["plan"] = describe(sparse.plan, sparse.report)
     row["refresh_ms"] = spread(time_ms([sparse.refresh], settings)[0])
-    ffn.pack_weights(sparse.model)
+    pack_weights(sparse.model)
     asked = (runs, row["tokens"], row["refresh_ms"]["median"], settings)
     row["compiled"] = timed(*asked)
     if on_gpu:

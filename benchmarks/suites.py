@@ -15,7 +15,9 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.machine import copy_bandwidth, spread
-from gemm24 import choose, ffn
+from gemm24 import choose
+from gemm24 import plan as ffn_plan
+from gemm24.ffn import pack_weights
 from model import MLP, Block, GPTConfig
 from sparse24 import RECIPES, refresh_masks, sparsify
 
@@ -71,10 +73,10 @@ def measured_card(report, bandwidth: float) -> tuple[roofline.GPU, dict[str, flo
 
 
 def plan(config: GPTConfig, tokens: int, settings: Settings):
-    """(plan or None, report) of ffn.plan_ffn for this many tokens."""
+    """(plan or None, report) of ffn_plan.plan_ffn for this many tokens."""
     on_gpu = settings.device.type == "cuda"  # graph: choose by the time on the GPU, as train.py does
     options = {"spmm": "auto" if on_gpu else "emulated", "graph": on_gpu, "cache": settings.cache}
-    return ffn.plan_ffn(config, tokens=tokens, device=settings.device, dtype=torch.bfloat16, mvue=True, **options)
+    return ffn_plan.plan_ffn(config, tokens=tokens, device=settings.device, dtype=torch.bfloat16, mvue=True, **options)
 
 
 def describe(chosen, report) -> str:
@@ -102,13 +104,13 @@ def gemm_grid(settings: Settings) -> list[tuple[int, int]]:
 
 
 def gemm_rows(case: tuple[int, int], settings: Settings) -> list[dict]:
-    """The six GEMMs of a GELU layer of one width: the rows behind ffn.plan_ffn's plan, with TFLOP/s."""
+    """The six GEMMs of a GELU layer of one width: the rows behind ffn_plan.plan_ffn's plan, with TFLOP/s."""
     d, tokens = case
     config = GPTConfig(n_embd=d, n_head=1, activation="gelu", bias=False)
     _, report = plan(config, tokens, settings)
     print(report.text(), flush=True)
     measured, rows = {row["name"]: row for row in report.rows}, []
-    for name, gemm in ffn.ffn_gemms(d, config.d_ff, tokens, "gelu", False, True).items():
+    for name, gemm in ffn_plan.ffn_gemms(d, config.d_ff, tokens, "gelu", False, True).items():
         row = measured.get(name, gemm._asdict() | {"reason": "not timed here"})
         flops = 2e-6 * gemm.m * gemm.n * gemm.k  # over microseconds: TFLOP/s
         rates = {f"{key}_tflops": row.get(f"{key}_us") and flops / row[f"{key}_us"] for key in ("dense", "best")}
@@ -138,7 +140,7 @@ def layer_grid(kind: str, settings: Settings) -> list[tuple[str, int, int, int]]
 def layer_row(kind: str, case: tuple[str, int, int, int], settings: Settings) -> dict:
     """One shape of ffn or block: the compiled dense layer, and this repository's 2:4 layer ("auto"), taking turns.
 
-    The 2:4 layer has the plan of ffn.plan_ffn for the shape. train.py takes that plan only if ffn.time_ways finds it
+    The 2:4 layer has the plan of plan_ffn for the shape. train.py takes that plan only if time_ways finds it
     faster than the 2:4 layers one by one. Its time includes one packing, and its share of the mask search."""
     activation, d, n, batch = case
     config = GPTConfig(n_embd=d, n_head=d // 64, block_size=n, activation=activation, bias=False)
@@ -153,11 +155,11 @@ def layer_row(kind: str, case: tuple[str, int, int, int], settings: Settings) ->
         if name == "auto":
             sparsify(module, "fst", lambda name, _: "attn" not in name)
             chosen, report = plan(config, n * batch, settings)
-            ffn.set_plan(module, chosen)
-        calls[name] = ffn.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16)
+            ffn_plan.set_plan(module, chosen)
+        calls[name] = ffn_plan.forward_backward(compiled(module, settings), module, x, dy, torch.bfloat16)
         calls[name]()  # compiles
         host_us[name] = choose.enqueue_us(calls[name], settings.device)
-    upkeep = {"pack_ms": partial(ffn.pack_weights, module), "refresh_ms": partial(refresh_masks, module, measure=False)}
+    upkeep = {"pack_ms": partial(pack_weights, module), "refresh_ms": partial(refresh_masks, module, measure=False)}
     graph = settings.graph and settings.device.type == "cuda"
     dense_ms, sparse_ms = time_ms([*calls.values()], settings, graph)
     costs = {name: spread(time_ms([call], settings, graph)[0]) for name, call in upkeep.items()}

@@ -20,7 +20,8 @@ import torch
 from benchmarks.kernel_times import time_calls
 from benchmarks.machine import device, write_rows
 from benchmarks.probe import operands
-from gemm24 import choose, ffn
+from gemm24 import choose
+from gemm24 import plan as ffn_plan
 from gemm24.matmul import Gemm
 from sparse24 import use_kernels
 
@@ -111,7 +112,7 @@ def rows() -> Iterator[tuple[dict, Callable[[], dict]]]:
             gemm = Gemm(name, TOKENS, d, 4 * d, True, transposed, False)
             yield {"name": name}, partial(product_row, gemm, torch.bfloat16)
     for d in (1600, 768):
-        for name, gemm in ffn.ffn_gemms(d, 4 * d, TOKENS, "gelu", False, True).items():
+        for name, gemm in ffn_plan.ffn_gemms(d, 4 * d, TOKENS, "gelu", False, True).items():
             yield {"name": name}, partial(product_row, gemm, torch.float16)
 
 

@@ -1,27 +1,25 @@
-"""Cached cuSPARSELt plans, by ctypes: what torch._cslt_sparse_mm builds and destroys in each call is built once here.
+"""Cached cuSPARSELt plans, by ctypes. torch._cslt_sparse_mm builds and destroys a plan in each call.
 
 A plan is the library's prepared GEMM D = A B with a 2:4 A: descriptors of three matrices, an algorithm, and the kernel
 that was picked. Building one costs the host 0.05 to 0.5 ms, which a short GEMM cannot hide; `matmul` builds it on the
 first call of a problem and afterwards calls only `cusparseLtMatmul`.
 
 key        shape, dtypes, layouts, algorithm, split, device and thread. The library's handle belongs to one device and
-           may serve one thread at a time, and the backward pass runs in a thread of autograd's own. A thread that has
-           the number of one that ended takes over its handle and plans.
-lifetime   plans and handles are kept until the process ends. The library's structs point at each other, so each is
-           built in the place where it stays.
-streams    a running GEMM writes D and its workspace; the plan is const. So streams and CUDA graphs may share one, and
-           each call allocates its own workspace from PyTorch's allocator, as PyTorch's op does: the allocator keeps
-           streams apart, and what is allocated during a capture is the graph's as long as the graph lives.
-bias       there is none. It is a pointer in the descriptor, and NVIDIA does not say whether a plan reads it again.
+           may serve one thread at a time, and autograd runs the backward pass in another thread. A thread that has the
+           number of one that ended takes over its handle and plans.
+lifetime   plans and handles live until the process ends. The library's structs point at each other, so each is built
+           in the place where it stays.
+streams    a running GEMM writes D and its workspace; the plan is const. So streams and CUDA graphs may share one. Each
+           call allocates its workspace from PyTorch's allocator, as PyTorch's op does: the allocator keeps streams
+           apart, and memory that is allocated during a capture belongs to the graph as long as the graph lives.
+bias       is not supported. It is a pointer in the descriptor, and NVIDIA does not say whether a plan reads it again.
 
 Values and struct sizes are those of cusparseLt.h 0.8.0; 0.7.1 has the same functions and values, and larger structs.
 """
 
 import ctypes
 import functools
-import importlib.util
 import threading
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,7 +34,7 @@ NON_TRANSPOSE, TRANSPOSE = 0, 1  # cusparseOperation_t
 SPARSITY_50_PERCENT = 0  # cusparseLtSparsity_t
 COMPUTE_32F = 2  # cusparseComputeType
 ALG_DEFAULT = 0  # cusparseLtMatmulAlg_t
-ALG_CONFIG_ID, ALG_CONFIG_MAX_ID, SPLIT_K = 0, 1, 3  # cusparseLtMatmulAlgAttribute_t
+ALG_CONFIG_ID, SPLIT_K = 0, 3  # cusparseLtMatmulAlgAttribute_t
 
 _P, _I64, _U32, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int, ctypes.c_size_t
 _FUNCTIONS = {  # name after cusparseLt -> types of the arguments; each returns a cusparseStatus_t
@@ -47,7 +45,6 @@ _FUNCTIONS = {  # name after cusparseLt -> types of the arguments; each returns 
     "MatmulDescriptorInit": (_P, _P, _INT, _INT, _P, _P, _P, _P, _INT),
     "MatmulAlgSelectionInit": (_P, _P, _P, _INT),
     "MatmulAlgSetAttribute": (_P, _P, _INT, _P, _SIZE),
-    "MatmulAlgGetAttribute": (_P, _P, _INT, _P, _SIZE),
     "MatmulPlanInit": (_P, _P, _P, _P),
     "MatmulGetWorkspace": (_P, _P, _P),
     "Matmul": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _P, ctypes.c_int32),
@@ -58,39 +55,20 @@ _ZERO, _ONE = ctypes.c_float(0.0), ctypes.c_float(1.0)  # alpha and beta, read o
 # The library
 
 
-def _open() -> ctypes.CDLL:
-    """The library that is loaded already, else that of the package nvidia-cusparselt. Raises OSError without either."""
-    try:
-        return ctypes.CDLL(LIBRARY)
-    except OSError:
-        try:
-            spec = importlib.util.find_spec("nvidia.cusparselt")
-        except ModuleNotFoundError:
-            spec = None
-        paths = [Path(folder, "lib", LIBRARY) for folder in (spec.submodule_search_locations if spec else ())]
-        if found := [path for path in paths if path.exists()]:
-            return ctypes.CDLL(str(found[0]))
-        raise
-
-
 @functools.cache
 def _load() -> ctypes.CDLL:
     """The library, with the types of its functions. Raises OSError, AttributeError or RuntimeError without one."""
-    library = _open()
+    library = ctypes.CDLL(LIBRARY)
     library.cusparseLtGetErrorName.argtypes, library.cusparseLtGetErrorName.restype = (_INT,), ctypes.c_char_p
     for name, types in _FUNCTIONS.items():
         function = getattr(library, f"cusparseLt{name}")
         function.argtypes, function.restype = types, _INT
-    version = tuple(_read_int(functools.partial(library.cusparseLtGetProperty, part)) for part in (0, 1))
-    if version < OLDEST:
+    version = (ctypes.c_int * 2)(-1, -1)
+    for part in (0, 1):
+        library.cusparseLtGetProperty(part, ctypes.byref(version, part * ctypes.sizeof(ctypes.c_int)))
+    if tuple(version) < OLDEST:
         raise RuntimeError(f"cuSPARSELt {version[0]}.{version[1]} is too old, need {OLDEST[0]}.{OLDEST[1]} or later")
     return library
-
-
-def _read_int(getter) -> int:
-    value = ctypes.c_int(-1)
-    getter(ctypes.byref(value))
-    return value.value
 
 
 @functools.cache
@@ -139,15 +117,13 @@ class Problem(NamedTuple):
 
 
 class _Plan:
-    """The structs of one problem and algorithm, built in order. Raises RuntimeError where the library refuses one."""
+    """The structs of a problem and algorithm, built in order. Raises RuntimeError where the library refuses one."""
 
-    def __init__(self, problem: Problem, alg_id: int | None, split_k: int = 1):
+    def __init__(self, problem: Problem, alg_id: int, split_k: int):
         self.handle = _handle(problem.device, problem.thread)
         self.a, self.b, self.d, self.matmul, self.selection, self.plan = (_struct() for _ in range(6))
         self._describe(problem)
         _call("MatmulAlgSelectionInit", self.handle, self.selection, self.matmul, ALG_DEFAULT)
-        if alg_id is None:  # only to ask for the number of algorithms
-            return
         self._set(ALG_CONFIG_ID, alg_id)
         if split_k > 1:
             self._set(SPLIT_K, split_k)
@@ -171,9 +147,8 @@ class _Plan:
 
     def _set(self, attribute: int, value: int) -> None:
         value = ctypes.c_int(value)
-        _call(
-            "MatmulAlgSetAttribute", self.handle, self.selection, attribute, ctypes.byref(value), ctypes.sizeof(value)
-        )
+        size = ctypes.sizeof(value)
+        _call("MatmulAlgSetAttribute", self.handle, self.selection, attribute, ctypes.byref(value), size)
 
 
 _handles: dict[tuple[int, int], ctypes.Array] = {}  # (device, thread) -> cusparseLtHandle_t
@@ -205,35 +180,19 @@ def _current_stream(device: torch.device) -> int:
 # GEMMs
 
 
-def _problem(function: str, b: torch.Tensor, rows: int, transposed: bool) -> Problem:
-    """Raises ValueError where B's strides or a dtype cannot be described."""
-    k, n = b.shape
-    if b.stride() not in ((n, 1), (1, k)):
-        raise ValueError(
-            f"{function}: B {tuple(b.shape)} with strides {b.stride()}, need a contiguous (k, n) or the transpose of a "
-            "contiguous (n, k); call .contiguous()"
-        )
-    if b.dtype not in CUDA_TYPES:
-        raise ValueError(f"{function}: B {b.dtype}, need bfloat16 or float16; convert it, or use another backend")
-    return Problem(rows, n, k, b.dtype, b.stride() != (n, 1), transposed, b.get_device(), threading.get_ident())
-
-
 def matmul(
     a: torch.Tensor, b: torch.Tensor, rows: int, transposed: bool, alg_id: int, split_k: int = 1
 ) -> torch.Tensor:
     """D = A B: (rows, n), or with `transposed` a contiguous (n, rows) that holds D^T; in b's dtype.
 
-    a: packed (rows, k) operand as cuSPARSELt's compress writes it, bfloat16 or float16, contiguous. b: (k, n) of the
-    same dtype, contiguous or the transpose of a contiguous (n, k). Raises ValueError on what the library would misread,
-    RuntimeError where it refuses a problem.
+    a: packed (rows, k) operand as cuSPARSELt's compress writes it. b: (k, n) of the same dtype, bfloat16 or float16,
+    contiguous or the transpose of a contiguous (n, k). matmul24 has checked both. Raises RuntimeError where the library
+    refuses a problem.
     """
-    problem = _problem("cusparselt.matmul", b, rows, transposed)
-    if a.dtype != b.dtype or a.device != b.device or not a.is_contiguous() or 16 * a.numel() < 9 * rows * problem.k:
-        raise ValueError(
-            f"cusparselt.matmul: packed A {a.dtype} {tuple(a.shape)} on {a.device}, need a contiguous {b.dtype} tensor "
-            f"on {b.device} of at least 9/16 of {rows}x{problem.k}; pack it as matmul.py does"
-        )
-    d = b.new_empty((problem.n, rows) if transposed else (rows, problem.n))
+    k, n = b.shape
+    column_major = b.stride() != (n, 1)
+    problem = Problem(rows, n, k, b.dtype, column_major, transposed, b.get_device(), threading.get_ident())
+    d = b.new_empty((n, rows) if transposed else (rows, n))
     with torch.cuda.device_of(b):  # does nothing for tests' tensors on a CPU
         plan = _plan(problem, alg_id, split_k)
         workspace = b.new_empty(plan.workspace_bytes, dtype=torch.uint8)
@@ -241,14 +200,3 @@ def matmul(
         pointers = ctypes.byref(_ONE), a.data_ptr(), b.data_ptr(), ctypes.byref(_ZERO), d.data_ptr(), d.data_ptr()
         _call("Matmul", plan.handle, plan.plan, *pointers, workspace.data_ptr(), ctypes.byref(stream), 1)
     return d
-
-
-def algorithms(b: torch.Tensor, rows: int, transposed: bool) -> int:
-    """Number of algorithms that the library has for D = A B with these layouts; alg_id must be below it."""
-    problem = _problem("cusparselt.algorithms", b, rows, transposed)
-    with torch.cuda.device_of(b):
-        probe = _Plan(problem, None)
-        largest = ctypes.c_int()
-        size = ctypes.sizeof(largest)
-        _call("MatmulAlgGetAttribute", probe.handle, probe.selection, ALG_CONFIG_MAX_ID, ctypes.byref(largest), size)
-    return largest.value

@@ -1,8 +1,8 @@
 """The work of the fused feed-forward layer between its GEMMs: activations, and writing operands in packed 2:4 layouts.
 
 Each operator is a specification in plain PyTorch, and has a Triton kernel of the same name in kernels.py, as in
-sparse24.py. The hidden layer is feature-major, (d_ff, tokens), as ffn.py's GEMMs write it (section 5.2). matmul.py has
-the packed layouts, called orders; order "masked" is the dense matrix with zeros.
+sparse24.py. The hidden layer is feature-major, (d_ff, tokens), as ffn.py's GEMMs write it (section 5.2). `order` names
+a packed layout of layout.py.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from gemm24.matmul import CONVERTED, compress24, compressed_size, pack_ref
+from gemm24.layout import ORDERS, compress24, operand_shape, pack24
 from sparse24 import (
     SELF_TESTS,
     awkward_matrix,
@@ -24,8 +24,6 @@ from sparse24 import (
     same_numbers,
     transposable_index,
 )
-
-OURS = ("sm80", "sm90")  # orders that the kernels write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Activations
@@ -111,7 +109,7 @@ def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> t
 
 def _fits_kernel(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: bool, halves: int = 1) -> bool:
     """True if x is bfloat16, and a kernel can draw it and write it in this order."""
-    if x.dtype != torch.bfloat16 or order not in ("masked", "sm80", "sm90"):
+    if x.dtype != torch.bfloat16 or order not in ("masked", *ORDERS):
         return False
     import kernels  # there is Triton where this is asked
 
@@ -131,9 +129,9 @@ def _takes_pack(x, seed, order: str, token_major: bool = False, bias: bool = Fal
 
 def _mvue24_then_pack(x, seed, order: str, token_major: bool = False, bias: bool = False):
     """`mvue24_pack` in two steps, the first by its kernel where it can."""
-    if order in CONVERTED:
+    if order == "library":
         masked, sums = mvue24_pack(x, seed, "masked", token_major, bias)
-        return compress24(masked.contiguous(), order), sums
+        return compress24(masked.contiguous()), sums
     if order != "masked":
         return mvue24_pack.torch(x, seed, order, token_major, bias)
     x = x.t() if token_major else x
@@ -151,7 +149,7 @@ def mvue24_pack(
     """
     x = x.t() if token_major else x
     values, mask = mvue24_with_mask(x, seed)
-    return (values if order == "masked" else pack_ref(values, mask, order)), _token_sums(x, bias)
+    return (values if order == "masked" else pack24(values, mask, order)), _token_sums(x, bias)
 
 
 def _takes_backward_pack(z, da, seed, activation: str, order: str, bias: bool = False) -> bool:
@@ -162,9 +160,9 @@ def _takes_backward_pack(z, da, seed, activation: str, order: str, bias: bool = 
 
 def _backward_then_pack(z, da, seed, activation: str, order: str, bias: bool = False):
     """`activation_backward_mvue24_pack` in two steps, each by its kernel where it can."""
-    if order in CONVERTED:
+    if order == "library":
         dz, masked, sums = activation_backward_mvue24_pack(z, da, seed, activation, "masked", bias)
-        return dz, compress24(masked.contiguous(), order), sums
+        return dz, compress24(masked.contiguous()), sums
     _check_activation("activation_backward_mvue24_pack", activation)
     dz = activation_backward(z, da, activation)
     return dz, *mvue24_pack(dz, seed, order, False, bias)
@@ -205,39 +203,31 @@ def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) 
     for buffer, x, kept in ((packed, w, mask), (packed_t, w.t(), mask.t())):
         if buffer is None:
             continue
-        buffer.copy_(pack_ref(x.to(buffer.dtype).contiguous(), kept.contiguous(), order))
+        buffer.copy_(pack24(x.to(buffer.dtype).contiguous(), kept.contiguous(), order))
 
 
 def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
     """A pruned matrix x (rows, columns), two non-zeros in each group of four, as an operand in `order`."""
     if order == "masked":
         return x
-    if order in CONVERTED:
-        return compress24(x.contiguous(), order)
+    if order == "library":
+        return compress24(x.contiguous())
     packed = x.new_empty(x.numel() * 9 // 16)
     pack_weight_(packed, None, x, pair_index(x), order)
     return packed
 
 
-def operand_shape(rows: int, columns: int, order: str, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
-    """The shape of the operand of a (rows, columns) matrix."""
-    return (rows, columns) if order == "masked" else (compressed_size(rows, columns, order, dtype, device),)
-
-
 def empty_operands(w: torch.Tensor, mask: str, orders, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
     """Memory for `write_operands`: (w_24, packed, packed_t), the pruned weight (out, in), and the packed operands of it
-    and of its transpose; None for one that no GEMM reads.
+    and of its transpose. None stands for one that no GEMM reads.
 
     w: (out, in). mask: as Recipe.mask. orders: of the forward's operand and of the input gradient's, or None.
     """
     order, order_t = orders
     rows, columns = w.shape
-    # w_24 is what dense GEMMs read, and what all packers read but the one of transposable masks.
-    needed = (
-        mask != "transposable" or not {*orders} <= {None, *OURS},
-        order not in (None, "masked"),
-        order_t not in (None, "masked"),
-    )
+    # Dense GEMMs read w_24, and so do all packers but the one of transposable masks.
+    needs_w_24 = mask != "transposable" or not {*orders} <= {None, *ORDERS}
+    needed = (needs_w_24, order not in (None, "masked"), order_t not in (None, "masked"))
     shapes = ((rows, columns, "masked"), (rows, columns, order), (columns, rows, order_t))
     return tuple(
         w.new_empty(operand_shape(*shape, dtype, w.device), dtype=dtype) if need else None
@@ -253,17 +243,17 @@ def write_operands(buffers, w, index, beta, mask: str, orders, metadata: bool = 
     (w_24, packed, packed_t), (order, order_t) = buffers, orders
     if w_24 is not None:
         w_24.copy_(prune(w, index, beta, mask))
-    ours = {*orders} & {*OURS}  # one at most, since one GPU reads one order
+    ours = {*orders} & {*ORDERS}  # one at most, since one GPU reads one order
     if ours and mask == "transposable":
-        by_kernel = (packed if order in OURS else None, packed_t if order_t in OURS else None)
+        by_kernel = (packed if order in ORDERS else None, packed_t if order_t in ORDERS else None)
         pack_weight_(*by_kernel, w, index, *ours, metadata=metadata)
     elif ours:
         pairs = index if mask == "row" else pair_index(w_24)
         pack_weight_(packed, None, w_24, pairs, *ours, metadata=metadata or mask != "row")
-    if order in CONVERTED:
-        packed.copy_(compress24(w_24, order))
-    if order_t in CONVERTED:
-        packed_t.copy_(compress24(w_24.t().contiguous(), order_t))
+    if order == "library":
+        packed.copy_(compress24(w_24))
+    if order_t == "library":
+        packed_t.copy_(compress24(w_24.t().contiguous()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,7 +291,5 @@ def _compare_kernels(device: torch.device) -> dict[str, bool]:
 
 SELF_TESTS.append(_compare_kernels)
 
-# Names of the last release for the specifications.
+# Names of the last release for two specifications.
 activation_ref, activation_backward_ref = activation.torch, activation_backward.torch
-mvue24_pack_ref, pack_weight_ref_ = mvue24_pack.torch, pack_weight_.torch
-activation_backward_mvue24_pack_ref = activation_backward_mvue24_pack.torch

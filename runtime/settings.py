@@ -29,7 +29,6 @@ CHOICES = {
     "flip_mask": ("auto", "transposable", "row"),
     "dtype": ("auto", *DTYPES),
     "compile_mode": ("default", "reduce-overhead", "max-autotune"),
-    "spmm": choose.MODES,
     "parallel": ("ddp", "fsdp"),
 }
 
@@ -42,6 +41,7 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
     for name, choices in CHOICES.items():
         if getattr(s, name) not in choices:
             raise ValueError(f"{name}={getattr(s, name)!r}, need one of {', '.join(choices)}")
+    choose.check_mode(s.spmm)
     if s.wandb_log and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
     if s.seed >= 2**32:

@@ -18,8 +18,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import setting_names, write_json
-from gemm24 import choose
-from gemm24.ffn import pack_weights, plan_ffn, set_plan, time_ways
+from gemm24.choose import Report
+from gemm24.ffn import pack_weights
+from gemm24.plan import plan_ffn, set_plan, time_ways
 from model import GPT, GPTConfig, peak_flops
 from runtime import checkpoint, settings
 from runtime.checkpoint_writer import Saver, Writer
@@ -221,8 +222,8 @@ def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, r
     if not fsdp:
         model.to(device)
     if recipe and recipe.fused and not s.eval_only and (state["iter_num"] if state else 0) < s.dense_start:
-        kept = Path(s.out_dir) / "spmm.json" if state else None
-        plan, report = plan_gemms(s, model, kept, ranks, fsdp, device)
+        path = Path(s.out_dir) / "spmm.json" if state else None
+        plan, report = plan_gemms(s, model, path, ranks, fsdp, device)
     if fsdp:  # moves one shard at a time to the device
         mode = s.compile_mode if s.compile else None
         shard_model(model, model.transformer.h, ranks, device, s.fsdp_copies, DTYPES[s.dtype], mode)
@@ -308,13 +309,13 @@ def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state
     return optimizer
 
 
-def plan_gemms(s: SimpleNamespace, model: GPT, kept: Path | None, ranks: Ranks, fsdp: bool, dev: torch.device):
-    """(the plan of the sparse FFNs or None, the report on it). Rank 0 measures for all ranks. kept: the spmm.json of a
-    run that is resumed, whose verdicts stay."""
+def plan_gemms(s: SimpleNamespace, model: GPT, path: Path | None, ranks: Ranks, fsdp: bool, dev: torch.device):
+    """(the plan of the sparse FFNs or None, the report on it). Rank 0 measures for all ranks. path: the spmm.json of a
+    run that is resumed, whose choices it follows."""
     answer = None
     if ranks.master:
         try:
-            answer = _measure_gemms(s, model, kept, ranks.world_size, fsdp, dev)
+            answer = _measure_gemms(s, model, path, ranks.world_size, fsdp, dev)
         except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer
             answer = ValueError(str(error))
     answer = ranks.decide(answer)
@@ -324,11 +325,13 @@ def plan_gemms(s: SimpleNamespace, model: GPT, kept: Path | None, ranks: Ranks, 
 
 
 def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
-    """(plan or None, report). What an earlier start of this run measured is used if the question is still the same."""
-    rows, whole = choose.read_report(path)
+    """(plan or None, report). Measurements of an earlier start are used if they answer the same question."""
+    saved = Report.read(path)
+    for note in saved.notes:
+        print(note)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
     # Time the GPU alone, because in training the host runs ahead of it.
-    options = {"graph": dev.type == "cuda", "cache": cache, "known": rows}
+    options = {"graph": dev.type == "cuda", "cache": cache, "known": saved.rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
     mlp = model.transformer.h[0].mlp
@@ -338,8 +341,8 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
         # FSDP's shards are packed once in each micro-step. All other weights are packed once in an optimizer step.
         uses = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
         asked = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
-        if not whole or whole["asked"] != asked or rows != report.rows:
-            whole = time_ways(copy.deepcopy(mlp).to(dev), plan, **asked) | {"asked": asked}
-        report.whole = whole
-        plan = plan if whole["taken"] == "plan" else None
+        report.layer = saved.layer
+        if not saved.layer or saved.layer["asked"] != asked or saved.rows != report.rows:
+            report.layer = time_ways(copy.deepcopy(mlp).to(dev), plan, **asked) | {"asked": asked}
+        plan = plan if report.layer["taken"] == "plan" else None
     return plan, report

@@ -19,8 +19,7 @@ import kernels
 import sparse24
 from benchmarks import baselines
 from gemm24 import operands
-from gemm24.matmul import pack_ref as pack24
-from gemm24.matmul import unpack_ref as unpack24
+from gemm24.layout import pack24, unpack24
 from gemm24.operands import ACTIVATIONS, activation_backward_ref, activation_ref
 from sparse24 import adamw_scalars, expand_index, expand_pairs, mvue24_kept_ref, mvue24_ref, transposable_index_ref
 

@@ -24,12 +24,13 @@ def test_a_part_that_fails_says_why_and_the_parts_after_it_run(tmp_path, monkeyp
 def test_every_part_runs_on_the_fake_gpu(tmp_path, on_fake_gpu):
     on_fake_gpu("""
 from benchmarks import probe
-from gemm24 import choose, ffn
+from gemm24 import choose
+from gemm24 import plan as ffn_plan
 
-choose._WARM_UP, real = 0, ffn.ffn_gemms
+choose._WARM_UP, real = 0, ffn_plan.ffn_gemms
 probe.SHAPES, probe.WIDTH, probe.PACKED = [(64, 64), (128, 128)], 128, ((64, 128),)
 probe.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
-ffn.ffn_gemms = lambda d, d_ff, tokens, *more: real(64, 256, 64, *more)
+ffn_plan.ffn_gemms = lambda d, d_ff, tokens, *more: real(64, 256, 64, *more)
 assert probe.main([f"{out}/probe.json"]) == 0
 """)
     found = json.loads((tmp_path / "probe.json").read_text())

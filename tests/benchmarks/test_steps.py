@@ -9,7 +9,7 @@ import bench
 from benchmarks import roofline, steps
 from benchmarks.steps import TOY, predict_step
 from benchmarks.suites import MASK_INTERVAL, Settings
-from gemm24 import ffn
+from gemm24.ffn import pack_weights
 from sparse24 import sparse_linears
 
 SETTINGS = Settings(torch.device("cpu"), scale="toy", repetitions=2)
@@ -39,7 +39,7 @@ def test_run_takes_whole_optimizer_steps(sparse):
     before = [p.detach().clone() for p in run.model.parameters()]
     run.step()
     run.refresh()
-    ffn.pack_weights(run.model)
+    pack_weights(run.model)
     run.step()
     assert run.iter_num == 2
     assert all(not torch.equal(p, q) for p, q in zip(before, run.model.parameters(), strict=True))

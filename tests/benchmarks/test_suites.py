@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import roofline, steps, suites
 from benchmarks.suites import Settings
-from gemm24 import ffn
+from gemm24 import plan as ffn_plan
 from gemm24.choose import Report
 from gemm24.matmul import Choice
 from model import GPTConfig
@@ -30,15 +30,15 @@ def timed(monkeypatch):
 
     def plan_ffn(config, tokens, **options):
         plan, report = original(config, tokens, **options)
-        gemms = ffn.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, True)
+        gemms = ffn_plan.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, True)
         for gemm in gemms.values():
             us = 2e-6 * gemm.m * gemm.n * gemm.k
             row = {**gemm._asdict(), "dense_us": us, "dense_spread_us": [us, us], "best_us": us / 2, "ratio": 2.0}
             report.rows.append(row | Choice()._asdict() | {"chosen": gemm.name != "dw2", "reason": ""})
         return plan, Report(report.choices, report.rows, report.notes)
 
-    original = ffn.plan_ffn
-    monkeypatch.setattr(ffn, "plan_ffn", plan_ffn)
+    original = ffn_plan.plan_ffn
+    monkeypatch.setattr(ffn_plan, "plan_ffn", plan_ffn)
 
 
 def layer(kind: str, settings=SETTINGS, case=("gelu", 64, 32, 2)) -> dict:
@@ -87,7 +87,7 @@ def test_a_plan_without_rows_has_no_model():
 
 def test_gemm_rows(timed):
     rows = suites.gemm_rows((64, 128), SETTINGS)
-    assert [row["name"] for row in rows] == list(ffn.GEMMS)
+    assert [row["name"] for row in rows] == list(ffn_plan.GEMMS)
     assert all(row["dense_tflops"] == pytest.approx(1) and row["best_tflops"] == pytest.approx(2) for row in rows)
 
 
@@ -117,7 +117,7 @@ def test_grids_hold_what_they_promise(scale):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gemms_are_chosen_by_their_time_on_the_gpu(monkeypatch, device):
-    monkeypatch.setattr(ffn, "plan_ffn", lambda config, **options: options)
+    monkeypatch.setattr(ffn_plan, "plan_ffn", lambda config, **options: options)
     options = suites.plan(steps.TOY, 64, replace(SETTINGS, device=torch.device(device)))
     expected = {"cpu": ("emulated", False), "cuda": ("auto", True)}[device]
     assert (options["spmm"], options["graph"]) == expected
@@ -130,9 +130,9 @@ def test_times_are_milliseconds(monkeypatch):
 
 
 def test_attention_of_a_block_stays_dense(monkeypatch):
-    modules, original = [], ffn.forward_backward
+    modules, original = [], ffn_plan.forward_backward
     monkeypatch.setattr(
-        ffn, "forward_backward", lambda net, module, *rest: modules.append(module) or original(net, module, *rest)
+        ffn_plan, "forward_backward", lambda net, module, *rest: modules.append(module) or original(net, module, *rest)
     )
     layer("block")
     dense, sparse = modules

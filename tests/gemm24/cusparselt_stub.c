@@ -93,13 +93,6 @@ int cusparseLtMatmulAlgSetAttribute(const Handle *handle, Selection *selection, 
     return called("MatmulAlgSetAttribute", " %d = %d", attribute, *(const int *)data);
 }
 
-int cusparseLtMatmulAlgGetAttribute(const Handle *handle, const Selection *selection, int attribute, void *data,
-                                    size_t size) {
-    if (bad(handle) || size != sizeof(int) || attribute != 1) return 3;
-    *(int *)data = selection->matmul->a->type == 14 ? 21 : 7;
-    return called("MatmulAlgGetAttribute", " %d", attribute);
-}
-
 int cusparseLtMatmulPlanInit(const Handle *handle, Plan *plan, const Matmul *matmul, const Selection *selection) {
     *plan = (Plan){matmul, selection};
     if (bad(handle) || misaligned(plan)) return 3;

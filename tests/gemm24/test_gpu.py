@@ -1,6 +1,6 @@
-"""What only a CUDA GPU can show of the 2:4 GEMMs: `python -m pytest -m gpu tests/test_gpu_gemm.py`.
+"""What only a CUDA GPU can show of the 2:4 GEMMs: `python -m pytest -m gpu tests/gemm24`.
 
-The cusparselt tests skip, and say why, where torch has no cuSPARSELt or it is not to be trusted on this GPU.
+The tests of cuSPARSELt skip, and say why, where torch has no cuSPARSELt or this GPU cannot use it.
 """
 
 import copy
@@ -11,19 +11,22 @@ import torch
 import sparse24
 from gemm24 import cusparselt, operands
 from gemm24.choose import (
-    BACKENDS,
+    ALGORITHMS,
     choose,
     close_to,
     fault_in_graph,
     fault_of,
-    pack,
+    packed_samples,
     random_24,
     time_interleaved,
     trusted_order,
+    unavailable,
 )
-from gemm24.ffn import GEMMS, ffn_gemms, kernel_samples, pack_weights, plan_ffn, set_plan
-from gemm24.matmul import Choice, matmul24, pack_ref
+from gemm24.ffn import pack_weights
+from gemm24.layout import pack24
+from gemm24.matmul import Choice, matmul24
 from gemm24.operands import pack_matrix
+from gemm24.plan import GEMMS, ffn_gemms, plan_ffn, set_plan
 from model import GPT, GPTConfig
 
 pytestmark = [
@@ -32,7 +35,6 @@ pytestmark = [
 ]
 CONFIG = GPTConfig(block_size=128, vocab_size=128, n_layer=2, n_head=4, n_embd=256, sparse="fst", bias=True)
 TOKENS = 8 * 128
-LIBRARIES = ("cusparselt", "cutlass")
 
 
 @pytest.fixture(scope="module")
@@ -40,77 +42,70 @@ def device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def library(name, device):
-    why = BACKENDS[name].unavailable(device)
+@pytest.fixture(scope="module")
+def order(device):
+    """The order in which cuSPARSELt's operands are packed here."""
+    why = unavailable(device, torch.bfloat16)
     if why:
-        pytest.skip(f"{name}: {why}")
-    return BACKENDS[name]
+        pytest.skip(f"cusparselt: {why}")
+    return trusted_order(device)[0]
 
 
-def first_sound(gemm, name, device):
+def first_sound(gemm, order, device):
     """(choice, operand, b, bias, reference) of the first algorithm that is sound for this GEMM."""
-    backend = library(name, device)
-    order, _ = trusted_order(backend, device, kernel_samples)
     a = random_24(gemm.m, gemm.k, device)
     b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), device=device).bfloat16()
     b = b.t() if gemm.b_column_major else b
     bias = torch.randn(gemm.m, device=device).bfloat16() if gemm.bias else None
-    reference = matmul24(
-        a.float(), b.float(), None if bias is None else bias.float(), gemm.m, gemm.transposed, Choice()
-    )
+    wide = None if bias is None else bias.float()
+    reference = matmul24(a.float(), b.float(), wide, gemm.m, gemm.transposed, Choice())
     operand = pack_matrix(a, order)
-    for alg_id in range(backend.algorithms):
-        choice = Choice(name, order, alg_id)
-
-        def call(choice=choice):
-            return matmul24(operand, b, bias, gemm.m, gemm.transposed, choice)
-
+    for alg_id in range(ALGORITHMS):
+        choice = Choice("cusparselt", order, alg_id)
+        call = lambda choice=choice: matmul24(operand, b, bias, gemm.m, gemm.transposed, choice)  # noqa: E731
         if fault_of(call, reference) is None:
             return choice, operand, b, bias, reference
-    pytest.fail(f"{name}: no algorithm is sound for {gemm}")
-    return None
+    return pytest.fail(f"no algorithm is sound for {gemm}")
 
 
-def test_our_packers_write_what_the_twins_write(device):
+def test_our_packers_write_as_their_specifications_do(device):
+    x = random_24(128, 192, device)
     for order in ("sm80", "sm90"):
-        for x, blob in kernel_samples(order, device):
-            assert torch.equal(blob.cpu(), pack_ref(x.cpu(), x.cpu() != 0, order))
+        for w_24, packed in (*packed_samples(order, device), (x, pack_matrix(x, order))):
+            assert torch.equal(packed.cpu(), pack24(w_24.cpu(), w_24.cpu() != 0, order))
 
 
-def test_cusparselt_reads_the_order_of_this_gpu(device):
-    """The bytes as written down in matmul.py, against the library's own compress. A failure here is no wrong result,
-    only the slower way: its own compress serves."""
-    order, why = trusted_order(library("cusparselt", device), device, kernel_samples)
-    assert order == ("sm90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm80"), why
+def test_cusparselt_reads_the_order_of_this_gpu(device, order):
+    """The bytes as layout.py has them, against the library's own compress. A failure here is no wrong result, only the
+    slower way: its own compress serves."""
+    assert order == ("sm90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm80")
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("gemm", GEMMS)
-def test_each_gemm_of_the_ffn_is_right(device, name, gemm):
+def test_each_gemm_of_the_ffn_is_right(device, order, gemm):
     gemm = ffn_gemms(256, 1024, TOKENS, "gelu", True, True)[gemm]
-    choice, operand, b, bias, reference = first_sound(gemm, name, device)
+    choice, operand, b, bias, reference = first_sound(gemm, order, device)
     assert close_to(matmul24(operand, b, bias, gemm.m, gemm.transposed, choice), reference)
     torch._dynamo.reset()  # one code object, compiled for each of the GEMMs
     compiled = torch.compile(matmul24, fullgraph=True)
     assert close_to(compiled(operand, b, bias, gemm.m, gemm.transposed, choice), reference)
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_a_gemm_can_be_captured(device, name):
+def test_a_gemm_can_be_captured(device, order):
     gemm = ffn_gemms(256, 1024, TOKENS, "gelu", False, True)["y"]
-    choice, operand, b, _, reference = first_sound(gemm, name, device)
+    choice, operand, b, _, reference = first_sound(gemm, order, device)
     assert fault_in_graph(lambda: matmul24(operand, b, None, gemm.m, gemm.transposed, choice), reference) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# cuSPARSELt with plans that are kept
+# cuSPARSELt with cached plans
 
 
 @pytest.fixture(scope="module")
-def planned_gemm(device):
+def planned_gemm(device, order):
     """(operand, b, choice, reference) of the gradient of W1."""
     gemm = ffn_gemms(256, 1024, TOKENS, "gelu", False, True)["dw1"]
-    choice, operand, b, _, reference = first_sound(gemm, "cusparselt", device)
+    choice, operand, b, _, reference = first_sound(gemm, order, device)
     return operand, b, choice, reference
 
 
@@ -120,17 +115,12 @@ def multiply_planned(planned_gemm):
 
 
 @pytest.mark.parametrize("gemm", GEMMS)
-def test_a_kept_plan_gives_the_bits_of_pytorchs_op(device, gemm):
+def test_a_cached_plan_gives_the_bits_of_pytorchs_op(device, order, gemm):
     gemm = ffn_gemms(256, 1024, TOKENS, "gelu", False, True)[gemm]
-    choice, operand, b, _, _ = first_sound(gemm, "cusparselt", device)
+    choice, operand, b, _, _ = first_sound(gemm, order, device)
     d = cusparselt.matmul(operand, b, gemm.m, gemm.transposed, choice.alg_id)
     options = {"transpose_result": gemm.transposed, "alg_id": choice.alg_id}
     assert torch.equal(d, torch._cslt_sparse_mm(operand.view(gemm.m, -1), b, **options))
-
-
-def test_the_library_says_how_many_algorithms_it_has(planned_gemm):
-    _, b, choice, reference = planned_gemm
-    assert choice.alg_id < cusparselt.algorithms(b, reference.shape[0], False) <= BACKENDS["cusparselt"].algorithms
 
 
 def test_streams_may_share_a_plan(planned_gemm, device):
@@ -144,7 +134,7 @@ def test_streams_may_share_a_plan(planned_gemm, device):
     assert all(close_to(d, planned_gemm[3]) for d in results)
 
 
-def test_a_graph_with_a_kept_plan_outlives_other_work(planned_gemm, device):
+def test_a_graph_with_a_cached_plan_outlives_other_work(planned_gemm, device):
     """Memory that was free at the capture is written over before the replay, and B holds other numbers."""
     operand, b, choice, reference = planned_gemm
     b = b.clone()
@@ -170,14 +160,17 @@ def test_times_are_those_of_the_gpu(device):
 
 def test_choosing_ends_with_a_table_and_right_results(device, tmp_path):
     gemms = ffn_gemms(1024, 4096, 4096, "gelu", False, True)
-    report = choose(gemms, device, cache=tmp_path / "c", samples=kernel_samples, packer=pack_matrix)
+    report = choose(gemms, device, cache=tmp_path / "c")
     assert set(report.choices) == set(GEMMS)
     for row in report.rows:
         if row["chosen"]:
             assert row["best_us"] < row["dense_us"]
     assert len(report.text().splitlines()) == len(report.notes) + (1 + len(GEMMS) if report.rows else 0)
-    again = choose(gemms, device, cache=tmp_path / "c", samples=kernel_samples, packer=pack_matrix)
-    assert again.choices == report.choices
+    assert choose(gemms, device, cache=tmp_path / "c").choices == report.choices
+
+
+def best_spmm(device) -> str:
+    return "masked" if unavailable(device, torch.bfloat16) else "cusparselt"
 
 
 def planned(spmm, device):
@@ -210,7 +203,7 @@ def train(model, steps, device):
     return torch.stack(losses).tolist()
 
 
-@pytest.mark.parametrize("spmm", ["emulated", *LIBRARIES])
+@pytest.mark.parametrize("spmm", ["emulated", "cusparselt"])
 def test_gradients_agree_with_the_masked_twins(device, spmm):
     """Both round to bfloat16 in other places: gradients within a fifth of their norm, where a wrong operand
     gives all of it."""
@@ -229,9 +222,8 @@ def test_gradients_agree_with_the_masked_twins(device, spmm):
         assert (grad - gradients[1][name]).norm() <= slack * grad.norm(), name
 
 
-@pytest.mark.parametrize("spmm", LIBRARIES)
-def test_200_steps_agree_with_the_masked_twin(device, spmm):
-    curves = [train(planned(way, device)[0], 200, device) for way in ("masked", spmm)]
+def test_200_steps_agree_with_the_masked_twin(device):
+    curves = [train(planned(way, device)[0], 200, device) for way in ("masked", "cusparselt")]
     assert curves[0][-1] < 0.5 * curves[0][0]
     means = [torch.tensor(curve).view(10, 20).mean(1) for curve in curves]
     torch.testing.assert_close(*means, rtol=0.05, atol=0.02)
@@ -239,8 +231,7 @@ def test_200_steps_agree_with_the_masked_twin(device, spmm):
 
 def test_a_step_waits_for_nothing(device):
     """Forward, backward, packing and refresh, with the sparse GEMMs where they can be had."""
-    spmm = "masked" if BACKENDS["cusparselt"].unavailable(device) else "cusparselt"
-    model, _ = planned(spmm, device)
+    model, _ = planned(best_spmm(device), device)
     train(model, 2, device)  # what is made on first use may wait
     idx = torch.arange(TOKENS, device=device).remainder(128).view(8, 128)
     torch.cuda.synchronize()
@@ -258,8 +249,7 @@ def test_a_step_waits_for_nothing(device):
 
 def test_a_captured_ffn_reads_new_weights_and_new_seeds(device):
     """Forward and backward in one CUDA graph; then an optimizer step and other draws, and the replay follows."""
-    spmm = "masked" if BACKENDS["cusparselt"].unavailable(device) else "cusparselt"
-    model, plan = planned(spmm, device)
+    model, plan = planned(best_spmm(device), device)
     mlp = model.transformer.h[0].mlp.bfloat16()
     set_plan(mlp, plan)
     x, dy = (torch.randn(8, 128, 256, device=device).bfloat16() for _ in range(2))
@@ -289,7 +279,7 @@ def test_a_captured_ffn_reads_new_weights_and_new_seeds(device):
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_planned_model_compiles(device, mode):
-    model, _ = planned("masked" if BACKENDS["cusparselt"].unavailable(device) else "cusparselt", device)
+    model, _ = planned(best_spmm(device), device)
     eager, losses = copy.deepcopy(model), []
     set_plan(eager, model.transformer.h[0].mlp.plan)
     for net in (eager, torch.compile(model, mode=mode, fullgraph=True)):
@@ -335,9 +325,3 @@ def test_recomputing_the_activation_saves_its_memory_compiled_too(device, monkey
         model.zero_grad(set_to_none=True)
     a = 2 * 4 * 256 * TOKENS
     assert 0.9 * a <= needed[1] - needed[0] <= 1.1 * a
-
-
-def test_a_pruned_matrix_packs_alike_by_kernel_and_twin(device):
-    x = random_24(128, 192, device)
-    for order in ("sm80", "sm90"):
-        assert torch.equal(pack(x, order), pack_matrix(x, order))

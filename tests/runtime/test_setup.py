@@ -26,14 +26,17 @@ from harness import (
 import train
 from configurator import setting_names
 from gemm24.choose import Report
-from gemm24.ffn import FFNPlan, plan_ffn, set_plan
 from gemm24.matmul import Choice
+from gemm24.plan import FFNPlan, plan_ffn, set_plan
 from model import GPT, GPTConfig
 from runtime import ranks, setup
 from runtime.ranks import Ranks
 from sparse24 import sparse_linears
 
 CPU = torch.device("cpu")
+# A row as `choose` makes it on a GPU.
+ROW = {"name": "z", "m": 1, "n": 2, "k": 3, "dense_us": 10.0, "best_us": 8.0, "ratio": 1.25, "chosen": True}
+ROW |= {"backend": "cusparselt", "order": "sm90", "alg_id": 4, "split_k": 1, "reason": "", "key": "k", "faults": {}}
 
 
 def test_config_json_and_the_checkpoint_hold_all_settings(reference):
@@ -283,20 +286,18 @@ def plan_by(monkeypatch):
     return plan_by
 
 
-def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, tmp_path, plan_by):
-    row = {"name": "z", "m": 1, "n": 2, "k": 3, "dense_us": 10.0, "best_us": 8.0, "ratio": 1.25, "chosen": True}
-    row |= {"backend": "cusparselt", "alg_id": 4, "split_k": 1, "reason": "", "key": "k", "faults": {}}
-    short = {**row, "name": "y", "faults": {"cusparselt sm90 0/1": "raises OutOfMemoryError: CUDA"}}  # not kept
-    planner = plan_by(rows=[row, short], notes=["cusparselt: sound"], plans=False)
+def test_measurements_are_printed_and_saved_and_the_next_start_gets_them(run, tmp_path, plan_by):
+    short = {**ROW, "name": "y", "faults": {"cusparselt sm90 0/1": "raises OutOfMemoryError: CUDA"}}  # is not saved
+    planner = plan_by(rows=[ROW, short], notes=["cusparselt: sound"], plans=False)
     out = tmp_path / "out"
     text = run(out, stop_at(3), spmm="masked")
     assert "cusparselt: sound\n2:4 GEMM " in text
     assert "1.25  cusparselt 4/1" in text
-    assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [row], "whole": None}
+    assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [ROW], "whole": None}
     run(out, spmm="masked", max_iters=7, dense_start=5)
     asked = [(question[1:], options["known"], options["graph"]) for question, options in planner.asked]
     question = (4 * 32, "cpu", torch.float32, "masked", True)
-    assert asked == [(question, [], False), (question, [row], False)]
+    assert asked == [(question, [], False), (question, [ROW], False)]
     run(out, max_iters=8, dense_start=5)  # in the dense phase nothing is measured
     run(out, eval_only=True, max_iters=8, dense_start=5)
     assert len(planner.asked) == 2
@@ -307,7 +308,7 @@ def test_what_was_measured_is_printed_and_kept_and_the_next_start_gets_it(run, t
 @pytest.mark.parametrize("taken", ["plan", "layers"])
 def test_auto_takes_the_plan_if_a_sparse_layer_is_faster_by_it(run, tmp_path, monkeypatch, plan_by, taken):
     """GEMMs that each win may not make a layer that does. A run that is resumed does not ask again."""
-    planner, plans = plan_by(rows=[{"key": "z", "chosen": True, "faults": {}}], taken=taken), []
+    planner, plans = plan_by(rows=[ROW], taken=taken), []
     monkeypatch.setattr(setup, "set_plan", lambda model, plan: plans.append(plan is not None))
     monkeypatch.setattr(Report, "text", lambda self: "")
     out, options = tmp_path / "out", {"max_iters": 2, "dense_start": 2}
@@ -327,12 +328,15 @@ def test_auto_takes_the_plan_if_a_sparse_layer_is_faster_by_it(run, tmp_path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["{", "[1]", '{"rows": [{}]}', '{"rows": 1}'])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"rows": [{}], "whole": null}', '{"rows": 1}', "cutlass"])
 def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped, text):
-    """A kill may have cut it short, on a disk that lost its end."""
+    """A kill may have cut it short, on a disk that lost its end. Or it is of a run that chose cutlass."""
+    message = r"spmm.json cannot be read \(\w+: .*\): GEMMs are measured anew"
+    if text == "cutlass":
+        text = json.dumps({"rows": [{**ROW, "backend": "cutlass", "key": '{"cutlass": "cutlass"}'}], "whole": None})
+        message = "spmm.json has verdicts on the backend cutlass, which was removed after commit 8751ec3: those"
     (stopped / "spmm.json").write_text(text)
-    said = run(stopped, max_iters=11, dense_start=27)
-    assert re.search(r"spmm.json cannot be read \(\w+: .*\): GEMMs are measured anew", said)
+    assert len(re.findall(message, run(stopped, max_iters=11, dense_start=27))) == 1
     assert read_state(stopped)["iter_num"] == 11
 
 
@@ -367,7 +371,7 @@ def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch)
     monkeypatch.setattr(setup, "_measure_gemms", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(Ranks, "decide", lambda self, value: answer[0])
     assert setup.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, CPU) == ("plan", "report")
-    answer[0] = ValueError("spmm='cutlass': cannot")
+    answer[0] = ValueError("spmm='cusparselt': cannot")
     with pytest.raises(ValueError, match="cannot"):
         setup.plan_gemms(None, "model", tmp_path, Ranks(1, 1, 2), False, CPU)
 

@@ -9,7 +9,7 @@ launch is checked and their PyTorch twin computes. cuSPARSELt is emulated. torch
 
 The clock of CUDA events counts ops, so that what is chosen by time is the same on every machine: an op takes 10 us, a
 2:4 GEMM 5 us. FAKE_CUSPARSELT says how the library lays out what it compresses: "sm90" (the default) is the order that
-matmul.py expects on this GPU, "reversed" is another order, "padded" appends 16 bytes a row.
+layout.py expects on this GPU, "reversed" is another order, "padded" appends 16 bytes a row.
 
 It changes torch for good, hence a process of its own.
 """
@@ -38,7 +38,7 @@ from triton.runtime.interpreter import GridExecutor
 
 import kernels
 import sparse24
-from gemm24 import cusparselt, matmul, operands
+from gemm24 import cusparselt, layout, operands
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CARD = SimpleNamespace(
@@ -365,9 +365,9 @@ def _compress(x: torch.Tensor) -> torch.Tensor:
     missing = 2 - groups.sum(-1, keepdim=True)
     kept = groups | (~groups & ((~groups).cumsum(-1) <= missing))
     with unmasked():
-        packed = matmul.pack_ref(x, kept.view(rows, columns), "sm90")
+        packed = layout.pack24(x, kept.view(rows, columns), "sm90")
         if LAYOUT == "reversed":
-            metadata = matmul.packed_parts(packed, rows, columns)[1]
+            metadata = layout.packed_parts(packed, rows, columns)[1]
             metadata.copy_(metadata.flip(0))
         if LAYOUT == "padded":
             packed = torch.cat((packed, packed.new_zeros(8 * rows)))
@@ -388,9 +388,9 @@ def _sparse_mm(
     def compute() -> torch.Tensor:
         packed = compressed_A.flatten()[: rows * columns * 9 // 16].clone()
         if LAYOUT == "reversed":
-            metadata = matmul.packed_parts(packed, rows, columns)[1]
+            metadata = layout.packed_parts(packed, rows, columns)[1]
             metadata.copy_(metadata.flip(0))
-        d = matmul.unpack_ref(packed, rows, columns, "sm90").float() @ dense_B.float()
+        d = layout.unpack24(packed, rows, columns, "sm90").float() @ dense_B.float()
         d = d if bias is None else d + bias.float()[:, None]
         return (d.t() if transpose_result else d).to(dense_B.dtype).contiguous()
 
@@ -449,7 +449,7 @@ def by_twin(kernel, twin):
 
 def change_libraries() -> None:
     kernels.transposable_index = by_twin(kernels.transposable_index, sparse24.transposable_index_ref)
-    kernels.pack_weight_ = by_twin(kernels.pack_weight_, operands.pack_weight_ref_)
+    kernels.pack_weight_ = by_twin(kernels.pack_weight_, operands.pack_weight_.torch)
     torch.backends.cusparselt.is_available = lambda: True
     torch.backends.cusparselt.version = lambda: 800
     torch._cslt_compress, torch._cslt_sparse_mm = _compress, _sparse_mm

@@ -1,0 +1,152 @@
+"""The plan of a model's feed-forward layers: which GEMMs they have, how each is multiplied, and whether that pays."""
+
+import copy
+import functools
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from gemm24.choose import Report, choose, enqueue_us, reason, time_interleaved, wins
+from gemm24.ffn import FFNPlan, pack_weights, planned_modules
+from gemm24.matmul import Choice, Gemm
+from gemm24.operands import GATED
+
+GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
+
+
+def ffn_gemms(
+    d_model: int, d_ff: int, tokens: int, activation: str, bias: bool, mvue: bool, transposable: bool = True
+) -> dict[str, Gemm]:
+    """The GEMMs of an FFN that may be sparse, by name: the forward's z and y; with transposable masks da and dx; with
+    MVUE dw1 and dw2."""
+    hidden, t = d_ff * (2 if activation in GATED else 1), tokens + -tokens % 64
+    gemms = [
+        Gemm("z", hidden, t, d_model, True, False, bias),
+        Gemm("y", d_model, t, d_ff, False, True, bias),
+        Gemm("da", d_ff, t, d_model, True, False, False),
+        Gemm("dx", d_model, t, hidden, False, True, False),
+        Gemm("dw1", hidden, d_model, t, False, False, False, fresh=True),
+        Gemm("dw2", d_model, d_ff, t, True, False, False, fresh=True),
+    ]
+    sparse = {"z", "y"} | ({"da", "dx"} if transposable else set()) | ({"dw1", "dw2"} if mvue else set())
+    return {gemm.name: gemm for gemm in gemms if gemm.name in sparse}
+
+
+def plan_ffn(
+    config,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    spmm: str = "auto",
+    mvue: bool = True,
+    graph: bool = False,
+    cache: Path | None = None,
+    known: Sequence[dict] = (),
+    transposable: bool = True,
+) -> tuple[FFNPlan | None, Report]:
+    """Choose how the FFNs of a model multiply. config: a GPTConfig (n_embd, d_ff, activation, bias). graph, cache,
+    known: as choose.choose's. transposable: whether the masks are. If not, the pruned weights are 2:4 in the forward
+    alone, and da and dx multiply them as dense matrices.
+
+    Returns (None, report) where the layers are to be taken one by one: with spmm="dense", and with "auto" where no 2:4
+    GEMM wins. Raises ValueError for a mode that is unknown, or asked for and impossible.
+    """
+    gemms = ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, mvue, transposable)
+    report = choose(gemms, device, spmm, dtype=dtype, graph=graph, cache=cache, known=known)
+    if spmm == "dense" or (spmm == "auto" and all(choice.backend == "masked" for choice in report.choices.values())):
+        return None, report
+    choices = [report.choices.get(name, Choice()) for name in GEMMS]
+    return FFNPlan(config.activation, tokens, dtype, mvue, *choices), report
+
+
+def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
+    """Give every FFN of the model the plan, and pack their weights. None takes it back, and frees what was packed.
+
+    Raises ValueError where the plan is for another activation, draws MVUE where the layers' recipe does not, or is for
+    masks that are 2:4 where theirs are not; and for a recipe that one function cannot compute (`Recipe.fused`).
+    """
+    modules = planned_modules(model)
+    for ffn in modules if plan is not None else ():
+        recipe, mvue = ffn.c_fc.recipe, (ffn.c_fc.recipe.mvue, ffn.c_proj.recipe.mvue)
+        if (ffn.activation, *mvue) != (plan.activation, plan.mvue, plan.mvue):
+            raise ValueError(
+                f"set_plan: the plan is for {plan.activation} and mvue={plan.mvue}, need this model's {ffn.activation} "
+                f"and mvue={mvue[0]}; make it with plan_ffn(model.config, ..., mvue=recipe.mvue)"
+            )
+        if not recipe.fused:
+            raise ValueError(f"set_plan: recipe {recipe.name!r} with these fields goes layer by layer; use no plan")
+        if recipe.mask != "transposable" and {plan.da.order, plan.dx.order} != {"masked"}:
+            raise ValueError(
+                f"set_plan: the plan has 2:4 input gradients, which mask={recipe.mask!r} does not; make it with "
+                "plan_ffn(..., transposable=False)"
+            )
+    for ffn in modules:
+        ffn.plan = plan
+    pack_weights(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether it pays
+
+
+def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_steps: int = 1) -> dict:
+    """The time of an FFN, forward and backward, taking turns: "dense"; "layers", the 2:4 layers one by one; "plan".
+
+    Each GEMM was timed alone. This times all of them with everything between, and for the plan also its share of one
+    packing per `micro_steps` calls. mlp: one of the model's, which is copied. compile_mode: torch.compile's, or None.
+    Returns {"us": {way: [median, smallest, largest]}, "host_us": {way: time of the host to enqueue it}, "taken": the
+    way for sparse steps}: the plan if it is faster than the layers by more than the noise, else the layers.
+    """
+    if mlp not in planned_modules(mlp):
+        raise ValueError("time_ways: this layer has no 2:4 linears c_fc and c_proj; give one that has")
+    device, calls = mlp.c_fc.weight.device, {}
+    x, dy = (torch.randn(plan.tokens, mlp.c_fc.in_features, device=device, dtype=plan.dtype) for _ in range(2))
+    for way in ("dense", "layers", "plan"):
+        layer = copy.deepcopy(mlp).train()
+        layer.c_fc.sparse = layer.c_proj.sparse = way != "dense"
+        set_plan(layer, plan if way == "plan" else None)
+        net = torch.compile(layer, mode=compile_mode) if compile_mode else layer
+        calls[way] = forward_backward(net, layer, x.requires_grad_(), dy, plan.dtype)
+    # Time the GPU alone, by CUDA graphs, because in training the host runs ahead of it. What reduce-overhead compiles
+    # replays graphs already.
+    graph = device.type == "cuda" and compile_mode in (None, "default")
+    *samples, packing = _times([*calls.values(), functools.partial(pack_weights, layer)], graph, device)
+    host_us = {way: enqueue_us(call, device) for way, call in calls.items()}
+    times = dict(zip(calls, samples, strict=True))
+    times["plan"] = [us + statistics.median(packing) / micro_steps for us in times["plan"]]
+    taken = "plan" if wins(times["plan"], times["layers"]) else "layers"
+    del calls, layer, net  # the run does not need three more layers and their compiled code
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    us = {way: [statistics.median(samples), min(samples), max(samples)] for way, samples in times.items()}
+    return {"us": us, "host_us": host_us, "taken": taken}
+
+
+def _times(calls: list[Callable], graph: bool, device: torch.device) -> list[list[float]]:
+    """Microseconds of each call, from CUDA graphs if asked and if they can be captured."""
+    try:
+        return time_interleaved(calls, 9, graph, device)
+    except RuntimeError as error:
+        if not graph:
+            raise
+        print(f"a layer cannot be captured in a CUDA graph ({reason(error)}): the host's time counts in the choice")
+        return time_interleaved(calls, 9, False, device)
+
+
+def forward_backward(net, module: nn.Module, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> Callable:
+    """One forward and backward of `net`, which is `module` or its compiled form, under autocast; to be timed."""
+
+    def call() -> None:
+        with torch.autocast(x.device.type, dtype):
+            y = net(x)
+        y.backward(dy)
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return call

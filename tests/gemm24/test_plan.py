@@ -1,0 +1,198 @@
+"""plan.py: which GEMMs a feed-forward layer has, which plans fit a model, and what a plan is timed against."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from planned_mlp import D_FF, D, make_data, make_mlp, make_plan, planned, run
+
+import sparse24
+from gemm24 import ffn
+from gemm24 import plan as planning
+from gemm24.choose import Report
+from gemm24.matmul import Choice
+from gemm24.plan import GEMMS, FFNPlan, ffn_gemms, plan_ffn, set_plan, time_ways
+from model import GPT, GPTConfig
+from sparse24 import RECIPES, densify, get_recipe
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+EMULATED = Choice("emulated", "sm90")
+
+
+def make_config(n_embd=D, **options) -> GPTConfig:
+    return GPTConfig(n_embd=n_embd, n_head=1, n_layer=1, **options)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "geglu"])
+def test_gemms_have_the_shapes_that_the_function_multiplies(monkeypatch, activation):
+    seen, multiply = [], ffn.matmul24
+
+    def spy(a, b, bias, rows, transposed, choice):
+        column_major = b.stride(0) == 1 and b.shape[0] > 1
+        seen.append((rows, b.shape[1], b.shape[0], column_major, transposed, bias is not None))
+        return multiply(a, b, bias, rows, transposed, choice)
+
+    monkeypatch.setattr(ffn, "matmul24", spy)
+    mlp = planned(make_mlp(activation), 192)
+    run(mlp, *make_data(192))
+    gemms = ffn_gemms(D, mlp.c_proj.in_features, 192, activation, True, True)
+    assert sorted(seen) == sorted(gemm[1:7] for gemm in gemms.values())
+    assert [gemm.name for gemm in gemms.values() if gemm.fresh] == ["dw1", "dw2"]
+    assert [*gemms] == list(GEMMS) == [gemm.name for gemm in gemms.values()]
+    assert ffn_gemms(D, D_FF, 65, "gelu", True, True)["dw1"].k == 128
+
+
+@pytest.mark.parametrize(
+    ("transposable", "mvue", "expected"),
+    [(True, True, set(GEMMS)), (True, False, {"z", "y", "da", "dx"}), (False, True, {"z", "y", "dw1", "dw2"}),
+     (False, False, {"z", "y"})],
+)  # fmt: skip
+def test_only_gemms_that_the_masks_allow_are_measured(transposable, mvue, expected):
+    assert set(ffn_gemms(D, D_FF, 64, "gelu", True, mvue, transposable)) == expected
+    plan, _ = plan_ffn(make_config(), 64, CPU, BF16, "emulated", mvue=mvue, transposable=transposable)
+    assert {name for name in GEMMS if getattr(plan, name).backend == "emulated"} == expected
+
+
+def test_plans_of_the_modes():
+    config = make_config(activation="relu2", bias=False)
+    for spmm in ("auto", "dense"):  # nothing wins on a CPU
+        plan, report = plan_ffn(config, 64, CPU, BF16, spmm)
+        assert plan is None
+        assert set(report.choices.values()) == {Choice()}
+    plan, _ = plan_ffn(config, 64, CPU, torch.float32, "masked", mvue=False)
+    assert plan == FFNPlan("relu2", 64, torch.float32, False, *[Choice()] * 6)
+    plan, _ = plan_ffn(config, 50, CPU, BF16, "emulated")
+    assert (plan[4:], plan.padding) == ((EMULATED,) * 6, 14)
+    plan, _ = plan_ffn(make_config(96), 64, CPU, BF16, "emulated")  # 96 is no multiple of 64
+    assert plan[4:] == (Choice(),) * 4 + (EMULATED, Choice())
+    plan, _ = plan_ffn(make_config(64, activation="geglu"), 64, CPU, BF16, "emulated")  # d_ff = 172
+    assert plan[4:] == (Choice(),) * 6
+    for spmm, message in (("cusparselt", "needs an NVIDIA GPU"), ("fast", "need one of auto, dense, masked")):
+        with pytest.raises(ValueError, match=message):
+            plan_ffn(config, 64, CPU, BF16, spmm)
+
+
+def test_one_sparse_gemm_is_enough_for_a_plan_and_the_question_is_passed_on_whole(monkeypatch, tmp_path):
+    seen, won = [], Choice("cusparselt", "sm90", 3)
+
+    def choose(gemms, device, mode, **options):
+        seen.append((mode, options))
+        return Report({name: won if name == "dx" else Choice() for name in gemms}, [], [])
+
+    monkeypatch.setattr(planning, "choose", choose)
+    question = {"graph": True, "cache": tmp_path, "known": [{"key": "k"}]}
+    plan, _ = plan_ffn(make_config(), 64, CPU, BF16, **question)
+    assert plan[4:] == (Choice(), Choice(), Choice(), won, Choice(), Choice())
+    assert seen == [("auto", {"dtype": BF16, **question})]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans that would compute something else, silently
+
+
+def test_plans_of_another_activation_or_recipe_are_refused():
+    mlp = make_mlp(recipe=RECIPES["ste"])
+    for fields in ({"activation": "relu2"}, {"mvue": True}):
+        message = r"set_plan: the plan is for .* need this model's gelu and mvue=False; make"
+        with pytest.raises(ValueError, match=message):
+            set_plan(mlp, make_plan(mlp, 64, **fields))
+        assert mlp.plan is None
+    mlp = make_mlp()
+    mlp.c_fc.recipe = dataclasses.replace(RECIPES["fst"], mvue=False)  # the second layer draws
+    with pytest.raises(ValueError, match="set_plan: the plan is for gelu and mvue=False"):
+        set_plan(mlp, make_plan(mlp, 64))
+
+
+@pytest.mark.parametrize("recipe", [get_recipe("bi_mask"), dataclasses.replace(RECIPES["fst"], fp8=True)])
+def test_recipes_that_one_function_cannot_compute_get_no_plan(recipe):
+    mlp = make_mlp(recipe=recipe)
+    with pytest.raises(ValueError, match="goes layer by layer; use no plan"):
+        set_plan(mlp, make_plan(mlp, 64))
+
+
+@pytest.mark.parametrize(("name", "mask"), [("sr_ste", "row"), ("s_ste", "soft")])
+@pytest.mark.parametrize("gemms", [GEMMS, ("da",), ("dx",)])
+def test_one_2_4_input_gradient_is_one_too_many_for_other_masks(name, mask, gemms):
+    mlp = make_mlp(recipe=RECIPES[name])
+    with pytest.raises(ValueError, match=f"2:4 input gradients, which mask='{mask}' does not; .*transposable=False"):
+        set_plan(mlp, make_plan(mlp, 64, order="sm90", gemms=gemms))
+    assert mlp.plan is None
+
+
+def test_modules_that_are_not_two_sparse_layers_are_left_alone():
+    mlp, other = make_mlp(), torch.nn.Module()
+    other.plan, other.activation, other.mlp = "mine", "gelu", mlp
+    set_plan(other, make_plan(mlp, 64))
+    assert other.plan == "mine"
+    assert mlp.plan is not None
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, bias=True))
+    set_plan(model, make_plan(mlp, 8))
+    assert model.transformer.h[0].mlp.plan is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether it pays
+
+
+@pytest.mark.parametrize("fastest", ["dense", "layers", "plan"])
+@pytest.mark.parametrize("micro_steps", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_layer_is_timed_each_way(monkeypatch, fastest, micro_steps):
+    """The fastest takes 1 us, the others 2; and packing 1.5 us, of which the plan pays its share."""
+    mlp, ways = make_mlp(), []
+    before = copy.deepcopy(mlp.state_dict())
+    for way, function in (("plan", ffn._SparseFFN), ("layers", sparse24._MaskedLinear)):
+        real = function.apply
+        monkeypatch.setattr(function, "apply", lambda *args, way=way, real=real: ways.append(way) or real(*args))
+    pack = planning.pack_weights
+    monkeypatch.setattr(planning, "pack_weights", lambda model: ways.append("packing") or pack(model))
+
+    def clock(calls, repetitions, graph, device):
+        assert not graph  # on a CPU there is none
+        out = []
+        for call in calls:
+            ways.clear()
+            call()
+            us = 1.5 if ways[:1] == ["packing"] else 1.0 if (ways or ["dense"])[0] == fastest else 2.0
+            out.append([us + 0.01 * i for i in range(repetitions)])
+        return out
+
+    monkeypatch.setattr(planning, "time_interleaved", clock)
+    found = time_ways(mlp, make_plan(mlp, 64, BF16), None, micro_steps)
+    expected = {way: (1.04 if way == fastest else 2.04) + (1.54 / micro_steps) * (way == "plan") for way in found["us"]}
+    assert list(found["us"]) == ["dense", "layers", "plan"]
+    assert {way: us[0] for way, us in found["us"].items()} == pytest.approx(expected)
+    assert found["us"][fastest][2] - found["us"][fastest][1] == pytest.approx(0.08)
+    assert found["taken"] == ("plan" if fastest == "plan" and micro_steps == 10 else "layers")
+    report = Report({}, [], [], found)
+    assert report.pays() == (expected[found["taken"]] < expected["dense"])
+    assert f"taken: {found['taken']}" in report.text()
+    assert found["host_us"].keys() == found["us"].keys()
+    assert min(found["host_us"].values()) > 0
+    assert mlp.plan is None  # copies were timed
+    state = mlp.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items() if torch.is_tensor(tensor))
+
+
+def test_a_layer_that_cannot_be_captured_is_timed_without_a_graph(monkeypatch, capsys):
+    def clock(calls, repetitions, graph, device):
+        if graph or calls == ["broken"]:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        return [[1.0] * repetitions for _ in calls]
+
+    monkeypatch.setattr(planning, "time_interleaved", clock)
+    assert planning._times(["a", "b"], True, CPU) == [[1.0] * 9] * 2
+    assert "cannot be captured in a CUDA graph (RuntimeError: CUDA error: operation not" in capsys.readouterr().out
+    assert planning._times(["a"], False, CPU) == [[1.0] * 9]
+    assert not capsys.readouterr().out
+    for graph in (False, True):
+        with pytest.raises(RuntimeError, match="not permitted"):
+            planning._times(["broken"], graph, CPU)
+
+
+def test_a_dense_layer_is_not_timed():
+    mlp = make_mlp()
+    plan = make_plan(mlp, 64)
+    densify(mlp)
+    with pytest.raises(ValueError, match="time_ways: this layer has no 2:4 linears c_fc and c_proj"):
+        time_ways(mlp, plan, None)

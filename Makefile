@@ -39,7 +39,7 @@ test: lint
 	$(call two_halves,-m "not slow",$(FOLDERS) $(TRAIN))
 
 test-slow: .venv/installed-dev
-	$(call two_halves,-m slow,$(TRAIN))
+	$(call two_halves,-m slow,$(wildcard tests/runtime tests/methods tests/tools) $(TRAIN))
 
 # Most of the time goes to Triton's compiler, whose cache (~/.triton/cache) makes later runs short.
 test-ptx: export NANO24_PTX = $(PTX)

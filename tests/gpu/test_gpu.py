@@ -22,30 +22,35 @@ pytestmark = [
 ]
 
 
+def run_script(*words, **environment):
+    """A Python process in the repository, which must succeed; returns its standard output."""
+    environment = os.environ | environment
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_the_kernels_serve_where_they_can():
     device = torch.device("cuda", torch.cuda.current_device())
     able = torch.cuda.get_device_capability() >= (8, 0)
     status = sparse24.use_kernels(device)
     assert status == "on" if able else status.startswith("off: the kernels")
     code = "import sparse24; print(sparse24.use_kernels('cuda:0'))"
-    environment = os.environ | {"NANO24_KERNELS": "0"}
-    root = os.path.dirname(sparse24.__file__)
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
-    assert done.stdout == "off: NANO24_KERNELS=0\n"
+    assert run_script("-c", code, NANO24_KERNELS="0") == "off: NANO24_KERNELS=0\n"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_equal_the_cpu_twins(dtype):
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert torch.equal(sparse24.transposable_index(w.cuda()).cpu(), sparse24.transposable_index_ref(w))
+    for operator, x, *more in (
+        *((f, w) for f in (sparse24.transposable_index, sparse24.soft_threshold24, sparse24.pair_index)),
+        (sparse24.mvue24, w, 7),
+        (sparse24.mvue24, w.t(), 7),
+    ):
+        assert torch.equal(operator(x.cuda(), *more).cpu(), operator.torch(x, *more)), operator
     assert torch.equal(sparse24.mask24(w.cuda()).cpu(), sparse24.mask24_ref(w))
-    assert torch.equal(
-        sparse24.group_uniforms(64, 32, 2**63 + 5, "cuda").cpu(), sparse24.group_uniforms(64, 32, 2**63 + 5)
-    )
-    assert torch.equal(sparse24.mvue24(w.cuda(), 7).cpu(), sparse24.mvue24_ref(w, 7))
-    assert torch.equal(sparse24.mvue24(w.cuda().t(), 7).cpu(), sparse24.mvue24_ref(w.t(), 7))
-    assert torch.equal(sparse24.soft_threshold24(w.cuda()).cpu(), sparse24.soft_threshold24_ref(w))
-    assert torch.equal(sparse24.pair_index(w.cuda()).cpu(), sparse24.pair_index(w))
+    uniforms = [sparse24.group_uniforms(64, 32, 2**63 + 5, device).cpu() for device in ("cpu", "cuda")]
+    assert torch.equal(*uniforms)
     old, new = (sparse24.transposable_index(torch.randn(64, 64, device="cuda")) for _ in range(2))
     assert sparse24.flip_rate(old, new) == sparse24.flip_rate(old.cpu(), new.cpu())
 
@@ -106,25 +111,24 @@ def test_compiled_model_trains_in_bf16_and_sees_new_seeds():
     net = torch.compile(model, fullgraph=True)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cuda", 1e-4)
     idx = torch.randint(64, (4, 64), device="cuda")
-    losses, gradients = [], []
-    for step in range(40):
-        sparse24.seed_draws(model, 1, step, 0)
+    losses, gradients, weight = [], [], model.transformer.h[0].mlp.c_fc.weight
+
+    def backward(seed, step):
+        model.zero_grad()
+        sparse24.seed_draws(model, seed, step, 0)
         with torch.autocast("cuda", torch.bfloat16):
             _, loss = net(idx, idx)
         loss.backward()
-        if step == 0:  # the same step again, with other draws: another weight gradient
-            gradients.append(model.transformer.h[0].mlp.c_fc.weight.grad.clone())
-            model.zero_grad()
-            sparse24.seed_draws(model, 2, step, 0)
-            with torch.autocast("cuda", torch.bfloat16):
-                _, loss = net(idx, idx)
-            loss.backward()
-            gradients.append(model.transformer.h[0].mlp.c_fc.weight.grad.clone())
+        return loss.item()
+
+    for seed in (2, 1):
+        backward(seed, 0)
+        gradients.append(weight.grad.clone())
+    assert not torch.equal(*gradients), "other draws give another weight gradient"
+    for step in range(40):
+        losses.append(backward(1, step))
         optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    assert not torch.equal(*gradients)
 
 
 def test_training_on_the_kernels_is_training_on_the_twins(monkeypatch):
@@ -149,35 +153,20 @@ def test_training_on_the_kernels_is_training_on_the_twins(monkeypatch):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+SMALL_BENCH = ("--shape", "256", "256", "--tables", "1", "--out_dir")
+
+
 def test_bench_measures(tmp_path):
-    command = [
-        sys.executable,
-        "bench.py",
-        "--suite",
-        "kernels",
-        "--shape",
-        "256",
-        "256",
-        "--repetitions",
-        "2",
-        "--tables",
-        "1",
-        "--out_dir",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=os.path.dirname(sparse24.__file__), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script("bench.py", "--suite=kernels", "--repetitions=2", *SMALL_BENCH, str(tmp_path))
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert results["measured"].keys() == {row["name"] for row in results["kernels"]}
     assert all(row["us"] > 0 for row in results["table2"] + results["table3"])
 
 
 def test_bench_compares_layers(tmp_path):
-    """The first case of each suite is measured whatever the budget; what failed makes the exit status 1."""
-    command = [sys.executable, "bench.py", "--suite", "all", "--quick", "--budget", "1", "--repetitions", "3"]
-    command += ["--shape", "256", "256", "--tables", "1", "--sizes", "124M", "--out_dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=os.path.dirname(sparse24.__file__), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """The first case of each suite is measured whatever the budget; a failure makes the exit status 1."""
+    words = ("--suite=all", "--quick", "--budget=1", "--repetitions=3", "--sizes", "124M", *SMALL_BENCH)
+    run_script("bench.py", *words, str(tmp_path))
     suites = json.loads((tmp_path / "bench.json").read_text())["suites"]
     assert all(suites[name]["rows"][0]["variants"]["auto"]["ms"]["median"] > 0 for name in ("ffn", "block"))
     assert suites["gemm"]["rows"][0]["dense_us"] > 0
@@ -189,10 +178,10 @@ def test_bench_compares_layers(tmp_path):
 def test_deterministic_run_resumes_bit_for_bit(tmp_path, compile):
     settings = {**SETTINGS, "dataset": make_dataset(tmp_path / "data"), "device": "cuda", "deterministic": True}
     settings |= {"compile": compile, "dense_start": 20}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for out, changes in ((whole, {}), (parts, {"max_iters": 13}), (parts, {})):
+    at_once, in_parts = tmp_path / "at_once", tmp_path / "in_parts"
+    for out, changes in ((at_once, {}), (in_parts, {"max_iters": 13}), (in_parts, {})):
         assert run_here(out, settings | changes).returncode == 0
-    assert state_differences(read_state(whole), read_state(parts)) == []
+    assert state_differences(read_state(at_once), read_state(in_parts)) == []
 
 
 @pytest.mark.parametrize("name", ["none", "fst", "sr_ste", "s_ste"])
@@ -206,15 +195,12 @@ def test_shards_on_one_gpu_train_as_a_copy_does(tmp_path, name, compile):
     settings = {**SETTINGS, **changes, "max_iters": 24, "dataset": data}
     rows = {}
     for how in ("ddp", "fsdp"):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py"]
         for length in (12, 24):
-            words = to_words(tmp_path / how, settings | {"parallel": how, "max_iters": length})
-            done = subprocess.run([*torchrun, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            run_script(*torchrun, *to_words(tmp_path / how, settings | {"parallel": how, "max_iters": length}))
         rows[how] = read_rows(tmp_path / how)
-        assert all(
-            t.dtype == torch.float32 for n, t in read_state(tmp_path / how)["model"].items() if n.endswith("weight")
-        )
+        weights = [t for name, t in read_state(tmp_path / how)["model"].items() if name.endswith("weight")]
+        assert all(t.dtype == torch.float32 for t in weights)
     losses = {how: [row["train_loss"] for row in found if row["train_loss"]] for how, found in rows.items()}
     assert len(losses["fsdp"]) == 24
     assert losses["fsdp"] == pytest.approx(losses["ddp"], abs=0.02)

@@ -1,6 +1,7 @@
 """What the ranks of tests/runtime/test_fsdp.py do. `start(world_size, folder, *tasks)` runs the tasks below on so many
 gloo ranks, one after the other. Every rank leaves what it saw in folder/<task><world_size>/seen_<rank>.pt."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -87,13 +88,17 @@ def save(folder, ranks):
     gathered, most, full_tensor = [], 0, DTensor.full_tensor
 
     def alive():
+        """Gloo's thread lets go of a result a moment after it was waited for, so this waits a moment too."""
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline and not all(reference.expired() for reference in gathered):
+            time.sleep(0.001)
         return sum(not reference.expired() for reference in gathered)
 
     def spy(tensor):
         nonlocal most
+        most = max(most, alive() + 1)
         full = full_tensor(tensor)
         gathered.append(StorageWeakRef(full.untyped_storage()))
-        most = max(most, alive())
         return full
 
     writer = Writer(folder, ranks=ranks)

@@ -1,38 +1,23 @@
 """Checkpoints that survive a kill at any moment, and that are checked before they are trusted.
 
     save   state -> ckpt.pt.tmp, fsync -> the old ckpt.pt also becomes ckpt_prev.pt -> rename ckpt.pt.tmp to ckpt.pt
-           -> delete numbered checkpoints that are kept no longer, and folders of shards that no file names
-    load   every file's CRC-32 -> torch.load(weights_only=True), which runs no code -> the keys below are all there
+           -> delete the numbered checkpoints that no rule keeps
+    load   the CRC-32 of every record -> torch.load(weights_only=True), which runs no code -> all keys below are there
 
-    python -m runtime.checkpoint out/ckpt.pt whole.pt        one file of a sharded checkpoint
-
-At every instant ckpt.pt (or, on file systems without hard links, ckpt_prev.pt) is a whole checkpoint. Data order and
-MVUE draws are functions of the iteration, so what is listed in `KEYS` is all that a run needs to go on bit for bit.
-checkpoint_writer.py saves in a thread, and in shards; what is on disk then is in checkpoint_shards.py.
+At every instant ckpt.pt (or, on file systems without hard links, ckpt_prev.pt) is a complete checkpoint. Every run
+writes this one file, whatever the number of ranks: a sharded run gathers its tensors first. Data order and MVUE draws
+are functions of the iteration, so the `KEYS` are all that a run needs to continue bit for bit. checkpoint_writer.py
+decides when a run saves, and saves in a thread.
 """
 
-import argparse
 import contextlib
 import os
 import re
 import shutil
-import sys
+import zipfile
 from pathlib import Path
 
 import torch
-
-from runtime.checkpoint_shards import (
-    CheckpointError,
-    Sharded,
-    damage_of,
-    fsync_folder,
-    like,
-    make_whole,
-    put_together,
-    write,
-)
-
-__all__ = ["KEYS", "NAME", "PREVIOUS", "CheckpointError", "Sharded", "clear", "find", "like", "load", "save"]
 
 NAME, PREVIOUS = "ckpt.pt", "ckpt_prev.pt"
 KEYS = {
@@ -44,27 +29,25 @@ KEYS = {
     "model_args",  # the fields of GPTConfig
     "config",  # every setting of the run
     "dense_start",  # first iteration of the dense phase
-    "sparse_start",  # first iteration of the sparse phase; None while STEP's rule has not said
-    "autoswitch",  # what that rule has seen
+    "sparse_start",  # first iteration of the sparse phase; None until STEP's rule has decided it
+    "autoswitch",  # the changes of Adam's second moments that STEP's rule has seen
     "elapsed_s",  # seconds of training
     "skipped",  # [steps skipped because a gradient was not finite, how many of them were the last ones]
-    "patterns_hash",  # of sparse24.PATTERNS, whose order gives the mask indices their meaning
+    "patterns_hash",  # hash of sparse24.PATTERNS, whose order gives the mask indices their meaning
 }
 
 
-def cannot_write(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"cannot write {path}: {error}; earlier checkpoints are untouched; free space or set another out_dir"
-    )
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, is damaged, or is not one of nano24."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
 
 
 def check_keys(state: dict) -> None:
     if not state.keys() >= KEYS:
         raise ValueError(f"checkpoint.save: the state lacks {', '.join(sorted(KEYS - state.keys()))}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving
 
 
 def _link(path: Path, name: Path) -> bool:
@@ -79,108 +62,78 @@ def _link(path: Path, name: Path) -> bool:
     return True
 
 
-def _keep_previous(path: Path, previous: Path) -> None:
-    if not _link(path, previous):  # for an instant only ckpt_prev.pt exists, and `find` takes it
-        os.replace(path, previous)
+def _copy(path: Path, name: Path) -> None:
+    """Make `name` a copy of `path`, in one step."""
+    copy = name.with_name(name.name + ".tmp")
+    shutil.copyfile(path, copy)
+    with open(copy, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(copy, name)
 
 
-def _keep_numbered(path: Path, numbered: Path) -> None:
-    if not _link(path, numbered):
-        copy = numbered.with_name(numbered.name + ".tmp")
-        shutil.copyfile(path, copy)
-        with open(copy, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(copy, numbered)
-
-
-def _kept(saved: set[int], iter_num: int, keep_last: int, keep_every: int) -> set[int]:
+def _numbers_to_keep(saved: set[int], iter_num: int, keep_last: int, keep_every: int) -> set[int]:
     """Which of the iterations `saved` still have a numbered file after the save at `iter_num`."""
-    last = sorted(i for i in saved if i <= iter_num)[-keep_last:] if keep_last > 2 else []
-    return {i for i in saved if i in last or (keep_every > 0 and i % keep_every == 0)}
+    latest = sorted(i for i in saved if i <= iter_num)[-keep_last:] if keep_last > 2 else []
+    return {i for i in saved if i in latest or (keep_every > 0 and i % keep_every == 0)}
 
 
 def _delete_numbered(folder: Path, iter_num: int, keep_last: int, keep_every: int) -> None:
-    """Delete the numbered checkpoints that neither rule keeps, and what a kill left of making one."""
+    """Delete the numbered checkpoints that neither rule keeps, and the temporary ones that a kill left."""
     found = {path: re.fullmatch(r"ckpt_(\d{8,})\.pt(\.tmp)?", path.name) for path in folder.glob("ckpt_*")}
     numbers = {path: int(match[1]) for path, match in found.items() if match and not match[2]}
-    kept = _kept(set(numbers.values()), iter_num, keep_last, keep_every)
+    keep = _numbers_to_keep(set(numbers.values()), iter_num, keep_last, keep_every)
     for path, match in found.items():
-        if match and numbers.get(path) not in kept:
+        if match and numbers.get(path) not in keep:
             path.unlink(missing_ok=True)
-
-
-def delete_unnamed_shards(folder: Path) -> None:
-    """Delete the folders of shards that no *.pt beside them names: of replaced checkpoints, and of killed saves."""
-    there = list(folder.glob("ckpt_*.shards"))
-    named = set()
-    for path in folder.glob("*.pt") if there else ():
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # it may be whole all the same (no memory to map it, say), so nothing is deleted
-            print(f"{folder}: old shards stay, since {path.name} cannot be read ({' '.join(str(error).split())[:100]})")
-            return
-        if isinstance(state, dict) and isinstance(state.get("shards"), dict):
-            named.add(state["shards"].get("folder"))
-    for path in there:
-        if path.name not in named:
-            shutil.rmtree(path, ignore_errors=True)  # what is left of it goes after the next save
 
 
 def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2, keep_every: int = 0) -> Path:
     """Write `state` to out_dir/name atomically; an existing ckpt.pt becomes ckpt_prev.pt. Returns the path.
 
-    ckpt.pt is kept as ckpt_00001200.pt too, of iteration 1200, while it is one of the last `keep_last` saves (if those
-    are more than ckpt.pt and ckpt_prev.pt, 2), and for good if keep_every > 0 divides its iteration. Numbered files
-    that neither keeps are deleted; without either rule they are let alone.
-    Raises CheckpointError when the folder cannot be written or is full; what was there before then stays untouched,
-    and ValueError when `state` lacks a key of `KEYS`.
+    ckpt.pt of iteration 1200 also gets the name ckpt_00001200.pt, for as long as it is one of the last `keep_last`
+    saves (if these are more than the two of ckpt.pt and ckpt_prev.pt), and for good if keep_every > 0 divides 1200.
+    Numbered files that neither rule keeps are deleted. Without a rule, numbered files are left alone.
+    Raises ValueError when `state` lacks a key of `KEYS`, and CheckpointError when the folder cannot be written or is
+    full; then the earlier checkpoints are untouched.
     """
     check_keys(state)
     path = Path(out_dir) / name
     temporary, iter_num = path.with_name(name + ".tmp"), state["iter_num"]
     numbered = path.with_name(f"ckpt_{iter_num:08d}.pt")
     numbering = name == NAME and (keep_last > 2 or keep_every > 0)
+    keep_number = numbering and bool(_numbers_to_keep({iter_num}, iter_num, keep_last, keep_every))
     try:
-        write(temporary, state)
-        if numbering and _kept({iter_num}, iter_num, keep_last, keep_every):
-            _keep_numbered(temporary, numbered)
-        if name == NAME and path.exists():
-            _keep_previous(path, path.with_name(PREVIOUS))
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_number and not _link(temporary, numbered):
+            _copy(temporary, numbered)
+        if name == NAME and path.exists() and not _link(path, path.with_name(PREVIOUS)):
+            os.replace(path, path.with_name(PREVIOUS))  # until the next line only ckpt_prev.pt exists; `find` takes it
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the new names durable
+        finally:
+            os.close(folder)
         if numbering:
             _delete_numbered(path.parent, iter_num, keep_last, keep_every)
-        delete_unnamed_shards(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             for left in (temporary, numbered.with_name(numbered.name + ".tmp")):
                 left.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+        raise CheckpointError(
+            f"cannot write {path}: {error}; earlier checkpoints are untouched; free space or set another out_dir"
+        ) from error
     return path
 
 
 def clear(out_dir: str | Path) -> None:
-    """Delete the checkpoints of a run's folder, ckpt_best.pt with them."""
+    """Delete all checkpoints of a run's folder, ckpt_best.pt and numbered ones too."""
     for path in Path(out_dir).glob("ckpt*"):
         if re.fullmatch(r"ckpt(_prev|_best|_\d{8,})?\.pt(\.tmp)?", path.name):
             path.unlink()
-    for path in Path(out_dir).glob("ckpt_*.shards"):
-        shutil.rmtree(path)
-
-
-class OneRank:
-    """The runtime.Ranks of a process that is alone."""
-
-    rank, world_size, master = 0, 1, True
-
-    def maximum(self, value: int) -> int:
-        return value
-
-    def total(self, values: list[float]) -> list[float]:
-        return values
-
-    def decide(self, value):
-        return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,32 +148,47 @@ def find(out_dir: str | Path) -> Path | None:
     return None
 
 
-def _read(path: Path, map_location, rank: int = 0, world_size: int = 1) -> dict:
-    """The state, with a `Sharded` for each sharded tensor. Of the shards every world_size-th one is checked."""
+def _damage_of(path: Path) -> str | None:
+    """What is wrong with the file, or None if it is a zip archive whose records all match their CRC-32."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch neither compresses nor sets attributes; where a flipped bit says so, its reader returns garbage
+            foreign = [info.filename for info in archive.infolist() if info.compress_type or info.external_attr]
+            bad = foreign[0] if foreign else archive.testzip()
+    except Exception as error:  # zipfile reports a damaged table of contents by exceptions of many types
+        return f"it is truncated or was not written by torch.save ({error})"
+    return f"its record {bad} is corrupted" if bad else None
+
+
+def _read(path: Path, mmap: bool = False) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; name a run's out_dir that holds a {NAME}")
-    damage = damage_of(path)
+    damage = _damage_of(path)
     if damage:
         raise CheckpointError(f"{path} cannot be used: {damage}")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # unpickling reports foreign content by many types
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # unpickling reports foreign content by exceptions of many types
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} cannot be used: torch.load refused it ({reason})") from error
     missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of nano24: it lacks {', '.join(sorted(missing))}")
-    shards = state.pop("shards", None)
-    return put_together(state, path, shards, rank, world_size) if shards else state
+    if "shards" in state:
+        raise CheckpointError(
+            f"{path} was written in shards by an earlier release; convert it with `python checkpoint.py OLD NEW` of "
+            "commit 8751ec3, the last one that can"
+        )
+    return state
 
 
 def _offer_previous(path: Path, error: CheckpointError) -> CheckpointError:
-    """`error`, which says more where the checkpoint before is whole."""
+    """`error`, extended by the way to continue from the previous checkpoint if that one can be used."""
     previous = path.with_name(PREVIOUS)
     if path.name == PREVIOUS or not path.exists() or not previous.exists():
         return error
     try:
-        iter_num = _read(previous, "cpu")["iter_num"]
+        iter_num = _read(previous)["iter_num"]
     except CheckpointError:
         return error
     return CheckpointError(
@@ -229,63 +197,23 @@ def _offer_previous(path: Path, error: CheckpointError) -> CheckpointError:
     )
 
 
-def load(path: str | Path, patterns_hash: str, map_location="cpu", whole: bool = True, ranks=None) -> dict:
-    """Read and verify a checkpoint. patterns_hash: sparse24.PATTERNS_HASH, which the masks must have been saved with.
+def load(path: str | Path, patterns_hash: str, mmap: bool = False) -> dict:
+    """Read and verify a checkpoint, into host memory.
 
-    Sharded tensors are made whole, or with whole=False are left as `Sharded`, for `like`. map_location: a device.
-    ranks: runtime.Ranks, where all ranks load the same checkpoint; they then share the work of checking its shards, and
-    all raise if one does.
+    patterns_hash: sparse24.PATTERNS_HASH; the masks must have been saved with the same.
+    mmap: map the file instead of reading it, so that several ranks share one copy of it in memory. Its tensors must
+    then be copied before the file may change.
     Raises CheckpointError for a missing, truncated, corrupted or foreign file, and names the previous checkpoint of
-    the same folder when that one is whole. Never changes a file.
+    the same folder if that one can be used. Never changes a file.
     """
-    path, ranks, error = Path(path), ranks or OneRank(), None
+    path = Path(path)
     try:
-        state = _read(path, map_location, ranks.rank, ranks.world_size)
-    except CheckpointError as caught:
-        error = caught
-    worst = ranks.maximum(ranks.rank + 1 if error else 0)
-    if worst:
-        error = error or CheckpointError(f"{path} cannot be used, and rank {worst - 1} says why")
-        raise _offer_previous(path, error)
+        state = _read(path, mmap)
+    except CheckpointError as error:
+        raise _offer_previous(path, error) from error.__cause__
     if state["patterns_hash"] != patterns_hash:
         raise CheckpointError(
             f"{path}: its masks are indices into another pattern table ({state['patterns_hash']}, here "
             f"{patterns_hash}); use the version of nano24 that wrote it"
         )
-    return make_whole(state, map_location) if whole else state
-
-
-def convert(source: str | Path, target: str | Path) -> Path:
-    """Write the checkpoint `source`, sharded or not, to the one new file `target`.
-
-    Raises CheckpointError where `source` is missing or damaged, or `target` exists or cannot be written.
-    """
-    source, target = Path(source), Path(target)
-    if target.exists():
-        raise CheckpointError(f"{target} exists; name a file that is to be made")
-    temporary = target.with_name(target.name + ".tmp")
-    state = make_whole(_read(source, "cpu"), "cpu")
-    try:
-        write(temporary, state)
-        os.replace(temporary, target)
-        fsync_folder(target.parent)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {target}: {error}") from error
-    return target
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a checkpoint, sharded or not, as a single file.")
-    parser.add_argument("source", help="a run's ckpt.pt, beside which its folder of shards lies")
-    parser.add_argument("target", help="the file to make; one that exists is not overwritten")
-    options = parser.parse_args(argv)
-    try:
-        print(f"wrote {convert(options.source, options.target)}")
-    except CheckpointError as error:
-        sys.exit(f"runtime.checkpoint: error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    return state

@@ -1,7 +1,6 @@
-"""What surrounds a run: the ranks it is spread over, the signals that stop it, and the numbers it writes."""
+"""The ranks of a run, the lock on its folder, the signals that stop it, and the machine it runs on."""
 
 import fcntl
-import json
 import os
 import platform
 import signal
@@ -24,8 +23,10 @@ class RanksDiffer(RuntimeError):
 
 @dataclass
 class Ranks:
-    """This process among the processes of the run. `control` is a group of our own for what is not a gradient: its
-    reductions never wait for a GPU, and it can be ended while the world's, which DDP holds, cannot (see `leave`)."""
+    """This process among the processes of the run.
+
+    control: a gloo group for everything but gradients. It never waits for a GPU, and can be destroyed while DDP still
+    holds the default group (see `leave`)."""
 
     rank: int = 0
     local_rank: int = 0
@@ -63,17 +64,18 @@ class Ranks:
     def leave(self) -> None:
         """Wait for the other ranks and leave the process group.
 
-        A thread of gloo that lets go of a tensor of Python's after the interpreter began to shut down aborts the
-        process ("terminate called without an active exception"). Only the control group is handed such tensors, and
-        with the last reference to it, dropped here, its threads are joined."""
+        A gloo thread that frees a Python tensor while the interpreter shuts down aborts the process ("terminate called
+        without an active exception"). Only the control group receives such tensors. Its threads are joined when the
+        last reference to it is dropped, which happens here."""
         if self.control is not None:
             dist.barrier(group=self.control)
             self.control = None
             dist.destroy_process_group()
 
     def check_equal(self, model: torch.nn.Module) -> None:
-        """Raises RanksDiffer unless all ranks hold the same weights and masks, or the same shards of them: compares
-        sums of their bits, and names the ranks that the fewest agree with."""
+        """Raises RanksDiffer unless all holders of a shard have the same weights, and all ranks the same masks.
+
+        It compares sums of their bits, and names the ranks that are in the minority."""
         if self.world_size == 1:
             return
         mine = torch.tensor([sparse24.piece(next(model.parameters())), *fingerprint(model)])
@@ -89,23 +91,24 @@ class Ranks:
 
 
 def fingerprint(model: torch.nn.Module) -> tuple[int, int]:
-    """(sum of the bits of this rank's weights, of all masks). Waits for the GPU."""
-    names = ("index", "index_t", "beta")  # an order of rows has the sum of any other, but index_t is made by it
+    """(sum of the bits of this rank's weights, sum of the bits of all masks). Waits for the GPU."""
+    names = ("index", "index_t", "beta")  # every permutation has the same sum, but index_t depends on the permutation
     buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
     weights = _sum_of_bits([sparse24.local(p.detach()) for p in model.parameters()])
     return weights, _sum_of_bits([b for b in buffers if b is not None])
 
 
 def _sum_of_bits(tensors: list[torch.Tensor]) -> int:
-    """As of integers, which wrap."""
+    """The sum of the tensors' bits as integers, which wraps."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
     return int(torch.stack(sums).sum()) if sums else 0
 
 
 def outvoted(sums: list[tuple[int, int]]) -> list[int]:
-    """Of (piece, sum of its bits) per rank: the ranks whose sum is not the one that most holders of the piece have; all
-    holders where no sum is that of most."""
+    """The ranks whose sum differs from that of most holders of their piece; all holders if no sum has a majority.
+
+    sums: (piece, sum of its bits) for each rank."""
     most = {}
     for piece in {piece for piece, _ in sums}:
         (first, count), *others = Counter(pair for pair in sums if pair[0] == piece).most_common(2)
@@ -131,56 +134,15 @@ def start_ranks(device_name: str) -> Ranks:
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
-def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: int, dtype, compile_mode) -> None:
-    """FSDP2, in place: the weights of each of `blocks`, and of the rest of the model, are cut by rows over
-    world_size / copies ranks, gathered before they multiply, and freed after. On a GPU blocks are gathered in `dtype`,
-    but for soft thresholds; on a CPU as they are, since its autocast takes no LayerNorm of 16-bit weights.
-
-    compile_mode: of torch.compile, or None; blocks are compiled one by one. Raises ValueError where the ranks do not
-    divide into so many copies, or where a 4x4 block of a sparse layer would lie on two ranks.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    if dtype == torch.float16:
-        raise ValueError("parallel='fsdp' needs bfloat16 or float32; use --dtype=float32, or parallel='ddp'")
-    if copies < 1 or ranks.world_size % copies:
-        raise ValueError(f"fsdp_copies={copies}, need a divisor of the number of ranks, {ranks.world_size}")
-    pieces = ranks.world_size // copies
-    for layer in sparse_linears(model):
-        if not sparse24.fits(layer.out_features, pieces):
-            fitting = [n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
-            fitting = [n for n in fitting if all(sparse24.fits(m.out_features, n) for m in sparse_linears(model))]
-            raise ValueError(
-                f"parallel='fsdp': {layer.out_features} rows of a sparse layer do not lie on {pieces} ranks by fours; "
-                f"set fsdp_copies to one of {', '.join(str(ranks.world_size // n) for n in fitting)}"
-            )
-    shape, names = ((pieces,), ("shard",)) if copies == 1 else ((copies, pieces), ("copy", "shard"))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    policy, soft = {}, any(layer.recipe.mask == "soft" for layer in sparse_linears(model))  # S sees more than bf16
-    if dtype != torch.float32 and device.type == "cuda" and not soft:
-        low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        policy = {"mp_policy": low}
-    if compile_mode:  # all blocks share the limit: phases, training and evaluation, a last batch of another size
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    for block in blocks:
-        if compile_mode:
-            block.compile(mode=compile_mode)
-        fully_shard(block, mesh=mesh, **policy)
-    fully_shard(model, mesh=mesh)
-    for layer in sparse_linears(model):
-        layer.prune_again = True
-
-
 class FolderInUse(RuntimeError):
     """Another run writes into the folder."""
 
 
 def hold(folder: Path):
-    """Keep other runs out of `folder` until the file that is returned is closed, or this process ends, however it does.
-    Nothing in the folder changes but that an empty run.lock may be made, in which `sign` says who holds it.
+    """Keep other runs out of `folder` until the returned file is closed or this process ends, in whatever way.
 
-    Raises FolderInUse where another one does.
+    The folder gets an empty run.lock if it has none; `sign` writes there who holds it. Raises FolderInUse if another
+    run holds it.
     """
     file = open(folder / "run.lock", "a+")  # noqa: SIM115  open as long as the run
     try:
@@ -191,7 +153,7 @@ def hold(folder: Path):
         file.close()
         raise FolderInUse(f"out_dir={folder} is in use by {holder}; stop that run, or set another out_dir") from error
     except OSError as error:  # some network file systems
-        print(f"{folder}: cannot be locked ({error}); see to it that no other run writes there", flush=True)
+        print(f"{folder}: cannot be locked ({error}); make sure that no other run writes there", flush=True)
     return file
 
 
@@ -202,8 +164,10 @@ def sign(file) -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks for a stop at the end of the step. A second SIGINT is obeyed at once; a second
-    SIGTERM is not, since a scheduler that signals all processes reaches a rank twice: itself, and through torchrun."""
+    """SIGTERM or SIGINT asks for a stop at the end of the step.
+
+    A second SIGINT is obeyed at once. A second SIGTERM is not, because a scheduler that signals all processes reaches
+    each rank twice: directly, and through torchrun."""
 
     def __init__(self):
         self.received = None
@@ -216,15 +180,8 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
 
 
-def write_json(path: Path, data) -> None:
-    """Write a JSON file whole or not at all: a kill may come at any time."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def environment(device: torch.device, world_size: int) -> dict:
-    """What a number of this run depends on beside its settings."""
+    """What the numbers of a run depend on besides its settings."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -16,17 +16,17 @@ from types import SimpleNamespace
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import setting_names
+from configurator import setting_names, write_json
 from gemm24 import choose
 from gemm24.ffn import pack_weights, plan_ffn, set_plan, time_ways
 from model import GPT, GPTConfig, peak_flops
 from runtime import checkpoint
-from runtime.checkpoint import like
 from runtime.checkpoint_writer import Saver, Writer
+from runtime.fsdp import shard_like, shard_model
 from runtime.health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
 from runtime.loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from runtime.metrics import Log, Metrics, read_metrics
-from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, shard_model, sign, start_ranks, write_json
+from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, sign, start_ranks
 from runtime.settings import (
     DTYPES,
     announce,
@@ -38,7 +38,7 @@ from runtime.settings import (
     planned_sparse_start,
     resolve_settings,
 )
-from sparse24 import AUTOSWITCH_LATEST, PATTERNS_HASH, AutoSwitch, Recipe, sparse_linears
+from sparse24 import AUTOSWITCH_LATEST, PATTERNS_HASH, AutoSwitch, Recipe, is_dtensor, sparse_linears
 
 
 class SetupError(RuntimeError):
@@ -216,7 +216,7 @@ def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
         raise ValueError(f"out_dir={s.out_dir} is not the same folder on every rank; put it on a shared file system")
     if path is None:
         return None, None, lock
-    state = checkpoint.load(path, PATTERNS_HASH, whole=False, ranks=ranks)
+    state = checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the file, which they share
     read = state["iter_num"], state["elapsed_s"]
     if ranks.decide(read) != read:
         raise ValueError(f"{path} is another checkpoint here than on rank 0; put out_dir on a shared file system")
@@ -318,9 +318,10 @@ def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, v
 
 
 def load_weights(model: GPT, saved: dict) -> None:
-    """The weights and masks of a checkpoint, each rank its own shards of them where the model lies in shards."""
-    own = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    model.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in saved.items()})
+    """Load the weights and masks of a checkpoint. Of a sharded weight each rank copies its own rows."""
+    current = model.state_dict()
+    sharded = {name: target for name, target in current.items() if is_dtensor(target)}
+    model.load_state_dict({**saved, **{name: shard_like(saved[name], target) for name, target in sharded.items()}})
 
 
 def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state: dict | None):
@@ -328,16 +329,18 @@ def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state
     decay = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on} if recipe else {}
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), s.device, **decay)
     if state is not None:
-        # Before loading: where torch puts the step counts depends on `fused`.
+        # Before loading, because `fused` decides where torch puts the step counts.
         groups = [
             {**saved, **{key: group[key] for key in ("weight_decay", "betas", "fused")}}
             for saved, group in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
         ]
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = {
-            k: {name: like(value, params[k]) if name.startswith("exp_avg") else value for name, value in saved.items()}
-            for k, saved in state["optimizer"]["state"].items()
-        }
+        moments = {}
+        for k, saved in state["optimizer"]["state"].items():  # copied, since the checkpoint is a mapped file
+            moments[k] = {
+                name: shard_like(value, params[k]) if name.startswith("exp_avg") else copy.deepcopy(value)
+                for name, value in saved.items()
+            }
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return optimizer
 

@@ -10,6 +10,7 @@ from harness import launch, make_dataset, read_state, run_here, state_difference
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
+    """Every run in processes of its own, as in `make faults`."""
     return faults.Bench(tmp_path_factory.mktemp("faults"))
 
 
@@ -20,23 +21,8 @@ def bench_here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench_kills(tmp_path_factory):
+    """For runs that are killed, and resumed in this process."""
     return faults.Bench(tmp_path_factory.mktemp("kills"), run=launch, resume=run_here)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at", faults.STOP_POINTS)
-def test_a_stop_at_any_phase_loses_nothing(bench_here, at):
-    assert faults.stop_case(bench_here, at, ranks=1)["problems"] == []
-
-
-@pytest.mark.slow
-def test_a_stop_of_a_real_process_loses_nothing(bench_kills):
-    assert faults.stop_case(bench_kills, "at a mask refresh", ranks=1)["problems"] == []
-
-
-@pytest.mark.slow
-def test_a_stop_of_one_of_two_ranks_loses_nothing(bench):
-    assert faults.stop_case(bench, "at the dense switch", ranks=2)["problems"] == []
 
 
 def test_a_kill_at_a_random_moment_goes_on_from_the_last_save(bench_kills):
@@ -44,24 +30,22 @@ def test_a_kill_at_a_random_moment_goes_on_from_the_last_save(bench_kills):
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_and_comes_back(bench):
-    assert faults.nodes_case(bench)["problems"] == []
-
-
-@pytest.mark.slow
-def test_flipped_bits_of_shards_are_refused_or_harmless(bench):
-    assert faults.flip_case(bench, random.Random(3), flips=20, ranks=2)["problems"] == []
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(bench_kills):
-    assert faults.kills_in_a_row_case(bench_kills, random.Random(2), kills=3, ranks=1)["problems"] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at", ["half of the bytes written", "no hard links: between the two renames"])
-def test_a_kill_inside_a_save_goes_on_from_a_whole_checkpoint(bench_kills, at):
-    assert faults.save_case(bench_kills, at)["problems"] == []
+@pytest.mark.parametrize(
+    ("where", "case", "arguments"),
+    [
+        *(("bench_here", faults.stop_case, {"at": at, "ranks": 1}) for at in faults.STOP_POINTS),
+        ("bench_kills", faults.stop_case, {"at": "at a mask refresh", "ranks": 1}),
+        ("bench", faults.stop_case, {"at": "at the dense switch", "ranks": 2}),
+        ("bench", faults.nodes_case, {}),
+        ("bench_here", faults.flip_case, {"rng": random.Random(3), "flips": 20}),
+        ("bench_kills", faults.kills_in_a_row_case, {"rng": random.Random(2), "kills": 3, "ranks": 1}),
+        ("bench", faults.kills_in_a_row_case, {"rng": random.Random(2), "kills": 3, "ranks": 2}),
+        ("bench_kills", faults.save_case, {"at": "half of the bytes written"}),
+        ("bench_kills", faults.save_case, {"at": "no hard links: between the two renames"}),
+    ],
+)
+def test_a_fault_loses_nothing_that_was_saved(request, where, case, arguments):
+    assert case(request.getfixturevalue(where), **arguments)["problems"] == []
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""FSDP2 trains as DDP does: weights in shards, the same masks, the same numbers, and nothing on two ranks at once."""
+"""FSDP2 trains as DDP does, with weights in shards, and writes the same checkpoint, for any number of ranks."""
 
 import contextlib
 import functools
@@ -6,12 +6,16 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import shard_ranks
 import torch
-from harness import SETTINGS, Crew, free_port, make_dataset, read_rows, read_state, run_here
+from harness import SETTINGS, Crew, differences, free_port, leaves, make_dataset, read_rows, read_state, run_here
+from shard_ranks import HASH
 
 import sparse24
 from model import GPT, GPTConfig
-from runtime.ranks import Ranks, shard_model
+from runtime import checkpoint
+from runtime.fsdp import shard_like, shard_model
+from runtime.ranks import Ranks
 from sparse24 import sparse_linears, transposable_index
 
 # Refreshes after steps 3 and 6, dense from 9; six micro-batches, which 4 ranks share unevenly.
@@ -57,21 +61,28 @@ def run(train_on, tmp_path_factory):
     return make
 
 
+def assert_close_states(one, other, close):
+    """Two checkpoints have the same form; their weights and moments are as close as said, and masks are equal."""
+    tensors = [{path: v for path, v in leaves(state).items() if isinstance(v, tuple)} for state in (one, other)]
+    forms = [{path: leaf[:2] for path, leaf in found.items()} for found in tensors]
+    assert forms[0] == forms[1]
+    assert differences(one["optimizer"]["param_groups"], other["optimizer"]["param_groups"]) == []
+    for name, tensor in one["model"].items():
+        if torch.is_tensor(tensor):
+            close_to = close if tensor.is_floating_point() else 0
+            torch.testing.assert_close(other["model"][name], tensor, rtol=0, atol=close_to, msg=name)
+        else:
+            assert other["model"][name] == tensor
+    for k, moments in one["optimizer"]["state"].items():
+        torch.testing.assert_close(other["optimizer"]["state"][k], moments, rtol=0, atol=close)
+
+
 def assert_same_training(one, other):
-    """Weights within 1e-9, masks exactly, and the metrics of every step."""
-    one_state, other_state = (read_state(folder)["model"] for folder in (one, other))
-    assert one_state.keys() == other_state.keys()
-    indices = 0
-    for name, tensor in one_state.items():
-        if torch.is_tensor(tensor) and tensor.is_floating_point():
-            assert tensor.dtype == torch.float64
-            torch.testing.assert_close(
-                other_state[name], tensor, rtol=0, atol=1e-9, msg=lambda text, name=name: name + text
-            )
-        elif torch.is_tensor(tensor):
-            indices += name.endswith("index")
-            assert torch.equal(other_state[name], tensor), name
-    assert indices == 4
+    """Checkpoints of float64 runs within 1e-9, masks exactly, and the metrics of every step."""
+    state = read_state(one)
+    assert state["model"]["transformer.wte.weight"].dtype == torch.float64
+    assert sum(name.endswith("index") for name in state["model"]) == 4
+    assert_close_states(state, read_state(other), 1e-9)
     rows, other_rows = read_rows(one), read_rows(other)
     assert any(row["flip_rate"] for row in rows)
     assert {row["phase"] for row in rows} == {"sparse", "dense"}
@@ -96,11 +107,14 @@ def test_two_copies_train_as_one_process_does(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "changes"), [(2, {"parallel": "fsdp"}), (2, {}), (1, {})])
-def test_shards_of_four_ranks_are_resumed_by_fewer(run, train_on, tmp_path, ranks, changes):
-    out = shutil.copytree(run(4, parallel="fsdp", max_iters=6), tmp_path / "out")
-    assert len(list(out.glob("ckpt_*.shards/*.pt"))) == 4 * 2  # of ckpt.pt and of ckpt_prev.pt
-    assert f"resuming {out / 'ckpt.pt'} at iteration 6" in train_on(ranks, out, DOUBLE, **changes)
+@pytest.mark.parametrize(
+    ("begun", "ended"), [("fsdp4", "fsdp2"), ("fsdp4", "ddp2"), ("fsdp4", "ddp1"), ("ddp1", "fsdp4"), ("ddp2", "fsdp2")]
+)
+def test_a_run_is_resumed_on_other_ranks_with_or_without_shards(run, train_on, tmp_path, begun, ended):
+    out = shutil.copytree(run(int(begun[-1]), parallel=begun[:-1], max_iters=6), tmp_path / "out")
+    assert {path.name for path in out.glob("ckpt*")} == {"ckpt.pt", "ckpt_prev.pt"}
+    printed = train_on(int(ended[-1]), out, DOUBLE, parallel=ended[:-1])
+    assert f"resuming {out / 'ckpt.pt'} at iteration 6" in printed
     assert_same_training(run(2), out)
 
 
@@ -202,43 +216,83 @@ def test_settings_that_shards_cannot_have(data, tmp_path, changes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The checkpoint
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder in which two ranks did their tasks."""
+    folder = tmp_path_factory.mktemp("ran")
+    shard_ranks.start(2, folder, "save", "resume")
+    return folder
+
+
+def seen(folder, ranks=2):
+    return [torch.load(folder / f"seen_{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def test_shards_are_saved_as_one_process_saves(ran):
+    """And the file does not have what was added to every weight while it was written."""
+    assert {path.name for path in (ran / "save2").glob("*.pt")} == {"ckpt.pt", "seen_0.pt", "seen_1.pt"}
+    state, expected = checkpoint.load(ran / "save2" / "ckpt.pt", HASH), shard_ranks.state_of(*shard_ranks.make(None))
+    assert_close_states(expected, state, 1e-5)  # other numbers of ranks sum gradients in another order
+    assert list(state["model"]) == list(expected["model"])
+    assert state["model"]._metadata == expected["model"]._metadata
+    assert state["model"]["wte.weight"].data_ptr() == state["model"]["head.weight"].data_ptr()
+
+
+def test_one_gathered_tensor_is_in_memory_at_once_and_rank_1_keeps_nothing(ran):
+    """Five weights, of which a tied one is gathered once, with two moments each; rank 0 also copies five steps and the
+    index."""
+    first, second = seen(ran / "save2")
+    assert first == {"gathered": 15, "most": 1, "alive": 0, "copies": 21}
+    assert second == {"gathered": 15, "most": 1, "alive": 0, "copies": 0}
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_every_rank_copies_its_rows_and_trains_on(ran, ranks):
+    if ranks != 2:
+        shard_ranks.start(ranks, ran, "resume")
+    saved = checkpoint.load(ran / "save2" / "ckpt.pt", HASH)["model"]
+    expected = dict(shard_ranks.make(None, steps=4)[0].named_parameters())
+    for rank, got in enumerate(seen(ran / f"resume{ranks}", ranks)):
+        for name, part in got["shards"].items():
+            chunks = [*saved[name].chunk(ranks), *[saved[name][:0]] * ranks]
+            assert differences(part, chunks[rank]) == []
+        assert (got["extra"], got["index"].tolist()) == ({"sparse": True}, [*range(6)])
+        torch.testing.assert_close(got["after"], expected, rtol=0, atol=1e-5)
+        assert got["mapped"] == [True, False]  # the run does not hold on to the file
+    assert (expected["wte.weight"] - saved["wte.weight"]).abs().max() > 0.01
+
+
+def test_a_shape_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"full has shape \(7, 4\), need the target's, \(4, 7\)"):
+        shard_like(torch.zeros(7, 4), torch.zeros(4, 7))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Rows on ranks
-
-
-def test_rows_are_cut_as_torch_cuts_them():
-    for rows in range(9):
-        for ranks in range(1, 6):
-            chunks = [len(chunk) for chunk in torch.empty(rows, 2).chunk(ranks)] if rows else []
-            assert sparse24.cut(rows, ranks) == chunks + [0] * (ranks - len(chunks))
 
 
 def piece_of(w: torch.Tensor, ranks: int, rank: int):
     """What rows_of asks of a DTensor, without a process group."""
-    pieces = w.chunk(ranks)
-    mine = pieces[rank] if rank < len(pieces) else w[:0]
+    pieces = [*w.chunk(ranks), *[w[:0]] * ranks]
     mesh = SimpleNamespace(ndim=1, size=lambda dim: ranks, get_local_rank=lambda dim: rank)
-    return SimpleNamespace(placements=(), device_mesh=mesh, shape=w.shape, to_local=lambda: mine)
+    return SimpleNamespace(placements=(), device_mesh=mesh, shape=w.shape, to_local=lambda: pieces[rank])
 
 
-@pytest.mark.parametrize(("rows", "ranks"), [(16, 4), (16, 5), (24, 2), (24, 3), (36, 9), (36, 5), (8, 1)])
-def test_every_rank_takes_its_rows_of_a_mask(rows, ranks):
-    assert sparse24.fits(rows, ranks)
+@pytest.mark.parametrize("ranks", range(1, 10))
+@pytest.mark.parametrize("rows", [*range(1, 7), 8, 12, 16, 24, 36, 40])
+def test_rows_and_their_masks_are_cut_as_torch_cuts_them(rows, ranks):
     w = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
-    index, mask = transposable_index(w), torch.rand(w.shape) < 0.5
-    for rank in range(ranks):
-        piece = piece_of(w, ranks, rank)
-        assert torch.equal(sparse24.rows_of(piece, index), transposable_index(sparse24.local(piece)))
-        assert torch.equal(sparse24.rows_of(piece, mask), mask[[*range(rows)][slice(*bounds(rows, ranks, rank))]])
-    assert sparse24.rows_of(w, index) is index
-
-
-def bounds(rows: int, ranks: int, rank: int) -> tuple[int, int]:
-    each = -(-rows // ranks)
-    return min(rank * each, rows), min((rank + 1) * each, rows)
-
-
-@pytest.mark.parametrize(("rows", "ranks"), [(24, 4), (16, 3), (40, 3), (12, 2), (1600, 1024)])
-def test_blocks_that_would_lie_on_two_ranks_are_found(rows, ranks):
-    assert not sparse24.fits(rows, ranks)
-    edges = [bounds(rows, ranks, rank)[0] for rank in range(ranks)]
-    assert any(edge % 4 for edge in edges)
+    pieces = [piece_of(w, ranks, rank) for rank in range(ranks)]
+    counts, mask = [len(piece.to_local()) for piece in pieces], w > 0
+    assert sparse24.cut(rows, ranks) == counts
+    for piece in pieces:
+        assert torch.equal(sparse24.rows_of(piece, mask), piece.to_local() > 0)
+    if rows % 4 == 0:
+        assert sparse24.fits(rows, ranks) == all(count % 4 == 0 for count in counts)
+        index = transposable_index(w)
+        for piece in pieces if sparse24.fits(rows, ranks) else ():
+            assert torch.equal(sparse24.rows_of(piece, index), transposable_index(piece.to_local()))
+        assert sparse24.rows_of(w, index) is index

@@ -27,20 +27,23 @@ from sparse24 import sparse_linears
 STEPS = 6
 EXACT = {"max_iters": STEPS, "mask_interval": STEPS + 1, "mvue": False, "eval_interval": 3, "eval_iters": 3}
 MVUE = {"max_iters": 1, "mvue": True, "eval_iters": 0}  # all 18 windows of the split: five batches, the last one short
+exact_and_mvue = pytest.mark.parametrize("name", ["exact", pytest.param("mvue", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """runs[name of the settings, ranks]: the folder of this run, which dumped gradients and models there. The four of
-    them are made when they are first asked for."""
-    folder = tmp_path_factory.mktemp("ranks")
-    data = make_dataset(folder / "data")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """runs[name of the settings, ranks]: the folder of this run, which dumped gradients and models there. Each is made
+    when it is first asked for."""
 
     class Runs(dict):
         def __missing__(self, key):
             (name, ranks), changes = key, {"exact": EXACT, "mvue": MVUE}[key[0]]
-            out = self[key] = folder / f"{name}{ranks}"
-            out.mkdir()
+            out = self[key] = tmp_path_factory.mktemp(f"{name}{ranks}")
             run, dump = run_here if ranks == 1 else launch, {"kind": "dump", "folder": str(out)}
             done = run(out, {**SETTINGS, **changes, "dataset": data}, dump, ranks=ranks)
             assert done.returncode == 0, done.stderr
@@ -54,11 +57,7 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def test_two_ranks_end_in_the_weights_and_masks_of_one(runs):
-    one, two = (read_state(runs["exact", ranks]) for ranks in (1, 2))
-    assert one["iter_num"] == two["iter_num"] == STEPS
-    start = load(runs["exact", 1] / "grads_0.pt")
-    assert max(g.norm() for g in start) > 0.1  # there was something to learn
+def assert_close_models(one, two):
     for name, tensor in one["model"].items():
         if torch.is_tensor(tensor) and tensor.is_floating_point():
             torch.testing.assert_close(two["model"][name], tensor, rtol=0, atol=1e-5)
@@ -66,21 +65,26 @@ def test_two_ranks_end_in_the_weights_and_masks_of_one(runs):
             assert differences(tensor, two["model"][name]) == []
 
 
-@pytest.mark.parametrize("name", ["exact", pytest.param("mvue", marks=pytest.mark.slow)])
+def test_two_ranks_end_in_the_weights_and_masks_of_one(runs):
+    one, two = (read_state(runs["exact", ranks]) for ranks in (1, 2))
+    assert one["iter_num"] == two["iter_num"] == STEPS
+    assert max(g.norm() for g in load(runs["exact", 1] / "grads_0.pt")) > 0.1  # there was something to learn
+    assert_close_models(one, two)
+
+
+@exact_and_mvue
 def test_two_ranks_log_the_numbers_of_one(runs, name):
-    one, two = (read_rows(runs[name, ranks]) for ranks in (1, 2))
-    assert [row["iter"] for row in one] == [row["iter"] for row in two]
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(*(read_rows(runs[name, ranks]) for ranks in (1, 2)), strict=True):
+        assert a["iter"] == b["iter"]
         for key in ("train_loss", "val_loss", "lr", "grad_norm", "decay_ratio"):
             assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-5)), (a["iter"], key)
 
 
-@pytest.mark.parametrize("name", ["exact", pytest.param("mvue", marks=pytest.mark.slow)])
+@exact_and_mvue
 def test_first_gradient_of_two_ranks_is_that_of_one(runs, name):
     one = load(runs[name, 1] / "grads_0.pt")
     for rank in (0, 1):
-        two = load(runs[name, 2] / f"grads_{rank}.pt")
-        for a, b in zip(one, two, strict=True):
+        for a, b in zip(one, load(runs[name, 2] / f"grads_{rank}.pt"), strict=True):
             assert (a - b).norm() <= 1e-6 * a.norm()
 
 
@@ -90,7 +94,7 @@ def test_mvue_changes_the_gradient_that_is_compared(runs):
     assert max((a - b).norm() / a.norm() for a, b in zip(exact, mvue, strict=True)) > 0.01
 
 
-@pytest.mark.parametrize("name", ["exact", pytest.param("mvue", marks=pytest.mark.slow)])
+@exact_and_mvue
 def test_both_ranks_hold_the_same_bits(runs, name):
     states = [load(runs[name, 2] / f"model_{rank}.pt") for rank in (0, 1)]
     assert any(key.endswith(".index") for key in states[0])
@@ -99,28 +103,23 @@ def test_both_ranks_hold_the_same_bits(runs, name):
 
 
 @pytest.mark.slow
-def test_ranks_follow_one_plan(runs, tmp_path):
-    settings = {**SETTINGS, **EXACT, "dataset": make_dataset(tmp_path / "data"), "spmm": "masked"}
-    done = launch(tmp_path / "out", settings, ranks=2)
+def test_ranks_follow_one_plan(runs, data, tmp_path):
+    done = launch(tmp_path / "out", {**SETTINGS, **EXACT, "dataset": data, "spmm": "masked"}, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pruned matrices are multiplied, by the fused") == 1
-    for name, tensor in read_state(runs["exact", 2])["model"].items():
-        if torch.is_tensor(tensor):
-            torch.testing.assert_close(read_state(tmp_path / "out")["model"][name], tensor, rtol=0, atol=1e-5)
+    assert_close_models(read_state(tmp_path / "out"), read_state(runs["exact", 2]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["step", "bi_mask"])
-def test_what_a_method_decides_is_decided_alike_on_both_ranks(tmp_path, name):
+def test_what_a_method_decides_is_decided_alike_on_both_ranks(data, tmp_path, name):
     """STEP's switch, Bi-Mask's row orders. A run whose ranks differ ends at the next save."""
-    settings = {**SETTINGS, "max_iters": 8, "dataset": make_dataset(tmp_path / "data"), "mvue": False}
+    settings = {**SETTINGS, "max_iters": 8, "dataset": data, "mvue": False}
     settings |= {"sparse": name, "masked_decay": 0.0, "mask_interval": 1, "dense_finetune": 0.0, "dense_start": -1}
-    results = []
     for ranks, run in ((1, run_here), (2, launch)):
         done = run(tmp_path / str(ranks), settings, ranks=ranks)
         assert done.returncode == 0, done.stderr
-        results.append(read_state(tmp_path / str(ranks)))
-    one, two = results
+    one, two = (read_state(tmp_path / str(ranks)) for ranks in (1, 2))
     assert one["sparse_start"] == two["sparse_start"] == (4 if name == "step" else 0)
     for key, tensor in one["model"].items():
         if key.endswith("permutation"):
@@ -136,10 +135,11 @@ def test_only_rank_0_writes_and_prints(runs):
 
 
 @pytest.mark.slow
-def test_a_rank_that_went_astray_ends_the_run_before_the_next_save(tmp_path):
+def test_a_rank_that_went_astray_ends_the_run_before_the_next_save(data, tmp_path):
     """One weight of rank 1: no checkpoint with it is written."""
-    settings = {**SETTINGS, "max_iters": 8, "dataset": make_dataset(tmp_path / "data")}
-    done = launch(tmp_path / "out", settings, {"kind": "alter", "iter_num": 5}, ranks=2)
+    done = launch(
+        tmp_path / "out", {**SETTINGS, "max_iters": 8, "dataset": data}, {"kind": "alter", "iter_num": 5}, ranks=2
+    )
     assert done.returncode != 0
     assert "weights or masks of ranks [0, 1] differ from the others', or from each other's; resume" in done.stderr
     assert read_state(tmp_path / "out")["iter_num"] == 4
@@ -158,7 +158,6 @@ def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch, name, masks
 
     monkeypatch.setattr(torch.distributed, "all_gather", gather)
     ranks.check_equal(model)
-    ranks.check_equal(model)
     held = [p.detach() for p in model.parameters()] + [b for b in model.buffers() if b.dtype == torch.uint8]
     assert len(held) == 16 + 2 * masks
     held += [layer.beta.view(1) for layer in sparse_linears(model) if hasattr(layer, "beta")]
@@ -172,11 +171,10 @@ def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch, name, masks
     ranks.check_equal(model)
 
 
-def test_fewer_micro_batches_than_ranks_are_refused(tmp_path, monkeypatch):
-    settings = {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": make_dataset(tmp_path / "data")}
+def test_fewer_micro_batches_than_ranks_are_refused(data, tmp_path, monkeypatch):
     with pristine_train():
         monkeypatch.setattr(setup, "start_ranks", lambda device: Ranks(1, 1, 2))
-        done = run_here(tmp_path / "out", settings)
+        done = run_here(tmp_path / "out", {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": data})
     assert done.returncode == 1
     assert "gradient_accumulation_steps=1, need one for each of 2 ranks" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -217,11 +215,7 @@ print("left", flush=True)
 def test_no_thread_of_the_control_group_outlives_it(tmp_path):
     """One that does may need the interpreter when it is gone, and abort a run that had ended well."""
     (tmp_path / "leave.py").write_text(LEAVE)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "leave.py"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "leave.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.count("left") == 2, done.stderr

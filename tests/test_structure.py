@@ -1,4 +1,4 @@
-"""The repo's shape: imports point down, importing needs neither GPU nor Triton, configs and README tell the truth."""
+"""The repo's shape: imports point down, importing needs neither GPU nor Triton, tests mirror the tree."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
-from configurator import configure, read_comments, setting_names
+from configurator import configure, setting_names
 from model import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = "configurator kernels | sparse24 | gemm24 | methods model | runtime | benchmarks | train bench sample studies"
 FOLDERS = [".", *(name for name in ORDER.split() if (ROOT / name).is_dir())]
 # Test files that belong to no module, all names of the form test_<name>.py or test_<name>_<part>.py.
-BELONG_TO_NO_MODULE = {"structure", "two_files", "guard", "data", "gpu", "readme"}
+BELONG_TO_NO_MODULE = {"structure", "docs", "two_files", "guard", "data", "gpu", "readme"}
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
 
@@ -120,42 +120,3 @@ def test_gpt2_configs_are_the_papers(name, size, decay):
     assert (config["learning_rate"], config["min_lr"], config["warmup_iters"]) == (1.5e-4, 1e-5, 3000)
     assert (config["masked_decay"], config["mask_interval"], config["sparse"]) == (decay, 40, "fst")
     assert round(config["max_iters"] * (1 - config["dense_finetune"])) == 250000
-
-
-def settings_table() -> str:
-    """README's table of settings, as train.py's source has them."""
-    names = setting_names(vars(train))
-    notes, rows, shown = read_comments(train.__file__, names), [], ""
-    source = (ROOT / "train.py").read_text()
-    for name in names:
-        heading, comment = notes[name]
-        if heading != shown:
-            rows.append(f"| **{heading}** | | |")
-        shown = heading
-        default = re.search(rf"^{name}\b[^=\n]*= ([^#\n]+)", source, re.MULTILINE)[1].strip()
-        rows.append(f"| `{name}` | `{default}` | {comment} |".replace("|  |", "| |"))
-    return "\n".join(rows)
-
-
-def test_readme_lists_every_setting_as_train_has_it():
-    assert settings_table() in (ROOT / "README.md").read_text(), f"README's table should read:\n{settings_table()}"
-
-
-@pytest.mark.parametrize("name", ["README.md", "results/README.md", "docs/many_gpus.md"])
-def test_readme_figures_are_there(name):
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
-        if "://" not in target:
-            assert ((ROOT / name).parent / target).exists(), target
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("convergence", "methods", "methods-6seeds", "methods-texts", "methods-unseen-texts", "equal_cost", "table7"),
-        *("phases", "quality", "quality-6seeds", "decay", "flip_rate", "kernels"),
-    ],
-)
-def test_tables_are_those_of_the_results(name):
-    table = (ROOT / "results" / f"{name}.md").read_text().split("\n\n")[2]
-    assert table.startswith("|")
-    assert table in (ROOT / "results" / "README.md").read_text()

@@ -1,0 +1,81 @@
+"""gemm24/operands.py: the specifications. tests/test_kernels.py compares the kernels with them."""
+
+import pytest
+import torch
+
+from gemm24.layout import pack24, unpack24
+from gemm24.operands import (
+    ACTIVATIONS,
+    GATED,
+    activation,
+    activation_backward,
+    activation_backward_mvue24_pack,
+    empty_operands,
+    mvue24_pack,
+    pack_matrix,
+    write_operands,
+)
+from sparse24 import expand_pairs, mvue24, pair_index, prune, sste_scale, transposable_index
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_the_token_major_ones_and_autograds_gradients(name):
+    z = randn(16, 6, dtype=torch.float64)
+    leaf, da = z.t().contiguous().requires_grad_(), randn(8 if name in GATED else 16, 6, seed=1, dtype=torch.float64)
+    expected = ACTIVATIONS[name](leaf)
+    expected.backward(da.t())
+    torch.testing.assert_close(activation(z, name), expected.t().detach())
+    torch.testing.assert_close(activation_backward(z, da, name), leaf.grad.t())
+
+
+def test_activations_refuse_what_has_no_meaning():
+    message = "activation: activation 'selu' is unknown, need one of gelu, relu2, geglu, swi"
+    with pytest.raises(ValueError, match=message):
+        activation(randn(4, 4), "selu")
+    with pytest.raises(ValueError, match=r"activation: z \(3, 8\), geglu needs \(2 d_ff, tokens\)"):
+        activation(randn(3, 8), "geglu")
+    with pytest.raises(ValueError, match=r"activation_backward: da \(1, 8\), need \(4, 8\) for z \(4, 8\)"):
+        activation_backward(randn(4, 8), randn(1, 8), "gelu")
+
+
+@pytest.mark.parametrize("token_major", [False, True])
+def test_packed_gradients_hold_the_draws_and_the_sums(token_major):
+    x = randn(64, 128, dtype=torch.bfloat16)
+    packed, sums = mvue24_pack(x.t().contiguous() if token_major else x, 7, "sm90", token_major, True)
+    assert torch.equal(unpack24(packed, 64, 128, "sm90"), mvue24(x, 7))
+    torch.testing.assert_close(sums, x.float().sum(1))
+    da = randn(64, 128, seed=1, dtype=torch.bfloat16)
+    dz, packed, sums = activation_backward_mvue24_pack(x, da, 7, "gelu", "sm90", True)
+    assert torch.equal(dz, activation_backward(x, da, "gelu"))
+    assert torch.equal(unpack24(packed, 64, 128, "sm90"), mvue24(dz, 7))
+    torch.testing.assert_close(sums, dz.float().sum(1))
+
+
+def test_a_pruned_matrix_is_packed_as_the_layout_says():
+    x = randn(64, 128, dtype=torch.bfloat16)
+    mask = expand_pairs(pair_index(x))
+    x = torch.where(mask, x, 0)
+    assert torch.equal(pack_matrix(x, "sm90").view(torch.int16), pack24(x, mask, "sm90").view(torch.int16))
+    assert pack_matrix(x, "masked") is x
+
+
+@pytest.mark.parametrize("mask", ["transposable", "row", "soft"])
+def test_the_operands_of_a_weight_are_its_pruned_matrix(mask):
+    w = randn(64, 128)
+    index, beta = (transposable_index if mask == "transposable" else pair_index)(w), sste_scale(w)
+    orders = ("sm90", "sm90" if mask == "transposable" else "masked")
+    buffers = empty_operands(w, mask, orders, torch.bfloat16)
+    write_operands(buffers, w, index, beta, mask, orders)
+    w_24, packed, packed_t = buffers
+    expected = prune(w, index, beta, mask).to(torch.bfloat16)
+    assert torch.equal(unpack24(packed, 64, 128, "sm90"), expected)
+    if mask == "transposable":
+        assert w_24 is None
+        assert torch.equal(unpack24(packed_t, 128, 64, "sm90"), expected.t())
+    else:
+        assert torch.equal(w_24, expected)
+        assert packed_t is None

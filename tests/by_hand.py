@@ -16,6 +16,26 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def lognormal(*shape, sigma, seed=0):
+    sign = 2.0 * torch.randint(2, shape, generator=torch.Generator().manual_seed(seed + 1)) - 1
+    return sign * (sigma * normal(*shape, seed=seed, dtype=torch.float32)).exp()
+
+
+def layouts(base):
+    """Views of many strides, each of a shape that the operators take; base is (16, 24)."""
+    return {
+        "transposed": base.t()[:, :16],
+        "column-major": base.t().contiguous().t(),
+        "every other row": base.repeat_interleave(2, 0)[::2],
+        "every other column": base.repeat_interleave(2, 1)[:, 1::2],
+        "shifted window": torch.cat([base, base], 1)[4:12, 3:19],
+        "expanded row": base[:1].expand(8, 24),
+        "expanded column": base[:, :1].expand(16, 8),
+        "overlapping": base.reshape(-1).as_strided((8, 8), (3, 5)),
+        "flipped": base.flip(0, 1),
+    }
+
+
 def make(recipe, out=8, features=12, seed=0) -> Sparse24Linear:
     """A float64 layer of the recipe's class, without a bias."""
     model = nn.Sequential(nn.Linear(features, out, bias=False, dtype=torch.float64))

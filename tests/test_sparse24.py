@@ -1,18 +1,16 @@
-"""The operators of sparse24: the 90 patterns, masks, flip rate, Philox, MVUE, soft threshold and masked decay.
+"""The operators of sparse24 but MVUE: the 90 patterns, masks, flip rate, soft threshold, FP8 and masked decay.
 
-Exact claims are tested by enumeration: masks against all 90 patterns in float64, MVUE by averaging over a fine grid of
-its one uniform (sample variances would be misleading: an element that is rarely drawn shows none), the predecessors'
-estimator by its ordered pairs.
+Exact claims are tested by enumeration: masks are compared with all 90 patterns in float64.
 """
 
 import hashlib
 import itertools
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from by_hand import layouts, lognormal, top2
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -20,14 +18,15 @@ from sparse24 import (
     PATTERNS,
     PATTERNS_HASH,
     expand_index,
+    expand_pairs,
     flip_rate,
-    group_uniforms,
     mask24,
     masked_decay_,
     mvue24,
-    mvue24_sequential,
-    philox4x32,
+    pair_index,
+    simulate_fp8,
     soft_threshold24,
+    soft_threshold24_backward,
     sste_scale,
     transposable_index,
     transposable_mask,
@@ -36,6 +35,7 @@ from sparse24 import (
 
 PAIRS = list(itertools.combinations(range(4), 2))
 INF, NAN = math.inf, math.nan
+E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 TINY = 2.0**-149  # the smallest float32 above zero
 STEP = 2.0**-23  # the uniforms are multiples of it
 AWKWARD = [(4, 4), (4, 1024), (20, 36), (1024, 4)]
@@ -48,11 +48,6 @@ def generator(seed=0):
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=generator(seed)).to(dtype)
-
-
-def lognormal(*shape, sigma, seed=0):
-    sign = 2.0 * torch.randint(2, shape, generator=generator(seed + 1)) - 1
-    return sign * (sigma * normal(*shape, seed=seed)).exp()
 
 
 def blocks_of(t):
@@ -68,25 +63,6 @@ def kept_norms(w, mask):
 def best_norms(w):
     """The largest kept L1 norm of every block: all 90 patterns, in float64."""
     return (blocks_of(w).double().abs() @ PATTERNS.flatten(1).double().t()).amax(1)
-
-
-def layouts(base):
-    """Views of many strides, each of a shape that the operators take; base is (16, 24)."""
-    return {
-        "transposed": base.t()[:, :16],
-        "column-major": base.t().contiguous().t(),
-        "every other row": base.repeat_interleave(2, 0)[::2],
-        "every other column": base.repeat_interleave(2, 1)[:, 1::2],
-        "shifted window": torch.cat([base, base], 1)[4:12, 3:19],
-        "expanded row": base[:1].expand(8, 24),
-        "expanded column": base[:, :1].expand(16, 8),
-        "overlapping": base.reshape(-1).as_strided((8, 8), (3, 5)),
-        "flipped": base.flip(0, 1),
-    }
-
-
-def same(a, b):
-    return torch.equal(torch.nan_to_num(a.double(), nan=0.125), torch.nan_to_num(b.double(), nan=0.125))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,25 +320,36 @@ def test_mask24_by_hand(group, kept):
             assert mask24(w).tolist() == [[bool(k) for k in kept]]
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (7, 12), (2, 3, 8), (1, 1, 1, 4)])
-def test_mask24_keeps_the_two_largest(shape):
-    w = normal(*shape)
-    mask = mask24(w)
-    assert mask.shape == shape
-    groups, kept = w.reshape(-1, 4).abs(), mask.reshape(-1, 4)
-    assert (kept.sum(1) == 2).all()
-    assert (groups[kept].view(-1, 2).amin(1) >= groups[~kept].view(-1, 2).amax(1)).all()
+def test_pair_index_is_the_pair_of_largest_magnitudes():
+    w = torch.tensor(list(itertools.product([0.0, -1.0, 1.0, 2.0, -3.0], repeat=4)))
+    mask, index = top2(w), pair_index(w)
+    assert [PAIRS[i] for i in index.flatten()] == [tuple(row.nonzero().flatten().tolist()) for row in mask]
+    assert torch.equal(expand_pairs(index), mask)
+    assert torch.equal(mask24(w), mask)
 
 
-def test_mask24_keeps_two_beside_nan():
-    w = torch.tensor([[NAN, 1.0, 2.0, 3.0], [NAN, NAN, NAN, 1.0], [NAN] * 4, [INF, -INF, INF, 0.0]])
-    assert (mask24(w).sum(1) == 2).all()
+def test_pair_index_keeps_two_of_groups_that_are_not_finite():
+    groups = list(itertools.product([0.0, math.inf, -math.inf, math.nan, 1.0], repeat=4))
+    masks = expand_pairs(pair_index(torch.tensor(groups)))
+    for values, mask in zip(groups, masks, strict=True):
+        size = [3 if math.isnan(v) else 2 if math.isinf(v) else v for v in values]
+        assert mask.nonzero().flatten().tolist() == sorted(sorted(range(4), key=lambda k: (-size[k], k))[:2])
+
+
+def test_pair_index_takes_any_layout_and_refuses_others():
+    x = normal(6, 12)
+    assert torch.equal(pair_index(x.t()[:, :4]), pair_index(x.t()[:, :4].contiguous()))
+    assert pair_index(normal(2, 3, 8)).shape == (2, 3, 2)
+    with pytest.raises(ValueError, match=r"pair_index: shape \(2, 6\)"):
+        pair_index(torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="need the uint8 of pair_index"):
+        expand_pairs(torch.zeros(2, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("function", [mask24, soft_threshold24])
 def test_groups_need_a_last_dimension_divisible_by_four(function):
     for shape in ((3, 6), (4,), (8, 4, 3)):
-        with pytest.raises(ValueError, match=rf"{function.__name__.removesuffix('_ref')}: shape "):
+        with pytest.raises(ValueError, match=rf"{function.__name__}: shape "):
             function(torch.zeros(shape))
 
 
@@ -391,13 +378,12 @@ def test_flip_rate_of_indices_is_that_of_masks():
 
 
 def test_flip_rate_of_row_wise_indices_is_that_of_row_wise_masks():
-    pairs = torch.tensor([[column in pair for column in range(4)] for pair in PAIRS])
     for i, j in itertools.product(range(6), range(6)):
-        rate = flip_rate(torch.tensor([[i]], dtype=torch.uint8), torch.tensor([[j]], dtype=torch.uint8))
-        assert rate == flip_rate(pairs[i : i + 1], pairs[j : j + 1])
-    before, after = (torch.randint(0, 6, (7, 5), generator=generator(s)) for s in (0, 1))
-    expected = flip_rate(pairs[before].flatten(1), pairs[after].flatten(1))
-    assert flip_rate(before.to(torch.uint8), after.to(torch.uint8)) == expected
+        one, other = (torch.tensor([[k]], dtype=torch.uint8) for k in (i, j))
+        assert flip_rate(one, other) == flip_rate(expand_pairs(one), expand_pairs(other))
+    before, after = normal(16, 32, dtype=torch.float64), normal(16, 32, seed=1, dtype=torch.float64)
+    expected = (top2(before) != top2(after)).double().mean()
+    assert flip_rate(pair_index(before), pair_index(after)) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_flip_rate_weighs_layers_by_their_entries():
@@ -422,444 +408,6 @@ def test_flip_rate_refuses_unequal_shapes_and_dtypes():
             flip_rate(before, after)
     with pytest.raises(ValueError):  # noqa: PT011, the lists' lengths
         flip_rate([mask], [mask, mask])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Randomness
-
-
-def philox_by_hand(counter, key):
-    """Philox4x32-10 in Python ints, after Salmon et al. (2011)."""
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        product0, product1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [
-            (product1 >> 32) ^ c[1] ^ k[0],
-            product1 & 0xFFFFFFFF,
-            (product0 >> 32) ^ c[3] ^ k[1],
-            product0 & 0xFFFFFFFF,
-        ]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
-
-
-def uniform_by_hand(row, group, groups, seed, stream=0):
-    """One uniform, from the formula in group_uniforms' docstring."""
-    counter = (8 * (row // 16) + row % 8) * 4 * math.ceil(groups / 8) + 4 * (group // 8) + group % 4
-    word = 2 * (row // 8 % 2) + group // 4 % 2
-    seed %= 2**64
-    words = philox_by_hand((counter % 2**32, counter >> 32, stream, 0), (seed % 2**32, seed >> 32))
-    return (words[word] % 2**23) / 2**23
-
-
-FULL = 0xFFFFFFFF
-RANDOM123 = [  # kat_vectors of Random123, philox4x32 with 10 rounds
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((FULL, FULL, FULL, FULL), (FULL, FULL), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
-
-
-@pytest.mark.parametrize(("counter", "key", "expected"), RANDOM123)
-def test_philox_known_answers(counter, key, expected):
-    assert tuple(philox_by_hand(counter, key)) == expected
-    words = philox4x32(tuple(torch.tensor(c) for c in counter), tuple(torch.tensor(k) for k in key))
-    assert tuple(int(w) for w in words) == expected
-
-
-def test_philox_equals_python_ints():
-    inputs = torch.randint(0, 2**32, (6, 200), generator=generator())
-    inputs[:, :20] = torch.where(inputs[:, :20] % 2 == 0, FULL, inputs[:, :20] % 2)
-    words = torch.stack(philox4x32(tuple(inputs[:4]), tuple(inputs[4:])))
-    for column in range(200):
-        c = inputs[:, column].tolist()
-        assert words[:, column].tolist() == philox_by_hand(c[:4], c[4:])
-
-
-@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (16, 8), (17, 9), (35, 20), (3, 33)])
-@pytest.mark.parametrize("seed", [0, 1337, 2**40 + 7, -5, 2**63 + 11])
-def test_uniforms_follow_the_formula(rows, groups, seed):
-    u = group_uniforms(rows, groups, seed)
-    assert u.shape == (rows, groups)
-    assert u.dtype == torch.float32
-    for r, q in {(r, q) for r in range(rows) for q in range(groups) if (7 * r + 3 * q) % 5 == 0}:
-        assert u[r, q].item() == uniform_by_hand(r, q, groups, seed)
-    assert group_uniforms(rows, groups, seed, stream=1)[-1, -1].item() == uniform_by_hand(
-        rows - 1, groups - 1, groups, seed, stream=1
-    )
-
-
-def test_every_group_has_its_own_word():
-    """(counter, word) never repeats within a matrix, so no two groups share a draw."""
-    for rows, groups in ((48, 24), (33, 17), (5, 3)):
-        seen = {
-            ((8 * (r // 16) + r % 8) * 4 * math.ceil(groups / 8) + 4 * (q // 8) + q % 4, r // 8 % 2, q // 4 % 2)
-            for r in range(rows)
-            for q in range(groups)
-        }
-        assert len(seen) == rows * groups
-    u = group_uniforms(512, 64, 3)
-    assert u.unique().numel() > 0.99 * u.numel()  # 2^15 draws of 2^23 values: about 64 coincidences
-
-
-def test_smaller_matrices_are_corners_of_larger_ones():
-    large = group_uniforms(50, 24, 5)
-    for rows, groups in ((50, 17), (1, 24), (33, 20)):
-        assert torch.equal(group_uniforms(rows, groups, 5), large[:rows, :groups])
-    wider = group_uniforms(50, 25, 5)  # another number of 32-column tiles moves the counters of all but two rows
-    assert torch.equal(wider[0, :24], large[0])
-    assert not torch.equal(wider[1, :24], large[1])
-
-
-def test_seed_is_an_int_or_a_tensor():
-    for seed in (0, 1, -1, 2**31, 2**32 + 1, -(2**63), 2**63 - 1):
-        assert torch.equal(group_uniforms(9, 9, seed), group_uniforms(9, 9, torch.tensor(seed)))
-        assert torch.equal(group_uniforms(9, 9, seed), group_uniforms(9, 9, seed + 2**64))
-    assert torch.equal(group_uniforms(9, 9, 2**63), group_uniforms(9, 9, -(2**63)))
-    assert torch.equal(group_uniforms(9, 9, 2**64 - 1), group_uniforms(9, 9, -1))
-    assert torch.equal(group_uniforms(9, 9, np.int64(7)), group_uniforms(9, 9, 7))
-    draws = [group_uniforms(9, 9, s) for s in (0, 1, 2**32, 2**63, -1)]
-    draws += [group_uniforms(9, 9, 0, stream=s) for s in (1, 2)]
-    for a, b in itertools.combinations(draws, 2):
-        assert (a == b).float().mean() < 0.05
-
-
-def test_uniforms_look_uniform():
-    u = group_uniforms(1024, 256, 11).double()
-    n = u.numel()
-    assert ((u >= 0) & (u < 1)).all()
-    assert (u / STEP == (u / STEP).round()).all()
-    assert abs(u.mean() - 0.5) < 5 * math.sqrt(1 / 12 / n)
-    counts = torch.histc(u, 64, 0, 1)
-    chi2 = ((counts - n / 64).square() / (n / 64)).sum()
-    assert chi2 < 63 + 5 * math.sqrt(2 * 63)
-    bits = ((u / STEP).long()[..., None] >> torch.arange(23) & 1).double().mean((0, 1))
-    assert ((bits - 0.5).abs() < 5 * 0.5 / math.sqrt(n)).all()
-    other = group_uniforms(1024, 256, 12).double()
-    for a, b in ((u[1:], u[:-1]), (u[8:], u[:-8]), (u[:, 1:], u[:, :-1]), (u[:, 4:], u[:, :-4]), (u, other)):
-        correlation = 12 * ((a - 0.5) * (b - 0.5)).mean()
-        assert abs(correlation) < 5 / math.sqrt(a.numel())
-
-
-def test_torch_generators_stay_where_they_were():
-    state = torch.get_rng_state()
-    mvue24(normal(8, 16), 3)
-    mvue24_sequential(normal(8, 16), 3)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MVUE
-
-GRID = (torch.arange(4096) + 0.5) / 4096
-GROUPS = {
-    "all of {0, 1, -3}": torch.tensor(list(itertools.product((0.0, 1.0, -3.0), repeat=4))),
-    "gaussian": normal(100, 4),
-    "lognormal(1)": lognormal(60, 4, sigma=1.0),
-    "lognormal(3)": lognormal(60, 4, sigma=3.0),
-    "lognormal(12)": lognormal(100, 4, sigma=12.0),
-    "subnormal": normal(60, 4) * 1e-39,
-    "1e30 beside 1e-30": torch.tensor(list(itertools.product((0.0, 1e30, -1e-30), repeat=4))),
-    "dominated": torch.tensor([[9.0, 1, 2, 3], [1, -9, 2, 3], [1, 2, 9, 3], [1, 2, 3, -9], [6, 1, 2, 3], [3, 1, 1, 1]]),
-}
-
-
-def optimum(x):
-    """Analytic MVUE of float64 groups (..., 4): inclusion probabilities, kept magnitudes, variance."""
-    a = x.double().abs()
-    s = a.sort(-1).values
-    rest = s[..., :3].sum(-1)
-    total = rest + s[..., 3]
-    dominated = s[..., 3] > total / 2
-    h = torch.where(dominated, rest, total / 2).unsqueeze(-1)
-    inclusion = torch.where(a >= h, 1.0, a / h) * (a > 0)
-    variance = torch.where(
-        dominated, rest.square() - s[..., :3].square().sum(-1), total.square() / 2 - a.square().sum(-1)
-    )
-    return inclusion, torch.maximum(a, h), variance.clamp(min=0)
-
-
-def sample_grid(x, grid=GRID):
-    """mvue24 of the groups x (n, 4) at every u of the grid: (len(grid), n, 4)."""
-    u = grid.view(-1, 1, 1).expand(-1, len(x), 1)
-    return mvue24(x.expand(len(grid), -1, -1), 0, u=u)
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_mvue_is_unbiased_of_least_variance_and_keeps_two(name):
-    x = GROUPS[name]
-    y = sample_grid(x)
-    inclusion, magnitude, variance = optimum(x)
-    kept = y != 0
-    assert torch.equal(kept.sum(-1), (x != 0).sum(-1).clamp(max=2).expand(len(GRID), -1))
-    values = torch.where(kept, x.sign().double() * magnitude, 0)
-    tolerance = 3e-7 * magnitude + 2 * TINY
-    assert ((y.double() - values).abs() <= tolerance).all()
-
-    step = 1 / len(GRID) + 2e-6
-    frequency = kept.double().mean(0)
-    assert ((frequency - inclusion).abs() <= step).all()
-    assert (frequency[(inclusion == 1) & (x != 0)] == 1).all()
-    assert ((y.double().mean(0) - x.double()).abs() <= magnitude * step + tolerance).all()
-    # An inclusion off by one step moves the variance by (v^2 - 2 v a) steps; what is always kept adds nothing.
-    slack = ((magnitude.square() - 2 * magnitude * x.double().abs()).abs() * (inclusion < 1)).sum(-1) * step
-    error = (y.double() - x.double()).square().sum(-1).mean(0) - variance
-    assert (error.abs() <= slack + 1e-6 * magnitude.square().amax(-1)).all()
-
-
-def test_mvue_of_a_few_smallest_numbers_is_off_by_at_most_two_of_them():
-    x = torch.tensor(list(itertools.product((0.0, 1.0, 2.0, 5.0), repeat=4))) * TINY
-    y = sample_grid(x, GRID[::8])
-    assert torch.equal((y != 0).sum(-1), (x != 0).sum(-1).clamp(max=2).expand(512, -1))
-    assert ((y.double().mean(0) - x.double()).abs() <= 2 * TINY).all()
-
-
-def test_mvue_by_hand():
-    def draw(group, u):
-        return mvue24(torch.tensor([group]), 0, u=torch.tensor([[u]])).tolist()[0]
-
-    # S = 10, h = 5: cumulated 1 3 6 10, points 5u and 5u + 5
-    assert draw([1.0, 2.0, -3.0, 4.0], 0.1) == [5, 0, -5, 0]
-    assert draw([1.0, 2.0, -3.0, 4.0], 0.3) == [0, 5, 0, 5]
-    assert draw([1.0, 2.0, -3.0, 4.0], 0.7) == [0, 0, -5, 5]
-    # 9 > S/2, R = 6: it is kept as it is, beside one of the others with magnitude 6
-    assert draw([1.0, -9.0, 2.0, 3.0], 0.1) == [6, -9, 0, 0]
-    assert draw([1.0, -9.0, 2.0, 3.0], 0.3) == [0, -9, 6, 0]
-    assert draw([1.0, -9.0, 2.0, 3.0], 0.6) == [0, -9, 0, 6]
-    assert draw([0.0, -7.0, 0.0, 0.0], 0.5) == [0, -7, 0, 0]
-    assert draw([0.0, 0.0, 0.0, 0.0], 0.5) == [0, 0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    "group",
-    [(1.0, 2.0, 3.0, 4.0), (1.0, 1.0, 1.0, 1.0), (0.5, 1.0, 2.0, 9.0), (0.0, 1.0, 2.0, 4.0), (1.0, 2.0, 3.0, 6.0)],
-)
-def test_no_other_inclusion_probabilities_have_lower_variance(group):
-    """Sum a^2/pi - sum a^2 over all of pi >= 0, sum 2, each at most 1, in steps of 1/48; kept values are a/pi."""
-    a, steps = np.array(group), 48
-    counts = np.stack(np.meshgrid(*[np.arange(steps + 1)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    counts = np.concatenate([counts, 2 * steps - counts.sum(1, keepdims=True)], 1)
-    counts = counts[(counts[:, 3] >= 0) & (counts[:, 3] <= steps)]
-    counts = counts[((counts > 0) | (a == 0)).all(1)]  # an element that is never kept is biased
-    pi = counts / steps
-    variance = np.divide(a**2, pi, out=np.zeros_like(pi), where=pi > 0).sum(1) - (a**2).sum()
-    least = float(optimum(torch.tensor([group]))[2])
-    assert variance.min() >= least * (1 - 1e-12)
-    assert variance.min() <= least * 1.01  # the grid comes near it, so the comparison means something
-    sampled = (sample_grid(torch.tensor([group])).double() - torch.tensor(group)).square().sum(-1).mean()
-    assert float(sampled) == pytest.approx(least, rel=0.01)
-
-
-def critical_uniforms(x):
-    """Multiples of 2^-23 at and beside the u where the choice changes, and the ends of [0, 1)."""
-    a = [Fraction(abs(v)) for v in x]
-    h = min(sum(a) / 2, sum(a) - max(a))
-    ks = {0, 1, 2, 2**22, 2**23 - 2, 2**23 - 1}
-    if h:
-        total = Fraction(0)
-        for v in a:
-            total += min(v, h)
-            edge = math.floor((total % h) / h * 2**23)
-            ks |= {min(max(edge + d, 0), 2**23 - 1) for d in (-2, -1, 0, 1, 2)}
-    return torch.tensor(sorted(ks), dtype=torch.float64).mul(STEP).float()
-
-
-any_float = st.floats(width=32, allow_nan=False, allow_infinity=False)
-near_each_other = st.integers(0, 3).map(float) | st.integers(2**23 - 3, 2**23 + 3).map(lambda i: i * STEP)
-subnormal = st.integers(-9, 9).map(lambda i: i * TINY)
-hard_groups = st.one_of(
-    *(st.tuples(s, s, s, s) for s in (any_float, near_each_other, subnormal, any_float | near_each_other | subnormal))
-)
-
-
-@seeded
-@given(hard_groups, st.lists(st.integers(0, 2**23 - 1), min_size=4, max_size=4))
-@example((0.0, 0.0, TINY, TINY), [0, 1, 2, 3])
-@example((TINY, 0.0, TINY, 3e38), [0, 1, 2, 3])
-@example((1.0, 100.0, 0.0, 1.5 * STEP), [2**23 - 2, 2**23 - 1, 0, 1])  # h = 1 + a3 is rounded up
-def test_mvue_keeps_exactly_two_non_zeros(group, ks):
-    x = torch.tensor([group], dtype=torch.float32)
-    u = torch.cat([critical_uniforms(x[0].tolist()), torch.tensor(ks).float() * STEP])
-    y = sample_grid(x, u)[:, 0]
-    assert ((y != 0).sum(1) == min(2, int(x.count_nonzero()))).all()
-    assert (y[:, x[0] == 0] == 0).all()
-    magnitude = optimum(x)[1].expand(len(u), -1)
-    if x.double().abs().sum() < 3e38:
-        kept = y != 0
-        assert torch.allclose(y.double().abs()[kept], magnitude[kept], rtol=4e-7, atol=3 * TINY)
-        assert torch.equal(y.sign()[kept], x.sign().expand(len(u), -1)[kept])
-
-
-@seeded
-@given(hard_groups, st.integers(0, 3))
-@example((1e-10, 1e30, 1.0, 1.0), 1)
-@example((1e-10, 1.0, 1e30, 1.0), 2)
-def test_mvue_always_keeps_what_exceeds_half_the_sum(group, position):
-    """Whatever rounding says: were it dropped even once in 2^23 draws, the variance would be beyond all bounds."""
-    others = [Fraction(abs(v)) for v in np.float32(group).tolist()]
-    others[position] = Fraction(0)
-    x = np.float32(group)
-    with np.errstate(over="ignore"):
-        x[position] = max(abs(x[position]), np.float32(float(sum(others)) * 1.001))
-    if not math.isfinite(x[position]) or not sum(map(float, abs(x))) < 3e38 or sum(others) < 2**20 * TINY:
-        return
-    y = sample_grid(torch.from_numpy(x)[None], critical_uniforms(x.tolist()))[:, 0, position]
-    assert (y == float(x[position])).all()
-
-
-def test_mvue_always_keeps_what_exceeds_half_the_sum_at_the_ends():
-    """As above, over many groups, at the first and last uniforms there are."""
-    u = torch.tensor([0, 1, 2, 2**23 - 2, 2**23 - 1]) * STEP
-    for position in range(4):
-        x = lognormal(20000, 4, sigma=8.0, seed=position)
-        x[:, position] = 3 * x.abs().sum(1)
-        y = sample_grid(x, u)
-        assert torch.equal(y[..., position], x[:, position].expand(len(u), -1))
-
-
-@pytest.mark.parametrize("bad", [INF, -INF, NAN])
-def test_a_group_with_a_non_finite_element_stays_non_finite(bad):
-    others = torch.tensor(list(itertools.product((0.0, 1.0, -1e-10, 3.0, 1e30, TINY), repeat=3)))
-    u = torch.tensor([0, 1, 3, 2**22, 2**23 - 2, 2**23 - 1]) * STEP
-    for position in range(4):
-        x = torch.cat([others[:, :position], torch.full((len(others), 1), bad), others[:, position:]], 1)
-        finite = torch.isfinite(sample_grid(x, u)).all(-1)
-        hidden = finite.nonzero()
-        assert not len(hidden), f"{x[hidden[0, 1]].tolist()} at u = {u[hidden[0, 0]]} hides it"
-    x = torch.full((8, 8), 1.0)
-    x[3, 5] = bad
-    clean = torch.isfinite(mvue24(x, 0)).view(8, 2, 4).all(-1)
-    assert clean.sum() == 15  # the neighbours are not infected
-    assert not clean[3, 1]
-
-
-def test_zero_groups_give_zeros():
-    x = torch.zeros(4, 16)
-    x[:, 4:8] = -0.0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        assert (mvue24(x.to(dtype), 1) == 0).all()
-        assert (mvue24_sequential(x.to(dtype), 1) == 0).all()
-
-
-@pytest.mark.parametrize("function", [mvue24, mvue24_sequential])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_float32_rounded_once(function, dtype):
-    x = (normal(64, 128) * 10.0 ** normal(64, 1, seed=1)).to(dtype)
-    y = function(x, 5)
-    assert y.dtype == dtype
-    assert torch.equal(y, function(x.float(), 5).to(dtype))
-
-
-@pytest.mark.parametrize("function", [mvue24, mvue24_sequential])
-def test_float64_is_drawn_alike_and_computed_in_float64(function):
-    x = normal(64, 128, dtype=torch.float64) * (1 + 2.0**-40)
-    y, single = function(x, 5), function(x.float(), 5)
-    assert y.dtype == torch.float64
-    assert ((y != 0) == (single != 0)).double().mean() > 0.999
-    both = (y != 0) & (single != 0)
-    assert torch.allclose(y[both], single[both].double(), rtol=1e-5)
-    if function is mvue24:
-        magnitude = optimum(x.view(-1, 4))[1].view_as(x)
-        assert torch.allclose(y[y != 0].abs(), magnitude[y != 0], rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("name", layouts(normal(16, 24)))
-@pytest.mark.parametrize("function", [mvue24, mvue24_sequential])
-def test_draws_do_not_depend_on_the_layout(function, name):
-    view = layouts(normal(16, 24))[name]
-    assert same(function(view, 9), function(view.contiguous(), 9))
-
-
-def test_draws_are_those_of_group_uniforms_in_flattened_rows():
-    x = normal(3, 5, 24)
-    u = group_uniforms(15, 6, 42)
-    assert torch.equal(mvue24(x, 42), mvue24(x, 0, u=u.view(3, 5, 6)))
-    assert torch.equal(mvue24(x, 42), mvue24(x.view(15, 24), 42).view(3, 5, 24))
-    assert torch.equal(mvue24(x, 42), mvue24(x, torch.tensor(42)))
-    assert torch.equal(mvue24(x, 0, u=u.view(3, 5, 6).double()), mvue24(x, 42))
-    assert not torch.equal(mvue24(x, 42), mvue24(x, 43))
-    assert not torch.equal(mvue24_sequential(x, 42), mvue24_sequential(x, 43))
-
-
-def test_input_is_not_changed():
-    x = normal(8, 16)
-    before = x.clone()
-    mvue24(x, 0), mvue24_sequential(x, 0), soft_threshold24(x), mask24(x)
-    assert torch.equal(x, before)
-
-
-def test_mvue_refuses_shapes():
-    for function in (mvue24, mvue24_sequential):
-        for shape in ((8,), (4, 6), ()):
-            with pytest.raises(ValueError, match=rf"{function.__name__.removesuffix('_ref')}: shape"):
-                function(torch.zeros(shape), 0)
-    for u in (torch.zeros(2), torch.zeros(2, 4), torch.zeros(1, 2), torch.zeros(2, 2, 1)):
-        with pytest.raises(ValueError, match=r"mvue24: u has shape .* need \(2, 2\)"):
-            mvue24(torch.zeros(2, 8), 0, u=u)
-
-
-def sequential_pairs(group):
-    """Probability of each ordered pair (first, second) of the predecessors' estimator, in exact fractions."""
-    a = [Fraction(abs(float(v))) for v in group]
-    total = sum(a)
-    return {
-        (i, j): a[i] / total * a[j] / (total - a[i])
-        for i, j in itertools.permutations(range(4), 2)
-        if a[i] and total > a[i]
-    }
-
-
-SEQUENTIAL = [
-    (1.0, 2.0, 3.0, 4.0),
-    (1.0, -1.0, 1.0, 1.0),
-    (0.5, 1.0, -2.0, 3.0),
-    (0.0, 1.0, 2.0, 5.0),
-    (0.0, 0.0, -1.0, 2.0),
-    (0.0, 7.0, 0.0, 0.0),
-    (100.0, 1.0, 2.0, -3.0),
-    (1.0, 1e4, 1.0, 1.0),  # from here on one element dominates: nothing may cancel or overflow
-    (1.0, 1.0, -1e8, 1.0),
-    (1e30, 1e-30, 1e-30, 1e-30),
-    (1e30, 1e-30, 0.0, 0.0),
-]
-
-
-@pytest.mark.parametrize("group", SEQUENTIAL)
-def test_sequential_is_unbiased_and_of_no_lower_variance(group):
-    """What it divides by is the probability, summed over ordered pairs, that the element is kept; draws agree."""
-    pairs = sequential_pairs(np.float32(group))
-    exact = [sum((p for pair, p in pairs.items() if i in pair), Fraction(0)) for i in range(4)]
-    if sum(v != 0 for v in group) == 1:
-        exact = [Fraction(int(v != 0)) for v in group]
-    n = 20000
-    y = mvue24_sequential(torch.tensor(group).expand(n, 4), 17).double()
-    assert torch.isfinite(y).all()
-    assert ((y != 0).sum(1) == min(2, np.count_nonzero(group))).all()
-    for i, probability in enumerate(map(float, exact)):
-        values = y[:, i][y[:, i] != 0]
-        if len(values):  # unbiased: value * probability is the element itself
-            assert torch.allclose(values * probability, torch.tensor(group[i]).double(), rtol=1e-5, atol=0)
-        sigma = math.sqrt(probability * (1 - probability) / n)
-        assert abs(len(values) / n - probability) <= 5 * sigma + 1e-6
-    x = torch.tensor([group])
-    variance = sum(v**2 / p - v**2 for v, p in zip(map(Fraction, x[0].tolist()), exact, strict=True) if v)
-    assert float(variance) >= float(optimum(x)[2]) * (1 - 1e-9)
-
-
-def test_mvue_beats_sequential_on_gaussians():
-    """The predecessors' table: 0.474 against 0.503 of the squared norm, ratio 1.061."""
-    x = normal(200000, 4)
-    square = x.double().square().sum()
-    exact = optimum(x)[2].sum() / square
-    drawn = (mvue24(x, 1) - x).double().square().sum() / square
-    baseline = (mvue24_sequential(x, 1) - x).double().square().sum() / square
-    assert float(exact) == pytest.approx(0.474, abs=0.003)
-    assert float(drawn) == pytest.approx(float(exact), abs=0.004)
-    assert float(baseline) == pytest.approx(0.503, abs=0.005)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -936,6 +484,50 @@ def test_scale_does_not_depend_on_the_weights_scale_or_sign():
 def test_scale_of_nothing_is_one():
     for w in (torch.zeros(4, 8), torch.ones(4, 8)):  # S is zero for both
         assert float(sste_scale(w)) == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The true gradient of the soft threshold, and simulated FP8
+
+
+def test_the_soft_thresholds_gradient_is_autograds():
+    w, ds = normal(6, 20, dtype=torch.float64).requires_grad_(), normal(6, 20, seed=1, dtype=torch.float64)
+    a = w.unflatten(-1, (-1, 4)).abs()
+    t = a.sort(dim=-1).values[..., 1:2]
+    (torch.sign(w.unflatten(-1, (-1, 4))) * (a - t).clamp(min=0)).flatten(-2).backward(ds)
+    torch.testing.assert_close(soft_threshold24_backward(ds, w.detach()), w.grad, rtol=0, atol=1e-12)
+
+
+def test_the_soft_thresholds_gradient_of_ties_and_zeros():
+    ds = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    assert soft_threshold24_backward(ds, torch.zeros(1, 4)).tolist() == [[0, 0, 0, 0]]
+    # |w| = 3, 1, 1, 2: t = 1 is set by one of the two that tie; 3 and -2 pass
+    got = soft_threshold24_backward(ds, torch.tensor([[3.0, 1.0, 1.0, -2.0]]))[0].tolist()
+    assert (got[0], got[3], sorted(got[1:3])) == (1, 8, [0, 7])  # 7 = -(1 * 1 + -1 * 8)
+
+
+@pytest.mark.parametrize(("dtype", "largest", "error"), [(E4, 448, 2**-4), (E5, 57344, 2**-3)])
+def test_simulated_fp8_rounds_to_the_type_on_a_scale_of_the_tensor(dtype, largest, error):
+    x = normal(64, 64) * 1e-3
+    y, top = simulate_fp8(x, dtype), float(x.abs().max())
+    assert y.dtype == x.dtype
+    assert float(y.abs().max()) == pytest.approx(top, rel=1e-6)
+    scaled = y * (largest / top)
+    # every value is one of the type's
+    torch.testing.assert_close(scaled.to(dtype).float(), scaled, rtol=1e-6, atol=0)
+    near = x.abs() > top / 100
+    assert 0 < float(((y - x).abs() / x.abs())[near].max()) <= error
+    for low in (torch.bfloat16, torch.float16):  # they are scaled in float32
+        assert torch.equal(simulate_fp8(x.to(low), dtype), simulate_fp8(x.to(low).float(), dtype).to(low))
+
+
+@pytest.mark.parametrize("dtype", [E4, E5])
+def test_simulated_fp8_is_safe_at_zero_and_passes_on_what_is_not_finite(dtype):
+    assert simulate_fp8(torch.zeros(3, 4), dtype).tolist() == [[0.0] * 4] * 3
+    assert simulate_fp8(torch.zeros(0, 4), dtype).shape == (0, 4)
+    assert torch.isfinite(simulate_fp8(torch.tensor([0.0, 1e-44, 3e-39]), dtype)).all()
+    for bad in (math.inf, -math.inf, math.nan):
+        assert not torch.isfinite(simulate_fp8(torch.tensor([1.0, bad, 2.0]), dtype)).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,6 @@ from sparse24 import (
     Recipe,
     Sparse24Linear,
     densify,
-    expand_pairs,
-    flip_rate,
     get_recipe,
     hard_pruned,
     mask24,
@@ -132,45 +130,13 @@ def test_a_recipe_may_bring_a_layer_and_an_optimizer_of_its_own():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs
-
-
-def test_pair_index_is_the_pair_of_largest_magnitudes():
-    w = torch.tensor(list(itertools.product([0.0, -1.0, 1.0, 2.0, -3.0], repeat=4)))
-    mask, index = top2(w), pair_index(w)
-    assert [PAIRS[i] for i in index.flatten()] == [tuple(row.nonzero().flatten().tolist()) for row in mask]
-    assert torch.equal(expand_pairs(index), mask)
-    assert torch.equal(mask24(w), mask)
-
-
-def test_pair_index_keeps_two_of_groups_that_are_not_finite():
-    groups = list(itertools.product([0.0, math.inf, -math.inf, math.nan, 1.0], repeat=4))
-    masks = expand_pairs(pair_index(torch.tensor(groups)))
-    for values, mask in zip(groups, masks, strict=True):
-        size = [3 if math.isnan(v) else 2 if math.isinf(v) else v for v in values]
-        assert mask.nonzero().flatten().tolist() == sorted(sorted(range(4), key=lambda k: (-size[k], k))[:2])
-
-
-def test_pair_index_takes_any_layout_and_refuses_others():
-    x = normal(6, 12)
-    assert torch.equal(pair_index(x.t()[:, :4]), pair_index(x.t()[:, :4].contiguous()))
-    assert pair_index(normal(2, 3, 8)).shape == (2, 3, 2)
-    with pytest.raises(ValueError, match=r"pair_index: shape \(2, 6\)"):
-        pair_index(torch.zeros(2, 6))
-    with pytest.raises(ValueError, match="need the uint8 of pair_index"):
-        expand_pairs(torch.zeros(2, 2, dtype=torch.int64))
-
-
-def test_flip_rate_of_pairs_is_that_of_their_masks():
-    before, after = normal(16, 32), normal(16, 32, seed=1)
-    expected = (top2(before) != top2(after)).double().mean()
-    assert flip_rate(pair_index(before), pair_index(after)) == pytest.approx(float(expected), abs=1e-12)
-    assert [t.shape for t in weight_indices([make("ste")], "row")] == [(8, 3)]
-    assert [t.shape for t in weight_indices([make("ste")])] == [(2, 3)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The layer of each method
+
+
+def test_weight_indices_are_of_the_kind_that_is_asked_for():
+    layer = make("ste")
+    assert torch.equal(weight_indices([layer], "row")[0], pair_index(layer.weight))
+    assert torch.equal(weight_indices([layer])[0], layer.index)
 
 
 def test_row_masks_prune_the_forward_and_dx_multiplies_the_same_matrix():
@@ -288,46 +254,7 @@ def test_every_method_survives_saving_autocast_compile_and_moves(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The true gradient and FP8
-
-
-def test_the_soft_thresholds_gradient_is_autograds():
-    w, ds = normal(6, 20).requires_grad_(), normal(6, 20, seed=1)
-    a = w.unflatten(-1, (-1, 4)).abs()
-    t = a.sort(dim=-1).values[..., 1:2]
-    (torch.sign(w.unflatten(-1, (-1, 4))) * (a - t).clamp(min=0)).flatten(-2).backward(ds)
-    close(soft_threshold24_backward(ds, w.detach()), w.grad)
-
-
-def test_the_soft_thresholds_gradient_of_ties_and_zeros():
-    ds = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
-    assert soft_threshold24_backward(ds, torch.zeros(1, 4)).tolist() == [[0, 0, 0, 0]]
-    # |w| = 3, 1, 1, 2: t = 1 is set by one of the two that tie; 3 and -2 pass
-    got = soft_threshold24_backward(ds, torch.tensor([[3.0, 1.0, 1.0, -2.0]]))[0].tolist()
-    assert (got[0], got[3], sorted(got[1:3])) == (1, 8, [0, 7])  # 7 = -(1 * 1 + -1 * 8)
-
-
-@pytest.mark.parametrize(("dtype", "largest", "error"), [(E4, 448, 2**-4), (E5, 57344, 2**-3)])
-def test_simulated_fp8_rounds_to_the_type_on_a_scale_of_the_tensor(dtype, largest, error):
-    x = normal(64, 64).float() * 1e-3
-    y, top = simulate_fp8(x, dtype), float(x.abs().max())
-    assert y.dtype == x.dtype
-    assert float(y.abs().max()) == pytest.approx(top, rel=1e-6)
-    scaled = y * (largest / top)
-    torch.testing.assert_close(scaled.to(dtype).float(), scaled, rtol=1e-6, atol=0)  # every value is one of the type's
-    near = x.abs() > top / 100
-    assert 0 < float(((y - x).abs() / x.abs())[near].max()) <= error
-    for low in (torch.bfloat16, torch.float16):  # they are scaled in float32
-        assert torch.equal(simulate_fp8(x.to(low), dtype), simulate_fp8(x.to(low).float(), dtype).to(low))
-
-
-@pytest.mark.parametrize("dtype", [E4, E5])
-def test_simulated_fp8_is_safe_at_zero_and_passes_on_what_is_not_finite(dtype):
-    assert simulate_fp8(torch.zeros(3, 4), dtype).tolist() == [[0.0] * 4] * 3
-    assert simulate_fp8(torch.zeros(0, 4), dtype).shape == (0, 4)
-    assert torch.isfinite(simulate_fp8(torch.tensor([0.0, 1e-44, 3e-39]), dtype)).all()
-    for bad in (math.inf, -math.inf, math.nan):
-        assert not torch.isfinite(simulate_fp8(torch.tensor([1.0, bad, 2.0]), dtype)).any()
+# FP8
 
 
 @pytest.mark.parametrize("mvue", [False, True])

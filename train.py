@@ -60,7 +60,7 @@ bias = False  # biases in linears and layer norms
 activation = "gelu"  # gelu, relu2, geglu, swiglu; gated ones get 2/3 of d_ff, so that parameter counts match
 ffn_ratio = 4.0  # d_ff / n_embd; 2 is the paper's Half baseline
 # ---- 2:4 sparsity (the defaults are fst's; another recipe brings its own unless you set them) ----
-sparse = "none"  # none, fst, ste, sr_ste, s_ste, s_ste_straight, step, bi_mask
+sparse = "none"  # none, fst, ste, sr_ste, s_ste, s_ste_straight, or the name of a file in methods/: step, bi_mask
 mask_interval = 40  # steps between mask refreshes
 masked_decay = 6e-5  # the decay factor lambda of Eq. 10; 0 = none
 mvue = True  # 2:4 weight gradients by MVUE; False = dense ones

@@ -37,8 +37,8 @@ def _recipe(settings: str) -> Recipe:
 
 
 def switches_by_itself(settings: str) -> bool:
-    """Whether STEP's rule ends the dense start, so that a step's mean cost is not known before the run."""
-    return not is_dense(settings) and _recipe(settings).autoswitch
+    """Whether the optimizer ends the dense start, as STEP's does. A step's mean cost is not known before such a run."""
+    return not is_dense(settings) and _recipe(settings).dense_pretrain_latest > 0
 
 
 def recipe_of(settings: str) -> Recipe | None:

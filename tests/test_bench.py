@@ -14,7 +14,7 @@ import torch
 import bench
 from benchmarks import roofline
 from benchmarks.suites import Settings
-from gemm24 import ffn
+from gemm24 import plan
 
 ROOT = Path(bench.__file__).resolve().parent
 SETTINGS = Settings(torch.device("cpu"), scale="toy", repetitions=2)
@@ -32,7 +32,7 @@ def broken(*_, **__):
 def test_a_budget_leaves_out_and_a_failure_is_a_row(monkeypatch):
     rows = list(bench.suite_rows("gemm", replace(SETTINGS, budget=-1.0)))
     assert rows == [{"case": [64, 128], "reason": "left out: the suite's time was up"}]
-    monkeypatch.setattr(ffn, "plan_ffn", broken)
+    monkeypatch.setattr(plan, "plan_ffn", broken)
     found = {suite: {"rows": list(bench.suite_rows(suite, SETTINGS))} for suite in ("gemm", "ffn")}
     reasons = [row["reason"] for suite in found.values() for row in suite["rows"]]
     assert reasons == ["RuntimeError: no kernel image"] * 3
@@ -80,7 +80,7 @@ def test_on_a_cpu_it_runs_toys_and_writes_only_where_it_was_told(tmp_path, monke
 
 
 def test_failures_end_the_command_with_an_error(monkeypatch):
-    monkeypatch.setattr(ffn, "plan_ffn", broken)
+    monkeypatch.setattr(plan, "plan_ffn", broken)
     with pytest.raises(SystemExit, match="these failed:\ngemm: RuntimeError: no kernel image"):
         bench.main(["--suite", "gemm"])
 
@@ -127,22 +127,24 @@ def test_results_folder_is_the_gpus_name(name, folder):
     assert bench.slug(name) == folder
 
 
-def test_readme_and_results_hold_what_the_roofline_predicts(capsys):
+def test_docs_and_results_hold_what_the_roofline_predicts(capsys):
     bench.main(["--predict"])
     text = capsys.readouterr().out
     assert (ROOT / "results" / "roofline.md").read_text() == text, "python bench.py --predict > results/roofline.md"
     h200 = text[text.index("S_model on H200") : text.index("S_model on B200")]
     steps = h200[h200.index("| size |") :].strip()
     assert len(steps.splitlines()) == 6
-    assert steps in (ROOT / "README.md").read_text(), f"README should hold:\n{steps}"
+    assert steps in (ROOT / "docs" / "bench.md").read_text(), f"docs/bench.md should hold:\n{steps}"
 
 
-def test_the_readme_holds_the_table_of_every_gpu_that_was_measured():
+def test_the_docs_hold_the_table_of_every_gpu_that_was_measured():
     """And a bench.md holds the summary of its bench.json."""
     for path in (ROOT / "results").glob("*/bench.json"):
         text = bench.summary(json.loads(path.read_text()))
         assert path.with_suffix(".md").read_text() == text + "\n"
-        assert text in (ROOT / "README.md").read_text(), f"README should hold the table of {path}:\n{text}"
+        assert text in (ROOT / "docs" / "bench.md").read_text(), (
+            f"docs/bench.md should hold the table of {path}:\n{text}"
+        )
 
 
 def test_the_summary_answers_and_has_a_line_for_each_way():

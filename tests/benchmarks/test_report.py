@@ -1,4 +1,4 @@
-"""The page of a GPU's evidence is made of the files beside it, and README's numbers are in it."""
+"""The page of a GPU's evidence is made of the files beside it, and the numbers of README and docs/bench.md are in it."""
 
 import json
 import re
@@ -22,8 +22,8 @@ def steps(how: str) -> list[str]:
     return [report.with_spread(row[how]["s"]) for row in sorted(rows, key=lambda row: int(row["size"][:-1]))]
 
 
-def test_the_readmes_steps_are_those_of_the_files():
-    text = (ROOT / "README.md").read_text()
+def test_the_docs_steps_are_those_of_the_files():
+    text = (ROOT / "docs" / "bench.md").read_text()
     small, medium, large = steps("graphs")
     for size, s in (("124M", small), ("774M", medium), ("1558M", large)):
         assert f"| optimizer step of {size}, from CUDA graphs | {s}," in text
@@ -35,21 +35,32 @@ def test_the_readmes_steps_are_those_of_the_files():
     assert f"774M: 2:4 replaces {share}% of dense's GPU time and makes it {times} times as fast" in page
 
 
-def test_the_readmes_layers_are_those_of_the_files():
+def test_the_readmes_steps_are_those_of_the_files():
+    small, medium, large = (s.partition(" ")[0] for s in steps("graphs"))
+    spread = steps("graphs")[1].partition("(")[2].rstrip(")")
+    wanted = (
+        f"774M is {medium} times as fast as compiled dense ({spread}), of 1558M {large} times, of 124M {small} times"
+    )
+    assert wanted in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_docs_layers_are_those_of_the_files():
     rows = json.loads((ROOT / "results" / "h200" / "evidence" / "ffn.json").read_text())["suites"]["ffn"]["rows"]
     found = {row["d"]: report.s_of_micro_steps(row, 4) for row in rows if row.get("activation") == "gelu"}
     numbers = " / ".join(f"{found[d]:.2f}" for d in (1280, 1600, 4096))
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "bench.md").read_text()
     assert f"packed every 4th time (computed from the line above and the time of packing) | {numbers} |" in text
     each = {row["d"]: row["s"]["auto"]["median"] for row in rows if row.get("activation") == "gelu"}
     numbers = " / ".join(f"{each[d]:.2f}" for d in (1280, 1600, 4096))
     assert f"weights packed each time by a slow host, d = 1280 / 1600 / 4096 | {numbers} |" in text
 
 
-def test_the_readmes_packing_is_that_of_the_probe():
+def test_the_docs_packing_is_that_of_the_probe():
     host = json.loads((ROOT / "results" / "h200" / "evidence" / "probe.json").read_text())["host"]
     ours, library = host["our MVUE and packing 5120x16384 us"], host["compress 5120x16384 us"]
-    assert f"| {library / ours:.1f} ({ours:.0f} us against {library:.0f} us) |" in (ROOT / "README.md").read_text()
+    assert (
+        f"| {library / ours:.1f} ({ours:.0f} us against {library:.0f} us) |" in (ROOT / "docs" / "bench.md").read_text()
+    )
 
 
 def test_packing_less_often_takes_less():

@@ -31,7 +31,7 @@ from gemm24.plan import FFNPlan, plan_ffn, set_plan
 from model import GPT, GPTConfig
 from runtime import ranks, setup
 from runtime.ranks import Ranks
-from sparse24 import sparse_linears
+from sparse24 import get_recipe, sparse_linears
 
 CPU = torch.device("cpu")
 # A row as `choose` makes it on a GPU.
@@ -383,7 +383,7 @@ def test_a_phase_brings_its_operands_and_frees_them():
     set_plan(model, plan)
     mlp = model.transformer.h[0].mlp
     settings = SimpleNamespace(max_iters=9, dense_start=8, dense_pretrain=0.0)
-    phase = setup.Phase(settings, 5, None, Ranks())
+    phase = setup.Phase(settings, get_recipe("fst"), 5, None, Ranks())
     assert phase.enter(model, 4) is False
     assert "w_24" not in mlp.c_fc._buffers
     with torch.no_grad():

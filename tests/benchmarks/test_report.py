@@ -1,4 +1,4 @@
-"""The page of a GPU's evidence is made of the files beside it, and the numbers of README and docs/bench.md are in it."""
+"""The page of a GPU's evidence is made of the files beside it, and README and docs/bench.md have its numbers."""
 
 import json
 import re

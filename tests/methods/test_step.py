@@ -86,7 +86,7 @@ def test_second_moments_move_again_in_a_later_dense_phase():
 
 def test_a_sparse_step_before_any_dense_one_is_refused():
     layer = make("step")
-    with pytest.raises(RuntimeError, match="frozen moments need dense steps first; raise dense_pretrain"):
+    with pytest.raises(RuntimeError, match="a sparse weight has had no dense step; need a larger dense_pretrain"):
         step(layer, optimizer_for(layer, "step"), GRADIENTS[0], sparse=True)
 
 

@@ -1094,7 +1094,7 @@ def hard_pruned(linears: Sequence[nn.Linear]):
     saved = [w.detach().clone() for w in dense]
     try:
         for w in dense:
-            w.copy_(torch.where(expand_pairs(pair_index(w)), w, 0))
+            w.copy_(torch.where(mask24(w), w, 0))
         yield
     finally:
         for w, before in zip(dense, saved, strict=True):

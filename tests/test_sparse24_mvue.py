@@ -278,14 +278,6 @@ def test_mvue_always_keeps_what_exceeds_half_the_sum(group, position):
     assert (y == float(x[position])).all()
 
 
-def test_mvue_always_keeps_what_exceeds_half_the_sum_at_the_ends():
-    u = torch.tensor([0, 1, 2, 2**23 - 2, 2**23 - 1]) * STEP
-    for position in range(4):
-        x = lognormal(20000, 4, sigma=8.0, seed=position)
-        x[:, position] = 3 * x.abs().sum(1)
-        assert torch.equal(sample_grid(x, u)[..., position], x[:, position].expand(len(u), -1))
-
-
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_group_with_a_non_finite_element_stays_non_finite(bad):
     others = torch.tensor(list(itertools.product((0.0, 1.0, -1e-10, 3.0, 1e30, TINY), repeat=3)))

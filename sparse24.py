@@ -154,8 +154,8 @@ def kernel_mismatches(device: torch.device) -> list[str]:
 # row keeps, and ~ is its complement.
 #   A  0 + p                a, b keep pair p; c, d keep ~p                                                         6
 #   C  6 + 6 p + q          a keeps p, b keeps ~p; c keeps q, d keeps ~q                                          36
-#   B  42 + 8 jk + 4e+2x+y  of the complement (i, l) of jk, a and b keep column (l if e else i), c and d the other;
-#                           of (j, k), a keeps (k if x else j) and b the other, c keeps (k if y else j), d ...    48
+#   B  42 + 8 jk + 4e+2x+y  a and b keep (l if e else i), c and d the other one; (i, l) is the complement of (j, k);
+#                           a keeps (k if x else j), b the other one; c keeps (k if y else j), d the other one    48
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
@@ -573,7 +573,7 @@ def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay
 # s_ste    Hu et al., NeurIPS 2024. C(W) = beta S(W), which is continuous in W. beta = <W, S(W)> / <S(W), S(W)> is set
 #          when the layer becomes sparse, then fixed. dX uses the same C(W) as a dense matrix. The gradient of W is the
 #          true one, beta J^T dC, J the Jacobian of S and dC = MVUE(dZ^T) X. At learning rate 3e-3 its loss was lower
-#          than that of s_ste_straight (results/quality-6seeds.md). Better learning rates were not tried.
+#          than that of s_ste_straight (results/quality-6seeds.md). At better rates the difference is not known.
 # s_ste_straight  s_ste as published: dC is used as the gradient of W.
 
 # Fields that are also settings of train.py. To change other fields, edit RECIPES or the method's file.

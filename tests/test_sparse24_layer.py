@@ -15,18 +15,7 @@ from by_hand import make_mlp
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
-from sparse24 import (
-    RECIPES,
-    Sparse24Linear,
-    densify,
-    flip_rate,
-    mvue24,
-    refresh_masks,
-    seed_draws,
-    sparsify,
-    transposable_index,
-    transposable_mask,
-)
+from sparse24 import RECIPES, Sparse24Linear, densify, mvue24, refresh_masks, seed_draws, sparsify
 
 normal = partial(by_hand.normal, dtype=torch.float32)
 
@@ -187,8 +176,8 @@ def test_pruned_weights_are_not_read_and_only_the_weight_may_train():
 def test_fresh_layer_has_the_mask_of_its_weights():
     torch.manual_seed(3)
     layer = Sparse24Linear(16, 8, True, "fst")
-    assert torch.equal(layer.mask, transposable_mask(layer.weight))
-    assert torch.equal(layer.index, transposable_index(layer.weight))
+    assert torch.equal(layer.mask, sparse24.transposable_mask(layer.weight))
+    assert torch.equal(layer.index, sparse24.transposable_index(layer.weight))
     assert (layer.index.dtype, layer.index.shape) == (torch.uint8, (2, 4))
     assert (layer.seed.dtype, layer.seed.shape, layer.mask.dtype) == (torch.int64, (), torch.bool)
     assert layer.sparse is True
@@ -208,7 +197,7 @@ def test_layers_on_the_meta_device_and_reset():
     layer = model.to_empty(device="cpu")[0]
     for _ in range(2):
         layer.reset_parameters()
-        assert torch.equal(layer.index, transposable_index(layer.weight))
+        assert torch.equal(layer.index, sparse24.transposable_index(layer.weight))
     assert layer.seed == 0
 
 
@@ -284,7 +273,7 @@ def test_mask_stays_until_refresh():
     assert torch.equal(layer.mask, mask)
     assert torch.allclose(layer(x), F.linear(x, layer.weight * mask, layer.bias), atol=1e-6)
     refresh_masks(layer)
-    assert torch.equal(layer.mask, transposable_mask(layer.weight))
+    assert torch.equal(layer.mask, sparse24.transposable_mask(layer.weight))
     assert not torch.equal(layer.mask, mask)
     assert torch.allclose(layer(x), F.linear(x, layer.weight * layer.mask, layer.bias), atol=1e-6)
 
@@ -406,7 +395,7 @@ def test_sparsify_swaps_the_chosen_layers_in_place(layers, expected):
     for name in expected:
         layer = model.get_submodule(name)
         assert layer.recipe is RECIPES["ste"]
-        assert torch.equal(layer.mask, transposable_mask(layer.weight))
+        assert torch.equal(layer.mask, sparse24.transposable_mask(layer.weight))
         assert layer.training == (not name.startswith("body"))
         with torch.no_grad():
             masked.get_submodule(name).weight.mul_(layer.mask)
@@ -538,9 +527,9 @@ def test_refresh_returns_the_flip_rate_and_skips_the_dense_phase():
     rate, after = refresh_masks(model), [layer.mask for layer in model[:3]]
     flips = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
     assert flips > 0
-    assert rate == flips / (32 + 2048) == flip_rate(before[:2], after[:2])
+    assert rate == flips / (32 + 2048) == sparse24.flip_rate(before[:2], after[:2])
     assert torch.equal(after[2], before[2])
-    assert all(torch.equal(model[i].mask, transposable_mask(model[i].weight)) for i in range(2))
+    assert all(torch.equal(model[i].mask, sparse24.transposable_mask(model[i].weight)) for i in range(2))
     assert model[0].index is index  # in place: captured graphs and compiled code read this tensor
     assert refresh_masks(nn.Linear(4, 4)) == 0.0
 

@@ -14,25 +14,7 @@ import torch.nn.functional as F
 from by_hand import adamw, close, make, normal, optimizer_for, run, soft, top2
 
 import sparse24
-from sparse24 import (
-    RECIPES,
-    MaskedDecayAdamW,
-    Recipe,
-    Sparse24Linear,
-    densify,
-    get_recipe,
-    hard_pruned,
-    mvue24,
-    recipe_names,
-    recipe_of,
-    refresh_masks,
-    simulate_fp8,
-    soft_threshold24_backward,
-    sparsify,
-    sste_scale,
-    transposable_mask,
-    weight_indices,
-)
+from sparse24 import RECIPES, MaskedDecayAdamW, Recipe, Sparse24Linear, get_recipe, recipe_of, sparsify
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -66,7 +48,7 @@ def test_recipes_differ_from_plain_straight_through_in_what_their_equations_say(
 
 def test_there_are_five_recipes_here_and_the_others_are_files():
     assert list(RECIPES) == ["fst", "ste", "sr_ste", "s_ste", "s_ste_straight"]
-    assert recipe_names() == [*RECIPES, "bi_mask", "step"]
+    assert sparse24.recipe_names() == [*RECIPES, "bi_mask", "step"]
     for make_one in (get_recipe, lambda name: Sparse24Linear(4, 4, True, name)):
         with pytest.raises(ValueError, match=r"'ftz' is unknown.*fst, ste, sr_ste, .* a new one is a file in methods/"):
             make_one("ftz")
@@ -107,7 +89,7 @@ def test_a_recipe_may_have_a_layer_and_an_optimizer_class():
     assert type(model[0]) is layer
     assert sparsify(model, "ste", ["0", "1"]) == ["1"]  # a layer that is sparse already stays
     assert type(model[0]) is layer
-    densify(model)
+    sparse24.densify(model)
     assert [type(module) for module in model] == [nn.Linear, nn.Linear]
 
 
@@ -117,8 +99,8 @@ def test_a_recipe_may_have_a_layer_and_an_optimizer_class():
 
 def test_row_masks_prune_the_forward_and_dx_multiplies_the_same_matrix():
     layer = make("sr_ste")
-    assert torch.equal(weight_indices([layer], "row")[0], layer.index)
-    assert torch.equal(weight_indices([layer])[0], make("ste").index)
+    assert torch.equal(sparse24.weight_indices([layer], "row")[0], layer.index)
+    assert torch.equal(sparse24.weight_indices([layer])[0], make("ste").index)
     x, dz, z, dx, dw = run(layer)
     w_24 = torch.where(top2(layer.weight), layer.weight, 0).detach()
     assert torch.equal(layer.mask, top2(layer.weight))
@@ -159,16 +141,16 @@ def test_s_ste_follows_its_weights_every_step_and_keeps_beta():
     with torch.no_grad():
         layer.weight.copy_(normal(8, 12, seed=9) ** 3)
         close(layer(x), x @ (soft(layer.weight) * start).t())
-        refresh_masks(layer)
+        sparse24.refresh_masks(layer)
     assert float(layer.beta) == start
     begun, other = copy.deepcopy(layer), make("s_ste", seed=3)
     begun.refresh(begin=True)  # a sparse phase that follows dense steps
-    assert float(begun.beta) == float(sste_scale(begun.weight.detach())) != start
+    assert float(begun.beta) == float(sparse24.sste_scale(begun.weight.detach())) != start
     other.load_state_dict(layer.state_dict())
     assert float(other.beta) == start
     model = nn.Sequential(layer)
     w_24 = soft(layer.weight.detach()) * start
-    densify(model, prune=True)
+    sparse24.densify(model, prune=True)
     close(model[0].weight.detach(), w_24)
 
 
@@ -180,7 +162,7 @@ def test_under_autocast_a_true_gradient_is_that_of_the_float32_weights():
     x, dz = normal(16, 64).bfloat16(), normal(16, 512, seed=1).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         layer(x).backward(dz)
-    expected = soft_threshold24_backward((dz.t() @ x).float(), layer.weight.detach()) * layer.beta
+    expected = sparse24.soft_threshold24_backward((dz.t() @ x).float(), layer.weight.detach()) * layer.beta
     assert torch.equal(layer.weight.grad == 0, expected == 0)
     torch.testing.assert_close(layer.weight.grad, expected, rtol=2**-6, atol=0.05)
 
@@ -195,7 +177,8 @@ def test_soft_weights_are_thresholded_before_they_are_rounded():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "s_ste" in name else name for name in recipe_names()]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if "s_ste" in name else name for name in sparse24.recipe_names()],
 )
 def test_every_method_survives_saving_autocast_compile_and_moves(name):
     layer, other = (make(name, 24, 16, seed=seed).float() for seed in (0, 1))
@@ -228,17 +211,17 @@ def test_fp8_rounds_every_operand_of_the_three_gemms(mvue):
     layer = make(replace(RECIPES["s_ste"], fp8=True, mvue=mvue, weight_gradient="straight"))
     layer.seed.fill_(3)
     x, dz, z, dx, dw = run(layer)
-    w_24 = simulate_fp8(soft(layer.weight.detach()) * layer.beta, E4)
-    close(z, simulate_fp8(x, E4) @ w_24.t())
-    close(dx, simulate_fp8(dz, E5) @ w_24)
-    drawn = mvue24(dz.t(), 3) if mvue else dz.t()  # drawn before rounding
-    close(dw, simulate_fp8(drawn, E5) @ simulate_fp8(x, E4))
+    w_24 = sparse24.simulate_fp8(soft(layer.weight.detach()) * layer.beta, E4)
+    close(z, sparse24.simulate_fp8(x, E4) @ w_24.t())
+    close(dx, sparse24.simulate_fp8(dz, E5) @ w_24)
+    drawn = sparse24.mvue24(dz.t(), 3) if mvue else dz.t()  # drawn before rounding
+    close(dw, sparse24.simulate_fp8(drawn, E5) @ sparse24.simulate_fp8(x, E4))
     with torch.no_grad():
         assert torch.equal(layer(x), z)  # evaluation computes the same
     layer = make(replace(get_recipe("bi_mask"), fp8=True))
     _, dz, _, dx, _ = run(layer)
     w_back = torch.where(layer.backward_mask, layer.weight, 0).detach()
-    close(dx, simulate_fp8(dz, E5) @ simulate_fp8(w_back, E4))
+    close(dx, sparse24.simulate_fp8(dz, E5) @ sparse24.simulate_fp8(w_back, E4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,12 +268,12 @@ def test_hard_pruned_layers_compute_as_deployed_and_are_restored():
     dense.sparse = False
     before = [m.weight.detach().clone() for m in (dense, plain, sparse)]
     x = normal(4, 12)
-    with hard_pruned([dense, plain, sparse]), torch.no_grad():
+    with sparse24.hard_pruned([dense, plain, sparse]), torch.no_grad():
         for module, w in ((dense, before[0]), (plain, before[1])):
             close(module(x), F.linear(x, torch.where(top2(w), w, 0), module.bias))
-        close(sparse(x), x @ torch.where(transposable_mask(before[2]), before[2], 0).t())
+        close(sparse(x), x @ torch.where(sparse24.transposable_mask(before[2]), before[2], 0).t())
     for module, w in zip((dense, plain, sparse), before, strict=True):
         assert torch.equal(module.weight, w)
-    with pytest.raises(KeyError), hard_pruned([plain]):
+    with pytest.raises(KeyError), sparse24.hard_pruned([plain]):
         raise KeyError
     assert torch.equal(plain.weight, before[1])

@@ -1,17 +1,17 @@
 """Every Triton kernel of a training step, with its launcher. A launcher has the name, the arguments and, unless its
-docstring says otherwise, the result of a specification in plain PyTorch: name.torch of sparse24.py or, for activations
-and packing, of gemm24/operands.py. Shapes and dtypes are documented there.
+docstring says otherwise, the result of a specification in plain PyTorch. The specification documents shapes and dtypes.
+It is name.torch in sparse24.py or, for activations and packing, in gemm24/operands.py.
 
-Launchers take CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, which is how tests run them without a GPU. They
-are not differentiable. Most are torch custom ops, so that torch.compile does not trace them, with a fake beside them.
-They raise ValueError for tensors that a kernel would misread.
+Launchers take CUDA tensors. Under TRITON_INTERPRET=1 they take CPU tensors, so that tests run without a GPU. They are
+not differentiable. Most are torch custom ops, so that torch.compile does not trace them. The fake is beside the op.
+Launchers raise ValueError for tensors that a kernel would misread.
 
 To avoid shared memory, one thread owns one row of an (N, 4) tile, N = 32 * num_warps, and all other arithmetic is 1-D,
-(N,). An (N, 4) load of contiguous memory is one 16-byte load a thread; split twice, it is four registers. Arithmetic is
-float32, and a result is rounded once. Offsets are int64.
+(N,). An (N, 4) load of contiguous memory is one 16-byte load per thread; two splits make four registers of it.
+Arithmetic is float32, and a result is rounded once. Offsets are int64.
 
-benchmarks/kernel_times.py has the bytes that each kernel must move and the number of instructions that it may compile
-to, and measures it. The launch constants were measured on an H200, on 16384 x 4096 elements: results/h200.
+benchmarks/kernel_times.py lists the bytes that each kernel must move and the number of instructions that it may compile
+to, and measures both. The launch constants were chosen on an H200 with 16384 x 4096 elements: results/h200.
 """
 
 import functools
@@ -20,16 +20,16 @@ import torch
 import triton
 import triton.language as tl
 
-# TRITON_INTERPRET=1: the kernels run on the CPU, in numpy, which knows no PTX and truncates to bfloat16.
+# With TRITON_INTERPRET=1 the kernels run on the CPU, in numpy. It has no PTX and truncates when it casts to bfloat16.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def _launch(kernel, programs: int, *args, written=(), **options) -> None:
-    """Run `programs` programs of a kernel on the device of its first argument. written: the caller's tensors that it
-    overwrites, so that autograd refuses a backward pass that needs the old values."""
+    """Run `programs` programs of a kernel on the device of its first argument. written: tensors that the kernel
+    overwrites. autograd then refuses a backward pass that needs their old values."""
     torch.autograd.graph.increment_version(written)
     with torch.cuda.device_of(args[0]):
-        # Without contraction to FMA a kernel rounds as its specification does: h - u*h is two roundings, not one.
+        # Do not contract to FMA, so that a kernel rounds as its specification does: twice in h - u*h, not once.
         kernel[(programs,)](*args, **options, enable_fp_fusion=False)
 
 
@@ -39,7 +39,7 @@ def _launch(kernel, programs: int, *args, written=(), **options) -> None:
 
 @triton.jit
 def _max(a, b):
-    """Maximum that keeps NaN, as torch.maximum does."""
+    """Maximum that returns NaN if an operand is NaN, as torch.maximum does."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -75,7 +75,7 @@ def _sub4(x, y):
 
 @triton.jit
 def _float32(x):
-    """x widened to float32. The interpreter's conversion of subnormal bfloat16 is wrong."""
+    """x cast to float32. (The interpreter casts subnormal bfloat16 wrongly.)"""
     if _INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -116,39 +116,40 @@ def _copysign(magnitude, x):
 
 @triton.jit
 def _load_quads(ptr, stride, live):
-    """float32 (N, 4): four columns from ptr (N,) on."""
+    """float32 (N, 4): four columns, the first one at ptr (N,)."""
     return _float32(tl.load(ptr[:, None] + tl.arange(0, 4)[None, :] * stride, mask=live[:, None], other=0.0))
 
 
 @triton.jit
 def _load_groups(ptr, n, columns, stride_row, stride_column, live):
-    """float32 (N, 4): groups number n of a matrix with `columns` groups a row."""
+    """float32 (N, 4): the groups of number n (N,) of a matrix with `columns` groups per row."""
     ptr += (n // columns).to(tl.int64) * stride_row + (n % columns).to(tl.int64) * (4 * stride_column)
     return _load_quads(ptr, stride_column, live)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The 90 patterns. Two kernels read a table of them, int32 (2, 90). [0]: the pattern's 16 bits, bit 4*row + column.
-# [1]: the two columns that each row keeps, low | high << 2, of row r at bit 4r; the same of column c at bit 16 + 4c.
+# [1]: eight nibbles, low | high << 2. The nibble at bit 4r has the two columns that row r keeps; the nibble at bit
+# 16 + 4c has the two rows that column c keeps.
 
 _TABLES: dict[torch.device, torch.Tensor] = {}
 
 
 def use_patterns(patterns: torch.Tensor) -> None:
-    """Set the patterns that an index stands for, bool (90, 4, 4), once a process. Raises ValueError for other ones."""
+    """Set the pattern of each index, bool (90, 4, 4). Raises ValueError if the process already has other patterns."""
     bits = (patterns.flatten(1).long() << torch.arange(16, device=patterns.device)).sum(-1)
     both = torch.cat((patterns, patterns.transpose(1, 2)), dim=1).to(torch.uint8)  # (90, 8, 4)
     low, high = both.sort(dim=-1, descending=True, stable=True).indices[..., :2].unbind(-1)
     nibbles = ((low | high << 2) << 4 * torch.arange(8, device=patterns.device)).sum(-1)
     table = torch.stack((bits, nibbles)).to(torch.int32)
-    if not torch.equal(_TABLES.setdefault(table.device, table), table):  # captured CUDA graphs hold the first one
-        raise ValueError("use_patterns: a process has one order of patterns, and these are others; start a new process")
+    if not torch.equal(_TABLES.setdefault(table.device, table), table):  # captured CUDA graphs use the first table
+        raise ValueError("use_patterns: a process has one order of patterns, and this is another; start a new process")
 
 
 def _table(device: torch.device) -> torch.Tensor:
     """The table of patterns on this device."""
     if not _TABLES:
-        raise RuntimeError("kernels: the patterns are not known; call kernels.use_patterns(sparse24.PATTERNS) first")
+        raise RuntimeError("kernels: the patterns are not set; call kernels.use_patterns(sparse24.PATTERNS) first")
     table = _TABLES[device] if device in _TABLES else next(iter(_TABLES.values())).to(device)
     if not torch.compiler.is_compiling():  # a tensor of a traced graph must not outlive it
         _TABLES[device] = table
@@ -172,7 +173,8 @@ def _top2(x):
 
 @triton.jit
 def _try_pair(best, jk, NUMBER: tl.constexpr, J: tl.constexpr, K: tl.constexpr, f, x, y, e):
-    """Candidate B_jk, jk = PAIRS[NUMBER]. Only the winner's number is kept, and it is decoded once at the end."""
+    """Candidate B_jk, jk = PAIRS[NUMBER]. Returns the best score and the pair number of the best candidate. Its index
+    is computed once, at the end."""
     I: tl.constexpr = 0 if J > 0 else (1 if K > 1 else 2)
     L: tl.constexpr = 6 - I - J - K
     score = f[J] + f[K] + _max(x[J], x[K]) + _max(y[J], y[K]) + _max(e[I], e[L])
@@ -189,7 +191,7 @@ def _second_greater(jk, x):
 
 @triton.jit
 def _best_pattern(a, b, c, d):
-    """Index of the best of the 90 patterns for the rows a, b, c, d of |w|: as sparse24.transposable_index.torch."""
+    """The best of the 90 patterns for the rows a, b, c, d of |w|, as in sparse24.transposable_index.torch."""
     x, y, f = _sub4(a, b), _sub4(c, d), _sub4(b, c)
     e = (x[0] + y[0] + 2 * f[0], x[1] + y[1] + 2 * f[1], x[2] + y[2] + 2 * f[2], x[3] + y[3] + 2 * f[3])
     best, index = _top2(e)
@@ -205,7 +207,7 @@ def _best_pattern(a, b, c, d):
     best, jk = _try_pair(best, jk, 3, 1, 2, f, x, y, e)
     best, jk = _try_pair(best, jk, 4, 1, 3, f, x, y, e)
     best, jk = _try_pair(best, jk, 5, 2, 3, f, x, y, e)
-    bits = 4 * _second_greater(5 - jk, e)  # the pairs in reverse order are the complements
+    bits = 4 * _second_greater(5 - jk, e)  # pair 5 - jk is the complement of pair jk
     bits += 2 * _second_greater(jk, x) + _second_greater(jk, y)
     return tl.where(jk >= 0, 42 + 8 * jk + bits, index)
 
@@ -222,14 +224,14 @@ def _load_rows(ptr, stride_row, stride_column, live):
 
 @triton.jit
 def _load_block(w_ptr, block, columns, stride_row, stride_column, live):
-    """The rows of the 4x4 blocks number `block` (N,) of w, `columns` blocks to a row."""
+    """The four rows of the 4x4 blocks of number `block` (N,) of w, which has `columns` blocks per row."""
     ptr = w_ptr + (block // columns).to(tl.int64) * (4 * stride_row)
     return _load_rows(ptr + (block % columns).to(tl.int64) * (4 * stride_column), stride_row, stride_column, live)
 
 
 @triton.jit
 def _transposable_index_kernel(w_ptr, index_ptr, columns, blocks, stride_row, stride_column, BLOCKS: tl.constexpr):
-    n = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # int32 reaches 2^35 weights, and int64 divides slowly
+    n = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # int32 is enough for 2^35 weights, and int64 division is slow
     live = n < blocks
     a, b, c, d = _load_block(w_ptr, n, columns, stride_row, stride_column, live)
     index = _best_pattern(_abs4(a), _abs4(b), _abs4(c), _abs4(d))
@@ -237,7 +239,7 @@ def _transposable_index_kernel(w_ptr, index_ptr, columns, blocks, stride_row, st
 
 
 def transposable_index(w: torch.Tensor) -> torch.Tensor:
-    """The pattern of largest L1 norm in each 4x4 block."""
+    """The pattern with the largest L1 norm in each 4x4 block."""
     index = torch.empty((w.shape[0] // 4, w.shape[1] // 4), dtype=torch.uint8, device=w.device)
     sizes, grid = (index.shape[1], index.numel(), *w.stride()), triton.cdiv(index.numel(), 128)
     _launch(_transposable_index_kernel, grid, w, index, *sizes, BLOCKS=128, num_warps=4)
@@ -245,12 +247,12 @@ def transposable_index(w: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pack_weight_: the packed operands of w and of its transpose, from w and its index. A program takes 16x16 blocks. The
-# first six patterns keep pair p in their first row: there the table has the bits and the nibble of a pair.
+# pack_weight_: the packed operands of w and of its transpose, from w and its index. A program packs 16x16 blocks. For a
+# row-wise mask the kernel looks up pair p in the table entry of pattern p < 6, whose first row keeps pair p.
 
 
 def _row_multiple(function: str, order: str) -> int:
-    """The number that divides the rows of an operand packed in this metadata order."""
+    """The number that must divide the rows of an operand packed in this metadata order."""
     if order not in ("sm80", "sm90"):
         raise ValueError(f"{function}: metadata order {order!r} is unknown, need sm80 or sm90")
     return 128 if order == "sm80" else 64
@@ -258,8 +260,8 @@ def _row_multiple(function: str, order: str) -> int:
 
 @triton.jit
 def _pack_pair(x, bits, BIT: tl.constexpr, STEP: tl.constexpr):
-    """The two kept of four as bfloat16, the first in the low half of an int32. Entry i is kept if bit BIT+STEP*i is
-    set, so that the compiler tests each bit once for a block's rows and columns."""
+    """The two kept entries of four as bfloat16, the first one in the low half of an int32. Entry i is kept if bit
+    BIT+STEP*i is set. The rows and the columns of a block use the same bits, so the compiler tests each bit once."""
     low = tl.where((bits & (1 << BIT)) != 0, x[0], tl.where((bits & (1 << (BIT + STEP))) != 0, x[1], x[2]))
     high = tl.where((bits & (1 << (BIT + 2 * STEP))) != 0, x[2], x[1])
     high = tl.where((bits & (1 << (BIT + 3 * STEP))) != 0, x[3], high)
@@ -268,13 +270,14 @@ def _pack_pair(x, bits, BIT: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _transpose_tile(x, SIDE: tl.constexpr):
-    """x (SIDE*SIDE,) by (row, column) to the same by (column, row), through shared memory."""
+    """Transpose x (SIDE*SIDE,), ordered by (row, column), through shared memory."""
     return tl.reshape(tl.trans(tl.reshape(x, (SIDE, SIDE))), (SIDE * SIDE,))
 
 
 @triton.jit
 def _store_metadata(metadata_ptr, nibbles, tile_row, tile_column, rows, columns, ORDER: tl.constexpr):
-    """Metadata of a tile of 16x16 blocks, nibbles (256,) by (block row, block column): nibble_positions in gemm24/."""
+    """Store the metadata of a tile of 16x16 blocks. nibbles (256,) are ordered by (block row, block column). The layout
+    is that of `nibble_positions` in gemm24/layout.py."""
     n = tl.arange(0, 64)
     r = tl.arange(0, 4)[None, :]  # row in its block
     if ORDER == 90:  # a word holds row halves hi and group halves qh: axes (16-row group, hi, p/4, 32 columns, qh, q%4)
@@ -308,7 +311,7 @@ def _pack_weight_kernel(
     ptr = w_ptr + i.to(tl.int64) * (4 * stride_row) + 4 * j
     a, b, c, d = _load_rows(ptr, stride_row, 1, n < 256)
     index_ptr += i.to(tl.int64) * (columns if PAIRS else columns // 4) + j
-    if PAIRS:  # a row-wise mask: a pair for each of the block's rows
+    if PAIRS:  # a row-wise mask has one pair for each of the block's rows
         bits, nibbles = tl.zeros_like(n), tl.zeros_like(n)
         for r in tl.static_range(4):
             pair = tl.load(index_ptr + r * (columns // 4)).to(tl.int32)
@@ -323,7 +326,7 @@ def _pack_weight_kernel(
             out = values_ptr + (4 * i + r).to(tl.int64) * (columns // 4) + j
             tl.store(out, _pack_pair(x[r], bits, 4 * r, 1))
     if WRITE_T:
-        i_t, j_t = tile_row * 16 + n % 16, tile_column * 16 + n // 16  # its block after the transposition
+        i_t, j_t = tile_row * 16 + n % 16, tile_column * 16 + n // 16  # this thread's block in the transpose
         for r in tl.static_range(4):
             word = _pack_pair((a[r], b[r], c[r], d[r]), bits, r, 4)
             out = values_t_ptr + (4 * j_t + r).to(tl.int64) * (rows // 4) + i_t
@@ -337,7 +340,7 @@ def _pack_weight_kernel(
 
 
 def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
-    """Write the packed operands of w and of its transpose under w's mask. The rows of w must be contiguous."""
+    """Write the packed operands of the masked w and of its transpose. The rows of w must be contiguous."""
     (rows, columns), multiple = w.shape, _row_multiple("pack_weight_", order)
     if rows % multiple or columns % (64 if packed_t is None else multiple) or w.stride(1) != 1:
         raise ValueError(
@@ -346,7 +349,7 @@ def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) 
         )
     written, size = [buffer for buffer in (packed, packed_t) if buffer is not None], rows * columns * 9 // 16
     if not written:
-        raise ValueError("pack_weight_: packed and packed_t are both None; give the one that is to be written")
+        raise ValueError("pack_weight_: packed and packed_t are both None, need at least one buffer to write to")
     for buffer in written:
         if buffer.dtype != torch.bfloat16 or buffer.shape != (size,) or not buffer.is_contiguous():
             raise ValueError(f"pack_weight_: {buffer.dtype} {tuple(buffer.shape)}, need a bfloat16 buffer of ({size},)")
@@ -366,7 +369,7 @@ def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pair_index: row-wise 2:4 masks, the two largest magnitudes of each group of four
+# pair_index: row-wise 2:4 masks. Each group of four keeps its two largest magnitudes.
 
 
 @triton.jit
@@ -375,7 +378,7 @@ def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_col
     live = n < groups
     bits = tl.abs(_load_groups(w_ptr, n, columns, stride_row, stride_column, live)).to(tl.int32, bitcast=True)
     a0, a1, a2, a3 = _split4(bits)  # ordered as the magnitudes are
-    NAN: tl.constexpr = 0x7F800001  # all NaNs are one, above inf
+    NAN: tl.constexpr = 0x7F800001  # clamp all NaNs to one value, above inf
     a0, a1, a2, a3 = tl.minimum(a0, NAN), tl.minimum(a1, NAN), tl.minimum(a2, NAN), tl.minimum(a3, NAN)
     # An element is kept if at most one other is larger. Ties keep the lower index.
     c01, c02, c03 = (a0 >= a1).to(tl.int32), (a0 >= a2).to(tl.int32), (a0 >= a3).to(tl.int32)
@@ -388,7 +391,7 @@ def _pair_index_kernel(w_ptr, index_ptr, columns, groups, stride_row, stride_col
 
 @torch.library.custom_op("nano24::pair_index", mutates_args=())
 def pair_index(x: torch.Tensor) -> torch.Tensor:
-    """The number of the pair that each group of four keeps."""
+    """The number in PAIRS of the pair that each group of four keeps."""
     index = torch.empty((*x.shape[:-1], x.shape[-1] // 4), dtype=torch.uint8, device=x.device)
     x, groups = x.reshape(-1, x.shape[-1]), index.numel()
     sizes, grid = (x.shape[1] // 4, groups, *x.stride()), triton.cdiv(groups, 256)
@@ -401,7 +404,7 @@ pair_index.register_fake(lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 4)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # soft_threshold24 and sste_scale (S-STE): S(w) = sign(w) max(|w| - t, 0), t the second-smallest magnitude of a group of
-# four, and beta = <w, S(w)> / <S(w), S(w)> in the same read
+# four, and beta = <w, S(w)> / <S(w), S(w)>. One kernel computes both.
 
 
 @triton.jit
@@ -433,7 +436,7 @@ def _soft_threshold_and_scale(w: torch.Tensor, scale: bool) -> tuple[torch.Tenso
     _launch(_soft_threshold24_kernel, grid, x, out, sums, *sizes, SCALE=scale, GROUPS=256, num_warps=8)
     if not scale:
         return out, sums
-    product, square = sums.double().sum(0)  # in a fixed order: deterministic
+    product, square = sums.double().sum(0)  # a fixed order of summation: deterministic
     return out, torch.where(square > 0, product / square, 1).float()
 
 
@@ -448,26 +451,26 @@ def soft_threshold24(w: torch.Tensor) -> torch.Tensor:
 
 
 def sste_scale(w: torch.Tensor) -> torch.Tensor:
-    """beta of w. It differs from its specification in the order of the sums."""
+    """beta of w. The order of summation is not that of the specification."""
     return _soft_threshold_and_scale(w, True)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# adamw_: masked decay (Eq. 10) and AdamW on many tensors in one launch. A thread has four neighbours of a row, a quad.
+# adamw_: masked decay (Eq. 10) and AdamW on many tensors in one launch. A thread has a quad: four neighbours of a row.
 
 _ADAMW_QUADS = 256  # quads per program
 
 
 @functools.lru_cache(maxsize=16)
 def _chunks(quads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int32 (programs, 2): the tensor of each program, and the chunk of that tensor."""
+    """int32 (programs, 2): for each program the number of its tensor, and of the chunk in that tensor."""
     chunks = [(i, c) for i, n in enumerate(quads) for c in range(triton.cdiv(n, _ADAMW_QUADS))]
     return torch.tensor(chunks, dtype=torch.int32, device=device)
 
 
 @triton.jit
 def _aligned(address_ptr):
-    """The float32 pointer stored at address_ptr, to 16-byte aligned memory."""
+    """The float32 pointer stored at address_ptr. It is 16-byte aligned."""
     return tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(tl.float32)), 16)
 
 
@@ -475,7 +478,7 @@ def _aligned(address_ptr):
 def _adamw_kernel(
     pointers_ptr, sizes_ptr, scalars_ptr, programs_ptr, table_ptr, DECAY_ON_WEIGHT: tl.constexpr, QUADS: tl.constexpr
 ):
-    # The tensor of this program: the addresses of p, g, m, v and the index (0 = none), its quads, its quads a row.
+    # Per tensor: the addresses of p, g, m, v and the index (0 = none), the number of quads, the quads per row.
     tensor = tl.load(programs_ptr + 2 * tl.program_id(0))
     chunk = tl.load(programs_ptr + 2 * tl.program_id(0) + 1)
     pointers = pointers_ptr + 5 * tensor.to(tl.int64)
@@ -490,7 +493,7 @@ def _adamw_kernel(
     one_minus_beta1, beta2, one_minus_beta2 = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     eps, shrink = tl.load(scalars + 3), tl.load(scalars + 4)  # shrink = 1 - lr * weight_decay
     step_size, root_bias2 = tl.load(scalars + 5), tl.load(scalars + 6)  # lr / (1 - beta1^t), sqrt(1 - beta2^t)
-    masked_decay = tl.load(scalars + 7)  # lambda; on weights, lr * lambda
+    masked_decay = tl.load(scalars + 7)  # lambda, or lr * lambda with DECAY_ON_WEIGHT
     n = chunk * QUADS + tl.arange(0, QUADS)
     live = n < quads
     at = n.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -499,7 +502,7 @@ def _adamw_kernel(
     m = tl.load(m_ptr + at, mask=live[:, None], other=0.0)
     v = tl.load(v_ptr + at, mask=live[:, None], other=0.0)
     if index_address != 0:
-        row, column = n // columns, n % columns  # in a weight with `columns` quads a row
+        row, column = n // columns, n % columns  # the weight has `columns` quads per row
         index = tl.load(index_ptr + (row // 4).to(tl.int64) * columns + column, mask=live, other=0).to(tl.int32)
         bits = tl.load(table_ptr + index) >> (4 * (row % 4))
         pruned = tl.where(((bits[:, None] >> tl.arange(0, 4)[None, :]) & 1) != 0, 0.0, p)
@@ -517,14 +520,15 @@ def _adamw_kernel(
 
 
 def adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weight: bool = False) -> None:
-    """Masked decay of the gradients (with decay_on_weight of the weights, Eq. 8), then the step of torch.optim.AdamW.
+    """Masked decay of the gradients (Eq. 10), or with decay_on_weight of the weights (Eq. 8), then the step of
+    torch.optim.AdamW. Gradients are not written.
 
-    Equally long lists of contiguous, 16-byte aligned float32 tensors of a multiple of 4 elements on one device;
-    `indices` holds None for a tensor without mask. scalars: sparse24.adamw_scalars of each tensor, with lr * lambda in
-    place of lambda if decay_on_weight. Gradients are not written.
+    The arguments are lists with one entry per tensor. Tensors are float32, contiguous, 16-byte aligned, with a multiple
+    of 4 elements, on one device. indices: None for a tensor without mask. scalars: sparse24.adamw_scalars, with
+    lr * lambda in place of lambda if decay_on_weight. Raises ValueError for other tensors.
     """
     device = params[0].device
-    for t in (*params, *grads, *exp_avgs, *exp_avg_sqs):  # the kernel sees addresses alone
+    for t in (*params, *grads, *exp_avgs, *exp_avg_sqs):  # the kernel gets only addresses
         misaligned = t.numel() % 4 or t.data_ptr() % 16
         if t.dtype != torch.float32 or not t.is_contiguous() or t.device != device or misaligned:
             raise ValueError(
@@ -543,13 +547,13 @@ def adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weig
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# activation, activation_backward: a = f(z), dz = da f'(z), on feature-major tensors: z is (d_ff, tokens). A gated z is
-# (2 d_ff, tokens), the gate's rows first: a = f(gate) * up. The names of gated activations end with "glu".
+# activation, activation_backward: a = f(z), dz = da f'(z). Tensors are feature-major: z is (d_ff, tokens). A gated z is
+# (2 d_ff, tokens), with the gate's rows first: a = f(gate) * up. The names of gated activations end with "glu".
 
 
 @triton.jit
 def _exp2(x):
-    """2^x, by one hardware instruction; results below 2^-126 become 0."""
+    """2^x by one hardware instruction. Results below 2^-126 become 0."""
     if _INTERPRETED:
         return tl.exp2(x)
     asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
@@ -566,11 +570,11 @@ def _reciprocal(x):
 
 @triton.jit
 def _activation(z, ACTIVATION: tl.constexpr):
-    """f(z) and f'(z) in float32, for a gated activation those of its gate.
+    """f(z) and f'(z) in float32. A gated activation gets z of the gate.
 
-    GELU: erf's exponential is the normal density, so value and derivative share it. With k = 1/(1 + 0.2316419 |z|),
-    Phi(-|z|) = density * poly5(k) to 7.5e-8 (Abramowitz and Stegun 26.2.17): within 3e-7 of z Phi(z), 4e-7 of f'. FMAs
-    are written out, since `_launch` turns contraction off.
+    GELU: value and derivative share the exponential of the normal density. With k = 1/(1 + 0.2316419 |z|), Phi(-|z|) is
+    density * poly5(k), with an error of 7.5e-8 (Abramowitz and Stegun 26.2.17), so that of f is 3e-7, and of f' 4e-7.
+    FMAs are explicit, because `_launch` turns contraction off.
     """
     gated: tl.constexpr = ACTIVATION == "geglu" or ACTIVATION == "swiglu"
     tl.static_assert(gated or (ACTIVATION == "gelu" or ACTIVATION == "relu2"))
@@ -593,7 +597,7 @@ def _activation(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _backward(z, up, da, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """dZ of a = f(z), or of a = f(z) * up both dZ and the gradient of up."""
+    """Gradients of a = f(z), or of a = f(z) * up: dZ and the gradient of up."""
     value, slope = _activation(z, ACTIVATION)
     if GATED:
         return da * up * slope, da * value
@@ -626,8 +630,8 @@ def _gated(function: str, z: torch.Tensor, activation: str, da: torch.Tensor | N
 def activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
     """a = f(z), or f(gate) * up, within rounding and 3e-7. z is contiguous.
 
-    recompute: True in the backward, which computes `a` a second time to save memory. It changes only the call:
-    torch.compile merges equal calls, and would keep the forward's `a` for the backward.
+    recompute: True in the backward, which computes `a` a second time to save memory. It does not change the result.
+    torch.compile merges equal calls, so without it the forward's `a` would be kept for the backward.
     """
     gated = _gated("activation", z, activation)
     a = z.new_empty((z.shape[0] // (1 + gated), z.shape[1]))
@@ -669,9 +673,9 @@ activation_backward.register_fake(lambda z, da, activation: torch.empty_like(z))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mvue24 (Eq. 6) to masked dense, of any dtype and strides. A thread has one unit of eight groups: rows p and p+8 of a
-# 16-row tile, and groups q, q+1, q+4, q+5 (q even) of a 32-column panel. A unit takes four 16-byte loads of bfloat16,
-# has complete metadata words in sm90's order, and takes two Philox calls, whose four words are those of (row half,
+# mvue24 (Eq. 6) to masked dense, for any dtype and strides. A thread has one unit of eight groups: rows p and p+8 of a
+# 16-row tile, and groups q, q+1, q+4, q+5 (q even) of a 32-column panel. A bfloat16 unit takes four 16-byte loads, and
+# has complete metadata words in sm90's order. It takes two Philox calls. Each gives four words, one for each (row half,
 # column half), as in sparse24.group_uniforms. A program's tile is 32 rows x 128 columns.
 
 
@@ -707,7 +711,7 @@ def _draw(
     a, word, K01: tl.constexpr, K02: tl.constexpr, K03: tl.constexpr, K12: tl.constexpr, K13: tl.constexpr,
     K23: tl.constexpr,
 ):  # fmt: skip
-    """MVUE of magnitudes a (four (N,)) with a random word: h, and the constant of the pair that is kept. Its
+    """MVUE of the magnitudes a, four (N,), with a random word. Returns h, and the constant K of the kept pair. The
     comparisons are those of sparse24.mvue24_with_mask."""
     u = _unit_float(word)
     rest = _min(a[0], a[1]) + _min(a[2], a[3]) + _min(_max(a[0], a[1]), _max(a[2], a[3]))
@@ -723,9 +727,9 @@ def _draw(
 
 @triton.jit
 def _unit(tile, tile_columns, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr, rows_first: tl.constexpr):
-    """First row (N,) and first column (N,) of each thread's unit in a tile of 16*TILE_GROUPS x 32*PANELS."""
+    """The first row (N,) and first column (N,) of each thread's unit in a tile of 16*TILE_GROUPS x 32*PANELS."""
     n = tl.arange(0, 16 * TILE_GROUPS * PANELS)
-    if rows_first:  # neighbouring threads take neighbouring rows, for a matrix that lies transposed
+    if rows_first:  # neighbouring threads take neighbouring rows, which are adjacent in a transposed matrix
         p, rest = n % 8, n // 8
         group, part = rest % TILE_GROUPS, rest // TILE_GROUPS
     else:
@@ -737,7 +741,8 @@ def _unit(tile, tile_columns, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr, r
 
 @triton.jit
 def _counters(row, column, columns):
-    """Philox counters of the unit's groups (q, q+4) and (q+1, q+5), rows p and p+8: sparse24.group_uniforms."""
+    """The Philox counter of a unit's groups q and q+4 in rows p and p+8, as in sparse24.group_uniforms. Groups q+1 and
+    q+5 have the next counter."""
     counter = (row // 16 * 8 + row % 8).to(tl.int64) * (4 * ((columns + 31) // 32)) + column // 32 * 4
     return counter + column % 32 // 4
 
@@ -796,19 +801,19 @@ def _seed_tensor(seed, device: torch.device) -> torch.Tensor:
 
 
 def mvue24(x: torch.Tensor, seed) -> torch.Tensor:
-    """MVUE along the last dimension to masked dense. The fast paths take bfloat16 matrices if 8 divides n, and if 32
-    divides the number of contiguous rows, or 64 the number of rows of a transposed matrix."""
+    """MVUE along the last dimension to masked dense. There are fast paths for bfloat16 if n is a multiple of 8, for
+    contiguous matrices with a multiple of 32 rows and transposed ones with a multiple of 64 rows."""
     return _mvue24(x.reshape(-1, x.shape[-1]), _seed_tensor(seed, x.device)).view(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mvue24_pack, activation_backward_mvue24_pack: MVUE of bfloat16 in words of two, written as an operand of a 2:4 GEMM or
-# masked dense; the second computes the activation's backward before it. A thread has one unit, as above.
+# mvue24_pack, activation_backward_mvue24_pack: MVUE of bfloat16, two elements per word, written as an operand of a 2:4
+# GEMM or masked dense. The second one first computes the activation's backward. A thread has one unit, as above.
 
 
 @triton.jit
 def _byte_perm(x, y, selector):
-    """Four of the eight bytes of (x, y), x the low four, chosen by the selector's four low nibbles (0..7)."""
+    """Four of the eight bytes of (x, y), x being the low four. The selector's four low nibbles (0..7) choose them."""
     if _INTERPRETED:
         out = tl.zeros_like(x)
         for i in tl.static_range(4):
@@ -831,8 +836,8 @@ _RAISE = tl.constexpr("""{
 
 @triton.jit
 def _raise(word, h):
-    """sign(x) * max(|x|, h) of both bfloat16 in an int32, h rounded to bfloat16."""
-    if _INTERPRETED:  # non-negative floats order as integers, NaN above inf
+    """sign(x) * max(|x|, h) for both bfloat16 in an int32, with h rounded to bfloat16."""
+    if _INTERPRETED:  # non-negative floats compare as integers, with NaN above inf
         bits = _bits16(h)
         low, high = tl.maximum(word & 0x7FFF, bits), tl.maximum(word & 0x7FFF0000, bits << 16)
         return low | high | (word & -2147450880)  # 0x80008000
@@ -841,14 +846,14 @@ def _raise(word, h):
 
 @triton.jit
 def _load_words(ptr, live, EVEN: tl.constexpr):
-    """Eight bfloat16 from ptr (N,) on, as four int32. EVEN: all threads are live."""
+    """Eight bfloat16, the first one at ptr (N,), as four int32. EVEN: all threads are live."""
     ptr = ptr[:, None] + tl.arange(0, 4)[None, :]
     return _split4(tl.load(ptr) if EVEN else tl.load(ptr, mask=live[:, None], other=0))
 
 
 @triton.jit
 def _store_words(ptr, words, live, EVEN: tl.constexpr):
-    """A tile (N, width) of int32 from ptr (N,) on."""
+    """Store a tile (N, width) of int32, the first column at ptr (N,)."""
     tl.store(ptr[:, None] + tl.arange(0, words.shape[1])[None, :], words, mask=None if EVEN else live[:, None])
 
 
@@ -856,14 +861,15 @@ def _store_words(ptr, words, live, EVEN: tl.constexpr):
 def _load_token_major(
     x_ptr, tile, tile_columns, rows, columns, EVEN: tl.constexpr, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr
 ):
-    """A tile of x^T from x (columns, rows) bfloat16, as int32: the units' words[2*hi + qh][0..3], by shared memory."""
+    """A tile of x^T from x (columns, rows) bfloat16, through shared memory, as int32: words[2*hi + qh][0..3] of each
+    unit."""
     t = (tile % tile_columns) * (32 * PANELS) + 2 * tl.arange(0, 16 * PANELS)
-    pair = (tile // tile_columns) * (8 * TILE_GROUPS) + tl.arange(0, 8 * TILE_GROUPS)  # of rows, neighbours in memory
+    pair = (tile // tile_columns) * (8 * TILE_GROUPS) + tl.arange(0, 8 * TILE_GROUPS)  # of rows, adjacent in memory
     ptr = x_ptr + t.to(tl.int64)[:, None] * (rows // 2) + pair[None, :]
     live = (t < columns)[:, None]
     even = tl.load(ptr) if EVEN else tl.load(ptr, mask=live, other=0)
     odd = tl.load(ptr + rows // 2) if EVEN else tl.load(ptr + rows // 2, mask=live, other=0)
-    words = tl.join(_byte_perm(even, odd, 0x5410), _byte_perm(even, odd, 0x7632))  # of the pair's first and second row
+    words = tl.join(_byte_perm(even, odd, 0x5410), _byte_perm(even, odd, 0x7632))  # the pair's first and second row
     # columns are (panel, qh, c, word), rows (group, hi, p/2, p%2); c = 0, 1 are the two units of a panel
     words = tl.permute(tl.reshape(words, (PANELS, 2, 2, 4, TILE_GROUPS, 2, 4, 2)), (4, 6, 7, 0, 2, 3, 5, 1))
     qh0, qh1 = tl.split(tl.reshape(words, (16 * TILE_GROUPS * PANELS, 4, 2, 2)))
@@ -874,7 +880,7 @@ def _load_token_major(
 
 @triton.jit
 def _activation_words(z, up, da, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """`_backward` of the two bfloat16 in each int32: rounded words of dZ and of up's gradient."""
+    """`_backward` for the two bfloat16 in each int32. Returns rounded words of dZ and of the gradient of up."""
     low, low_up = _backward(_low(z), _low(up), _low(da), ACTIVATION, GATED)
     high, high_up = _backward(_high(z), _high(up), _high(da), ACTIVATION, GATED)
     return _bits16(low) | (_bits16(high) << 16), _bits16(low_up) | (_bits16(high_up) << 16)
@@ -882,10 +888,10 @@ def _activation_words(z, up, da, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
 
 @triton.jit
 def _magnitudes(w0, w1):
-    """|x| of the four bfloat16 in two int32, float32."""
+    """|x| in float32 for the four bfloat16 in two int32."""
     if _INTERPRETED:
         return tl.abs(_low(w0)), tl.abs(_high(w0)), tl.abs(_low(w1)), tl.abs(_high(w1))
-    # If LLVM does not see the shift, the float instructions that follow drop the sign bit at no cost.
+    # Hide the shift from LLVM: then the next float instructions take |x| at no cost.
     asm: tl.constexpr = "shl.b32 $0, $1, 16;"
     low0 = tl.inline_asm_elementwise(asm, "=f,r", [w0], tl.float32, is_pure=True, pack=1)
     low1 = tl.inline_asm_elementwise(asm, "=f,r", [w1], tl.float32, is_pure=True, pack=1)
@@ -908,15 +914,15 @@ def _mvue24_masked(w0, w1, random):
 
 @triton.jit
 def _mvue24_pair(w0, w1, random):
-    """The two kept of a group after MVUE as an int32, and their nibble at bit 16. A constant is a byte selector in the
-    low 16 bits, the only ones that `_byte_perm` reads, and the nibble."""
+    """The two kept elements of a group after MVUE as an int32, and their nibble at bit 16. Each constant is the nibble
+    at bit 16 and a byte selector in the low 16 bits, which are all that `_byte_perm` reads."""
     h, pair = _draw(_magnitudes(w0, w1), random, 0x43210, 0x85410, 0xC7610, 0x95432, 0xD7632, 0xE7654)
     return _raise(_byte_perm(w0, w1, pair), h), pair
 
 
 @triton.jit
 def _mvue24_words(out_ptr, x, random0, random1, live, EVEN: tl.constexpr, PACK: tl.constexpr):
-    """Write MVUE of two groups, four words x, packed or masked to out_ptr. Returns their nibbles at bits 0 and 16."""
+    """Write MVUE of two groups, four words x, to out_ptr, packed or masked. Returns the nibbles at bits 0 and 16."""
     if not PACK:
         w0, w1 = _mvue24_masked(x[0], x[1], random0)
         w2, w3 = _mvue24_masked(x[2], x[3], random1)
@@ -930,12 +936,12 @@ def _mvue24_words(out_ptr, x, random0, random1, live, EVEN: tl.constexpr, PACK: 
 
 @triton.jit
 def _store_unit_metadata(metadata_ptr, metadata, row, column, rows, columns, ORDER: tl.constexpr):
-    """metadata (N,): the nibble of group q + j, row half hi, column half qh at bit 16j + 8qh + 4hi."""
+    """Store a unit's metadata (N,): the nibble of group q + j, row half hi, column half qh at bit 16j + 8qh + 4hi."""
     live = column < columns
     if ORDER == 90:
         word = (row // 64).to(tl.int64) * (2 * columns) + column // 32 * 64 + row % 64 // 16 * 16 + row % 8 * 2
         tl.store(metadata_ptr + word + column // 8 % 2, metadata, mask=live)
-    else:  # a 16-bit word is four groups of a row: this unit has half of four words, a byte each
+    else:  # a 16-bit word is four groups of a row: this unit has one byte of each of four words
         byte = (rows // 128).to(tl.int64) * (column // 64 * 1024) + row // 128 * 1024 + row % 128 // 32 * 128
         byte += column % 64 // 32 * 512 + row % 8 * 16 + row // 16 % 2 * 8 + column // 8 % 2
         byte_ptr = metadata_ptr.to(tl.pointer_type(tl.int8)) + byte
@@ -956,14 +962,14 @@ def _mvue24_words_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, ORDER: tl.constexpr, TOKEN_MAJOR: tl.constexpr, BIAS: tl.constexpr,
     EVEN: tl.constexpr, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr,
 ):  # fmt: skip
-    # x is dA, (rows, columns). With an activation, z and dz, which is then pruned, are (rows, columns), gated
-    # (2 rows, columns). Without one, x is pruned.
+    # Without an activation, x (rows, columns) is pruned. With one, x is dA (rows, columns), and dz is computed and
+    # pruned. z and dz are then (rows, columns), or (2 rows, columns) if gated.
     parts: tl.constexpr = 2 if GATED else 1
     tile, tile_columns = tl.program_id(0), (columns + 32 * PANELS - 1) // (32 * PANELS)
     row, column = _unit(tile, tile_columns, TILE_GROUPS, PANELS, False)
     counter, seed = _counters(row, column, columns), tl.load(seed_ptr)
     random = _philox(counter, seed) + _philox(counter + 1, seed)
-    if GATED:  # the second half's rows begin at `rows`, a multiple of 16
+    if GATED:  # the second half begins at row `rows`, a multiple of 16
         counter = _counters(row + rows, column, columns)
         random = random + _philox(counter, seed) + _philox(counter + 1, seed)
     words_of_row = columns.to(tl.int64) >> 1
@@ -1008,12 +1014,12 @@ def _mvue24_words_kernel(
             _store_unit_metadata(metadata_ptr, metadata[part], at, column, all_rows, columns, ORDER)
 
 
-_TILES = {False: (32, 128), True: (64, 64)}  # rows and columns that a program takes; token-major
+_TILES = {False: (32, 128), True: (64, 64)}  # token_major: (rows, columns) of a program
 _ORDERS = {"masked": 0, "sm80": 80, "sm90": 90}  # how MVUE is written: masked dense, or packed
 
 
 def _takes_words(x: torch.Tensor, token_major: bool) -> bool:
-    """Whether `_launch_words` can read x (rows, columns), with token_major its transpose, in words of two."""
+    """Whether `_launch_words` can read x (rows, columns), or with token_major its transpose, in words."""
     words = x.dtype == torch.bfloat16 and x.storage_offset() % 2 == 0 and (x.t() if token_major else x).is_contiguous()
     return words and x.shape[0] % _TILES[token_major][0] == 0 and x.shape[1] % 8 == 0
 
@@ -1030,7 +1036,7 @@ def _launch_words(x, z, dz, seed, out, metadata, bias, rows, columns, activation
 
 
 def multiples(order: str, token_major: bool = False, halves: int = 1) -> tuple[int, int]:
-    """The numbers that must divide the rows of all `halves` and the tokens, for MVUE written in this order."""
+    """The numbers that must divide the rows (of all `halves`) and the tokens, for MVUE written in this order."""
     return (_TILES[token_major][0] * halves, 8) if order == "masked" else (_row_multiple("mvue24_pack", order), 64)
 
 
@@ -1067,7 +1073,7 @@ def _(x, seed, order, token_major, bias):
 
 
 def mvue24_pack(x: torch.Tensor, seed, order: str, token_major: bool = False, bias: bool = False):
-    """MVUE to a packed operand, of bfloat16 and of the `multiples` of rows and tokens. Deterministic."""
+    """MVUE to a packed operand. x is bfloat16, and its rows and tokens are `multiples`. Deterministic."""
     return _mvue24_pack(x, _seed_tensor(seed, x.device), order, token_major, bias)
 
 
@@ -1090,5 +1096,5 @@ def _(z, da, seed, activation, order, bias):
 
 
 def activation_backward_mvue24_pack(z, da, seed, activation: str, order: str, bias: bool = False):
-    """dz of `activation_backward`, and `mvue24_pack` of that dz, in one pass over memory. z and da are contiguous."""
+    """dz of `activation_backward`, and `mvue24_pack` of this dz, in one pass over memory. z and da are contiguous."""
     return _activation_backward_mvue24_pack(z, da, _seed_tensor(seed, z.device), activation, order, bias)

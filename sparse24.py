@@ -8,14 +8,13 @@ W is (out, in), X (BT, in), Z = X W^T, and M is a transposable 2:4 mask: two of 
     step       g <- clipped dW + decay * ~M * W       masked decay, before Adam's moments              Eq. 10
     refresh    M <- argmax over the 90 patterns of |W*M|_1 in each 4x4 block, every `mask_interval`    Algorithm 1
 
-The file goes from the parts to the whole: which calls run a Triton kernel; patterns, masks and the flip rate; MVUE;
-soft threshold and masked decay; the recipes, with the equations of the ablations; weights that are sharded over
-ranks; the sparse linear layer, `sparsify` and `densify`; the optimizer. Masks are bool, True = kept. A mask is stored
-as its index matrix, one uint8 for each 4x4 block. The layer here multiplies pruned operands as dense matrices; gemm24/
-multiplies 2:4 ones.
+Order of this file: dispatch to the Triton kernels; patterns, masks and the flip rate; MVUE; soft threshold and masked
+decay; recipes, with the equations of the ablations; sharded weights; the sparse linear layer; `sparsify` and `densify`;
+the optimizer. Masks are bool, True = kept. A mask is stored as its index matrix, one uint8 per 4x4 block. The layer in
+this file multiplies pruned operands as dense matrices; gemm24/ multiplies them as 2:4 matrices.
 
-This file and kernels.py are all that 2:4 layers need in another project. Without kernels.py, or without Triton,
-everything runs in plain PyTorch.
+To use 2:4 layers in another project, copy this file and kernels.py. Without kernels.py, or without Triton, everything
+runs in plain PyTorch.
 """
 
 import functools
@@ -37,24 +36,24 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators and their kernels. An operator is written once in plain PyTorch, its specification, and may have a Triton
-# kernel of the same name and arguments in kernels.py. NANO24_KERNELS=0 turns the kernels off.
+# Operators and their kernels. An operator is written once in plain PyTorch. This is its specification. It may have a
+# Triton kernel of the same name and arguments in kernels.py. NANO24_KERNELS=0 turns the kernels off.
 
-_kernels = None  # the module kernels, once a device uses it
-_STATUS: dict[torch.device, str] = {}  # "on", or why not; only of devices that use_kernels was called for
+_kernels = None  # the module kernels, after use_kernels has loaded it
+_STATUS: dict[torch.device, str] = {}  # "on" or "off: reason", for each device that use_kernels was called for
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Each returns {operator: whether its kernel is equal}. A file that appends one, as gemm24/operands.py does, must be
-# imported before use_kernels is called.
+# Each function returns {operator: True if its kernel equals its specification}. gemm24/operands.py appends another.
+# Import such a file before calling use_kernels.
 SELF_TESTS: list[Callable[[torch.device], dict[str, bool]]] = []
 
 
 def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None = None):
-    """Decorator of a specification, which `operator.torch` then is: the operator runs kernels.`name` where that can
-    take the call.
+    """Decorator that makes an operator of its specification. The operator runs kernels.`name` if the kernel supports
+    the call, else the specification. `operator.torch` is always the specification.
 
-    takes: whether the kernel takes these arguments, in addition to `_runs_kernels`. Calls that it refuses go to the
-    specification, which raises the error if they are wrong. otherwise: runs in place of the specification, for an
-    operator whose parts have kernels of their own.
+    takes: a predicate on the arguments, checked in addition to `_runs_kernels`. Calls that it refuses go to the
+    specification, which raises an error if the arguments are wrong. otherwise: a function to run in place of the
+    specification, for an operator that is a combination of other operators.
     """
 
     def attach(specification: Callable) -> Callable:
@@ -71,7 +70,7 @@ def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None 
 
 
 def _runs_kernels(*arguments) -> bool:
-    """Whether the floating-point tensors among the arguments may go to a kernel: none may need a gradient."""
+    """Whether a kernel may take the floating-point tensors among the arguments. None of them may need a gradient."""
     tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return len(tensors) > 0 and all(  # torch 2.11's compiler cannot trace bool() of a list
         _STATUS.get(t.device) == "on"
@@ -85,28 +84,28 @@ def _runs_kernels(*arguments) -> bool:
 def use_kernels(device: torch.device | str) -> str:
     """Use the Triton kernels on this CUDA device from now on. Returns "on", or "off: " and the reason.
 
-    Call it once, before a model is built; without it everything runs in plain PyTorch. The first call compares every
+    Call it once, before building a model. Otherwise everything runs in plain PyTorch. The first call compares every
     kernel with its specification, which takes seconds. If one differs, a warning names it and no kernel is used.
-    Raises ValueError for a value of NANO24_KERNELS other than 0 and 1.
+    Raises ValueError if NANO24_KERNELS is neither 0 nor 1.
     """
     device = _with_number(torch.device(device))
     if device.type == "cuda" and device not in _STATUS:
         _STATUS[device] = "off: being tested"
         _STATUS[device] = _try_kernels(device)
         if _STATUS[device].startswith("off: failed"):
-            warnings.warn(f"nano24 kernels on {device} {_STATUS[device]}; PyTorch twins serve", stacklevel=2)
+            warnings.warn(f"nano24 kernels on {device} {_STATUS[device]}; using PyTorch instead", stacklevel=2)
     return kernel_status(device)
 
 
 def kernel_status(device: torch.device) -> str:
-    """ "on" where tensors of this device go to the Triton kernels, else "off: " and the reason. Tests nothing."""
+    """Returns "on" if tensors of this device go to the Triton kernels, else "off: " and the reason. Runs no test."""
     if device.type != "cuda":
         return f"off: the kernels need CUDA, this is {device.type}"
     return _STATUS.get(_with_number(device), "off: use_kernels was not called for this device")
 
 
 def _with_number(device: torch.device) -> torch.device:
-    """ "cuda" as the number of the current device; other devices as they are."""
+    """Replace "cuda" by "cuda:N", N the current device. Other devices are returned unchanged."""
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -114,49 +113,49 @@ def _with_number(device: torch.device) -> torch.device:
 
 def _try_kernels(device: torch.device) -> str:
     global _kernels
-    wanted = os.environ.get("NANO24_KERNELS", "1")
-    if wanted not in ("0", "1"):
-        raise ValueError(f"NANO24_KERNELS={wanted!r}, need 0 (PyTorch twins) or 1 (Triton kernels where they can)")
-    if wanted == "0":
+    switch = os.environ.get("NANO24_KERNELS", "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"NANO24_KERNELS={switch!r}, need 0 (plain PyTorch) or 1 (Triton kernels where possible)")
+    if switch == "0":
         return "off: NANO24_KERNELS=0"
     if torch.version.hip or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (8, 0):
         return "off: the kernels need an NVIDIA GPU of compute capability 8.0 or more"
     try:
         module = _import_kernels()
-        with torch.device("cpu"):  # a model may be under construction under another default device
-            wrong = kernel_mismatches(device)
+        with torch.device("cpu"):  # the caller may have set another default device
+            mismatches = kernel_mismatches(device)
     except ImportError as error:
         return f"off: {error}"
-    except Exception as error:  # of Triton or the driver: report it and run without kernels,
-        torch.cuda.synchronize(device)  # unless the GPU itself is lost: then this line raises
+    except Exception as error:  # Triton or the driver failed: run without kernels
+        torch.cuda.synchronize(device)  # raises if the GPU itself is lost
         return f"off: failed the self-test with {type(error).__name__}: {error}"
-    if wrong:
-        return f"off: failed the self-test, unlike their twins: {', '.join(wrong)}"
+    if mismatches:
+        return f"off: failed the self-test, results differ from PyTorch: {', '.join(mismatches)}"
     _kernels = module
     return "on"
 
 
 def _import_kernels():
-    import kernels  # imports Triton, which takes time and may not be installed
+    import kernels  # here, because Triton takes long to import and may not be installed
 
     kernels.use_patterns(PATTERNS)
     return kernels
 
 
 def kernel_mismatches(device: torch.device) -> list[str]:
-    """The operators whose kernel and specification differ on small awkward inputs: an empty list on a sound machine."""
+    """Names of the operators whose kernel and specification differ on small test inputs. Empty on a sound machine."""
     _import_kernels()
     return [name for compare in SELF_TESTS for name, equal in compare(device).items() if not equal]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The 90 transposable patterns. Their order is a disk format, because checkpoints store indices. It follows a rule, so
-# that the search below needs no table. Let a, b, c, d be the rows of a block, a pair the two columns that a row keeps,
-# and ~ the complement of a pair:
+# The 90 transposable patterns. Their order is a disk format, because checkpoints store indices. The order follows a
+# rule, so that the search below needs no table. a, b, c, d are the rows of a block. A pair is the two columns that a
+# row keeps, and ~ is its complement.
 #   A  0 + p                a, b keep pair p; c, d keep ~p                                                         6
 #   C  6 + 6 p + q          a keeps p, b keeps ~p; c keeps q, d keeps ~q                                          36
-#   B  42 + 8 jk + 4e+2x+y  of the complement (i, l) of jk, a and b keep column (l if e else i), c and d the other;
-#                           of (j, k), a keeps (k if x else j) and b the other, c keeps (k if y else j), d ...    48
+#   B  42 + 8 jk + 4e+2x+y  a and b keep (l if e else i), c and d the other one; (i, l) is the complement of (j, k);
+#                           a keeps (k if x else j), b the other one; c keeps (k if y else j), d the other one    48
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
@@ -180,9 +179,9 @@ def _all_patterns() -> torch.Tensor:
 PATTERNS = _all_patterns()  # bool (90, 4, 4), True = kept
 PATTERNS_HASH = hashlib.sha256(PATTERNS.numpy().tobytes()).hexdigest()[:16]
 _CPU = torch.device("cpu")
-_TABLES = {  # name -> {device: table}; a device gets its copy when it is first asked for
+_TABLES = {  # name -> {device: table}; copied to a device on first use
     "flat": {_CPU: PATTERNS.flatten(1)},  # bool (90, 16)
-    "hamming": {_CPU: (PATTERNS.flatten(1)[:, None] != PATTERNS.flatten(1)[None]).sum(-1)},  # entries that differ
+    "hamming": {_CPU: (PATTERNS.flatten(1)[:, None] != PATTERNS.flatten(1)[None]).sum(-1)},  # int64 (90, 90)
     "pairs": {_CPU: torch.tensor([[column in pair for column in range(4)] for pair in PAIRS])},  # bool (6, 4)
 }
 
@@ -202,12 +201,12 @@ def _table(name: str, device: torch.device) -> torch.Tensor:
 
 
 def _in_groups(x: torch.Tensor) -> bool:
-    """Whether x is cut into groups of four along its last dimension."""
+    """Whether the last dimension of x divides into groups of four."""
     return x.dim() >= 2 and x.shape[-1] % 4 == 0
 
 
 def _in_blocks(w: torch.Tensor) -> bool:
-    """Whether w is cut into 4x4 blocks."""
+    """Whether w divides into 4x4 blocks."""
     return w.dim() == 2 and w.shape[0] % 4 == 0 and w.shape[1] % 4 == 0
 
 
@@ -224,7 +223,7 @@ def _check_blocks(function: str, w: torch.Tensor) -> None:
 
 
 def _magnitude(x: torch.Tensor) -> torch.Tensor:
-    """|x| in the dtype of the arithmetic: float64 for float64, float32 for all others."""
+    """|x| in the dtype to compute in: float64 for float64, float32 for all others."""
     return x.abs().to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -241,14 +240,14 @@ def _top2(x: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 @kernel("transposable_index", takes=_in_blocks)
 def transposable_index(w: torch.Tensor) -> torch.Tensor:
-    """The pattern with the largest L1 norm of what it keeps, in each 4x4 block: Algorithm 1.
+    """Algorithm 1: the pattern that keeps the largest L1 norm in each 4x4 block.
 
-    The paper compares 90 sums; 8 candidates are enough. With x = a-b, y = c-d, f = b-c, e = x+y+2f for each column of
-    |w|, every score less the constant sum(c+d) is A = top2(e), C = sum(f) + top2(x) + top2(y), or
+    The paper compares 90 sums; 8 candidates are enough. Per column of |w| let x = a-b, y = c-d, f = b-c, e = x+y+2f.
+    The score of every pattern, minus the constant sum(c+d), is one of A = top2(e), C = sum(f) + top2(x) + top2(y), and
     B_jk = f_j+f_k + max(x_j,x_k) + max(y_j,y_k) + max(e_i,e_l).
 
     w: (out, in), any float dtype and strides. Returns uint8 (out/4, in/4), entries 0..89, also where w is not finite.
-    Exact: the norm is the optimum within float32 rounding (1e-6 relative). Raises ValueError for other shapes.
+    The norm is the optimum within float32 rounding (1e-6 relative). Raises ValueError for other shapes.
     """
     _check_blocks("transposable_index", w)
     blocks = _magnitude(w.detach()).unflatten(0, (-1, 4)).unflatten(2, (-1, 4))  # (out/4, 4, in/4, 4)
@@ -281,15 +280,15 @@ def expand_index(index: torch.Tensor) -> torch.Tensor:
 
 
 def transposable_mask(w: torch.Tensor) -> torch.Tensor:
-    """Mask bool (out, in) with two kept in every row and column of each 4x4 block, of largest L1 norm (5.1)."""
+    """The mask of `transposable_index`, bool (out, in): two kept in every row and column of each 4x4 block."""
     return expand_index(transposable_index(w))
 
 
 def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
     """Sort-and-pick 2-approximation of Hubara et al. (2021), the baseline of the paper's Table 2.
 
-    It takes the 16 entries of a block in order of magnitude while their row and column hold fewer than two. Some blocks
-    end with 7 entries. w: (out, in), both divisible by 4. Returns bool (out, in). Raises ValueError for other shapes.
+    It visits the 16 entries of a block by decreasing magnitude and keeps an entry if its row and column have fewer than
+    two. Some blocks end with 7 entries. w: (out, in). Returns bool (out, in). Raises ValueError for other shapes.
     """
     _check_blocks("transposable_mask_2approx", w)
     blocks = w.detach().abs().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).flatten(2)  # (R, C, 16)
@@ -308,11 +307,10 @@ def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 @kernel("pair_index", takes=_in_groups)
 def pair_index(x: torch.Tensor) -> torch.Tensor:
-    """Row-wise 2:4 mask (section 3.1): which pair of PAIRS, the two largest magnitudes, each group of four along the
-    last dimension keeps.
+    """Row-wise 2:4 mask (section 3.1): each group of four along the last dimension keeps its two largest magnitudes.
 
-    Ties keep the lower index; NaN counts as the largest. x: (..., n), n divisible by 4. Returns uint8 (..., n/4),
-    entries 0..5. Raises ValueError for other shapes.
+    x: (..., n), n divisible by 4. Returns the number of the pair in PAIRS, uint8 (..., n/4), entries 0..5. Ties keep
+    the lower index; NaN counts as the largest. Raises ValueError for other shapes.
     """
     _check_groups("pair_index", x)
     groups = x.detach().abs().unflatten(-1, (-1, 4))
@@ -327,30 +325,23 @@ def expand_pairs(index: torch.Tensor) -> torch.Tensor:
     return _table("pairs", index.device)[index.long()].flatten(-2)
 
 
+def _expand(index: torch.Tensor, kind: str) -> torch.Tensor:
+    return (expand_index if kind == "transposable" else expand_pairs)(index)
+
+
 def mask24(w: torch.Tensor) -> torch.Tensor:
     """The mask of `pair_index`, bool of w's shape. Raises ValueError for other shapes."""
     _check_groups("mask24", w)
     return expand_pairs(pair_index(w))
 
 
-def flip_count(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """The number of mask entries that differ between two uint8 index matrices, an int64 0-d tensor. Raises ValueError
-    where their shapes differ."""
-    if before.shape != after.shape or not before.dtype == after.dtype == torch.uint8:
-        raise ValueError(
-            f"flip_count: {before.dtype} {tuple(before.shape)} against {after.dtype} {tuple(after.shape)}, "
-            "need two uint8 index matrices of one shape"
-        )
-    return _table("hamming", before.device)[before.long(), after.long()].sum()
-
-
 def flip_rate(before, after) -> float:
     """Definition 4.1: the share of mask entries that differ, ||m(w_t) - m(w_{t-1})||_1 / D, a fraction per step.
 
-    before, after: two bool masks, or two uint8 index matrices, or two equally long lists of them (one for each layer,
-    weighed by their entries). Row-wise indices (0..5) work too: pattern p < 6 keeps pair p in two rows and its
-    complement in the other two, so the rate is the same. Each rank counts its own rows of sharded masks, and the counts
-    are added up. Raises ValueError where shapes or dtypes differ.
+    before, after: two bool masks, two uint8 index matrices, or two lists of them, one for each layer, weighted
+    by its number of entries. Row-wise indices (0..5) work too: pattern p < 6 keeps pair p in two rows and its
+    complement in the other two, so the rate is the same. If masks are sharded, each rank counts its own rows and the
+    counts are summed. Raises ValueError where shapes or dtypes differ.
     """
     if torch.is_tensor(before):
         before, after = [before], [after]
@@ -362,7 +353,10 @@ def flip_rate(before, after) -> float:
                 "need two bool masks or two uint8 index matrices of one shape"
             )
         old_rows, new_rows, is_mask = local(old), local(new), old.dtype == torch.bool
-        flips.append(total((old_rows != new_rows).sum() if is_mask else flip_count(old_rows, new_rows), old))
+        distance = old_rows != new_rows
+        if not is_mask:
+            distance = _table("hamming", old_rows.device)[old_rows.long(), new_rows.long()]
+        flips.append(total(distance.sum(), old))
         entries += old.numel() * (1 if is_mask else 16)
     return int(torch.stack(flips).sum()) / entries if entries else 0.0
 
@@ -370,23 +364,17 @@ def flip_rate(before, after) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # MVUE: the minimum-variance unbiased 2:4 estimator of a gradient (Eq. 6; Chmiel et al., 2023)
 #
-# Let a = |x| and S = sum a, and keep element i with probability pi_i as the value x_i/pi_i. To minimise the variance
-# sum a_i^2/pi_i under sum pi = 2 and pi <= 1, take pi_i = min(a_i/h, 1), hence magnitude max(a_i, h), with
-# h = min(S/2, S - max a). Systematic sampling draws the two with one uniform u per group: let b_i = min(a_i, h), whose
-# sum is 2h, with running sums C_i, and keep the elements in whose [C_{i-1}, C_i) the points u h and u h + h fall. They
-# are always two distinct elements.
+# Let a = |x| and S = sum a. Element i is kept with probability pi_i, with the value x_i/pi_i. The variance
+# sum a_i^2/pi_i, under sum pi = 2 and pi <= 1, is smallest for pi_i = min(a_i/h, 1) with h = min(S/2, S - max a); so
+# kept magnitudes are max(a_i, h). Systematic sampling draws two elements with one uniform u per group. Let
+# b_i = min(a_i, h), whose sum is 2h, and C_i its running sums. The elements are kept whose interval [C_{i-1}, C_i)
+# contains u h or u h + h. These are always two distinct elements.
 #
-# Randomness is stateless: the uniform of (row, group of four columns) is one word of Philox4x32-10 (Salmon et al.,
-# 2011), a function of the seed and the position alone. Rows r and r+8 of a 16-row tile and column groups q and q+4 of
-# a 32-column tile share a counter and take its four words, because a GPU thread owns exactly these four.
+# Randomness is stateless. The uniform of (row, group of four columns) is one word of Philox4x32-10 (Salmon et al.,
+# 2011), a function of the seed and the position alone. One counter gives four words: to rows r and r+8 of a 16-row tile
+# and to column groups q and q+4 of a 32-column tile, because one GPU thread owns exactly these four.
 
 _MASK32 = 0xFFFFFFFF
-
-
-def _mul_hi_lo(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of x * constant; x is int64 and holds uint32. A product that wraps has the right bits."""
-    product = x * constant
-    return (product >> 32) & _MASK32, product & _MASK32
 
 
 def philox4x32(counter: Sequence[torch.Tensor], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -394,9 +382,9 @@ def philox4x32(counter: Sequence[torch.Tensor], key: tuple[torch.Tensor, torch.T
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        hi0, lo0 = _mul_hi_lo(c0, 0xD2511F53)
-        hi1, lo1 = _mul_hi_lo(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # may overflow int64, but the bits are right
+        high0, high1 = (product0 >> 32) & _MASK32, (product1 >> 32) & _MASK32
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _MASK32, high0 ^ c3 ^ k1, product0 & _MASK32
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
     return c0, c1, c2, c3
 
@@ -410,23 +398,21 @@ def _seed_tensor(seed, device) -> torch.Tensor:
 def group_uniforms(rows: int, groups: int, seed, device=None, stream: int = 0) -> torch.Tensor:
     """One uniform in [0, 1) per (row, group of four), float32 (rows, groups), multiples of 2^-23.
 
-    seed: an int (taken modulo 2^64) or an int64 0-d tensor, the Philox key. Another `stream` gives independent draws.
+    seed: the Philox key, an int (taken modulo 2^64) or an int64 0-d tensor. Streams give independent draws.
     Counter of (r, q): (8 (r//16) + r%8) * 4 ceil(groups/8) + 4 (q//8) + q%4; word: 2 (r//8 % 2) + (q//4 % 2).
     """
     tiles, panels = -(-rows // 16), -(-groups // 8)
     seed = _seed_tensor(seed, device)
     counter = torch.arange(tiles * 8 * panels * 4, dtype=torch.int64, device=seed.device)
-    zero = torch.zeros_like(counter)
-    words = philox4x32(
-        (counter & _MASK32, counter >> 32, zero + stream, zero), (seed & _MASK32, (seed >> 32) & _MASK32)
-    )
+    zero, key = torch.zeros_like(counter), (seed & _MASK32, (seed >> 32) & _MASK32)
+    words = philox4x32((counter & _MASK32, counter >> 32, zero + stream, zero), key)
     words = torch.stack(words).view(2, 2, tiles, 8, panels, 4)  # (row half, column half, tile, row, panel, column)
     words = words.permute(2, 0, 3, 4, 1, 5).reshape(tiles * 16, panels * 8)[:rows, :groups]
     return (words & 0x7FFFFF).float() * 2.0**-23
 
 
 def mvue24_with_mask(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification of `mvue24`, and the mask of what it keeps: bool of x's shape, two True in every group."""
+    """Returns `mvue24`, and the mask of the kept elements: bool of x's shape, two True in every group."""
     _check_groups("mvue24", x)
     groups, shape = x.unflatten(-1, (-1, 4)), (*x.shape[:-1], x.shape[-1] // 4)
     a0, a1, a2, a3 = _magnitude(groups).unbind(-1)
@@ -435,16 +421,16 @@ def mvue24_with_mask(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> tu
     if u.shape != shape:
         raise ValueError(f"mvue24: u has shape {tuple(u.shape)}, need {shape}, one uniform per group of four")
     u = u.to(a0.dtype)
-    # The sum of the three smallest, rather than S - max a: nothing cancels.
+    # S - max a, computed as the sum of the three smallest, so that nothing cancels.
     max01, max23 = torch.maximum(a0, a1), torch.maximum(a2, a3)
     rest = torch.minimum(a0, a1) + torch.minimum(a2, a3) + torch.minimum(max01, max23)
     h = torch.minimum(rest, ((a0 + a1) + (a2 + a3)) / 2)
     t = u * h
-    t = torch.where(t < h, t, 0)  # the product of a subnormal h may round up to h, and t = h would keep a zero
+    t = torch.where(t < h, t, 0)  # u * h can round up to a subnormal h, and t = h would keep a zero
     s = h - t
-    # The first element is the first i with C_i > t; the second is the last i whose suffix sum of b is at least s. The
-    # other conditions hold by themselves in exact arithmetic. They guard against rounding: the two are distinct, no
-    # zero displaces a non-zero element, and an inner element above h, whose pi is 1, is always one of them.
+    # The first element is the first i with C_i > t. The second is the last i whose suffix sum of b is at least s. In
+    # exact arithmetic the other conditions are always true. They guard against rounding: the two elements are distinct,
+    # a zero never replaces a non-zero element, and an inner element above h, whose pi is 1, is always kept.
     past0 = a0 <= t
     past1 = a0 + a1 <= t
     from3 = ((a3 >= s) & (a2 <= h) & (past0 | (a1 <= h))) | past1 | (past0 & (a2 == 0))
@@ -453,28 +439,28 @@ def mvue24_with_mask(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> tu
     high = torch.where(from3, 3, 1 + from2.to(torch.int8))
     position = torch.arange(4, device=x.device, dtype=torch.int8)
     mask = (position == low.unsqueeze(-1)) | (position == high.unsqueeze(-1))
-    # The sign is copied, not multiplied: 0 * inf would make a NaN of a zero that is kept beside infinities.
+    # Copy the sign instead of multiplying by it: beside infinities a kept zero would become 0 * inf = NaN.
     values = torch.copysign(torch.maximum(_magnitude(groups), h.unsqueeze(-1)), groups)
     return torch.where(mask, values, 0).flatten(-2).to(x.dtype), mask.flatten(-2)
 
 
 @kernel("mvue24", takes=lambda x, seed, u=None: u is None and _in_groups(x))
 def mvue24(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Tensor:
-    """Exact MVUE: an unbiased 2:4 sample of x along its last dimension, of the smallest possible variance (Eq. 6).
+    """Exact MVUE: the unbiased 2:4 sample of x along its last dimension with the smallest variance (Eq. 6).
 
-    x: (..., n), n divisible by 4, any strides; float64 is computed in float64, all else in float32, rounded once to
-    x's dtype. seed: int or int64 0-d tensor. u: uniforms (..., n/4) in [0, 1) that replace the seeded draw.
-    Keeps two elements of each group, two non-zero ones where there are two; a zero group gives zeros; a group with a
-    non-finite element stays non-finite. Raises ValueError for a 1-D x, n % 4 != 0 or another shape of u.
+    x: (..., n), n divisible by 4, any strides. float64 is computed in float64, all other dtypes in float32, rounded
+    once. seed: int or int64 0-d tensor. u: uniforms (..., n/4) in [0, 1) that replace the seeded draw.
+    Returns x's shape and dtype. Each group keeps two non-zero elements if it has two; a group with a non-finite element
+    stays non-finite. Raises ValueError for a 1-D x, n % 4 != 0 or another shape of u.
     """
     return mvue24_with_mask(x, seed, u)[0]
 
 
 def mvue24_sequential(x: torch.Tensor, seed) -> torch.Tensor:
-    """The predecessors' estimator, as a baseline: two draws without replacement, unbiased but of larger variance.
+    """The predecessors' estimator, as a baseline: two draws without replacement, unbiased but with a larger variance.
 
-    Draws i, then j != i, with probability proportional to magnitude, and divides by the exact inclusion probability
-    a_i/S + a_i * sum_{j != i} a_j / (S (S - a_j)). Arguments, dtypes and errors as `mvue24`; two uniforms a group.
+    It draws i, then j != i, with probability proportional to magnitude, and divides by the exact inclusion probability
+    a_i/S + a_i * sum_{j != i} a_j / (S (S - a_j)). Arguments, dtypes and errors are those of `mvue24`.
     """
     _check_groups("mvue24_sequential", x)
     shape = (*x.shape[:-1], x.shape[-1] // 4, 1)
@@ -509,10 +495,10 @@ def mvue24_sequential(x: torch.Tensor, seed) -> torch.Tensor:
 
 @kernel("soft_threshold24", takes=_in_groups)
 def soft_threshold24(w: torch.Tensor) -> torch.Tensor:
-    """S-STE's continuous pruning: subtract the second-smallest magnitude t of the group, keep what stays positive.
+    """S-STE's continuous pruning: S(w) = sign(w) * max(|w| - t, 0), t the second-smallest magnitude of the group.
 
-    sign(w) * max(|w| - t, 0) per group of four along the last dimension. w: (..., n), n divisible by 4; any strides.
-    Returns w's shape and dtype, at most two non-zeros a group. Raises ValueError for other shapes.
+    w: (..., n), n divisible by 4, groups of four along the last dimension, any strides. Returns w's shape and dtype, at
+    most two non-zeros per group. Raises ValueError for other shapes.
     """
     _check_groups("soft_threshold24", w)
     groups = w.unflatten(-1, (-1, 4))
@@ -522,19 +508,19 @@ def soft_threshold24(w: torch.Tensor) -> torch.Tensor:
 
 
 def soft_threshold24_backward(ds: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """The true gradient of S-STE's soft threshold: from ds (..., n), the gradient of S(w), to dw of the same shape and
-    dtype.
+    """The true gradient of S-STE's soft threshold. ds (..., n) is the gradient of S(w). Returns dw of the same shape
+    and dtype.
 
-    S_i = w_i - sign(w_i) t for the elements above t = |w_k|. So dw_i = ds_i there, the element k that sets the
-    threshold gets -sign(w_k) times the sum of their sign(w_i) ds_i, and the smallest gets nothing. If several
-    magnitudes equal t, one of them sets it.
+    Elements above the threshold t = |w_k| have S_i = w_i - sign(w_i) t. So dw_i = ds_i for these, element k gets
+    -sign(w_k) times the sum of their sign(w_i) ds_i, and the smallest element gets 0. If several magnitudes equal t,
+    k is one of them.
     """
     _check_groups("soft_threshold24_backward", w)
     groups, ds = w.unflatten(-1, (-1, 4)), ds.unflatten(-1, (-1, 4))
     a = _magnitude(groups)
-    mine, other = a.unsqueeze(-1), a.unsqueeze(-2)  # comparisons, since a sort is slow on a GPU and never fused
-    before = torch.ones(4, 4, dtype=torch.bool, device=a.device).tril(-1)  # of equals the first one counts as lower
-    is_k = ((other < mine) | ((other == mine) & before)).sum(-1) == 1
+    each, other = a.unsqueeze(-1), a.unsqueeze(-2)  # comparisons: a sort is slow on a GPU and cannot be fused
+    before = torch.ones(4, 4, dtype=torch.bool, device=a.device).tril(-1)  # a tie counts the first element as smaller
+    is_k = ((other < each) | ((other == each) & before)).sum(-1) == 1
     above = a > torch.where(is_k, a, 0).sum(-1, keepdim=True)
     signs = torch.sign(groups)
     through = torch.where(above, ds, 0)
@@ -544,10 +530,8 @@ def soft_threshold24_backward(ds: torch.Tensor, w: torch.Tensor) -> torch.Tensor
 
 @kernel("sste_scale", takes=_in_groups)
 def sste_scale(w: torch.Tensor) -> torch.Tensor:
-    """S-STE's beta = <w, S(w)> / <S(w), S(w)>, the least-squares scale of the soft-thresholded w; 1 where S(w) is 0.
-
-    w: (..., n), n divisible by 4. Returns a float32 (float64 for float64 w) 0-d tensor on w's device.
-    """
+    """S-STE's least-squares scale beta = <w, S(w)> / <S(w), S(w)>, or 1 if S(w) is 0. w: (..., n), n divisible by 4.
+    Returns a float32 0-d tensor on w's device (float64 for float64 w). Raises ValueError for other shapes."""
     _check_groups("sste_scale", w)
     soft = soft_threshold24.torch(w).to(torch.promote_types(w.dtype, torch.float32))
     square = soft.square().sum()
@@ -555,8 +539,8 @@ def sste_scale(w: torch.Tensor) -> torch.Tensor:
 
 
 def simulate_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x rounded to an FP8 type (torch.float8_e4m3fn or torch.float8_e5m2) and back, scaled so that its largest
-    magnitude is the type's largest. Zeros stay zeros; a non-finite element makes all elements non-finite."""
+    """Round x to an FP8 type (torch.float8_e4m3fn or torch.float8_e5m2) and back. One scale maps x's largest magnitude
+    to the type's largest. Zeros stay zeros; one non-finite element makes all elements non-finite."""
     amax = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
     largest = torch.finfo(dtype).max
     scale = torch.where(amax == 0, 1.0, (largest / amax).clamp(max=torch.finfo(torch.float32).max))
@@ -565,10 +549,8 @@ def simulate_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> torch.Tensor:
-    """Eq. 10, in place: grad += decay * ~mask * w. Returns grad. AdamW's kernel adds the decay by itself.
-
-    grad, w: one shape. mask: bool of that shape, or its uint8 index matrix. Raises ValueError for anything else.
-    """
+    """Eq. 10, in place: grad += decay * ~mask * w. Returns grad. grad, w: one shape. mask: bool of that shape, or its
+    uint8 index matrix. Raises ValueError for anything else. (kernels.adamw_ adds the decay itself.)"""
     if mask.dtype == torch.uint8 and w.dim() == 2 and mask.shape == (w.shape[0] // 4, w.shape[1] // 4):
         mask = expand_index(mask)
     if not grad.shape == w.shape == mask.shape or mask.dtype != torch.bool:
@@ -580,31 +562,28 @@ def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Recipes: every choice in which one method of 2:4 training differs from another. FST and its ablations stand here; each
-# other method is a file in methods/.
+# Recipes: every choice in which one method of 2:4 training differs from another. FST and its ablations are here; every
+# other method is a file in methods/. C is the pruning, Z = X C(W)^T, and S is the soft threshold.
 #
-# C is the pruning, Z = X C(W)^T, S the soft threshold.
-#
-# fst      Hu et al., ICML 2024, as at the top of this file. The masks are searched every 40 steps; the last 1/6 of the
-#          steps is dense (section 4.4); dW reaches W straight through.
+# fst      Hu et al., ICML 2024: the equations at the top of this file. New masks every 40 steps; the last 1/6 of the
+#          steps is dense (section 4.4); dW is used as the gradient of W (straight through).
 # ste      fst without decay, MVUE and dense phase: the flip-rate explosion of Figure 1.
-# sr_ste   Zhou et al., ICLR 2021. M row-wise by magnitude, every step; dX multiplies the same W*M as a dense matrix.
+# sr_ste   Zhou et al., ICLR 2021. M is row-wise by magnitude, new every step; dX uses the same W*M as a dense matrix.
 #              W <- W - lr * decay * ~M * W, beside Adam's update and not through its moments           Eq. 8
-# s_ste    Hu et al., NeurIPS 2024. C(W) = beta S(W), S(w) = sign(w) max(|w| - t, 0), t the second-smallest magnitude of
-#          the group: continuous in w. beta = <W, S(W)> / <S(W), S(W)> when the layer becomes sparse, then fixed. dX
-#          multiplies the same C(W) as a dense matrix. W gets its true gradient beta J^T dC, J the Jacobian of S and
-#          dC = MVUE(dZ^T) X. It had a lower loss than straight through at learning rate 3e-3
-#          (results/quality-6seeds.md); nothing is known at better rates.
-# s_ste_straight  s_ste as published: dC reaches W as it is, without beta and without J.
+# s_ste    Hu et al., NeurIPS 2024. C(W) = beta S(W), which is continuous in W. beta = <W, S(W)> / <S(W), S(W)> is set
+#          when the layer becomes sparse, then fixed. dX uses the same C(W) as a dense matrix. The gradient of W is the
+#          true one, beta J^T dC, J the Jacobian of S and dC = MVUE(dZ^T) X. At learning rate 3e-3 its loss was lower
+#          than that of s_ste_straight (results/quality-6seeds.md). At better rates the difference is not known.
+# s_ste_straight  s_ste as published: dC is used as the gradient of W.
 
-# The fields that are settings of train.py too. All other fields are edited here, or in the method's file.
+# Fields that are also settings of train.py. To change other fields, edit RECIPES or the method's file.
 SETTINGS = ("mask_interval", "masked_decay", "mvue", "dense_finetune", "dense_pretrain")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method of 2:4 training. Shares are of max_iters, intervals in optimizer steps. Raises ValueError where
-    a field is out of range, or where fields exclude one another."""
+    """One method of 2:4 training. Shares are fractions of max_iters, intervals are in optimizer steps. Raises
+    ValueError if a field is out of range or does not go with the others."""
 
     name: str
     mask: str = "transposable"  # "transposable", "row" (row-wise by magnitude) or "soft" (soft threshold, row-wise)
@@ -614,51 +593,47 @@ class Recipe:
     mask_interval: int = 40  # steps between mask refreshes
     dense_finetune: float = 0.0  # share of the steps that are dense, at the end
     dense_pretrain: float = 0.0  # share of the steps that are dense, at the start
-    dense_pretrain_latest: float = 0.0  # share by which a dense start ends that the optimizer ends; 0 = it does not
-    weight_gradient: str = "straight"  # dW of soft weights: "straight" through, or "true" (beta times the Jacobian)
+    dense_pretrain_latest: float = 0.0  # if above 0, the optimizer ends the dense start, at this share at the latest
+    weight_gradient: str = "straight"  # soft masks: "straight" through, or "true" (times beta and the Jacobian)
     fp8: bool = False  # simulate FP8 GEMMs: W and X in E4M3, dZ in E5M2, one scale per tensor
     layer: type | None = None  # subclass of Sparse24Linear that computes the method; None = Sparse24Linear
     optimizer: type | None = None  # subclass of MaskedDecayAdamW that the method trains with; None = MaskedDecayAdamW
 
     def __post_init__(self):
-        kinds = {"mask": ("transposable", "row", "soft"), "decay_on": ("grad", "weight")}
-        for field, values in (kinds | {"weight_gradient": ("straight", "true")}).items():
+        choices = {"mask": ("transposable", "row", "soft"), "decay_on": ("grad", "weight")}
+        for field, values in (choices | {"weight_gradient": ("straight", "true")}).items():
             if getattr(self, field) not in values:
                 raise ValueError(f"Recipe: {field}={getattr(self, field)!r}, need one of {', '.join(values)}")
-        if not self.masked_decay >= 0 or math.isinf(self.masked_decay):
+        if not 0 <= self.masked_decay < math.inf:
             raise ValueError(f"Recipe: masked_decay={self.masked_decay}, need a finite factor of at least 0")
         if self.mask_interval < 1:
             raise ValueError(f"Recipe: mask_interval={self.mask_interval}, need at least 1 step")
         for field in ("dense_finetune", "dense_pretrain", "dense_pretrain_latest"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"Recipe: {field}={getattr(self, field)}, need a fraction of max_iters from 0 to 1")
-        for field, base in (("layer", "Sparse24Linear"), ("optimizer", "MaskedDecayAdamW")):
+        for field, base in (("layer", "Sparse24Linear"), ("optimizer", "MaskedDecayAdamW")):  # defined below
             value = getattr(self, field)
             if value is not None and not (isinstance(value, type) and issubclass(value, globals()[base])):
                 raise ValueError(f"Recipe: {field}={value!r}, need a subclass of {base}, or None")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Refuse fields that would be ignored, or make no sense, beside others."""
         soft, first, latest = self.mask == "soft", self.dense_pretrain, self.dense_pretrain_latest
         needs = {
             "dense_pretrain + dense_finetune <= 1": first + self.dense_finetune <= 1,
-            "mask='soft' for weight_gradient": soft or self.weight_gradient == "straight",
+            "mask='soft' for weight_gradient='true'": soft or self.weight_gradient == "straight",
             "mask_interval=1 for mask='soft', which follows every step": not soft or self.mask_interval == 1,
             f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}": not latest or 0 < first <= latest,
         }
-        wrong = [need for need, met in needs.items() if not met]
-        if wrong:
-            raise ValueError(f"Recipe {self.name!r}: need {'; '.join(wrong)}")
+        unmet = [need for need, met in needs.items() if not met]
+        if unmet:
+            raise ValueError(f"Recipe {self.name!r}: need {'; '.join(unmet)}")
 
     @property
     def virtual_mask(self) -> str:
-        """The kind of masks whose flips count: "transposable", or "row" for row-wise and soft ones."""
+        """The kind of mask that the flip rate counts: "transposable", or "row" for row-wise and soft masks."""
         return "transposable" if self.mask == "transposable" else "row"
 
     @property
     def fused(self) -> bool:
-        """Whether gemm24/ffn.py's one function computes what two layers do: those of this file, and without FP8."""
+        """Whether gemm24/ffn.py can compute a whole FFN of this recipe in one function."""
         return self.layer is None and not self.fp8
 
 
@@ -675,15 +650,15 @@ RECIPES = {
 
 
 def recipe_names() -> list[str]:
-    """The names that `get_recipe` knows: those of RECIPES, and of the files in the folder methods, if there is one."""
+    """All names that `get_recipe` takes: the names in RECIPES, and of the files in the folder methods if it exists."""
     folder = importlib.util.find_spec("methods")
     files = pkgutil.iter_modules(folder.submodule_search_locations or ()) if folder else ()
     return [*RECIPES, *sorted(file.name for file in files)]
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
-    """A recipe by name, or the recipe itself. A name that is not in RECIPES is that of a file: "mine" is RECIPE of
-    methods/mine.py. Raises ValueError with the names there are, or where the file has no RECIPE of its name."""
+    """A recipe by name, or the recipe itself. A name that is not in RECIPES names a file: "mine" is RECIPE in
+    methods/mine.py. Raises ValueError if there is no such name or file, or if the file has no RECIPE of its name."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe in RECIPES:
@@ -693,28 +668,28 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
             f"recipe {recipe!r} is unknown, need one of {', '.join(recipe_names())}; "
             "a new one is a file in methods/, see its README.md"
         )
-    found = getattr(importlib.import_module(f"methods.{recipe}"), "RECIPE", None)
-    if not isinstance(found, Recipe) or found.name != recipe:
+    file_recipe = getattr(importlib.import_module(f"methods.{recipe}"), "RECIPE", None)
+    if not isinstance(file_recipe, Recipe) or file_recipe.name != recipe:
         raise ValueError(
-            f"methods/{recipe}.py has RECIPE={found!r}, need a recipe of the file's name: "
+            f"methods/{recipe}.py has RECIPE={file_recipe!r}, need a recipe of the file's name: "
             f"RECIPE = Recipe({recipe!r}, ...)"
         )
-    return found
+    return file_recipe
 
 
 def recipe_of(settings: dict) -> Recipe | None:
-    """The recipe of {"sparse": name, field: value...}: the named one, with the fields of SETTINGS that are given; None
-    for "none". Other keys are ignored."""
+    """The recipe that settings["sparse"] names, with the fields of SETTINGS that `settings` has. None for "none".
+    Other keys are ignored."""
     if settings["sparse"] == "none":
         return None
     return replace(get_recipe(settings["sparse"]), **{name: settings[name] for name in SETTINGS if name in settings})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sharded weights. FSDP2 leaves a weight W (out, in) between steps as a DTensor, Shard(0): n ranks hold pieces of
-# ceil(out / n) rows. Masks are decided in 4x4 blocks, or in groups of four along a row. So where a piece has a multiple
-# of four rows (`fits`), every rank decides the masks of its own rows, and only masks are gathered, a byte for 16
-# weights. Layers hold their masks unsharded. The functions here also take plain tensors, whose rows are all here.
+# Sharded weights. Between steps FSDP2 holds a weight W (out, in) as a DTensor, Shard(0): each of n ranks has a shard
+# of ceil(out / n) rows. A mask is searched in 4x4 blocks, or in groups of four along a row. So if a shard has a
+# multiple of four rows (`fits`), every rank searches the masks of its own rows, and only masks are gathered, one byte
+# per 16 weights. Layers hold unsharded masks. The functions here also take plain tensors, which hold all rows.
 
 
 def is_dtensor(t: torch.Tensor) -> bool:
@@ -722,35 +697,34 @@ def is_dtensor(t: torch.Tensor) -> bool:
 
 
 def local(t: torch.Tensor) -> torch.Tensor:
-    """This rank's rows; shares memory with t."""
+    """This rank's rows. Shares memory with t."""
     return t.to_local() if is_dtensor(t) else t
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
-    """All rows, on every rank: a collective where t is sharded."""
+    """All rows, on every rank. A collective if t is sharded."""
     return t.full_tensor() if is_dtensor(t) else t
 
 
 def piece(w: torch.Tensor) -> int:
-    """The number of this rank's piece. The last dimension of the mesh is the one of pieces; one of replicas may precede
-    it."""
+    """The number of this rank's shard. The mesh has a last dimension of shards, and for HSDP a first of replicas."""
     return w.device_mesh.get_local_rank(w.device_mesh.ndim - 1) if is_dtensor(w) else 0
 
 
 def cut(rows: int, ranks: int) -> list[int]:
-    """The number of rows on each rank, as torch.chunk cuts them: the last ranks may have fewer, or none."""
+    """The number of rows on each rank, as torch.chunk splits them: the last ranks may have fewer rows, or none."""
     step = -(-rows // ranks)
     return [max(0, min(step, rows - k * step)) for k in range(ranks)]
 
 
 def fits(rows: int, ranks: int) -> bool:
-    """Whether no 4x4 block of a matrix with this number of rows lies on two ranks."""
+    """Whether every 4x4 block of a matrix with this number of rows lies on one rank."""
     return cut(rows, ranks)[0] % 4 == 0 or ranks == 1
 
 
 def rows_of(w: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The rows of an unsharded mask that belong to this rank's rows of w. An index matrix, with a row for every four of
-    w, may be given too."""
+    """The rows of an unsharded mask that belong to this rank's rows of w. `mask` may also be an index matrix, which has
+    one row per four rows of w."""
     if not is_dtensor(w):
         return mask
     per_row = w.shape[0] // mask.shape[0]
@@ -759,7 +733,7 @@ def rows_of(w: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def by_rows(function: Callable, w: torch.Tensor, per_row: int) -> torch.Tensor:
-    """function(w), sharded where w is. Its result (out / per_row, n) has a row for every `per_row` rows of w."""
+    """function(w), sharded as w is. The result (out / per_row, n) has one row per `per_row` rows of w."""
     part = function(local(w))
     if not is_dtensor(w):
         return part
@@ -771,7 +745,7 @@ def by_rows(function: Callable, w: torch.Tensor, per_row: int) -> torch.Tensor:
 
 
 def total(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The sum of `part` over the ranks that share `like`: a collective where it is sharded."""
+    """The sum of `part` over the ranks that hold shards of `like`. A collective if `like` is sharded."""
     if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -783,13 +757,13 @@ def total(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The layer
 
-# Device types that have autocast. Asked once, because torch.compile before torch 2.13 cannot trace the question.
+# Device types that have autocast. A constant, because torch.compile before torch 2.13 cannot trace the call.
 AUTOCAST = frozenset(t for t in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(t))
 
 
 def mask_index(w: torch.Tensor, kind: str) -> torch.Tensor:
-    """The index matrix of the mask that w (out, in) would have now, of kind "transposable" or "row". It is sharded
-    where w is, but unsharded where the pieces of w cut through 4x4 blocks, as those of a dense run may."""
+    """The index matrix of w's mask of kind "transposable" or "row". w: (out, in). The result is sharded as w is, unless
+    the shards of w split 4x4 blocks (possible in dense runs): then it is unsharded."""
     if kind != "transposable":
         return by_rows(pair_index, w, 1)
     if is_dtensor(w) and not fits(w.shape[0], w.device_mesh.size(-1)):
@@ -798,14 +772,14 @@ def mask_index(w: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def prune(w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask: str) -> torch.Tensor:
-    """W*M, or beta S(W): 2:4 along the rows."""
+    """W*M, or beta S(W) for soft masks: 2:4 along the rows."""
     if mask == "soft":
         return soft_threshold24(w) * beta
-    return torch.where((expand_index if mask == "transposable" else expand_pairs)(index), w, 0)
+    return torch.where(_expand(index, mask), w, 0)
 
 
 def through_soft(dw: torch.Tensor, w: torch.Tensor, beta: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """From the gradient of beta S(W) to that of W: as it is ("straight"), or by beta and the Jacobian of S ("true")."""
+    """The gradient of W from dw, that of beta S(W): dw itself ("straight"), or times beta and S's Jacobian ("true")."""
     return soft_threshold24_backward(dw, w) * beta if kind == "true" else dw
 
 
@@ -813,8 +787,8 @@ def through_soft(dw: torch.Tensor, w: torch.Tensor, beta: torch.Tensor | None, k
 def _prune_again(
     w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask: str, dz: torch.Tensor
 ) -> torch.Tensor:
-    """prune, in the backward. Opaque to torch.compile, which would otherwise keep the pruned weight of the forward.
-    `dz` is unused: it only makes the op wait for the backward."""
+    """`prune` in the backward. Opaque to torch.compile, which would otherwise keep the pruned weight of the forward.
+    `dz` is unused: it only makes the op run in the backward."""
     return prune(w, index, beta, mask)
 
 
@@ -824,23 +798,23 @@ def _(w, index, beta, mask, dz):
 
 
 class _LayerMode(NamedTuple):
-    """The part of the recipe and of the layer's state that _MaskedLinear reads."""
+    """The fields of the recipe and the layer that _MaskedLinear reads."""
 
     mask: str
     mvue: bool
     weight_gradient: str
     fp8: bool
-    prune_again: bool  # prune the weights again in the backward, instead of keeping the pruned ones
+    prune_again: bool  # prune the weights a second time in the backward, instead of saving the pruned ones
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Z = X w_24^T + b; dX = dZ (w_24 * backward_mask); dW = MVUE(dZ^T) X, which reaches W as the mode says; db from
-    the unpruned dZ (Eq. 2-7). master: the weight that is pruned, before autocast where the mask is soft. backward_mask:
-    bool, or None for the same as in the forward."""
+    """Eq. 2-7: Z = X w_24^T + b; dX = dZ (w_24 * backward_mask); dW = MVUE(dZ^T) X, then `through_soft`; db from the
+    unpruned dZ. master: the weight to prune. For soft masks it is the weight before autocast. backward_mask: bool, or
+    None to use w_24 in the backward too."""
 
     @staticmethod
     def operands(master, index, backward_mask, beta, dtype, mode, dz=None):
-        """The operand of the forward, and that of the input's gradient. dz is given in the backward."""
+        """The weight operands of Z and of dX. dz: only in the backward."""
         if dz is None:
             w_24 = prune(master, index, beta, mode.mask).to(dtype)
         else:
@@ -853,7 +827,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, master, index, backward_mask, bias, seed, beta, mode):
-        # `weight` only receives the gradient. The seed is copied: the next micro-step may overwrite it already.
+        # `weight` only receives the gradient. Copy the seed, because the next micro-step may overwrite it.
         w_24, w_back = _MaskedLinear.operands(master, index, backward_mask, beta, weight.dtype, mode)
         x = simulate_fp8(x, torch.float8_e4m3fn) if mode.fp8 else x
         masks = (index, backward_mask) if mode.prune_again else (None, None)
@@ -864,7 +838,7 @@ class _MaskedLinear(torch.autograd.Function):
         return F.linear(x, w_24, bias)
 
     @staticmethod
-    @once_differentiable  # a second derivative would silently lack the weight's share
+    @once_differentiable  # a second derivative would be silently wrong: it would miss the weight's part
     def backward(ctx, dz):
         x, w_back, master, index, backward_mask, seed, beta = ctx.saved_tensors
         mode, dx, dw, db = ctx.mode, None, None, None
@@ -878,7 +852,7 @@ class _MaskedLinear(torch.autograd.Function):
             dz_t = dz.t()
             if mode.mvue:
                 padding = -dz.shape[0] % 4
-                if padding:  # exact: MVUE never prefers a zero token to a non-zero one, and zeros add nothing
+                if padding:  # exact: MVUE never keeps a zero in place of a non-zero element, and zeros add nothing
                     x, dz_t = F.pad(x, (0, 0, 0, padding)), F.pad(dz_t, (0, padding))
                 dz_t = mvue24(dz_t, seed)
             dw = (simulate_fp8(dz_t, torch.float8_e5m2) if mode.fp8 else dz_t) @ x
@@ -891,21 +865,21 @@ class _MaskedLinear(torch.autograd.Function):
 class Sparse24Linear(nn.Linear):
     """An nn.Linear whose weight is 2:4 sparse in the forward pass, and in the backward pass where its recipe says so.
 
-    `.weight` (out, in) stays dense: it is what the optimizer updates. The state_dict holds these too:
+    `.weight` (out, in) stays dense: the optimizer updates it. The state_dict also has
     `.index`   the mask, set by `refresh_masks`; `.mask` is its bool (out, in) form. Transposable: uint8 (out/4, in/4)
-               of transposable_index. Row-wise: uint8 (out, in/4) of pair_index. Soft: the pairs that S keeps.
-    `.beta`    0-d, scale of soft weights.
-    `.sparse`  bool; False = the dense phase, where this is a plain nn.Linear. Saved as extra state.
-    And these are not saved:
-    `.seed`    int64 0-d tensor that MVUE reads; `seed_draws` sets it, as a function of the step.
-    `.prune_again`  prune once more in the backward. FSDP needs it, because it frees the weight in between.
-    The mask of a fresh or reset layer matches its weights; call `refresh_masks` after setting or loading weights alone.
-    Between steps of FSDP2 `.weight` is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used.
-    x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as nn.Linear's do.
-    Raises ValueError when in or out is not divisible by 4, and for the recipe of a subclass.
+               of transposable_index. Row-wise and soft: uint8 (out, in/4) of pair_index.
+    `.beta`    0-d, the scale of soft weights.
+    `.sparse`  bool; False = the dense phase, in which this is a plain nn.Linear. Saved as extra state.
+    The state_dict does not have
+    `.seed`    int64 0-d tensor that MVUE reads. `seed_draws` sets it, as a function of the step.
+    `.prune_again`  True = prune a second time in the backward. FSDP needs this: it frees the weight after the forward.
+    The mask of a new or reset layer matches its weights. Call `refresh_masks` after setting only the weights. Between
+    steps of FSDP2 `.weight` is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used.
+    x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as in nn.Linear.
+    Raises ValueError if in or out is not divisible by 4, or if the recipe needs a subclass.
 
-    A method in methods/ subclasses it and overrides what it does differently: `new_index`, `refresh`, `begin_step`,
-    `backward_mask`, `make_state` or `forward`.
+    A method in methods/ subclasses this and overrides some of `new_index`, `refresh`, `begin_step`, `backward_mask`,
+    `make_state` and `forward`.
     """
 
     def __init__(self, in_features, out_features, bias=True, recipe="fst", device=None, dtype=None):
@@ -925,7 +899,7 @@ class Sparse24Linear(nn.Linear):
         self.make_state()
 
     def make_state(self) -> None:
-        """Make buffers that match the weight."""
+        """Create the buffers, for the present weight."""
         self.register_buffer("index", self.new_index())
         if self.recipe.mask == "soft":
             self.register_buffer("beta", sste_scale(self.weight.detach()))
@@ -933,29 +907,29 @@ class Sparse24Linear(nn.Linear):
         self.register_buffer("seed", seed, persistent=False)
 
     def new_index(self) -> torch.Tensor:
-        """The index matrix of the mask that the weight would have now, unsharded."""
+        """The index matrix of the mask for the present weight, unsharded."""
         return whole(mask_index(self.weight, self.recipe.virtual_mask))
 
     def begin_step(self, seed: int, iter_num: int, number: int) -> None:
-        """Before every step in the sparse phase; number: the layer's among those of the model. Here it does nothing. A
-        method that draws random numbers draws them from these three, so that a resumed run is the same run."""
+        """Called before every step in the sparse phase; does nothing. number: the layer's number in the model. A method
+        must derive its random numbers from these three, so that a resumed run draws the same ones."""
 
     @torch.no_grad()
     def refresh(self, begin: bool = False) -> None:
-        """Recompute the mask from the weights, and with `begin`, at the start of a sparse phase, beta too. In place;
-        waits for no GPU. Sharded weights: masks are gathered, and for beta the weights."""
+        """Recompute the mask from the weights, in place, without waiting for the GPU. begin: True at the start of a
+        sparse phase, to recompute beta too. A collective if the weights are sharded."""
         self.index.copy_(self.new_index())
         if begin and self.recipe.mask == "soft":
             self.beta.copy_(sste_scale(whole(self.weight.detach())))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if "index" in self._buffers:  # nn.Linear's __init__ calls this before there are buffers
+        if "index" in self._buffers:  # nn.Linear's __init__ calls this before the buffers exist
             self.make_state()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | Recipe) -> "Sparse24Linear":
-        """A sparse layer with the same Parameters as `linear`, so that an optimizer goes on. Draws no numbers."""
+        """A sparse layer with the same Parameter objects as `linear`. Draws no random numbers."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, recipe, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.make_state()
@@ -964,32 +938,26 @@ class Sparse24Linear(nn.Linear):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         for name in ("flat", "pairs"):
-            _table(name, self.index.device)  # copied now, so that no forward waits for it
+            _table(name, self.index.device)  # copy the table now, so that no forward has to
         return self
-
-    def _expand(self, index: torch.Tensor) -> torch.Tensor:
-        return (expand_index if self.recipe.mask == "transposable" else expand_pairs)(index)
 
     @property
     def mask(self) -> torch.Tensor:
         """The current mask, bool (out, in), True = kept."""
-        return self._expand(self.index)
+        return _expand(self.index, self.recipe.mask)
 
     def mask_rows(self) -> torch.Tensor:
         """The rows of `.mask` that belong to this rank's rows of the weight."""
-        return self._expand(rows_of(self.weight, self.index))
+        return _expand(rows_of(self.weight, self.index), self.recipe.mask)
 
     @property
     def backward_mask(self) -> torch.Tensor | None:
-        """A second mask, bool (out, in), of the weights that compute dX; None: dX multiplies the forward's weights."""
+        """A second mask for dX, bool (out, in), applied to the pruned weight; None if dX uses the pruned weight."""
         return None
 
-    def pruned_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight that multiplies X in the sparse phase, (out, in), 2:4 along in: W*M with the current mask, or
-        beta S(W)."""
-        weight, dtype = self.weight.detach(), dtype or self.weight.dtype
-        weight = weight if self.recipe.mask == "soft" else weight.to(dtype)  # S depends on more than the order
-        return prune(weight, self.index, self.scale, self.recipe.mask).to(dtype)
+    def pruned_weight(self) -> torch.Tensor:
+        """The weight operand of the sparse phase, (out, in), 2:4 along in: W*M with the current mask, or beta S(W)."""
+        return prune(self.weight.detach(), self.index, self.scale, self.recipe.mask)
 
     @property
     def scale(self) -> torch.Tensor | None:
@@ -1002,7 +970,7 @@ class Sparse24Linear(nn.Linear):
         weight, bias = self.weight, self.bias
         device_type = x.device.type
         if device_type in AUTOCAST and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)  # for all but float64, as autocast itself does
+            dtype = torch.get_autocast_dtype(device_type)  # autocast leaves float64 alone
             x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
         recipe = self.recipe
         mode = _LayerMode(recipe.mask, recipe.mvue, recipe.weight_gradient, recipe.fp8, self.prune_again)
@@ -1028,7 +996,7 @@ class Sparse24Linear(nn.Linear):
 
 
 def sparse_linears(model: nn.Module) -> list[Sparse24Linear]:
-    """The Sparse24Linear layers of `model`, in module order: the order in which `seed_draws` numbers them."""
+    """The Sparse24Linear layers of `model`, in module order. `seed_draws` numbers them in this order."""
     return [module for module in model.modules() if isinstance(module, Sparse24Linear)]
 
 
@@ -1038,7 +1006,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _disable_encoder_fast_path(model: nn.Module) -> None:
-    """nn.TransformerEncoder(Layer) in eval under no_grad read linear1.weight itself and would silently go dense."""
+    """In eval under no_grad nn.TransformerEncoder(Layer) read linear1.weight directly: they would run dense."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and sparse_linears(module):
             module.use_nested_tensor = False
@@ -1049,17 +1017,17 @@ def _disable_encoder_fast_path(model: nn.Module) -> None:
 def sparsify(
     model: nn.Module, recipe: str | Recipe, layers: Sequence[str] | Callable[[str, nn.Module], bool]
 ) -> list[str]:
-    """Swap chosen nn.Linear layers of any model for sparse ones, in place; their Parameters stay the same objects.
+    """Replace chosen nn.Linear layers of any model by sparse ones, in place. Parameters stay the same objects.
 
-    layers: names as in named_modules(), or a predicate (name, module). Only plain nn.Linear is swapped (a predicate
-    ignores everything else; attention's out_proj, for example, is never called as a module). Layers that are sparse
-    already stay as they are. Returns the names swapped. Raises ValueError, before anything is changed, when nothing
-    matches, when a name is no nn.Linear of the model, or when a shape is not divisible by 4.
+    layers: names as in named_modules(), or a predicate (name, module). Only modules of type nn.Linear are replaced, no
+    subclasses: nn.MultiheadAttention never calls its out_proj, for example. Sparse layers are left as they are. Returns
+    the names replaced. Raises ValueError, before changing anything, if nothing matches, if a name is not an nn.Linear
+    of the model, or if a shape is not divisible by 4.
     """
     recipe = get_recipe(recipe)
     modules = model.named_modules(remove_duplicate=False)
     linears = {n: m for n, m in modules if type(m) is nn.Linear or isinstance(m, Sparse24Linear)}
-    linears.pop("", None)  # the model itself cannot be swapped in place
+    linears.pop("", None)  # the model itself cannot be replaced in place
     chosen = [n for n, m in linears.items() if (layers(n, m) if callable(layers) else n in layers)]
     unknown = [] if callable(layers) else [name for name in layers if name not in linears]
     if unknown or not chosen:
@@ -1070,7 +1038,7 @@ def sparsify(
     dense = dict.fromkeys(linears[name] for name in chosen if type(linears[name]) is nn.Linear)
     layer_class = recipe.layer or Sparse24Linear
     layer_of = {linear: layer_class.from_linear(linear, recipe) for linear in dense}
-    swapped = [name for name, m in linears.items() if m in layer_of]  # a layer that has several names, under all
+    swapped = [name for name, m in linears.items() if m in layer_of]  # a shared layer has several names
     for name in swapped:
         _replace(model, name, layer_of[linears[name]])
     _disable_encoder_fast_path(model)
@@ -1079,10 +1047,10 @@ def sparsify(
 
 @torch.no_grad()
 def densify(model: nn.Module, prune: bool = False) -> list[str]:
-    """Swap every Sparse24Linear back for an nn.Linear, in place, for export; Parameters stay the same objects.
+    """Replace every Sparse24Linear by an nn.Linear, in place, for export. Parameters stay the same objects.
 
-    prune: also prune the weights of the layers that are in their sparse phase, so that the dense model computes what
-    the sparse one did. Returns the names swapped. Raises ValueError when the model itself is one such layer.
+    prune: also prune the weights of layers in their sparse phase, so that the model computes the same as before.
+    Returns the names replaced. Raises ValueError if the model itself is a Sparse24Linear.
     """
     if isinstance(model, Sparse24Linear):
         raise ValueError("densify: the model itself is a Sparse24Linear, need a model that contains it; wrap it")
@@ -1101,11 +1069,9 @@ def densify(model: nn.Module, prune: bool = False) -> list[str]:
 
 @torch.no_grad()
 def refresh_masks(model: nn.Module, measure: bool = True) -> float | None:
-    """Recompute the mask of every layer in its sparse phase from its weights (Algorithm 1).
-
-    Returns the flip rate against the masks replaced, over all these layers, weighed by their weights; 0.0 with none.
-    measure=False returns None, and never waits for the GPU.
-    """
+    """Recompute the mask of every layer in its sparse phase from its weights (Algorithm 1). Returns the flip rate
+    against the old masks over all these layers, 0.0 without layers. measure=False returns None and never waits for the
+    GPU."""
     layers = [layer for layer in sparse_linears(model) if layer.sparse]
     before = [layer.index.clone() for layer in layers] if measure else []
     for layer in layers:
@@ -1115,20 +1081,20 @@ def refresh_masks(model: nn.Module, measure: bool = True) -> float | None:
 
 @torch.no_grad()
 def weight_indices(linears: Sequence[nn.Linear], kind: str = "transposable") -> list[torch.Tensor]:
-    """The masks that these weights would have now, as index matrices: for the flip rate of sparse and dense runs."""
+    """The masks for the present weights, as index matrices. Also for dense layers: to measure their flip rate."""
     return [mask_index(linear.weight, kind) for linear in linears]
 
 
 @contextmanager
 @torch.no_grad()
 def hard_pruned(linears: Sequence[nn.Linear]):
-    """Inside, these layers compute what they would once deployed, 2:4 sparse along their inputs: those in their sparse
-    phase do so already; the weights of all others are pruned by magnitude (mask24), and restored at the end."""
+    """Context in which these layers compute as deployed for 2:4 inference. The weights of dense layers are pruned by
+    magnitude (mask24) and restored at the end. Layers in their sparse phase are not changed."""
     dense = dict.fromkeys(local(m.weight) for m in linears if not getattr(m, "sparse", False))
     saved = [w.detach().clone() for w in dense]
     try:
         for w in dense:
-            w.copy_(torch.where(expand_pairs(pair_index(w)), w, 0))
+            w.copy_(torch.where(mask24(w), w, 0))
         yield
     finally:
         for w, before in zip(dense, saved, strict=True):
@@ -1142,17 +1108,17 @@ def seed_words(count: int, *key: int) -> np.ndarray:
 
 @torch.no_grad()
 def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> None:
-    """Fill every layer's `.seed` from (seed, iteration, global micro-batch, layer number): call it per micro-step."""
+    """Set every layer's `.seed` from (seed, iteration, global micro-batch, layer number). Call it every micro-step."""
     layers = sparse_linears(model)
     if not layers:
         return
     words = torch.from_numpy(seed_words(len(layers), seed, iter_num, micro_batch).view(np.int64))
-    words = words.to(layers[0].seed.device, non_blocking=True)  # one copy and one launch, however many layers
+    words = words.to(layers[0].seed.device, non_blocking=True)  # one copy and one launch for all layers
     torch._foreach_copy_([layer.seed for layer in layers], list(words.unbind()))
 
 
 def begin_step(model: nn.Module, seed: int, iter_num: int) -> None:
-    """`begin_step` of every layer in its sparse phase: call it once per step, before the first `seed_draws`."""
+    """Call `begin_step` of every layer in its sparse phase. Call this once per step, before the first `seed_draws`."""
     for number, layer in enumerate(sparse_linears(model)):
         if layer.sparse:
             layer.begin_step(seed, iter_num, number)
@@ -1163,14 +1129,14 @@ def begin_step(model: nn.Module, seed: int, iter_num: int) -> None:
 
 
 def adamw_scalars(step: int, lr, betas, eps, weight_decay, masked_decay) -> tuple[float, ...]:
-    """One tensor's hyperparameters at its step number `step`, counted from 1, in the form that kernels.adamw_ takes."""
+    """The scalars of kernels.adamw_ for one tensor at its step number `step`, counted from 1."""
     beta1, beta2 = betas
     corrected_lr, root_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
     return 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, corrected_lr, root_bias2, masked_decay
 
 
 def adamw_fits(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether kernels.adamw_ takes all of these: one CUDA device, float32, contiguous, aligned, elements by fours."""
+    """Whether kernels.adamw_ takes all of these: one CUDA device, float32, contiguous, aligned, n divisible by 4."""
     first = tensors[0].detach()
     return _runs_kernels(first) and all(
         type(t) in (torch.Tensor, nn.Parameter)  # no fake tensors
@@ -1183,25 +1149,18 @@ def adamw_fits(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weight: bool) -> None:
-    """kernels.adamw_, for tensors that `adamw_fits`; scalars are `adamw_scalars`. The specification is
-    `masked_decay_`, then torch.optim.AdamW."""
-    _kernels.adamw_(params, grads, exp_avgs, exp_avg_sqs, indices, scalars, decay_on_weight)
-
-
 class MaskedDecayAdamW(torch.optim.AdamW):
-    """AdamW with masked decay on the weights of `model`'s sparse layers, with the masks that the layers have now.
+    """AdamW with masked decay on the weights of `model`'s sparse layers, by the current masks.
 
-    decay_on="grad" is Eq. 10, grad += masked_decay * ~mask * w, in place, once per step. The gradients must be unscaled
-    and clipped already. "weight" is SR-STE's Eq. 8, w -= lr * masked_decay * ~mask * w, before the Adam update. Layers
-    whose `.sparse` is False get plain AdamW. Other arguments are torch.optim.AdamW's. `masked_decay` may be changed
-    between steps. Raises ValueError for a negative factor or another decay_on.
+    decay_on="grad" is Eq. 10, grad += masked_decay * ~mask * w, in place, once per step. Unscale and clip the gradients
+    before. decay_on="weight" is SR-STE's Eq. 8, w -= lr * masked_decay * ~mask * w, before the Adam update. Layers
+    whose `.sparse` is False get plain AdamW. All other arguments are those of torch.optim.AdamW. `masked_decay` may be
+    changed between steps. Raises ValueError for a negative factor or an unknown decay_on.
 
-    float32 parameters on CUDA take a step in one kernel launch, which only reads the gradients. Row-wise masks that
-    decay do not, nor do steps with an option of torch's such as fused or foreach, also when a loaded state dict sets
-    it. State and checkpoints are torch's either way.
+    On CUDA a step of float32 parameters is one kernel launch, which does not write the gradients. torch's own step runs
+    instead if row-wise masks decay, or if an option such as fused or foreach is set. The state is torch's either way.
 
-    A method in methods/ subclasses it and overrides `update` or `dense_start_done`.
+    A method in methods/ subclasses this and overrides `update` or `dense_start_done`.
     """
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
@@ -1214,12 +1173,12 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         self.masked_decay = masked_decay
         self.decay_on = decay_on
         self.model = model
-        self.dense_start_log: list[float] | None = None  # what dense_start_done has seen; checkpoints hold it
-        # torch's fused kernel would unscale by itself, after the decay was added. So GradScaler unscales before.
+        self.dense_start_log: list[float] | None = None  # for dense_start_done; saved in checkpoints
+        # Make GradScaler unscale the gradients before the step. torch's fused kernel would do it after the decay.
         self._step_supports_amp_scaling = False
 
     def _decayed(self) -> dict[torch.Tensor, Sparse24Linear]:
-        """{weight: layer} of the layers that decay. A weight that layers share decays once."""
+        """{weight: layer} of the layers that decay. A weight that two layers share decays once."""
         if not self.masked_decay:
             return {}
         return {layer.weight: layer for layer in sparse_linears(self.model) if layer.sparse}
@@ -1231,19 +1190,19 @@ class MaskedDecayAdamW(torch.optim.AdamW):
             for w in group["params"]:
                 if w not in layers or w.grad is None:
                     continue
-                layer, rows = layers[w], local(w)
+                rows, mask = local(w), layers[w].mask_rows()
                 if self.decay_on == "grad":
-                    mask = rows_of(w, layer.index) if layer.recipe.mask == "transposable" else layer.mask_rows()
                     masked_decay_(local(w.grad), rows, mask, self.masked_decay)
                 else:
-                    rows.sub_(torch.where(layer.mask_rows(), 0, rows) * (group["lr"] * self.masked_decay))
+                    rows.sub_(torch.where(mask, 0, rows) * (group["lr"] * self.masked_decay))
 
     @torch.no_grad()
     def _kernel_step(self) -> bool:
-        """Do the whole step in one launch of kernels.adamw_. Returns False, and does nothing, where it cannot."""
+        """Do the whole step in one launch of kernels.adamw_. Returns False, and does nothing, if it cannot. Its
+        specification is `masked_decay_`, then torch.optim.AdamW."""
         groups = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        special = ("amsgrad", "maximize", "capturable", "differentiable", "fused", "foreach")
-        if not groups or any(group[key] for group, _ in groups for key in special):
+        unsupported = ("amsgrad", "maximize", "capturable", "differentiable", "fused", "foreach")
+        if not groups or any(group[key] for group, _ in groups for key in unsupported):
             return False
         layers = self._decayed()
         if any(layer.recipe.mask != "transposable" for layer in layers.values()):
@@ -1254,10 +1213,9 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         for _, p in groups:
             state = self.state[p]
             if not state:
-                # on the CPU, so that reading it does not wait for the GPU
-                state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+                state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")  # read without waiting for the GPU
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            if state["step"].is_cuda:  # from the state of a fused optimizer
+            if state["step"].is_cuda:  # loaded from a fused optimizer
                 state["step"] = state["step"].cpu()
             moments.append((local(state["exp_avg"]), local(state["exp_avg_sq"])))
         if not adamw_fits([t for pair in moments for t in pair]):
@@ -1267,7 +1225,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
             step += 1
             lr, decay = float(group["lr"]), self.masked_decay * (float(group["lr"]) if self.decay_on == "weight" else 1)
             scalars.append(adamw_scalars(int(step), lr, group["betas"], group["eps"], group["weight_decay"], decay))
-        adamw_(
+        _kernels.adamw_(
             [local(p) for _, p in groups],
             [local(p.grad) for _, p in groups],
             *(list(column) for column in zip(*moments, strict=True)),
@@ -1278,14 +1236,14 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         return True
 
     def update(self) -> None:
-        """Adam's update, without masked decay. A subclass that overrides it steps without the kernel."""
-        # torch wraps the step of an optimizer class when it is first used, to run the hooks. Ours is wrapped already.
+        """Adam's update, without masked decay. If a subclass overrides it, no kernel is used."""
+        # torch wraps the step of every optimizer class to run hooks. Call the unwrapped one: our step ran the hooks.
         step = torch.optim.AdamW.step
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
 
     def dense_start_done(self) -> bool:
-        """Whether the sparse phase may begin with the next step. train.py asks it between clipping and the step, from
-        the first iteration on, where the recipe has dense_pretrain_latest."""
+        """Whether the sparse phase may begin with the next step. If the recipe has dense_pretrain_latest, train.py
+        calls this at every step, after clipping."""
         return False
 
     def step(self, closure=None):
@@ -1293,15 +1251,15 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        own_update = type(self).update is not MaskedDecayAdamW.update
-        if own_update or not self._kernel_step():
+        overrides_update = type(self).update is not MaskedDecayAdamW.update
+        if overrides_update or not self._kernel_step():
             self._apply_masked_decay()
             self.update()
         return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The self-test of the operators above: use_kernels runs it once for each device
+# The self-test of the kernels. use_kernels runs it once for each device.
 
 
 def awkward_matrix(device: torch.device) -> torch.Tensor:
@@ -1312,7 +1270,7 @@ def awkward_matrix(device: torch.device) -> torch.Tensor:
 
 
 def same_numbers(got: torch.Tensor, expected: torch.Tensor, **tolerance) -> bool:
-    """Whether two tensors are equal, NaN being equal to NaN; or allclose within the tolerance."""
+    """Whether two tensors are equal, counting NaN as equal to NaN. With a tolerance: whether they are allclose."""
     if tolerance:
         return torch.allclose(got.double(), expected.double(), **tolerance)
     return torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
@@ -1348,11 +1306,11 @@ def _compare_kernels(device: torch.device) -> dict[str, bool]:
 
 SELF_TESTS.append(_compare_kernels)
 
-# Names of the last release for the specifications.
+# Former names of the specifications.
 transposable_index_ref, pair_index_ref = transposable_index.torch, pair_index.torch
 mvue24_ref, mvue24_kept_ref = mvue24.torch, mvue24_with_mask
 soft_threshold24_ref, sste_scale_ref = soft_threshold24.torch, sste_scale.torch
-flip_count_ref, masked_decay_ref_ = flip_count, masked_decay_
+masked_decay_ref_ = masked_decay_
 
 
 def mask24_ref(w: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,12 @@
     python train.py config/train_gpt2_sparse.py --batch_size=8                          on one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_sparse.py       on eight GPUs
 
-The settings come first; config files and the command line change them. The loop is in `run`. runtime/setup.py makes
-everything that the loop uses, and checks it before the first step.
+The settings come first; config files and the command line change them. The loop is in `run`. runtime/setup.py creates
+and checks everything that the loop uses, before the first step.
 
-Every random number is a function of (seed, iteration, global micro-batch), never of what was drawn before. The global
-micro-batch is micro_step * world_size + rank, so any number of ranks trains on the same numbers. A run that was killed
-continues from its last checkpoint and ends with the same weights.
+Every random number is a function of (seed, iteration, global micro-batch), never of earlier draws. The global
+micro-batch is micro_step * world_size + rank, so any number of ranks trains on the same batches. A killed run continues
+from its last checkpoint and ends with the same weights.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ parallel = "ddp"  # ddp (each rank holds the model) or fsdp (weights, gradients 
 fsdp_copies = 1  # fsdp: number of model replicas (HSDP); usually the number of nodes
 # ---- end of settings ----
 
-_DATA, _DROPOUT, _EVAL = 1, 2, 3  # tags that keep these streams of random numbers apart
+_DATA, _DROPOUT, _EVAL = 1, 2, 3  # tags that make these streams of random numbers independent
 
 
 def get_lr(iter_num: int) -> float:
@@ -108,7 +108,7 @@ def get_lr(iter_num: int) -> float:
 
 
 def batch_starts(data, iter_num: int, micro_batch: int):
-    """The positions in the training split at which the windows of a micro-batch begin."""
+    """Start positions, in the training split, of the windows of one micro-batch."""
     if sampling == "epoch":
         first_window = (iter_num * gradient_accumulation_steps + micro_batch) * batch_size
         return data.epoch_starts(batch_size, first_window, seed)
@@ -117,14 +117,14 @@ def batch_starts(data, iter_num: int, micro_batch: int):
 
 @torch.no_grad()
 def evaluate(t: setup.Training) -> float:
-    """Mean validation loss over the same `eval_iters` batches at every call, or over the whole split in order."""
+    """Mean validation loss over `eval_iters` batches, the same ones at every call, or over the whole split."""
     data, ranks = t.val_data, t.ranks
     end = len(data.data) - block_size
     batches = eval_iters or math.ceil(math.ceil(end / block_size) / batch_size)
     loss_sum, sequences = 0.0, 0
     t.model.eval()
     for first in range(0, batches, ranks.world_size):
-        k = min(first + ranks.rank, batches - 1)  # all ranks join every forward, because FSDP gathers weights in it
+        k = min(first + ranks.rank, batches - 1)  # every rank runs every forward, because FSDP gathers weights in it
         if eval_iters:
             starts = data.random_starts(batch_size, seed, k, 0, _EVAL)
         else:
@@ -132,17 +132,17 @@ def evaluate(t: setup.Training) -> float:
         x, y = data.windows(starts, t.device)
         with t.autocast():
             _, loss = t.net(x, y)
-        counted = len(x) if first + ranks.rank < batches else 0  # a rank past the last batch repeats it, uncounted
+        counted = len(x) if first + ranks.rank < batches else 0  # past the end: repeat the last batch, uncounted
         loss_sum, sequences = loss_sum + loss.item() * counted, sequences + counted
     t.model.train()
-    if hasattr(t.model, "reshard"):  # FSDP would keep the gathered weights for a backward that does not come
+    if hasattr(t.model, "reshard"):  # FSDP keeps gathered weights for a backward, and there is none here
         t.model.reshard()
     loss_sum, sequences = ranks.total([loss_sum, sequences])
     return loss_sum / sequences
 
 
 def evaluate_pruned(t: setup.Training, val_loss: float) -> float:
-    """The validation loss with all feed-forward weights pruned to 2:4; `val_loss` where they are sparse already."""
+    """The validation loss with all feed-forward weights pruned to 2:4. If they are sparse already, it is `val_loss`."""
     if all(getattr(linear, "sparse", False) for linear in t.linears):
         return val_loss
     with hard_pruned(t.linears):
@@ -150,11 +150,11 @@ def evaluate_pruned(t: setup.Training, val_loss: float) -> float:
 
 
 def clip_gradients(model: torch.nn.Module, ranks: Ranks) -> float:
-    """Clip the gradients to grad_clip. Returns their global norm before clipping; the host waits for the GPU here."""
+    """Clip the gradients to grad_clip. Returns their global norm before clipping. Waits for the GPU."""
     params = [p for p in model.parameters() if p.grad is not None]
     foreach = True if is_dtensor(params[0]) else None
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in params], foreach=foreach))
-    if foreach and fsdp_copies > 1:  # replicas may sum in different orders, and must clip by the same norm
+    if foreach and fsdp_copies > 1:  # replicas sum in different orders, but must clip by the same norm
         norm = norm.new_tensor(ranks.total([float(norm) if ranks.master else 0.0])[0])
     torch.nn.utils.clip_grads_with_norm_(params, grad_clip or math.inf, norm, foreach=foreach)
     return norm.item()
@@ -168,13 +168,13 @@ def run(t: setup.Training) -> None:
     iter_num = t.iter_num
     model.train()
     while True:
-        # enter the phase of this iteration: when it changes, all sparse layers change over
+        # enter the phase of this iteration: if it changes, switch all sparse layers to dense or back
         is_sparse = phase.enter(model, iter_num)
         row = {"iter": iter_num, "phase": "sparse" if is_sparse else "dense", "elapsed_s": round(t.log.elapsed, 3)}
         stopping = bool(ranks.maximum(stop.received is not None)) and iter_num < max_iters
         last = iter_num >= max_iters or stopping or eval_only
 
-        # once in a while: evaluate; at the end also as the model would be deployed
+        # once in a while: evaluate; at the end also with pruned weights, as for 2:4 inference
         if not stopping and (last or (eval_interval and iter_num % eval_interval == 0)):
             row["val_loss"] = evaluate(t)
             if last and t.linears:
@@ -186,7 +186,7 @@ def run(t: setup.Training) -> None:
             break
         t.log.start_step()
 
-        # set the learning rate; let sparse layers do what their method does before a step
+        # set the learning rate; run what the method does before each step
         row["lr"] = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
@@ -197,7 +197,7 @@ def run(t: setup.Training) -> None:
         for micro_step in range(local_steps):
             micro_batch = micro_step * ranks.world_size + ranks.rank
             is_spare = micro_batch >= gradient_accumulation_steps
-            if is_spare:  # fewer micro-batches than ranks are left: repeat one with weight 0, so that collectives match
+            if is_spare:  # fewer micro-batches than ranks are left: repeat one, weight 0, so that collectives match
                 micro_batch -= ranks.world_size
             x, y = t.train_data.windows(batch_starts(t.train_data, iter_num, micro_batch), t.device)
             seed_draws(model, seed, iter_num, micro_batch)
@@ -207,16 +207,16 @@ def run(t: setup.Training) -> None:
                     _, loss = t.forward(x, y)
                 scaler.scale(loss * 0 if is_spare else loss / local_share).backward()
             if not is_spare:
-                losses.append(loss.detach().clone())  # a CUDA graph overwrites its own result
+                losses.append(loss.detach().clone())  # a CUDA graph will overwrite `loss`
         # clip the gradients
         scaler.unscale_(optimizer)
         row["grad_norm"] = clip_gradients(model, ranks)
-        # skip the step if a gradient is not finite; warn of losses that stand out
+        # skip the step if a gradient is not finite; warn of unusual losses
         losses = torch.stack(losses).tolist()
         finite = t.guard.check(row, losses, functools.partial(batch_starts, t.train_data, iter_num))
-        # end the dense start, where the method's optimizer has a rule for it
+        # end the dense start, if the method's optimizer has a rule for it
         phase.end_dense_start(iter_num)
-        # masked decay, then AdamW; around them, once in a while, measure the flip rate
+        # masked decay, then AdamW; once in a while measure the flip rate of this step
         log_now = iter_num % log_interval == 0 or iter_num == phase.dense_start or "val_loss" in row or not finite
         t.flips.before_step(row, log_now, finite)
         if finite:
@@ -235,16 +235,16 @@ def run(t: setup.Training) -> None:
     t.log.close(row, stopping, t.saver.best_val_loss)
     ranks.leave()
     if stopping and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        sys.exit(128 + signal.SIGTERM)  # status 0 would tell torchrun that the run is done, on the remaining nodes too
+        sys.exit(128 + signal.SIGTERM)  # status 0 would tell torchrun on all nodes that the run is finished
 
 
 def main() -> None:
     overrides = configure_or_exit(globals(), sys.argv[1:])
-    errors = (*setup.ERRORS, ValueError, ImportError)  # what is wrong before the first step is one line to the user
+    errors = (*setup.ERRORS, ValueError, ImportError)  # before the first step an error is one line to the user
     with contextlib.ExitStack() as resources:
         try:
             t = setup.begin(globals(), overrides, resources)
-            errors = setup.ERRORS  # a ValueError in the loop is a bug of ours, and shows its traceback
+            errors = setup.ERRORS  # a ValueError in the loop is a bug: show its traceback
             if t is not None:
                 run(t)
         except errors as error:

@@ -1,1 +1,1 @@
-"""One paper, one file: what a method of 2:4 training does differently from FST. README.md here says how to add one."""
+"""One file for each paper: how its method of 2:4 training differs from FST. README.md says how to add a method."""

@@ -1,12 +1,12 @@
 """Bi-directional masks for N:M sparse training, Bi-Mask (Zhang et al., ICML 2023).
 
-M is row-wise 2:4 by magnitude, searched every step, and dX has a second mask B: of the rows of W*M, in the order of a
-permutation, the two largest of four along out.
+M is row-wise 2:4 by magnitude, new every step. dX has a second mask B. It permutes the rows of W*M and keeps the two
+largest of each four along out.
 
     Z  = X (W*M)^T        dX = dZ (W*M*B)        g <- clipped dW + decay * ~M * W
 
-Every 100 steps the permutation becomes the one under which B keeps most of M, among 100 random ones and the present
-one.
+Every 100 steps the permutation is searched among 100 random ones and the current one. The best one lets B keep the
+largest part of M.
 """
 
 import numpy as np
@@ -15,13 +15,13 @@ import torch
 from sparse24 import Recipe, Sparse24Linear, expand_pairs, pair_index, seed_words, whole
 
 SEARCH_INTERVAL = 100  # steps between searches
-CANDIDATES = 100  # random permutations of a search
-_TAG = 4  # keeps these random numbers apart from those for MVUE and from train.py's
+CANDIDATES = 100  # random permutations per search
+_TAG = 4  # makes these random numbers independent of those for MVUE and in train.py
 
 
 class BiMaskLinear(Sparse24Linear):
-    """A Sparse24Linear with a backward mask of its own. The state_dict holds it: `.permutation`, int64 (out,), is the
-    order in which the rows are taken, and `.index_t`, uint8 (in, out/4), says which pair of each four is kept."""
+    """A Sparse24Linear with a backward mask. The state_dict holds it: `.permutation`, int64 (out,), is the order of the
+    rows, and `.index_t`, uint8 (in, out/4), is the pair that each four of these rows keep."""
 
     def make_state(self) -> None:
         super().make_state()
@@ -44,13 +44,13 @@ class BiMaskLinear(Sparse24Linear):
 
     @torch.no_grad()
     def begin_step(self, seed: int, iter_num: int, number: int) -> None:
-        """Once in SEARCH_INTERVAL steps: search the permutation."""
+        """Search the permutation, once in SEARCH_INTERVAL steps."""
         if iter_num % SEARCH_INTERVAL:
             return
         words = seed_words(1, seed, iter_num, number, _TAG)
         generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-        drawn = [torch.randperm(self.out_features, generator=generator) for _ in range(CANDIDATES)]
-        candidates = torch.stack([self.permutation, *torch.stack(drawn).to(self.permutation.device)])
+        random = torch.stack([torch.randperm(self.out_features, generator=generator) for _ in range(CANDIDATES)])
+        candidates = torch.stack([self.permutation, *random.to(self.permutation.device)])
         mask_t = self.mask.t()
         counts = [mask_t[:, order].unflatten(1, (-1, 4)).sum(-1).clamp(max=2).sum() for order in candidates]
         self.permutation.copy_(candidates[torch.stack(counts).argmax()])

@@ -1,7 +1,5 @@
-"""Slow, plain computations that the tests of sparse24.py and methods/ compare with, and small seeded layers.
-
-Nothing of the code under test makes an expected value.
-"""
+"""Slow, plain computations that the tests of sparse24.py and methods/ compare with, and small seeded layers. The code
+under test computes no expected value."""
 
 import itertools
 import math
@@ -12,17 +10,21 @@ import torch.nn as nn
 from sparse24 import MaskedDecayAdamW, Sparse24Linear, get_recipe, sparsify
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def lognormal(*shape, sigma, seed=0):
-    sign = 2.0 * torch.randint(2, shape, generator=torch.Generator().manual_seed(seed + 1)) - 1
+    sign = 2.0 * torch.randint(2, shape, generator=generator(seed + 1)) - 1
     return sign * (sigma * normal(*shape, seed=seed, dtype=torch.float32)).exp()
 
 
 def layouts(base):
-    """Views of many strides, each of a shape that the operators take; base is (16, 24)."""
+    """Views of many strides, all of shapes that the operators take; base is (16, 24)."""
     return {
         "transposed": base.t()[:, :16],
         "column-major": base.t().contiguous().t(),
@@ -46,7 +48,7 @@ def make(recipe, out=8, features=12, seed=0) -> Sparse24Linear:
 
 
 def run(layer, seed=5, tokens=8):
-    """x, dZ, Z, and the gradients dX and dW that the layer gives."""
+    """x, dZ, Z, and the layer's gradients dX and dW."""
     x = normal(tokens, layer.in_features, seed=seed).requires_grad_()
     dz = normal(tokens, layer.out_features, seed=seed + 1)
     layer.weight.grad = None
@@ -90,11 +92,8 @@ def optimizer_for(model, recipe="fst", **decay):
 
 
 def adamw(w, gradients, lr=0.1, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.2, change=None, frozen_from=math.inf):
-    """AdamW in float64: the weights after each step.
-
-    change: makes (w, g) of (w, g, step number) before each step, as masked decay does. frozen_from: the step after
-    which the bias-corrected second moments stay.
-    """
+    """AdamW in float64: the weights after each step. change: a function of (w, g, step number) that returns the (w, g)
+    to use, as masked decay does. frozen_from: the step after which the bias-corrected second moments are frozen."""
     w, m, v, after = w.double().clone(), 0.0, 0.0, []
     for t, g in enumerate(gradients, start=1):
         w, g = change(w, g.double(), t) if change else (w, g.double())

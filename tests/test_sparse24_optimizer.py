@@ -1,4 +1,4 @@
-"""MaskedDecayAdamW: where the decay enters, by hand, and that it is torch's AdamW otherwise."""
+"""MaskedDecayAdamW: masked decay by hand, torch's AdamW without it."""
 
 import copy
 import io
@@ -22,15 +22,10 @@ def optimizer_of(model, masked_decay=0.3, **options):
 
 
 def set_gradients(model, step=0, scale=1.0):
-    """Returns copies of the gradients that it sets."""
+    """Set seeded gradients, and return copies of them."""
     for i, p in enumerate(model.parameters()):
         p.grad = scale * normal(*p.shape, seed=1000 * (step + 1) + i, dtype=torch.float32)
     return [p.grad.clone() for p in model.parameters()]
-
-
-def set_zero_gradients(model):
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
 
 
 def parameters_of(model):
@@ -47,10 +42,10 @@ def equal(tensors, others):
 
 @KINDS
 def test_step_is_adamw_on_gradients_with_masked_decay(implementation):
-    """Eq. 10 enters the gradient, hence both moments; pruned entries only, once per step, by the current mask."""
+    """Eq. 10 changes the gradient, hence both moments, of pruned entries, once per step, by the current mask."""
     model, decay = make_mlp(), 0.3
     with torch.no_grad():
-        model[0].weight.copy_(normal(16, 8, seed=40))  # its mask is stale: just that one counts
+        model[0].weight.copy_(normal(16, 8, seed=40))  # its mask is stale, and is used
     masks, start = [model[0].mask, None, model[2].mask, None], parameters_of(model)
     optimizer, gradients = optimizer_of(model, decay, weight_decay=0.1, **implementation), []
     for step in range(3):
@@ -66,7 +61,7 @@ def test_step_is_adamw_on_gradients_with_masked_decay(implementation):
 
 
 def test_decay_on_weight_is_sr_stes():
-    """Eq. 8: w -= lr * decay * ~mask * w first, with each group's own lr, then Adam on the plain gradient."""
+    """Eq. 8: first w -= lr * decay * ~mask * w, with each group's lr, then Adam on the plain gradient."""
     model, decay, lrs = make_mlp(), 0.3, (0.1, 0.02)
     start, masks = parameters_of(model), [model[0].mask, None, model[2].mask, None]
     groups = [{"params": model[i].parameters(), "lr": lr} for i, lr in zip((0, 2), lrs, strict=True)]
@@ -83,12 +78,7 @@ def test_decay_on_weight_is_sr_stes():
 
 @pytest.mark.parametrize(
     "implementation",
-    [
-        {},
-        {"fused": True},
-        pytest.param({"foreach": True}, marks=pytest.mark.slow),
-        pytest.param({"amsgrad": True}, marks=pytest.mark.slow),
-    ],
+    [{}, {"fused": True}, *(pytest.param({name: True}, marks=pytest.mark.slow) for name in ("foreach", "amsgrad"))],
     ids=str,
 )
 @pytest.mark.parametrize("case", ["no decay", "no sparse layer", "dense phase"])
@@ -108,26 +98,28 @@ def test_without_decay_it_is_torchs_adamw(case, implementation, decay_on):
     assert equal(model.parameters(), other.parameters())
 
 
-def test_dense_phase_is_per_layer_and_ends_the_decay():
-    model = make_mlp()
-    model[0].sparse = False
-    before = set_gradients(model)
-    optimizer_of(model).step()
-    changed = [not torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True)]
-    assert changed == [False, False, True, False]
-
-
-def test_the_factor_may_change_and_the_learning_rate_does_not_matter():
+def test_the_factor_may_change_and_the_learning_rate_and_dense_layers_do_not_matter():
     model = make_mlp()
     groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.0}]
     optimizer = MaskedDecayAdamW(groups, model, masked_decay=0.0)
     for optimizer.masked_decay in (0.0, 0.25, 2.0):
-        set_zero_gradients(model)
+        model[0].sparse = optimizer.masked_decay < 2
+        set_gradients(model, scale=0.0)
         start = parameters_of(model)
         optimizer.step()
         for i, layer in ((0, model[0]), (2, model[2])):
-            assert torch.allclose(layer.weight.grad, optimizer.masked_decay * ~layer.mask * start[i])
+            assert torch.allclose(layer.weight.grad, layer.sparse * optimizer.masked_decay * ~layer.mask * start[i])
         assert torch.equal(model[2].weight, start[2])
+
+
+def test_a_weight_that_two_layers_share_decays_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    sparsify(model, "fst", ["0", "1"])
+    assert model[1].weight is model[0].weight
+    set_gradients(model, scale=0.0)
+    optimizer_of(model, 0.5, lr=0.0).step()
+    assert torch.allclose(model[0].weight.grad, 0.5 * ~model[0].mask * model[0].weight)
 
 
 def test_weights_without_gradient_or_group_are_left_alone():
@@ -142,22 +134,11 @@ def test_weights_without_gradient_or_group_are_left_alone():
     assert unchanged == [True, False, True, True]
 
 
-def test_a_weight_that_two_layers_share_decays_once():
-    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
-    second.weight = first.weight
-    model = nn.Sequential(first, second)
-    sparsify(model, "fst", lambda name, module: True)
-    assert model[1].weight is model[0].weight
-    set_zero_gradients(model)
-    optimizer_of(model, 0.5, lr=0.0).step()
-    assert torch.allclose(model[0].weight.grad, 0.5 * ~model[0].mask * model[0].weight)
-
-
 @KINDS
 @pytest.mark.parametrize("unscale", [True, False])
 @EITHER
 def test_decay_comes_after_grad_scalers_unscaling(implementation, unscale, decay_on):
-    """Were it added to the scaled gradient it would be 2^16 times too weak: the predecessors, without clipping."""
+    """Added to the scaled gradient it would be 2^16 times too weak."""
     model, other = make_mlp(), make_mlp()
     ours, plain = (optimizer_of(m, decay_on=decay_on, **implementation) for m in (model, other))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
@@ -184,14 +165,12 @@ def test_decay_comes_after_grad_scalers_unscaling(implementation, unscale, decay
     "arguments", [{"masked_decay": -1.0}, {"masked_decay": math.nan}, {"decay_on": "moments"}], ids=str
 )
 def test_arguments_out_of_range_are_refused(arguments):
-    with pytest.raises(
-        ValueError, match=r"MaskedDecayAdamW: masked_decay=.*, decay_on=.*; need a factor of at least 0"
-    ):
+    with pytest.raises(ValueError, match=r"MaskedDecayAdamW: masked_decay=.*, decay_on=.*; need a factor of at least"):
         optimizer_of(make_mlp(), **arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As an optimizer of torch's
+# The interface of torch's optimizers
 
 
 def test_closure_is_called_once_before_the_decay():
@@ -215,10 +194,12 @@ def test_closure_is_called_once_before_the_decay():
 
 
 def test_step_hooks_run_once_and_learning_rate_schedules_work():
-    """Also where a plain AdamW was made before in the same process: torch then wraps its step too."""
-    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # from now on torch wraps the step of AdamW too
     model, calls = make_mlp(), []
-    optimizer = optimizer_of(model, lr=1.0)
+    optimizer = MaskedDecayAdamW(model.parameters(), model, 1.0, (0.8, 0.95), masked_decay=0.1, eps=1e-6)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"]) == (1.0, (0.8, 0.95), 1e-6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 * (step + 1))
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -226,15 +207,7 @@ def test_step_hooks_run_once_and_learning_rate_schedules_work():
     optimizer.step()
     schedule.step()
     assert calls == ["before", "after"]
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
-
-
-def test_it_takes_torchs_arguments():
-    model = make_mlp()
-    optimizer = MaskedDecayAdamW(model.parameters(), model, 0.02, (0.8, 0.95), masked_decay=0.1, eps=1e-6)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.8, 0.95), 1e-6)
+    assert group["lr"] == pytest.approx(0.2)
 
 
 def train(model, optimizer, steps):
@@ -254,7 +227,7 @@ def train(model, optimizer, steps):
 
 
 def test_training_lowers_the_loss_and_resumes_bit_for_bit():
-    """Stopped between two mask refreshes and gone on from a file of the state_dicts, it ends in the same weights."""
+    """A run stopped between two mask refreshes and resumed from a file of the state_dicts ends in the same weights."""
     model, file = make_mlp(), io.BytesIO()
     optimizer = optimizer_of(model, 1e-3, lr=0.02)
     losses = train(model, optimizer, range(30))
@@ -272,7 +245,7 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# runtime.health.decay_ratio: the size of the decay beside that of the gradient
+# runtime.health.decay_ratio: the norm of the decay divided by that of the gradient
 
 
 def test_decay_ratio_by_hand():

@@ -1,4 +1,4 @@
-"""train.py and the methods: phases, frozen moments, permutations, the flip rate's health; runs that were stopped."""
+"""Runs of train.py with each method: phases, resuming, validation loss after pruning, flip rates and their warnings."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import SETTINGS, read_rows, read_state, row_differences, state_differences
+from harness import SETTINGS, read_rows, read_state, row_differences, state_differences, stop_at
 
 import methods.bi_mask
 import methods.step
@@ -20,14 +20,14 @@ MAX_ITERS = SETTINGS["max_iters"]
 
 @pytest.fixture(scope="module")
 def dense(run, tmp_path_factory):
-    """The folder of a dense run that measured its flip rate at every step."""
+    """The folder of a dense run with flip rates of every step."""
     out = tmp_path_factory.mktemp("dense") / "out"
     run(out, sparse="none", flip_interval=1)
     return out
 
 
 def as_recipe(name, **changes):
-    """Settings that leave this recipe as it is; the harness sets these for fst."""
+    """Settings that leave this recipe unchanged. (The harness has settings for fst.)"""
     recipe = get_recipe(name)
     fields = ("mask_interval", "masked_decay", "mvue", "dense_finetune")
     return {"sparse": name, **{field: getattr(recipe, field) for field in fields}, "dense_start": -1, **changes}
@@ -35,10 +35,6 @@ def as_recipe(name, **changes):
 
 def phases(out):
     return [row["phase"] for row in read_rows(out)]
-
-
-def stop_at(iter_num):
-    return {"kind": "signal", "signal": "SIGTERM", "iter_num": iter_num, "micro_batch": 1}
 
 
 FIRST_AND_LAST = as_recipe("fst", dense_pretrain=0.25, mask_interval=5, masked_decay=1e-2)
@@ -57,7 +53,7 @@ FIRST_AND_LAST = as_recipe("fst", dense_pretrain=0.25, mask_interval=5, masked_d
     ],
     ids=lambda value: value["sparse"] if isinstance(value, dict) else str(value),
 )
-def test_a_run_that_was_stopped_ends_in_the_same_bits(run, tmp_path, monkeypatch, settings, stop):
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(run, tmp_path, monkeypatch, settings, stop):
     monkeypatch.setattr(methods.bi_mask, "SEARCH_INTERVAL", 4)
     monkeypatch.setitem(RECIPES, "s_ste", replace(RECIPES["s_ste"], fp8=stop == 17))
     settings = settings | {"flip_interval": 3}
@@ -109,14 +105,18 @@ def test_a_resumed_run_keeps_the_masks_and_phases_that_it_began_with(refused, ru
     ],
     ids=str,
 )
-def test_a_method_that_cannot_be_is_refused(refused, tmp_path, changes, message):
+def test_settings_that_a_method_cannot_have_are_refused(refused, tmp_path, changes, message):
     assert message in refused(tmp_path / "out", **changes)
 
 
-def test_it_is_said_what_a_recipe_is_changed_in(run, tmp_path):
+def test_a_run_prints_how_its_settings_differ_from_the_recipe_and_measures_no_gemms_without_a_plan(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(setup, "plan_gemms", lambda *_: pytest.fail("measured"))
     text = run(tmp_path / "out", **as_recipe("bi_mask", masked_decay=6e-5, mask_interval=40, max_iters=1))
     assert "unlike bi_mask's own: mask_interval=40 (1), masked_decay=6e-05 (0.0002)\n" in text
-    assert "unlike" not in run(tmp_path / "own", **as_recipe("bi_mask", max_iters=1))
+    assert "unlike" not in run(tmp_path / "own", **as_recipe("bi_mask", max_iters=1, spmm="dense"))
+    assert (tmp_path / "own" / "ckpt.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,15 +124,15 @@ def test_it_is_said_what_a_recipe_is_changed_in(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_steps_rule_switches_when_moments_settle_and_by_half_time(run, tmp_path, monkeypatch):
-    run(tmp_path / "late", **as_recipe("step"))  # these moments do not settle
+def test_step_switches_when_moments_settle_and_at_half_time_at_the_latest(run, tmp_path, monkeypatch):
+    run(tmp_path / "late", **as_recipe("step"))  # moments do not settle
     assert phases(tmp_path / "late") == ["dense"] * 16 + ["sparse"] * 17
     calls = []
     monkeypatch.setattr(methods.step.StepAdamW, "dense_start_done", lambda self: calls.append(0) or len(calls) > 9)
     run(tmp_path / "settled", **as_recipe("step"))
     assert phases(tmp_path / "settled") == ["dense"] * 10 + ["sparse"] * 23
     calls += [0] * 9
-    run(tmp_path / "early", **as_recipe("step", dense_pretrain=0.25))  # settled at once, but waits for this share
+    run(tmp_path / "early", **as_recipe("step", dense_pretrain=0.25))  # settled at once, but not before this share
     assert phases(tmp_path / "early") == ["dense"] * 8 + ["sparse"] * 25
 
 
@@ -145,15 +145,15 @@ def test_steps_second_moments_stay_from_the_switch_on(run, tmp_path):
     assert [(moments["frozen_step"], int(moments["step"])) for moments in frozen] == [(16, MAX_ITERS)] * 4
 
 
-def test_all_ranks_switch_where_one_finds_moments_settled(run, tmp_path, monkeypatch):
-    """The other rank's answer, yes, is handed over in place of a reduction; it is the only float that is reduced."""
+def test_all_ranks_switch_if_moments_settle_on_one(run, tmp_path, monkeypatch):
+    """The patched reduction returns the other rank's yes. No other value that is reduced is a float."""
     monkeypatch.setattr(methods.step.StepAdamW, "dense_start_done", lambda self: 0.0)
     monkeypatch.setattr(ranks.Ranks, "maximum", lambda self, value: 1 if isinstance(value, float) else value)
     run(tmp_path / "out", **as_recipe("step"))
     assert read_state(tmp_path / "out")["sparse_start"] == 3
 
 
-def test_bi_mask_searches_its_permutations_at_its_interval_with_the_runs_seed(run, tmp_path, monkeypatch):
+def test_bi_mask_searches_permutations_at_its_interval_with_the_runs_seed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(methods.bi_mask, "SEARCH_INTERVAL", 4)
     keys, words = [], methods.bi_mask.seed_words
     monkeypatch.setattr(methods.bi_mask, "seed_words", lambda n, *key: keys.append(key[:3]) or words(n, *key))
@@ -166,7 +166,7 @@ def test_bi_mask_searches_its_permutations_at_its_interval_with_the_runs_seed(ru
 
 
 @pytest.mark.slow
-def test_a_dense_start_gives_s_ste_the_beta_of_the_weights_it_begins_with(run, tmp_path, monkeypatch):
+def test_after_a_dense_start_beta_of_s_ste_fits_the_weights(run, tmp_path, monkeypatch):
     begun, refresh = [], sparse24.Sparse24Linear.refresh
 
     def counted(layer, begin=False):
@@ -176,33 +176,21 @@ def test_a_dense_start_gives_s_ste_the_beta_of_the_weights_it_begins_with(run, t
 
     monkeypatch.setattr(sparse24.Sparse24Linear, "refresh", counted)
     run(tmp_path / "out", **as_recipe("s_ste", dense_pretrain=0.25))
-    assert len(begun) == 4
-    assert all(beta == fitted for beta, fitted in begun)
-    state = read_state(tmp_path / "out")["model"]
-    assert [float(v) for name, v in state.items() if name.endswith("beta")] == [beta for beta, _ in begun]
-
-
-def test_soft_masks_follow_every_step(run, tmp_path):
-    run(tmp_path / "out", **as_recipe("s_ste", max_iters=5))
     state = read_state(tmp_path / "out")["model"]
     indices = {name: index for name, index in state.items() if name.endswith("index")}
     assert len(indices) == 4
-    for name, index in indices.items():
+    for name, index in indices.items():  # soft masks are new every step
         assert torch.equal(expand_pairs(index), mask24(state[name.replace("index", "weight")]))
-
-
-@pytest.mark.parametrize("spmm", ["auto", "dense"])
-def test_no_gemms_are_measured_for_what_takes_no_plan(run, tmp_path, monkeypatch, spmm):
-    monkeypatch.setattr(setup, "plan_gemms", lambda *_: pytest.fail("measured"))
-    run(tmp_path / "out", **as_recipe("bi_mask", max_iters=1, spmm=spmm))
-    assert (tmp_path / "out" / "ckpt.pt").exists()
+    assert len(begun) == 4
+    assert all(beta == fitted for beta, fitted in begun)
+    assert [float(v) for name, v in state.items() if name.endswith("beta")] == [beta for beta, _ in begun]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As deployed
+# Validation loss with pruned weights
 
 
-def test_the_loss_as_deployed_is_that_of_pruned_weights_and_changes_none(run, tmp_path):
+def test_the_pruned_loss_is_that_of_pruned_weights_and_changes_none(run, tmp_path):
     out = tmp_path / "pruned"
     run(tmp_path / "out", sparse="none")
     row, state = read_rows(tmp_path / "out")[-1], read_state(tmp_path / "out")
@@ -218,22 +206,15 @@ def test_the_loss_as_deployed_is_that_of_pruned_weights_and_changes_none(run, tm
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_sparse_is_deployed_as_it_is(run, tmp_path, monkeypatch):
+def test_a_run_that_ends_sparse_is_not_pruned_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "hard_pruned", lambda linears: pytest.fail("nothing needs pruning"))
     run(tmp_path / "out", **as_recipe("s_ste"))
     row = read_rows(tmp_path / "out")[-1]
     assert row["val_loss_24"] == row["val_loss"]
 
 
-def test_a_run_in_the_middle_can_be_evaluated_as_deployed(run, tmp_path):
-    settings = {"sparse": "none", "max_iters": 9}
-    run(tmp_path / "out", stop_at(5), **settings)
-    found = re.search(r"val (\S+), hard-pruned to 2:4 (\S+)\n", run(tmp_path / "out", **settings, eval_only=True))
-    assert found[1] != found[2]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The flip rate and its health
+# Flip rates
 
 
 def test_the_flip_rate_is_that_of_the_ffns(run, tmp_path):
@@ -245,13 +226,8 @@ def test_the_flip_rate_is_that_of_the_ffns(run, tmp_path):
     assert read_rows(tmp_path / "1")[0]["flip_rate"] == expected > 0
 
 
-def test_widths_that_no_mask_fits_have_no_flip_rate(run, tmp_path):
-    run(tmp_path / "out", sparse="none", ffn_ratio=66 / 32, flip_interval=1, max_iters=1)
-    assert [row["flip_rate"] for row in read_rows(tmp_path / "out")] == [None, None]
-
-
 @pytest.mark.parametrize("settings", [{"sparse": "none"}, {"dense_start": 3}], ids=["dense", "sparse"])
-def test_runs_count_the_flips_of_the_masks_that_are_asked_for(run, tmp_path, settings):
+def test_flip_mask_chooses_the_masks_and_changes_no_weight(run, tmp_path, settings):
     for kind in ("auto", "row"):
         run(tmp_path / kind, flip_mask=kind, flip_interval=1, max_iters=3, **settings)
     auto, row = (read_rows(tmp_path / kind)[:-1] for kind in ("auto", "row"))
@@ -266,22 +242,15 @@ def test_decay_on_weights_has_no_ratio_to_a_gradient(run, tmp_path):
 
 
 def warned(text):
-    """The iterations at which a run's output warns of its flip rate."""
+    """The iterations of the flip-rate warnings in a run's output."""
     pattern = r"^warning, iteration (\d+): the flip rate is .* times the dense run's, .*masked_decay"
     return [int(i) for i in re.findall(pattern, text, re.M)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rate", "expected"), [(1e-9, [SETTINGS["warmup_iters"] + 4]), (1.0, [])])
-def test_an_exploding_flip_rate_is_warned_of_once(run, dense, tmp_path, monkeypatch, rate, expected):
-    monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: rate)
-    assert warned(run(tmp_path / "out", flip_reference=str(dense), flip_interval=1)) == expected
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 10, 14])
-def test_warnings_count_sparse_steps_alone_and_go_on_after_a_stop(run, dense, tmp_path, monkeypatch, stop):
-    """Sparse from 8 on, so that the fifth flip rate to compare is that of step 12."""
+def test_warnings_count_only_sparse_steps_and_continue_after_a_stop(run, dense, tmp_path, monkeypatch, stop):
+    """The run is sparse from step 8 on, so step 12 has the fifth flip rate to compare."""
     monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
     settings = as_recipe("fst", dense_pretrain=0.25, flip_reference=str(dense), flip_interval=1)
     first, second = run(tmp_path / "out", stop_at(stop), **settings), run(tmp_path / "out", **settings)
@@ -295,7 +264,7 @@ def test_a_reference_of_another_model_is_refused(refused, dense, tmp_path):
     assert "flip_mask=row (there transposable)" in message
 
 
-def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp_path, monkeypatch):
+def test_the_flip_rate_must_fall_until_the_learning_rate_stops_decaying(run, tmp_path, monkeypatch):
     made, watch = [], health.FlipWatch
     monkeypatch.setattr(setup, "FlipWatch", lambda *args: made.append(args) or watch(*args))
     for changes in ({"lr_decay_iters": 99}, {"lr_decay_iters": 99, "decay_lr": False}):
@@ -303,10 +272,9 @@ def test_a_flip_rate_has_to_fade_by_the_end_of_the_learning_rates_decay(run, tmp
     assert made == [(SETTINGS["warmup_iters"], 99, None), (SETTINGS["warmup_iters"], 1, None)]
 
 
-def test_other_ranks_than_the_first_say_and_write_nothing(run, dense, tmp_path, monkeypatch):
-    """Not even warnings."""
+def test_only_rank_0_prints_warnings_and_writes(run, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
     monkeypatch.setattr(setup, "start_ranks", lambda device: ranks.Ranks(1, 0, 1))
-    monkeypatch.setattr(setup, "plan_gemms", lambda *_: (None, None))  # rank 0 would have answered
+    monkeypatch.setattr(setup, "plan_gemms", lambda *_: (None, None))  # there is no rank 0 to answer
     assert run(tmp_path / "out", flip_reference=str(dense), flip_interval=1, max_iters=12, dense_start=12) == ""
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Bi-Mask: two masks, one for each direction, and the search for the permutation of the second."""
+"""Bi-Mask: the forward and the backward mask, and the search of the permutation."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn as nn
 from by_hand import close, make, normal, run, top2
 
 import methods.bi_mask
+import sparse24
 import train
 from methods.bi_mask import RECIPE, BiMaskLinear
 from sparse24 import Sparse24Linear, begin_step, get_recipe, refresh_masks, seed_draws
@@ -44,12 +45,8 @@ def test_it_is_2_4_along_inputs_forward_and_along_outputs_backward():
     close(z, x @ torch.where(forward, layer.weight, 0).detach().t())
     close(dx, dz @ torch.where(backward, layer.weight, 0).detach())
     close(dw, dz.t() @ x)
-
-
-def test_both_masks_follow_the_weights():
-    layer = make("bi_mask")
-    with torch.no_grad():
-        layer.weight.copy_(normal(8, 12, seed=77))
+    with torch.no_grad():  # both masks follow the weights
+        layer.weight.copy_(normal(16, 12, seed=77))
     refresh_masks(layer)
     assert torch.equal(layer.mask, top2(layer.weight))
     assert torch.equal(layer.backward_mask, backward_by_hand(layer))
@@ -65,17 +62,17 @@ def searched(seed, iter_num, weights=(4, 4), phases=(True, True)):
 
 def test_permutations_are_a_function_of_seed_iteration_and_layer():
     first, second = searched(7, 100)
-    assert not torch.equal(first, second)  # same weights, each layer has its own draws
+    assert not torch.equal(first, second)  # same weights, different draws
     assert torch.equal(second, searched(7, 100)[1])
     assert not torch.equal(second, searched(8, 100)[1])
     assert not torch.equal(second, searched(7, 200)[1])
     unchanged, alone = searched(7, 100, phases=(False, True))
-    assert torch.equal(unchanged, torch.arange(32))  # nothing is searched in a dense phase
-    assert torch.equal(alone, second)  # but the layer is counted
+    assert torch.equal(unchanged, torch.arange(32))  # no search in a dense phase
+    assert torch.equal(alone, second)  # but the layer keeps its number
     assert torch.equal(searched(7, 101)[0], torch.arange(32))  # between two searches
 
 
-def test_the_search_takes_the_best_of_a_hundred_permutations_and_the_present_one(monkeypatch):
+def test_the_search_takes_the_best_of_a_hundred_permutations_and_the_current_one(monkeypatch):
     layer, drawn, randperm = make("bi_mask", out=16), [], torch.randperm
     mask = top2(layer.weight)
 
@@ -92,13 +89,11 @@ def test_the_search_takes_the_best_of_a_hundred_permutations_and_the_present_one
     best = layer.permutation.clone()
     assert count(best) == max(count(order) for order in drawn) > count(torch.arange(16))
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
-    begin_step(layer, 3, 100)  # all that is drawn is worse
+    begin_step(layer, 3, 100)  # every draw is worse
     assert torch.equal(layer.permutation, best)
 
 
-def test_permutations_have_random_numbers_of_their_own(monkeypatch):
-    import sparse24
-
+def test_permutations_share_no_random_numbers(monkeypatch):
     keys, words = [], sparse24.seed_words
     for module in (sparse24, methods.bi_mask):
         monkeypatch.setattr(module, "seed_words", lambda n, *key: keys.append(key) or words(n, *key))

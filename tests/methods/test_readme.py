@@ -1,4 +1,4 @@
-"""methods/README.md: its example is a file like any other in methods/, which trains, resumes and samples."""
+"""methods/README.md: its example trains, resumes and samples; files that define no method are refused."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
 
 @pytest.fixture
 def write_method(tmp_path, monkeypatch):
-    """write_method(name, source): as if the file were in methods/."""
+    """write_method(name, source): a file in another folder that counts as methods/."""
     folder = tmp_path / "methods"
     folder.mkdir()
     monkeypatch.setattr(methods.__spec__, "submodule_search_locations", [*methods.__path__, str(folder)])
@@ -76,7 +76,7 @@ def test_the_example_trains_resumes_and_samples(write_method, run, tmp_path, mon
     ],
     ids=["no RECIPE", "another name", "no recipe", "no file"],
 )
-def test_a_file_that_is_no_method_is_refused_in_one_line(write_method, run, source, message):
+def test_a_file_that_defines_no_method_is_refused_in_one_line(write_method, run, source, message):
     if source is not None:
         write_method("mine", source)
     with pytest.raises(ValueError, match=message):
@@ -105,7 +105,7 @@ def test_every_method_opens_with_its_equations_and_has_a_recipe_of_its_name():
         assert get_recipe(path.stem).name == path.stem
 
 
-def test_the_readme_names_the_hooks_there_are():
+def test_the_readme_names_existing_hooks():
     hooks = re.findall(r"^\| (layer|optimizer) \| `(\w+)", README, re.MULTILINE)
     classes = {"layer": Sparse24Linear, "optimizer": MaskedDecayAdamW}
     assert len(hooks) == 9

@@ -1,4 +1,4 @@
-"""STEP: frozen second moments and AutoSwitch, against hand-computed steps."""
+"""STEP: frozen second moments and AutoSwitch, compared with steps by hand."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def test_second_moments_freeze_once_the_layer_is_sparse():
             frozen = optimizer.state[layer.weight]["exp_avg_sq"].clone()
         plain.weight.grad = h.clone()
         step(layer, optimizer, g, sparse=t >= 3)
-        assert torch.equal(layer.weight.grad, g)  # it is back
+        assert torch.equal(layer.weight.grad, g)  # restored
         close(layer.weight.detach(), expected[t])
         close(plain.weight.detach(), expected_plain[t])
     assert torch.equal(optimizer.state[layer.weight]["exp_avg_sq"], frozen)
@@ -61,7 +61,7 @@ def test_frozen_second_moments_go_with_every_kind_of_decay(decay_on):
         close(layer.weight.detach(), expected[t])
 
 
-def test_a_loaded_optimizer_goes_on_as_if_it_had_never_stopped():
+def test_a_loaded_optimizer_continues_with_the_same_steps():
     layers = [make("step") for _ in range(3)]
     optimizers = [optimizer_for(layer, "step") for layer in layers]
     for t in range(6):
@@ -75,18 +75,18 @@ def test_a_loaded_optimizer_goes_on_as_if_it_had_never_stopped():
     assert torch.equal(layers[2].weight, layers[0].weight)
 
 
-def test_second_moments_move_again_in_a_later_dense_phase():
-    layer, found = make("step"), []
+def test_second_moments_are_updated_in_a_later_dense_phase():
+    layer, frozen_steps = make("step"), []
     optimizer = optimizer_for(layer, "step")
     for t, g in enumerate(GRADIENTS):
         step(layer, optimizer, g, sparse=t in (2, 5))
-        found.append(optimizer.state[layer.weight].get("frozen_step"))
-    assert found == [None, None, 2, None, None, 5]
+        frozen_steps.append(optimizer.state[layer.weight].get("frozen_step"))
+    assert frozen_steps == [None, None, 2, None, None, 5]
 
 
 def test_a_sparse_step_before_any_dense_one_is_refused():
     layer = make("step")
-    with pytest.raises(RuntimeError, match="frozen moments need dense steps first; raise dense_pretrain"):
+    with pytest.raises(RuntimeError, match="a sparse weight has had no dense step; need a larger dense_pretrain"):
         step(layer, optimizer_for(layer, "step"), GRADIENTS[0], sparse=True)
 
 
@@ -115,20 +115,20 @@ def test_autoswitch_waits_for_second_moments_to_settle():
         assert answer == (t >= 10 and sum(changes) / 10 < 1e-8), t
     assert answers[0] is False
     assert answers[-1] is True
-    layer.weight.grad = torch.full_like(layer.weight, math.inf)  # a step that GradScaler passes over
+    layer.weight.grad = torch.full_like(layer.weight, math.inf)  # a step that GradScaler skips
     assert optimizer.dense_start_done()
 
 
 @pytest.mark.parametrize(
-    ("gradients", "expected"),
-    [([0.0] * 12, [False] * 9 + [True] * 3), ([1.0] + [0.0] * 13, [False] * 14)],
-    ids=["nothing moves", "moments only fall"],
+    ("gradients", "beta2", "expected"),
+    [
+        ([0.0] * 12, 0.9, [False] * 9 + [True] * 3),
+        ([0.0] * 25, 0.95, [False] * 19 + [True] * 6),
+        ([1.0] + [0.0] * 13, 0.9, [False] * 14),
+    ],
+    ids=["constant moments", "a longer window", "falling moments"],
 )
-def test_autoswitch_looks_at_a_whole_window(gradients, expected):
-    assert dense_steps(gradients)[0] == expected
-
-
-def test_the_window_is_that_of_beta2():
-    answers, _, optimizer = dense_steps([0.0] * 25, betas=(0.9, 0.95))
-    assert answers == [False] * 19 + [True] * 6
-    assert len(optimizer.dense_start_log) == 20
+def test_autoswitch_averages_over_a_window_that_beta2_sets(gradients, beta2, expected):
+    answers, _, optimizer = dense_steps(gradients, betas=(0.9, beta2))
+    assert answers == expected
+    assert len(optimizer.dense_start_log) == round(1 / (1 - beta2))

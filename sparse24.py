@@ -17,6 +17,7 @@ To use 2:4 layers in another project, copy this file and kernels.py. Without ker
 runs in plain PyTorch.
 """
 
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -600,21 +601,22 @@ class Recipe:
     optimizer: type | None = None  # subclass of MaskedDecayAdamW that the method trains with; None = MaskedDecayAdamW
 
     def __post_init__(self):
+        recipe = f"Recipe {self.name!r}"
         choices = {"mask": ("transposable", "row", "soft"), "decay_on": ("grad", "weight")}
         for field, values in (choices | {"weight_gradient": ("straight", "true")}).items():
             if getattr(self, field) not in values:
-                raise ValueError(f"Recipe: {field}={getattr(self, field)!r}, need one of {', '.join(values)}")
+                raise ValueError(f"{recipe}: {field}={getattr(self, field)!r}, need one of {', '.join(values)}")
         if not 0 <= self.masked_decay < math.inf:
-            raise ValueError(f"Recipe: masked_decay={self.masked_decay}, need a finite factor of at least 0")
+            raise ValueError(f"{recipe}: masked_decay={self.masked_decay}, need a finite factor of at least 0")
         if self.mask_interval < 1:
-            raise ValueError(f"Recipe: mask_interval={self.mask_interval}, need at least 1 step")
+            raise ValueError(f"{recipe}: mask_interval={self.mask_interval}, need at least 1 step")
         for field in ("dense_finetune", "dense_pretrain", "dense_pretrain_latest"):
             if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"Recipe: {field}={getattr(self, field)}, need a fraction of max_iters from 0 to 1")
+                raise ValueError(f"{recipe}: {field}={getattr(self, field)}, need a fraction of max_iters from 0 to 1")
         for field, base in (("layer", "Sparse24Linear"), ("optimizer", "MaskedDecayAdamW")):  # defined below
             value = getattr(self, field)
             if value is not None and not (isinstance(value, type) and issubclass(value, globals()[base])):
-                raise ValueError(f"Recipe: {field}={value!r}, need a subclass of {base}, or None")
+                raise ValueError(f"{recipe}: {field}={value!r}, need a subclass of {base}, or None")
         soft, first, latest = self.mask == "soft", self.dense_pretrain, self.dense_pretrain_latest
         needs = {
             "dense_pretrain + dense_finetune <= 1": first + self.dense_finetune <= 1,
@@ -624,7 +626,7 @@ class Recipe:
         }
         unmet = [need for need, met in needs.items() if not met]
         if unmet:
-            raise ValueError(f"Recipe {self.name!r}: need {'; '.join(unmet)}")
+            raise ValueError(f"{recipe}: need {'; '.join(unmet)}")
 
     @property
     def virtual_mask(self) -> str:
@@ -658,21 +660,30 @@ def recipe_names() -> list[str]:
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
     """A recipe by name, or the recipe itself. A name that is not in RECIPES names a file: "mine" is RECIPE in
-    methods/mine.py. Raises ValueError if there is no such name or file, or if the file has no RECIPE of its name."""
+    methods/mine.py. Raises ValueError if there is no such name or file, if the file cannot be imported, or if its
+    RECIPE has another name."""
     if isinstance(recipe, Recipe):
         return recipe
+    names = recipe_names()
+    if names.count(recipe) > 1:
+        raise ValueError(f"methods/{recipe}.py has the name of a recipe in sparse24.py; rename the file and its RECIPE")
     if recipe in RECIPES:
         return RECIPES[recipe]
-    if recipe not in recipe_names():
+    if recipe not in names:
+        likely = difflib.get_close_matches(recipe, names, 1)
         raise ValueError(
-            f"recipe {recipe!r} is unknown, need one of {', '.join(recipe_names())}; "
-            "a new one is a file in methods/, see its README.md"
+            f"recipe {recipe!r} is unknown, need one of {', '.join(names)}; "
+            + (f"did you mean {likely[0]!r}?" if likely else "a new one is a file in methods/, see its README.md")
         )
-    file_recipe = getattr(importlib.import_module(f"methods.{recipe}"), "RECIPE", None)
+    try:
+        module = importlib.import_module(f"methods.{recipe}")
+    except (ImportError, SyntaxError, NameError, TypeError) as error:
+        raise ValueError(f"methods/{recipe}.py cannot be imported: {type(error).__name__}: {error}") from error
+    file_recipe = getattr(module, "RECIPE", None)
     if not isinstance(file_recipe, Recipe) or file_recipe.name != recipe:
         raise ValueError(
-            f"methods/{recipe}.py has RECIPE={file_recipe!r}, need a recipe of the file's name: "
-            f"RECIPE = Recipe({recipe!r}, ...)"
+            f"methods/{recipe}.py has no RECIPE of the file's name, need RECIPE = Recipe({recipe!r}, ...); "
+            f"there it is {getattr(file_recipe, 'name', file_recipe)!r}"
         )
     return file_recipe
 
@@ -910,9 +921,10 @@ class Sparse24Linear(nn.Linear):
         """The index matrix of the mask for the present weight, unsharded."""
         return whole(mask_index(self.weight, self.recipe.virtual_mask))
 
-    def begin_step(self, seed: int, iter_num: int, number: int) -> None:
-        """Called before every step in the sparse phase; does nothing. number: the layer's number in the model. A method
-        must derive its random numbers from these three, so that a resumed run draws the same ones."""
+    def begin_step(self, seed: int, iter_num: int, number: int, begin: bool = False) -> None:
+        """Called before every step in the sparse phase, and before its evaluation; does nothing. number: the layer's
+        number in the model. begin: True in the first step of a sparse phase. A resumed run repeats the call of its
+        first step, so a method must derive its random numbers from seed, iter_num and number."""
 
     @torch.no_grad()
     def refresh(self, begin: bool = False) -> None:
@@ -1117,11 +1129,12 @@ def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> 
     torch._foreach_copy_([layer.seed for layer in layers], list(words.unbind()))
 
 
-def begin_step(model: nn.Module, seed: int, iter_num: int) -> None:
-    """Call `begin_step` of every layer in its sparse phase. Call this once per step, before the first `seed_draws`."""
+def begin_step(model: nn.Module, seed: int, iter_num: int, begin: bool = False) -> None:
+    """Call `begin_step` of every layer in its sparse phase. Call this once per step, before the first `seed_draws`.
+    begin: whether this is the first step of a sparse phase."""
     for number, layer in enumerate(sparse_linears(model)):
         if layer.sparse:
-            layer.begin_step(seed, iter_num, number)
+            layer.begin_step(seed, iter_num, number, begin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -169,10 +169,13 @@ def run(t: setup.Training) -> None:
     model.train()
     while True:
         # enter the phase of this iteration: if it changes, switch all sparse layers to dense or back
-        is_sparse = phase.enter(model, iter_num)
+        is_sparse, begins = phase.enter(model, iter_num)
         row = {"iter": iter_num, "phase": "sparse" if is_sparse else "dense", "elapsed_s": round(t.log.elapsed, 3)}
         stopping = bool(ranks.maximum(stop.received is not None)) and iter_num < max_iters
         last = iter_num >= max_iters or stopping or eval_only
+        # let sparse layers do what their method does before a step
+        if not last:
+            begin_step(model, seed, iter_num, begins)
 
         # once in a while: evaluate; at the end also with pruned weights, as for 2:4 inference
         if not stopping and (last or (eval_interval and iter_num % eval_interval == 0)):
@@ -186,11 +189,10 @@ def run(t: setup.Training) -> None:
             break
         t.log.start_step()
 
-        # set the learning rate; run what the method does before each step
+        # set the learning rate
         row["lr"] = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
-        begin_step(model, seed, iter_num)
 
         # forward and backward: accumulate the gradients of this rank's micro-batches
         losses = []

@@ -43,7 +43,7 @@ class BiMaskLinear(Sparse24Linear):
         return self.mask & expand_pairs(self.index_t).t()[torch.argsort(self.permutation)]
 
     @torch.no_grad()
-    def begin_step(self, seed: int, iter_num: int, number: int) -> None:
+    def begin_step(self, seed: int, iter_num: int, number: int, begin: bool = False) -> None:
         """Search the permutation, once in SEARCH_INTERVAL steps."""
         if iter_num % SEARCH_INTERVAL:
             return

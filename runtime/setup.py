@@ -48,8 +48,9 @@ class Phase:
         self.earliest = round(s.max_iters * s.dense_pretrain)
         self.latest = round(s.max_iters * recipe.dense_pretrain_latest) if recipe else 0
 
-    def enter(self, model: torch.nn.Module, iter_num: int) -> bool:
-        """Put every sparse layer into the phase of this iteration. Returns whether that is the sparse one."""
+    def enter(self, model: torch.nn.Module, iter_num: int) -> tuple[bool, bool]:
+        """Put every sparse layer into the phase of this iteration. Returns (whether that is the sparse phase, whether
+        it begins here)."""
         step = max(0, min(iter_num, self.max_iters - 1))  # after the last step the model stays in its phase
         is_sparse = self.sparse_start is not None and self.sparse_start <= step < self.dense_start
         changed = [layer for layer in sparse_linears(model) if layer.sparse != is_sparse]
@@ -59,7 +60,7 @@ class Phase:
                 layer.refresh(begin=True)
         if changed:
             pack_weights(model)
-        return is_sparse
+        return is_sparse, is_sparse and (bool(changed) or iter_num == self.sparse_start)
 
     def end_dense_start(self, iter_num: int) -> None:
         """Begin the sparse phase with the next iteration, if the optimizer's rule says so and the dense start has had

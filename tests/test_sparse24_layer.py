@@ -561,7 +561,7 @@ def test_seeds_are_a_function_of_the_tuple_and_the_layer():
 def test_begin_step_numbers_the_layers_and_skips_the_dense_phase(monkeypatch):
     calls, model = [], make_mlp()
     monkeypatch.setattr(Sparse24Linear, "begin_step", lambda layer, *key: calls.append(key))
-    sparse24.begin_step(model, 7, 3)
+    sparse24.begin_step(model, 7, 3, begin=True)
     model[0].sparse = False
     sparse24.begin_step(model, 7, 4)
-    assert calls == [(7, 3, 0), (7, 3, 1), (7, 4, 1)]
+    assert calls == [(7, 3, 0, True), (7, 3, 1, True), (7, 4, 1, False)]

@@ -50,14 +50,14 @@ def test_there_are_five_recipes_here_and_the_others_are_files():
     assert list(RECIPES) == ["fst", "ste", "sr_ste", "s_ste", "s_ste_straight"]
     assert sparse24.recipe_names() == [*RECIPES, "bi_mask", "step"]
     for make_one in (get_recipe, lambda name: Sparse24Linear(4, 4, True, name)):
-        with pytest.raises(ValueError, match=r"'ftz' is unknown.*fst, ste, sr_ste, .* a new one is a file in methods/"):
+        with pytest.raises(ValueError, match=r"'ftz' is unknown.*fst, ste, sr_ste, .* did you mean .fst.\?"):
             make_one("ftz")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(({field: value}, f"Recipe: {field}=") for field, value in [
+        *(({field: value}, f"Recipe 'x': {field}=") for field, value in [
             ("mask", "rows"), ("decay_on", "weights"), ("weight_gradient", "scaled"),
             ("masked_decay", -1e-4), ("masked_decay", math.nan), ("masked_decay", math.inf), ("mask_interval", 0),
             ("dense_finetune", -0.1), ("dense_finetune", 1.1), ("dense_pretrain", math.nan),
@@ -68,16 +68,16 @@ def test_there_are_five_recipes_here_and_the_others_are_files():
         ({"mask": "soft", "mask_interval": 40}, "mask_interval=1 for mask='soft'"),
         ({"dense_pretrain_latest": 0.5}, "dense_pretrain above 0 and at most dense_pretrain_latest=0.5"),
         ({"dense_pretrain_latest": 0.5, "dense_pretrain": 0.6}, "at most dense_pretrain_latest=0.5"),
-        ({"layer": nn.Linear}, "Recipe: layer=<class .*, need a subclass of Sparse24Linear, or None"),
-        ({"layer": "MyLinear"}, "Recipe: layer='MyLinear', need a subclass of Sparse24Linear"),
-        ({"optimizer": torch.optim.AdamW}, "Recipe: optimizer=<class .*, need a subclass of MaskedDecayAdamW"),
+        ({"layer": nn.Linear}, "Recipe 'x': layer=<class .*, need a subclass of Sparse24Linear, or None"),
+        ({"layer": "MyLinear"}, "Recipe 'x': layer='MyLinear', need a subclass of Sparse24Linear"),
+        ({"optimizer": torch.optim.AdamW}, "Recipe 'x': optimizer=<class .*, need a subclass of MaskedDecayAdamW"),
     ],
     ids=str,
 )  # fmt: skip
 def test_recipes_refuse_values_out_of_range_or_that_do_not_go_together(changes, message):
     with pytest.raises(ValueError, match=message):
-        Recipe("mine", **changes)
-    Recipe("mine", dense_pretrain=0.5, dense_finetune=0.5, dense_pretrain_latest=0.5)  # the limits are allowed
+        Recipe("x", **changes)
+    Recipe("x", dense_pretrain=0.5, dense_finetune=0.5, dense_pretrain_latest=0.5)  # the limits are allowed
 
 
 def test_a_recipe_may_have_a_layer_and_an_optimizer_class():

@@ -10,7 +10,7 @@ from harness import ROOT, SETTINGS, make_dataset, read_rows, read_state, run_her
 
 import methods
 import sample
-from sparse24 import MaskedDecayAdamW, Recipe, Sparse24Linear, get_recipe, recipe_names
+from sparse24 import MaskedDecayAdamW, Recipe, Sparse24Linear, get_recipe
 
 README = (ROOT / "methods" / "README.md").read_text()
 EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
@@ -69,12 +69,21 @@ def test_the_example_trains_resumes_and_samples(write_method, run, tmp_path, mon
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("", r"methods/mine\.py has RECIPE=None, need a recipe of the file's name: RECIPE = Recipe\('mine', \.\.\.\)"),
-        ("from sparse24 import Recipe\nRECIPE = Recipe('yours')", r"methods/mine\.py has RECIPE=Recipe\(name='yours'"),
-        ("RECIPE = 'mine'", r"methods/mine\.py has RECIPE='mine', need a recipe"),
+        (
+            "",
+            r"methods/mine\.py has no RECIPE of the file's name, need RECIPE = Recipe\('mine', \.\.\.\); there it is None",
+        ),
+        (
+            "from sparse24 import Recipe\nRECIPE = Recipe('yours')",
+            r"methods/mine\.py has no RECIPE .*; there it is 'yours'",
+        ),
+        ("RECIPE = 'mine'", r"methods/mine\.py has no RECIPE .*; there it is 'mine'"),
+        ("import nothing", r"methods/mine\.py cannot be imported: ModuleNotFoundError: No module named 'nothing'"),
+        ("RECIPE = Recipe('mine')", r"methods/mine\.py cannot be imported: NameError: name 'Recipe' is not defined"),
+        ("RECIPE = (", r"methods/mine\.py cannot be imported: SyntaxError: '\(' was never closed \(mine\.py, line 1\)"),
         (None, r"recipe 'mine' is unknown, need one of fst, ste, sr_ste, s_ste, s_ste_straight, bi_mask, step; a new"),
     ],
-    ids=["no RECIPE", "another name", "no recipe", "no file"],
+    ids=["no RECIPE", "another name", "no recipe", "no module", "no name", "no Python", "no file"],
 )
 def test_a_file_that_defines_no_method_is_refused_in_one_line(write_method, run, source, message):
     if source is not None:
@@ -86,11 +95,25 @@ def test_a_file_that_defines_no_method_is_refused_in_one_line(write_method, run,
     assert re.fullmatch(rf"train\.py: error: {message}[^\n]*\n", done.stderr)
 
 
-def test_a_file_that_cannot_be_read_says_why(write_method):
-    write_method("mine", "import nothing_of_this_name")
-    with pytest.raises(ImportError, match="nothing_of_this_name"):
-        get_recipe("mine")
-    assert "mine" in recipe_names()
+def test_a_file_with_the_name_of_a_recipe_of_sparse24_is_refused(write_method):
+    write_method("fst", "")
+    with pytest.raises(ValueError, match=r"methods/fst\.py has the name of a recipe in sparse24\.py; rename the file"):
+        get_recipe("fst")
+
+
+def test_a_misspelt_name_is_guessed():
+    with pytest.raises(ValueError, match=r"recipe 'bi-mask' is unknown, .*; did you mean 'bi_mask'\?"):
+        get_recipe("bi-mask")
+
+
+def test_the_example_draws_its_mask_in_the_first_sparse_step(write_method, run, tmp_path):
+    """Before the evaluation and the save of that iteration, also where mask_interval does not divide it."""
+    write_method("random_mask", EXAMPLE)
+    run("out", sparse="random_mask", mvue=False, dense_pretrain=0.25, max_iters=12, dense_start=12, keep_every=1)
+    drawn = get_recipe("random_mask").layer(32, 128, False, "random_mask")
+    drawn.begin_step(1337, 3, 0, begin=True)
+    saved = read_state(tmp_path / "out", "ckpt_00000003.pt")["model"]["transformer.h.0.mlp.c_fc.index"]
+    assert torch.equal(saved, drawn.index)
 
 
 @pytest.mark.parametrize("name", ["../step", "a.b", "", "2:4", "none"])

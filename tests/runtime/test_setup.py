@@ -384,11 +384,11 @@ def test_a_phase_brings_its_operands_and_frees_them():
     mlp = model.transformer.h[0].mlp
     settings = SimpleNamespace(max_iters=9, dense_start=8, dense_pretrain=0.0)
     phase = setup.Phase(settings, get_recipe("fst"), 5, None, Ranks())
-    assert phase.enter(model, 4) is False
+    assert phase.enter(model, 4) == (False, False)
     assert "w_24" not in mlp.c_fc._buffers
     with torch.no_grad():
         mlp.c_fc.weight.mul_(-1)
-    assert phase.enter(model, 5) is True
+    assert phase.enter(model, 5) == (True, True)
     assert torch.equal(mlp.c_fc.w_24, mlp.c_fc.weight * mlp.c_fc.mask)
     model(torch.zeros(2, 32, dtype=torch.int64))
 

@@ -34,7 +34,10 @@ class FlipReference:
     """The flip rate of a recorded dense run, the setting `flip_reference`, as a function of the step."""
 
     def __init__(self, folder: str | Path, settings: dict):
-        """folder: out_dir of the dense run. settings: those of the run to compare it with."""
+        """folder: out_dir of the dense run. settings: those of the run to compare it with.
+
+        Raises ValueError if they do not compare or flip rates are missing, FileNotFoundError if there is no run.
+        """
         rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None and row["lr"] > 0]
         config = without_removed(read_config(folder), folder)
         need = {name: settings[name] for name in COMPARABLE} | {"sparse": "none"}

@@ -32,7 +32,8 @@ from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, si
 from runtime.settings import DTYPES, check_resume, find_start, planned_dense_start
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW, Recipe, is_dtensor, sparse_linears
 
-ERRORS = (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged, OSError)  # for users
+# train.py prints these errors without a traceback, because the user can act on them.
+ERRORS = (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged, OSError)
 
 
 class Phase:

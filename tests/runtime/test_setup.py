@@ -282,29 +282,25 @@ def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped, text):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "mode", "device", "name"),
-    [(True, "default", "cuda", "fst"), (True, "reduce-overhead", "cpu", "sr_ste"), (False, "default", "cuda", "s_ste")],
+    ("mode", "device", "name", "fsdp", "micro_steps"),
+    [
+        ("default", "cuda", "fst", False, None),
+        (None, "cuda", "s_ste", False, None),
+        ("reduce-overhead", "cpu", "sr_ste", False, 4),  # seven micro-batches on two ranks
+        (None, "cpu", "fst", True, 1),  # shards are packed in each micro-step
+    ],
 )
-def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, plan_by, compiled, mode, device, name):
-    planner = plan_by(plans=False)
+def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, plan_by, mode, device, name, fsdp, micro_steps):
+    planner = plan_by(plans=device == "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given(dtype="bfloat16", compile=compiled, compile_mode=mode, mvue=False)
+    given(dtype="bfloat16", compile=mode is not None, compile_mode=mode or "default", mvue=False)
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse=name))
-    setup._measure_gemms(all_settings(), model, None, 1, False, torch.device(device))
+    setup._measure_gemms(all_settings(), model, None, 2, fsdp, torch.device(device))
     expected = {"graph": device == "cuda", "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
     expected["transposable"] = name == "fst"
     assert planner.asked == [((model.config, 15, device, torch.bfloat16, "auto", False), expected)]
-
-
-@pytest.mark.parametrize(("fsdp", "uses"), [(False, 4), (True, 1)])
-def test_packing_is_counted_as_often_as_it_is_done(given, plan_by, fsdp, uses):
-    """Seven micro-batches on two ranks are four micro-steps."""
-    planner = plan_by()
-    given(gradient_accumulation_steps=7, batch_size=3, block_size=5, dtype="float32", compile=False)
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
-    setup._measure_gemms(all_settings(), model, None, 2, fsdp, CPU)
-    assert planner.timed == [(15, None, uses)]
+    assert planner.timed == ([(15, mode, micro_steps)] if device == "cpu" else [])
 
 
 def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch):

@@ -64,9 +64,8 @@ class Ranks:
     def leave(self) -> None:
         """Wait for the other ranks and leave the process group.
 
-        This drops the last reference to the control group, which joins its gloo threads. If one of them freed a Python
-        tensor while the interpreter shuts down, it would abort the process ("terminate called without an active
-        exception").
+        Dropping the last reference to the control group joins its gloo threads. A thread that freed a Python tensor
+        while the interpreter shuts down would abort the process ("terminate called without an active exception").
         """
         if self.control is not None:
             dist.barrier(group=self.control)

@@ -1,12 +1,12 @@
-"""Settings of a script, from config files and the command line, as nanoGPT has them but checked.
+"""A script's settings, from config files and the command line, as in nanoGPT but checked.
 
 A script's settings are its public globals that hold an int, float, bool, str or None. A user changes them with
 
     python train.py config/gpt2_124m.py --batch_size=8 --learning_rate=6e-4
 
-A later word wins. nanoGPT executes config files inside the script's globals, so that a misspelt name has no effect and
-a wrong type raises an error hours later. Here a file runs in a fresh dict, and every name and type is checked before
-the script does anything: `globals().update(configure_or_exit(globals(), sys.argv[1:]))`.
+Later arguments win. nanoGPT executes config files inside the script's globals, so a misspelt name has no effect and a
+wrong type raises an error hours later. Here a file runs in a fresh dict, and every name and type is checked before the
+script does anything else: `globals().update(configure_or_exit(globals(), sys.argv[1:]))`.
 """
 
 import ast
@@ -25,8 +25,8 @@ NEEDS = {bool: "True or False", int: "an int", float: "a float", str: "a string"
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
 
-# Settings that train.py had up to this commit: {name: (the value that every run has now, what replaces the setting)}.
-# A dict holds the value of each recipe, "" of all others. None: any value, since no weight depends on the setting.
+# Settings that train.py had up to this commit: {name: (the value that all runs use now, what replaces the setting)}.
+# A dict has a value for each recipe, and "" for all others. None means any value: no weight depends on the setting.
 LAST_WITH_REMOVED = "7ffc73d"
 _IN_RECIPE = "it is a field of the recipe: edit RECIPES in sparse24.py"
 _IN_METHOD = "it belongs to the method: edit methods/{}.py"
@@ -59,15 +59,15 @@ REMOVED = {
 
 
 class ConfigError(ValueError):
-    """A setting, file or word that the user must correct; the message names it and says how."""
+    """A mistake in a setting, file or argument; the message names the remedy."""
 
 
 def configure(defaults, argv):
-    """Return {name: value} of only the settings given in `argv`, checked and converted (an int passes for a float).
+    """Return {name: value} of the settings given in `argv`, checked; an int is converted to float where needed.
 
-    `defaults`: a script's globals(); its annotations give the types of settings such as `compile: bool | None = None`.
-    `argv`: config file paths and --name=value words, or --help, which prints every setting and raises SystemExit(0).
-    Raises ConfigError for the user's mistakes, TypeError for the script's.
+    `defaults`: a script's globals(), with annotations for settings such as `compile: bool | None = None`.
+    `argv`: config file paths and --name=value, or --help, which prints every setting and raises SystemExit(0).
+    Raises ConfigError for mistakes of the user, TypeError for mistakes of the script's author.
     """
     kinds = _kinds(defaults)
     if "-h" in argv or "--help" in argv:
@@ -80,7 +80,7 @@ def configure(defaults, argv):
 
 
 def configure_or_exit(defaults, argv):
-    """`configure`, but a ConfigError becomes one line on stderr, `train.py: error: ...`, and exit status 2."""
+    """`configure`, but a ConfigError prints one line to stderr, `train.py: error: ...`, and exits with status 2."""
     try:
         return configure(defaults, argv)
     except ConfigError as error:
@@ -96,15 +96,15 @@ def setting_names(defaults):
 def without_removed(saved: dict, source) -> dict:
     """A saved run's settings or model_args, read from the file `source`, without the settings in REMOVED.
 
-    Raises ConfigError if one of these has another value than every run has now, since the run would not be the same.
+    Raises ConfigError if one of these has another value than all runs use now, because the run would change.
     """
     recipe = saved.get("sparse", "none")
-    for name, (fixed, replacement) in REMOVED.items():
-        if isinstance(fixed, dict):
-            fixed = None if recipe == "none" else fixed.get(recipe, fixed[""])
-        if fixed is not None and saved.get(name, fixed) != fixed:
+    for name, (current, replacement) in REMOVED.items():
+        if isinstance(current, dict):
+            current = None if recipe == "none" else current.get(recipe, current[""])
+        if current is not None and saved.get(name, current) != current:
             raise ConfigError(
-                f"{source} has {name}={saved[name]!r}, need {fixed!r}: the setting was removed after commit "
+                f"{source} has {name}={saved[name]!r}, need {current!r}: the setting was removed after commit "
                 f"{LAST_WITH_REMOVED}: {replacement}; use that commit, or another out_dir"
             )
     return {name: value for name, value in saved.items() if name not in REMOVED}
@@ -115,8 +115,8 @@ def _script_name(defaults):
 
 
 def _kinds(defaults):
-    """{name: tuple of accepted types} for every setting; the annotation decides, else the default's type."""
-    lazy = defaults.get("__annotate__")  # Python 3.14 keeps a function instead (PEP 649); 1 asks for plain values
+    """{name: tuple of accepted types} of every setting, from its annotation or its default."""
+    lazy = defaults.get("__annotate__")  # Python 3.14 has this function instead (PEP 649); 1 requests plain values
     annotations = defaults.get("__annotations__") or (lazy(1) if lazy else {})
     by_name = {kind.__name__: kind for kind in NEEDS} | {"None": NoneType}
     kinds = {}
@@ -128,7 +128,7 @@ def _kinds(defaults):
         kinds[name] = tuple(by_name.get(part.strip()) if isinstance(part, str) else part for part in parts)
         if kinds[name] == (NoneType,) or not set(kinds[name]) <= set(NEEDS):
             raise TypeError(
-                f"setting {name!r}: type {annotation!r} is not usable, need one of int, float, bool, str, with or "
+                f"setting {name!r}: type {annotation!r} is not supported, need int, float, bool or str, with or "
                 f"without None; annotate it in {_script_name(defaults)}, for example `{name}: int | None = None`"
             )
     return kinds
@@ -144,7 +144,7 @@ def _check_name(name, kinds, where):
 
 
 def _fit(name, value, defaults, kinds, where):
-    """`value` as one of the setting's types: itself, or the float of an int; else ConfigError with a remedy."""
+    """`value`, converted to float if the setting needs one. Raises ConfigError if its type does not fit."""
     plain = next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)  # np.float64
     if type(plain) in kinds[name]:
         return plain
@@ -168,7 +168,7 @@ def _read_word(word, defaults, kinds):
 
 
 def _parse(text, kinds):
-    """The value that `text` spells for a setting of these types, else the text itself."""
+    """The value of `text` for a setting of these types; the text itself if it is no such value."""
     for kind, words in ((NoneType, {"None": None}), (bool, {"True": True, "False": False})):
         if kind in kinds and text in words:
             return words[text]
@@ -176,13 +176,13 @@ def _parse(text, kinds):
         try:
             return _arithmetic(ast.parse(text.strip(), mode="eval").body)
         except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-            pass  # it is no number: a str setting takes the text, and _fit refuses it for any other
+            pass  # not a number: a str setting takes the text, and _fit refuses it for other types
     quoted = str in kinds and len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted else text
 
 
 def _arithmetic(node):
-    """Value of numbers under + - * / // and signs. Other syntax raises ValueError, and nothing is executed."""
+    """Evaluate numbers with + - * / // and signs. Other syntax raises ValueError; nothing is executed."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
@@ -193,7 +193,7 @@ def _arithmetic(node):
 
 
 def _read_file(path, defaults, kinds):
-    """{name: value} of the settings that a config file assigns; it runs in a fresh dict."""
+    """{name: value} of the settings that a config file assigns. The file runs in a fresh dict."""
     namespace = {"__name__": "config", "__file__": path}
     try:
         with open(path, "rb") as file:
@@ -206,7 +206,7 @@ def _read_file(path, defaults, kinds):
     except Exception as error:
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = frames[-1] if frames else getattr(error, "lineno", None)
-        hint = "; a config file does not see the script's settings" if isinstance(error, NameError) else ""
+        hint = "; a config file cannot read the script's settings" if isinstance(error, NameError) else ""
         reason = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
         raise ConfigError(f"{path}, line {line}: {reason}{hint}") from error
     overrides = {}
@@ -218,9 +218,9 @@ def _read_file(path, defaults, kinds):
 
 
 def _print_help(defaults, kinds):
-    """Every setting as --name=default, with its type and its comment, under the headings of the script's source."""
+    """Print every setting as --name=default with its type and comment, under the headings in the script's source."""
     notes = read_comments(defaults.get("__file__"), kinds)
-    print(f"usage: python {_script_name(defaults)} [config/file.py ...] [--name=value ...]     a later word wins")
+    print(f"usage: python {_script_name(defaults)} [config/file.py ...] [--name=value ...]     later arguments win")
     words = {name: f"--{name}={defaults[name]}" for name in kinds}
     types = {name: "|".join(kind.__name__.replace("NoneType", "None") for kind in kinds[name]) for name in kinds}
     word_width, type_width = (max(map(len, column.values()), default=0) for column in (words, types))
@@ -234,7 +234,7 @@ def _print_help(defaults, kinds):
 
 
 def read_comments(path, kinds):
-    """{name: (heading, comment)}: the comment behind a setting's assignment, and the `# ---- heading ----` above it."""
+    """{name: (heading, comment)}: the comment after a setting's assignment, and the `# ---- heading ----` above it."""
     if not path or not os.path.exists(path):
         return {}
     notes, heading, name = {}, "", None
@@ -252,10 +252,10 @@ def read_comments(path, kinds):
     return notes
 
 
-# ---- the small files that a run writes: its settings, its measurements -----------------------------------------------
+# ---- small files of a run: its settings and measurements -------------------------------------------------------------
 def write_small_file(path, text):
-    """Write a text file atomically: a kill or a full disk leaves the earlier file, or none. Raises OSError."""
-    temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write one file
+    """Write a text file atomically: a kill or a full disk leaves the earlier file. Raises OSError."""
+    temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same file
     try:
         with open(temporary, "w") as file:
             file.write(text)

@@ -1,13 +1,13 @@
-"""Checkpoints that survive a kill at any moment, and that are checked before they are trusted.
+"""Checkpoint files: written atomically, and verified before they are used.
 
-    save   state -> ckpt.pt.tmp, fsync -> the old ckpt.pt also becomes ckpt_prev.pt -> rename ckpt.pt.tmp to ckpt.pt
-           -> delete the numbered checkpoints that no rule keeps
-    load   the CRC-32 of every record -> torch.load(weights_only=True), which runs no code -> all keys below are there
+    save   write ckpt.pt.tmp, fsync -> link ckpt.pt to ckpt_prev.pt -> rename ckpt.pt.tmp to ckpt.pt
+           -> delete old numbered checkpoints
+    load   check the CRC-32 of every record -> torch.load(weights_only=True), which runs no code -> check the keys
 
-At every instant ckpt.pt (or, on file systems without hard links, ckpt_prev.pt) is a complete checkpoint. Every run
-writes this one file, whatever the number of ranks: a sharded run gathers its tensors first. Data order and MVUE draws
-are functions of the iteration, so the `KEYS` are all that a run needs to continue bit for bit. checkpoint_writer.py
-decides when a run saves, and saves in a thread.
+A kill at any moment leaves a complete checkpoint: ckpt.pt or, on file systems without hard links, ckpt_prev.pt. Runs on
+any number of ranks write the same single file: a sharded run gathers its tensors first. Data order and MVUE draws are
+functions of the iteration, so a run continues bit for bit from the `KEYS` alone. checkpoint_writer.py decides when a
+run saves, and saves in a thread.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ KEYS = {
     "model_args",  # the fields of GPTConfig
     "config",  # every setting of the run
     "dense_start",  # first iteration of the dense phase
-    "sparse_start",  # first iteration of the sparse phase; None until STEP's rule has decided it
-    "autoswitch",  # the changes of Adam's second moments that STEP's rule has seen
+    "sparse_start",  # first iteration of the sparse phase; None until STEP's rule decides it
+    "autoswitch",  # STEP's log of the changes of Adam's second moments
     "elapsed_s",  # seconds of training
-    "skipped",  # [steps skipped because a gradient was not finite, how many of them were the last ones]
-    "patterns_hash",  # hash of sparse24.PATTERNS, whose order gives the mask indices their meaning
+    "skipped",  # [number of steps skipped because of a gradient that is not finite, the last ones in a row]
+    "patterns_hash",  # hash of sparse24.PATTERNS, into which mask indices point
 }
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, is damaged, or is not one of nano24."""
+    """A checkpoint cannot be written, is damaged, or was not written by nano24."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,68 +50,68 @@ def check_keys(state: dict) -> None:
         raise ValueError(f"checkpoint.save: the state lacks {', '.join(sorted(KEYS - state.keys()))}")
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
 def _link(path: Path, name: Path) -> bool:
-    """Make `name` a second name of `path`, in one step. False where the file system has no hard links."""
-    link = name.with_name(name.name + ".tmp")
-    link.unlink(missing_ok=True)
+    """Make `name` a hard link to `path`, atomically. Returns False if the file system has no hard links."""
+    _temporary(name).unlink(missing_ok=True)
     try:
-        os.link(path, link)
+        os.link(path, _temporary(name))
     except OSError:
         return False
-    os.replace(link, name)
+    os.replace(_temporary(name), name)
     return True
 
 
 def _copy(path: Path, name: Path) -> None:
-    """Make `name` a copy of `path`, in one step."""
-    copy = name.with_name(name.name + ".tmp")
-    shutil.copyfile(path, copy)
-    with open(copy, "rb+") as file:
+    """Make `name` a copy of `path`, atomically."""
+    shutil.copyfile(path, _temporary(name))
+    with open(_temporary(name), "rb+") as file:
         os.fsync(file.fileno())
-    os.replace(copy, name)
+    os.replace(_temporary(name), name)
 
 
 def _numbers_to_keep(saved: set[int], iter_num: int, keep_last: int, keep_every: int) -> set[int]:
-    """Which of the iterations `saved` still have a numbered file after the save at `iter_num`."""
+    """Those of the iterations `saved` that keep a numbered file after the save at `iter_num`."""
     latest = sorted(i for i in saved if i <= iter_num)[-keep_last:] if keep_last > 2 else []
     return {i for i in saved if i in latest or (keep_every > 0 and i % keep_every == 0)}
 
 
 def _delete_numbered(folder: Path, iter_num: int, keep_last: int, keep_every: int) -> None:
-    """Delete the numbered checkpoints that neither rule keeps, and the temporary ones that a kill left."""
-    found = {path: re.fullmatch(r"ckpt_(\d{8,})\.pt(\.tmp)?", path.name) for path in folder.glob("ckpt_*")}
-    numbers = {path: int(match[1]) for path, match in found.items() if match and not match[2]}
+    """Delete the numbered checkpoints that neither rule keeps, and temporary files that a kill left."""
+    matches = {path: re.fullmatch(r"ckpt_(\d{8,})\.pt(\.tmp)?", path.name) for path in folder.glob("ckpt_*")}
+    numbers = {path: int(match[1]) for path, match in matches.items() if match and not match[2]}
     keep = _numbers_to_keep(set(numbers.values()), iter_num, keep_last, keep_every)
-    for path, match in found.items():
+    for path, match in matches.items():
         if match and numbers.get(path) not in keep:
             path.unlink(missing_ok=True)
 
 
 def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2, keep_every: int = 0) -> Path:
-    """Write `state` to out_dir/name atomically; an existing ckpt.pt becomes ckpt_prev.pt. Returns the path.
+    """Write `state` to out_dir/name atomically. An existing ckpt.pt becomes ckpt_prev.pt. Returns the path.
 
-    ckpt.pt of iteration 1200 also gets the name ckpt_00001200.pt, for as long as it is one of the last `keep_last`
-    saves (if these are more than the two of ckpt.pt and ckpt_prev.pt), and for good if keep_every > 0 divides 1200.
-    Numbered files that neither rule keeps are deleted. Without a rule, numbered files are left alone.
-    Raises ValueError when `state` lacks a key of `KEYS`, and CheckpointError when the folder cannot be written or is
-    full; then the earlier checkpoints are untouched.
+    keep_last: if above 2, keep this many most recent saves, as ckpt_ITERATION.pt. keep_every: if above 0, keep the
+    saves at its multiples, as ckpt_ITERATION.pt. If either rule is on, all other numbered files are deleted.
+    Raises ValueError if `state` lacks one of `KEYS`, and CheckpointError if the folder cannot be written or is full.
+    Then the earlier checkpoints are untouched.
     """
     check_keys(state)
-    path = Path(out_dir) / name
-    temporary, iter_num = path.with_name(name + ".tmp"), state["iter_num"]
+    path, iter_num = Path(out_dir) / name, state["iter_num"]
     numbered = path.with_name(f"ckpt_{iter_num:08d}.pt")
     numbering = name == NAME and (keep_last > 2 or keep_every > 0)
     keep_number = numbering and bool(_numbers_to_keep({iter_num}, iter_num, keep_last, keep_every))
     try:
-        with open(temporary, "wb") as file:
+        with open(_temporary(path), "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if keep_number and not _link(temporary, numbered):
-            _copy(temporary, numbered)
+        if keep_number and not _link(_temporary(path), numbered):
+            _copy(_temporary(path), numbered)
         if name == NAME and path.exists() and not _link(path, path.with_name(PREVIOUS)):
-            os.replace(path, path.with_name(PREVIOUS))  # until the next line only ckpt_prev.pt exists; `find` takes it
-        os.replace(temporary, path)
+            os.replace(path, path.with_name(PREVIOUS))  # until the next line only ckpt_prev.pt exists; see `find`
+        os.replace(_temporary(path), path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # makes the new names durable
@@ -121,8 +121,8 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
             _delete_numbered(path.parent, iter_num, keep_last, keep_every)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
-            for left in (temporary, numbered.with_name(numbered.name + ".tmp")):
-                left.unlink(missing_ok=True)
+            _temporary(path).unlink(missing_ok=True)
+            _temporary(numbered).unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {error}; earlier checkpoints are untouched; free space or set another out_dir"
         ) from error
@@ -130,7 +130,7 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
 
 
 def clear(out_dir: str | Path) -> None:
-    """Delete all checkpoints of a run's folder, ckpt_best.pt and numbered ones too."""
+    """Delete all checkpoints in a run's folder, including ckpt_best.pt and numbered ones."""
     for path in Path(out_dir).glob("ckpt*"):
         if re.fullmatch(r"ckpt(_prev|_best|_\d{8,})?\.pt(\.tmp)?", path.name):
             path.unlink()
@@ -141,7 +141,7 @@ def clear(out_dir: str | Path) -> None:
 
 
 def find(out_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run's folder, or None."""
+    """The newest checkpoint in a run's folder: ckpt.pt, else ckpt_prev.pt, else None."""
     for name in (NAME, PREVIOUS):
         if (Path(out_dir) / name).exists():
             return Path(out_dir) / name
@@ -149,15 +149,15 @@ def find(out_dir: str | Path) -> Path | None:
 
 
 def _damage_of(path: Path) -> str | None:
-    """What is wrong with the file, or None if it is a zip archive whose records all match their CRC-32."""
+    """Describe the damage to the file; None if it is a zip archive whose records all match their CRC-32."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch neither compresses nor sets attributes; where a flipped bit says so, its reader returns garbage
-            foreign = [info.filename for info in archive.infolist() if info.compress_type or info.external_attr]
-            bad = foreign[0] if foreign else archive.testzip()
-    except Exception as error:  # zipfile reports a damaged table of contents by exceptions of many types
+            # torch.save neither compresses nor sets attributes; torch.load reads garbage if a flipped bit claims either
+            altered = [info.filename for info in archive.infolist() if info.compress_type or info.external_attr]
+            damaged = altered[0] if altered else archive.testzip()
+    except Exception as error:  # zipfile raises many types of exceptions for a damaged table of contents
         return f"it is truncated or was not written by torch.save ({error})"
-    return f"its record {bad} is corrupted" if bad else None
+    return f"its record {damaged} is corrupted" if damaged else None
 
 
 def _read(path: Path, mmap: bool = False) -> dict:
@@ -168,12 +168,12 @@ def _read(path: Path, mmap: bool = False) -> dict:
         raise CheckpointError(f"{path} cannot be used: {damage}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # unpickling reports foreign content by exceptions of many types
+    except Exception as error:  # unpickling raises many types of exceptions for foreign content
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} cannot be used: torch.load refused it ({reason})") from error
     missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
     if missing:
-        raise CheckpointError(f"{path} is not a checkpoint of nano24: it lacks {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{path} is not a nano24 checkpoint: it lacks {', '.join(sorted(missing))}")
     if "shards" in state:
         raise CheckpointError(
             f"{path} was written in shards by an earlier release; convert it with `python checkpoint.py OLD NEW` of "
@@ -183,7 +183,7 @@ def _read(path: Path, mmap: bool = False) -> dict:
 
 
 def _offer_previous(path: Path, error: CheckpointError) -> CheckpointError:
-    """`error`, extended by the way to continue from the previous checkpoint if that one can be used."""
+    """`error`, with the command that restores the previous checkpoint if that one can be used."""
     previous = path.with_name(PREVIOUS)
     if path.name == PREVIOUS or not path.exists() or not previous.exists():
         return error
@@ -192,19 +192,18 @@ def _offer_previous(path: Path, error: CheckpointError) -> CheckpointError:
     except CheckpointError:
         return error
     return CheckpointError(
-        f"{error}; the one saved before it is whole (iteration {iter_num}): to go on from there, "
+        f"{error}; the previous checkpoint (iteration {iter_num}) is intact: to continue from it, "
         f"mv '{previous}' '{path}'"
     )
 
 
 def load(path: str | Path, patterns_hash: str, mmap: bool = False) -> dict:
-    """Read and verify a checkpoint, into host memory.
+    """Read and verify a checkpoint. Its tensors are on the CPU.
 
-    patterns_hash: sparse24.PATTERNS_HASH; the masks must have been saved with the same.
-    mmap: map the file instead of reading it, so that several ranks share one copy of it in memory. Its tensors must
-    then be copied before the file may change.
-    Raises CheckpointError for a missing, truncated, corrupted or foreign file, and names the previous checkpoint of
-    the same folder if that one can be used. Never changes a file.
+    patterns_hash: sparse24.PATTERNS_HASH, which must equal the checkpoint's. mmap: map the file instead of reading it,
+    so that ranks share one copy in memory; the caller must copy the tensors before the file changes.
+    Raises CheckpointError for a missing, truncated, corrupted or foreign file. The message offers the previous
+    checkpoint if that one can be used.
     """
     path = Path(path)
     try:
@@ -213,7 +212,7 @@ def load(path: str | Path, patterns_hash: str, mmap: bool = False) -> dict:
         raise _offer_previous(path, error) from error.__cause__
     if state["patterns_hash"] != patterns_hash:
         raise CheckpointError(
-            f"{path}: its masks are indices into another pattern table ({state['patterns_hash']}, here "
-            f"{patterns_hash}); use the version of nano24 that wrote it"
+            f"{path}: its masks index another pattern table ({state['patterns_hash']}, need {patterns_hash}); "
+            "use the version of nano24 that wrote it"
         )
     return state

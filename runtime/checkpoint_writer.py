@@ -1,10 +1,10 @@
-"""Saves a run's checkpoints while it trains on.
+"""Saves checkpoints in a thread, while training continues.
 
-    save   all ranks gather the sharded tensors, one at a time -> rank 0 copies the state to host memory -> its thread
-           writes the file
-    poll   all ranks learn whether the thread is done, and all raise if it failed
+    save   all ranks gather the sharded tensors, one at a time -> rank 0 copies the state to host memory
+           -> rank 0's thread writes the file
+    poll   all ranks learn whether the thread is done; all raise if it failed
 
-Only `save`, `poll` and `wait` communicate, and only in the main thread.
+Only `save`, `poll` and `wait` communicate, and only from the main thread.
 """
 
 import copy
@@ -22,7 +22,7 @@ from sparse24 import PATTERNS_HASH, local, whole
 
 
 def rebuild(value, change):
-    """A copy of `value` with change(leaf) in place of every leaf of its dicts, lists and tuples."""
+    """A copy of nested dicts, lists and tuples with change(leaf) in place of every leaf."""
     if isinstance(value, dict):
         new = copy.copy(value)  # a state_dict keeps its _metadata
         for key, item in value.items():
@@ -34,42 +34,41 @@ def rebuild(value, change):
 
 
 class HostCopy:
-    """Copies the tensors of a state to host memory on rank 0, and gathers the sharded ones for it.
+    """Copies a state to host memory on rank 0. Sharded tensors are gathered first, one at a time.
 
-    torch.distributed.checkpoint.state_dict gathers one tensor at a time as well. It is not used for four reasons: it
-    gathers and saves a tied weight twice; it does not copy tensors that are on a CPU already; it names moments by their
-    weights, where the file of an unsharded run numbers them; and it makes missing moments by a step of the optimizer.
+    torch.distributed.checkpoint.state_dict is no substitute: it saves a tied weight twice, does not copy CPU tensors,
+    names moments by their weights instead of numbering them, and creates missing moments by an optimizer step.
     """
 
     def __init__(self):
-        self.buffers = []  # used again by the next copy; pinned where they receive from CUDA
+        self.buffers = []  # reused by the next copy; pinned for CUDA tensors
 
     def _buffer(self, k: int, tensor: torch.Tensor) -> torch.Tensor:
         if k == len(self.buffers):
             self.buffers.append(None)
-        size, old = tensor.numel() * tensor.element_size(), self.buffers[k]
-        if old is None or len(old) != size or old.is_pinned() != tensor.is_cuda:
+        size, buffer = tensor.numel() * tensor.element_size(), self.buffers[k]
+        if buffer is None or len(buffer) != size or buffer.is_pinned() != tensor.is_cuda:
             self.buffers[k] = torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda)
         return self.buffers[k].view(tensor.dtype).view(tensor.shape)
 
     @torch.no_grad()
     def __call__(self, state: dict, is_master: bool = True) -> dict | None:
-        """The state with an unsharded copy of each tensor; None on other ranks.
+        """The state with an unsharded copy of each tensor; None on ranks other than the master.
 
         Collective if a tensor is sharded, so the state's dicts must have the same order on all ranks. No rank holds
-        more than one gathered tensor at a time. A tied weight is gathered once, and stays tied.
+        more than one gathered tensor at a time. A tied weight is gathered once and stays tied.
         """
         copies = {}
 
         def change(tensor):
             if not torch.is_tensor(tensor):
                 return tensor
-            part = local(tensor)  # its storage tells tensors apart even where this rank has no rows
-            key = (part.untyped_storage()._cdata, part.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+            shard = local(tensor)  # its storage identifies the tensor even if this rank holds no rows
+            key = (shard.untyped_storage()._cdata, shard.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
             if key not in copies:
-                full = whole(tensor)
-                copies[key] = self._buffer(len(copies), full).copy_(full) if is_master else None
-            return copies[key].detach() if is_master else None  # tied tensors are two objects, as in `state`
+                full_tensor = whole(tensor)
+                copies[key] = self._buffer(len(copies), full_tensor).copy_(full_tensor) if is_master else None
+            return copies[key].detach() if is_master else None  # detach: tied tensors are two objects, as in `state`
 
         copied = rebuild(state, change)
         del self.buffers[len(copies) :]
@@ -77,10 +76,10 @@ class HostCopy:
 
 
 class Writer:
-    """Saves a run's checkpoints in a thread of rank 0. Training waits only for a copy of the state to host memory.
+    """Saves checkpoints in a thread on rank 0. Training waits only until the state is copied to host memory.
 
-    All ranks call save, poll and wait at the same places, and all of them raise if the thread failed. Its error is
-    raised once, by the first of these calls after it. A process that ends without `wait` still finishes its thread.
+    All ranks must call save, poll and wait in the same order. If the thread fails, the first of these calls after it
+    raises on all ranks, once. A process that ends without `wait` still finishes its thread.
     keep_last, keep_every: see checkpoint.save.
     """
 
@@ -88,13 +87,13 @@ class Writer:
         self.out_dir, self.ranks = Path(out_dir), ranks or Ranks()
         self.keep = {"keep_last": keep_last, "keep_every": keep_every}
         self.to_host = HostCopy()
-        self.pending = False  # a save was begun, and no call has seen its end; the same on all ranks
+        self.pending = False  # a save was begun, and `poll` has not yet seen its end; equal on all ranks
         self.thread = self.error = None
 
     def save(self, state: dict, name: str = checkpoint.NAME) -> None:
-        """Copy `state`, and begin to write it to out_dir/name after the save before this one is on disk.
+        """Wait for the previous save, copy `state`, and begin to write it to out_dir/name.
 
-        Raises CheckpointError if that one failed, and ValueError if `state` lacks a key; then nothing is begun.
+        Begins nothing if the previous save failed (CheckpointError) or if `state` lacks a key (ValueError).
         """
         self.wait()
         checkpoint.check_keys(state)
@@ -106,12 +105,11 @@ class Writer:
     def _write(self, state: dict, name: str) -> None:
         try:
             checkpoint.save(self.out_dir, state, name, **self.keep)
-        except BaseException as error:  # it is raised in the main thread, by `poll`
+        except BaseException as error:  # `poll` raises it in the main thread
             self.error = error
 
     def poll(self) -> None:
-        """See whether a save is done; never waits for a disk. Communicates only while a save is pending. Raises
-        CheckpointError if it failed."""
+        """Raise the error of a pending save if it has failed. Does not wait; communicates only if one is pending."""
         if not self.pending:
             return
         running = self.thread is not None and self.thread.is_alive()
@@ -120,33 +118,32 @@ class Writer:
             return
         error, self.error, self.thread, self.pending = self.error, None, None, False
         if status == 1:
-            raise error or CheckpointError(f"rank 0 cannot write a checkpoint in {self.out_dir}; it says why")
+            raise error or CheckpointError(f"rank 0 cannot write a checkpoint in {self.out_dir}; see its error")
 
     def wait(self) -> None:
-        """Return when the last save is on disk. Raises CheckpointError if it failed."""
+        """Wait until the last save is on disk. Raises its error if it failed."""
         if self.thread is not None:
             self.thread.join()
         self.poll()
 
 
 class Saver:
-    """Saves a checkpoint when it is due: every checkpoint_interval steps, at the starts of the sparse phase and of the
-    dense end, at evaluations, when the run is stopped, and at its end."""
+    """Saves every checkpoint_interval steps, at changes of phase, at evaluations, at a stop and at the end."""
 
     def __init__(self, s, writer: Writer, ranks, phase, guard, log, parts: dict, first_iter: int, best_val_loss: float):
-        """s: train.py's settings. parts: {name in the checkpoint: model, optimizer and scaler}."""
+        """s: train.py's settings. parts: the model, optimizer and scaler by their names in the checkpoint."""
         self.s, self.writer, self.ranks, self.phase, self.guard, self.log = s, writer, ranks, phase, guard, log
         self.parts, self.first_iter, self.best_val_loss = parts, first_iter, best_val_loss
 
     def save_if_due(self, row: dict, last: bool, stopping: bool) -> None:
-        """Call it once per iteration, before its step. last: the run ends here. stopping: a signal asked for that."""
+        """Call it once per iteration, before the step. last: the run ends here. stopping: because of a signal."""
         s, iter_num, val_loss = self.s, row["iter"], row.get("val_loss", math.inf)
         improved, self.best_val_loss = val_loss < self.best_val_loss, min(val_loss, self.best_val_loss)
         self.writer.poll()
         if s.eval_only:
             return
         if last and not stopping:
-            self.log.write(row)  # write the row first: a run resumed from this save never repeats this iteration
+            self.log.write(row)  # before the save: a run resumed from it does not repeat this iteration
         if improved and not s.always_save_checkpoint and iter_num:
             self.save(iter_num, "ckpt_best.pt")
         due = iter_num % s.checkpoint_interval == 0 or iter_num in (self.phase.dense_start, self.phase.sparse_start)

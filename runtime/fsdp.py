@@ -1,10 +1,10 @@
-"""FSDP2: weights, gradients and moments lie in shards. Each matrix is cut by rows, and each rank holds a piece of it.
+"""FSDP2: weights, gradients and moments are sharded. Each rank holds some of the rows of every matrix.
 
     train   `shard_model`: each block gathers its weights before it multiplies, and frees them afterwards
-    save    checkpoint_writer.HostCopy gathers one tensor at a time, and rank 0 writes the file of any other run
+    save    checkpoint_writer.HostCopy gathers one tensor at a time, and rank 0 writes the same file as without FSDP
     load    `shard_like`: each rank maps this file, and copies its rows of one tensor after the other
 
-So a checkpoint can be resumed by any number of ranks, with or without FSDP.
+So any number of ranks can resume from a checkpoint, with or without FSDP.
 """
 
 import torch
@@ -15,12 +15,12 @@ from sparse24 import sparse_linears
 
 
 def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: int, dtype, compile_mode) -> None:
-    """Shard the weights of each of `blocks`, and those of the rest of the model, over world_size / copies ranks.
+    """Shard the model in place, over world_size / copies ranks: each of `blocks` by itself, then the other weights.
 
-    In place. On a GPU the gathered weights of blocks are in `dtype`, except those of soft thresholds. On a CPU they
-    keep their dtype, because autocast there takes no LayerNorm with 16-bit weights.
-    compile_mode: torch.compile's mode, or None. Blocks are compiled one by one. Raises ValueError where the ranks do
-    not divide into `copies` replicas, or where a 4x4 block of a sparse layer would lie on two ranks.
+    dtype: of the gathered weights in blocks on a GPU. Models with soft thresholds gather float32. So do CPUs, where
+    autocast does not support LayerNorm with 16-bit weights.
+    copies: number of replicas of the model. compile_mode: torch.compile's mode for the blocks; None = eager.
+    Raises ValueError if the ranks do not divide into `copies` replicas, or if a 4x4 block would lie on two ranks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -35,16 +35,16 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
             divisors = [n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
             fitting = [n for n in divisors if all(sparse24.fits(m.out_features, n) for m in layers)]
             raise ValueError(
-                f"parallel='fsdp': {layer.out_features} rows of a sparse layer do not lie on {pieces} ranks by fours; "
-                f"set fsdp_copies to one of {', '.join(str(ranks.world_size // n) for n in fitting)}"
+                f"parallel='fsdp': {layer.out_features} rows of a sparse layer cannot be sharded over {pieces} ranks "
+                f"by fours; set fsdp_copies to one of {', '.join(str(ranks.world_size // n) for n in fitting)}"
             )
     shape, names = ((pieces,), ("shard",)) if copies == 1 else ((copies, pieces), ("copy", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy, soft = {}, any(layer.recipe.mask == "soft" for layer in layers)
     if dtype != torch.float32 and device.type == "cuda" and not soft:  # a soft threshold needs the float32 weight
-        low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        policy = {"mp_policy": low}
-    if compile_mode:  # all blocks share the limit: phases, training and evaluation, a last batch of another size
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = {"mp_policy": mixed}
+    if compile_mode:  # all blocks share the limit, and recompile for each phase, mode and batch size
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for block in blocks:
         if compile_mode:
@@ -56,9 +56,9 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
 
 
 def shard_like(full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A copy of the unsharded tensor `full` on target's device, sharded if target is. Nothing is communicated.
+    """A copy of the unsharded tensor `full` on target's device, sharded if target is. It keeps the dtype of `full`.
 
-    Only this rank's rows are read and copied. The dtype stays that of `full`. Raises ValueError if shapes differ.
+    This rank reads and copies only its rows, without communication. Raises ValueError if the shapes differ.
     """
     if full.shape != target.shape:
         raise ValueError(f"shard_like: full has shape {tuple(full.shape)}, need the target's, {tuple(target.shape)}")

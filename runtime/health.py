@@ -1,8 +1,8 @@
-"""Is the run healthy? Its flip rate against a dense run's (sections 4.1 to 4.3), its gradients and its losses.
+"""Checks that a run is healthy: its flip rate against a dense run's (sections 4.1 to 4.3), its gradients and losses.
 
-mu = r'/r is the flip rate of a sparse run over that of a dense run at the same step. A run is healthy with mu from 0.60
-to 0.95; above 1 its masks explode. A healthy flip rate rises and then fades towards 0. studies/search_decay.py finds a
-decay factor whose mu is in the band.
+mu = r'/r is the flip rate of a sparse run divided by that of a dense run at the same step. A run is healthy if mu is
+between 0.60 and 0.95. If mu is above 1, the flip rate explodes. A healthy flip rate first rises and then fades to 0.
+studies/search_decay.py finds a decay factor whose mu is in the band.
 """
 
 import math
@@ -21,8 +21,8 @@ from runtime.metrics import read_config, read_metrics, smooth
 from sparse24 import flip_rate, local, sparse_linears, total, weight_indices
 
 HEALTHY = (0.60, 0.95)  # section 4.3
-TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the band's middle, as ratios go
-# These settings must agree for two flip rates to be compared. Seeds may differ: r differs little between them.
+TARGET = math.sqrt(HEALTHY[0] * HEALTHY[1])  # the geometric mean of the band
+# Flip rates of two runs can be compared if these settings agree. Seeds may differ, because they hardly change r.
 COMPARABLE = (
     *("dataset", "n_layer", "n_head", "n_embd", "activation", "ffn_ratio"),
     *("block_size", "batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_iters", "decay_lr"),
@@ -31,19 +31,21 @@ COMPARABLE = (
 
 
 class FlipReference:
-    """The flip rate of a recorded dense run, train.py's `flip_reference`, as a function of the step."""
+    """The flip rate of a recorded dense run, the setting `flip_reference`, as a function of the step."""
 
     def __init__(self, folder: str | Path, settings: dict):
-        """folder: out_dir of the dense run. settings: of the run to compare with it. Raises ValueError if they do not
-        compare or if there are too few flip rates, FileNotFoundError if there is no run."""
+        """folder: out_dir of the dense run. settings: those of the run to compare it with.
+
+        Raises ValueError if they do not compare or flip rates are missing, FileNotFoundError if there is no run.
+        """
         rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None and row["lr"] > 0]
         config = without_removed(read_config(folder), folder)
         need = {name: settings[name] for name in COMPARABLE} | {"sparse": "none"}
         differing = [f"{k}={value} (there {config.get(k)})" for k, value in need.items() if config.get(k) != value]
         if differing:
             raise ValueError(
-                f"flip_reference={folder} does not compare with this run: {', '.join(differing)}; record "
-                "another with studies.search_decay, or with train.py --sparse=none"
+                f"flip_reference={folder} does not compare with this run: {', '.join(differing)}; record another "
+                "dense run with studies.search_decay or train.py --sparse=none"
             )
         if len(rows) < 5:
             raise ValueError(f"flip_reference={folder}: {len(rows)} flip rates, need 5 or more; lower flip_interval")
@@ -53,65 +55,65 @@ class FlipReference:
         self.per_lr = statistics.fmean(r["flip_rate"] for r in tail) / statistics.fmean(r["lr"] for r in tail)
 
     def rate(self, iter_num: int, lr: float) -> float:
-        """r at this step. Past the end of the record r is proportional to the learning rate."""
+        """r at this step. After the end of the record r is proportional to the learning rate."""
         if iter_num > self.iters[-1]:
             return self.per_lr * lr
         return float(np.interp(iter_num, self.iters, self.rates))
 
 
 class FlipWatch:
-    """Warns once when the flip rate explodes, and once when it does not fade.
+    """Warns once if the flip rate explodes, and once if it does not fade.
 
-    explodes    the mean of the last 5 mu, measured after the warm-up, is 1 or more
-    not fading  half of the time to `end` is over, counted from the warm-up's end or the first sparse step, whichever is
-                later, and the last 5 flip rates are still above 0.9 of the highest 5
+    It explodes if the mean of the last 5 mu, measured after the warm-up, is 1 or more. It does not fade if the mean of
+    the last 5 flip rates is above 0.9 of the highest mean of 5, halfway to step `end`. Halfway is counted from the end
+    of the warm-up or the first sparse step, whichever is later.
     """
 
     COUNT, FADED = 5, 0.9
 
     def __init__(self, warmup_iters: int, end: int, reference: FlipReference | None = None):
         self.warmup_iters, self.end, self.reference = warmup_iters, end, reference
-        self.begin = None  # the first step that is added, or the warm-up's end if that is later
+        self.begin = None  # the first sparse step, or the end of the warm-up if that is later
         self.rates: list[float] = []
         self.mus: list[float] = []
         self.warned: set[str] = set()
 
     def replay(self, rows: list[dict]) -> None:
-        """Add the rows that an earlier start of this run wrote to metrics.jsonl, and has warned of already."""
+        """Add the rows of metrics.jsonl that an earlier start of this run wrote, without repeating its warnings."""
         for row in rows:
             if row["phase"] == "sparse" and row["flip_rate"] is not None:
                 self.add(row["iter"], row["flip_rate"], row["lr"])
 
     def add(self, iter_num: int, rate: float, lr: float) -> list[str]:
-        """Add the flip rate of a sparse step. Returns new warnings, which say what is wrong and what to do."""
+        """Add the flip rate of a sparse step. Returns new warnings, with their remedies."""
         self.rates.append(rate)
         self.begin = max(iter_num, self.warmup_iters) if self.begin is None else self.begin
         if self.reference and iter_num >= self.warmup_iters:
             self.mus.append(rate / max(self.reference.rate(iter_num, lr), 1e-12))
-        found = {}
+        warnings = {}
         if len(self.mus) >= self.COUNT and (mu := statistics.fmean(self.mus[-self.COUNT :])) >= 1:
-            found["explodes"] = (
-                f"the flip rate is {mu:.2f} times the dense run's, which costs loss (section 4.1); a larger "
-                "masked_decay lowers it: python -m studies.search_decay finds one"
+            warnings["explodes"] = (
+                f"the flip rate is {mu:.2f} times the dense run's, which raises the loss (section 4.1); raise "
+                "masked_decay: python -m studies.search_decay finds a good value"
             )
         if 2 * iter_num >= self.begin + self.end and len(self.rates) >= 2 * self.COUNT:
             means = smooth(self.rates, self.COUNT // 2)
             recent, peak = statistics.fmean(self.rates[-self.COUNT :]), max(means)
             if recent > self.FADED * peak:
-                found["not fading"] = (
-                    f"the flip rate, {recent:.5f}, has not come down from its peak of {peak:.5f}, and half of the "
-                    "schedule is over (section 4.1): raise masked_decay, or let the learning rate decay"
+                warnings["not fading"] = (
+                    f"half of the schedule is over, but the flip rate, {recent:.5f}, has not fallen from its peak of "
+                    f"{peak:.5f} (section 4.1); raise masked_decay, or let the learning rate decay"
                 )
-        new = [text for kind, text in found.items() if kind not in self.warned]
-        self.warned |= found.keys()
-        return new
+        new_warnings = [text for kind, text in warnings.items() if kind not in self.warned]
+        self.warned |= warnings.keys()
+        return new_warnings
 
 
 class FlipMeter:
-    """Measures the flip rate every flip_interval steps (Definition 4.1), and beside it how strong masked decay is."""
+    """Measures the flip rate every flip_interval steps (Definition 4.1), and the strength of masked decay."""
 
     def __init__(self, s, recipe, model: nn.Module, linears: list[nn.Linear], watch: FlipWatch, ranks):
-        """linears: the layers whose masks count. Dense ones count by the masks that their weights would have."""
+        """linears: the layers to measure. Dense layers count with the masks that their weights would have."""
         self.s, self.recipe, self.model, self.linears = s, recipe, model, linears
         self.watch, self.ranks, self.before = watch, ranks, None
 
@@ -122,7 +124,7 @@ class FlipMeter:
             row["masked_decay"] = self.s.masked_decay
             if finite and (log_now or due) and self.recipe.decay_on == "grad":
                 row["decay_ratio"] = decay_ratio(self.model, self.s.masked_decay)
-        # A step with a gradient that is not finite is skipped, so nothing flips.
+        # Nothing flips in a step that is skipped because of its gradient.
         self.before = weight_indices(self.linears, self.s.flip_mask) if due and finite else None
 
     def after_step(self, row: dict) -> None:
@@ -136,8 +138,10 @@ class FlipMeter:
 
 
 def decay_ratio(model: nn.Module, masked_decay: float) -> float | None:
-    """RMS(masked_decay * ~mask * w) / RMS(grad) over the sparse weights: the strength of masked decay. None if no layer
-    is sparse or has a gradient. Call it between clipping and the optimizer's step."""
+    """RMS(masked_decay * ~mask * w) / RMS(grad) over the sparse weights. None if no sparse layer has a gradient.
+
+    Call it between clipping and the optimizer's step.
+    """
     layers = [m for m in sparse_linears(model) if m.sparse and m.weight.grad is not None]
     if not layers:
         return None
@@ -148,8 +152,10 @@ def decay_ratio(model: nn.Module, masked_decay: float) -> float | None:
 
 
 class LossWatch:
-    """Finds losses that are not finite, or that exceed the mean of the last COUNT by SIGMAS standard deviations. Such
-    losses do not enter the mean. Each rank watches its own micro-batches."""
+    """Finds losses that are not finite, or that exceed the mean of the last COUNT by SIGMAS standard deviations.
+
+    Such losses do not enter the mean. Each rank watches its own micro-batches.
+    """
 
     COUNT, LEAST, SIGMAS = 200, 50, 6.0
 
@@ -158,7 +164,7 @@ class LossWatch:
         self.in_a_row = 0
 
     def add(self, loss: float) -> str | None:
-        """Add the loss of one micro-batch. Returns a description if it stands out."""
+        """Add the loss of one micro-batch. Returns a description if it is an outlier."""
         if not math.isfinite(loss):
             return f"loss {loss}"
         if len(self.recent) >= self.LEAST:
@@ -167,9 +173,9 @@ class LossWatch:
             if loss > mean + self.SIGMAS * deviation:
                 self.in_a_row += 1
                 count = len(self.recent)
-                if self.in_a_row == self.LEAST:  # no spike but the new level of the loss
+                if self.in_a_row == self.LEAST:  # this is not a spike but a new level of the loss
                     self.recent.clear()
-                return f"loss {loss:.4f}, where the last {count} were {mean:.4f} +- {deviation:.4f}"
+                return f"loss {loss:.4f}, while the last {count} were {mean:.4f} +- {deviation:.4f}"
         self.in_a_row = 0
         self.recent.append(loss)
         return None
@@ -180,23 +186,25 @@ class Diverged(RuntimeError):
 
 
 class StepGuard:
-    """Skips the steps whose gradient is not finite, and warns of losses that stand out."""
+    """Skips steps whose gradient is not finite, and warns of outliers among the losses."""
 
     MAX_SKIPPED = 20  # steps in a row
 
     def __init__(self, s, ranks, writer, skipped: int, in_a_row: int):
-        """skipped: number of steps skipped so far. in_a_row: how many of them were the last ones."""
+        """skipped: number of steps skipped so far. in_a_row: number of the latest steps skipped in a row."""
         self.s, self.ranks, self.writer = s, ranks, writer
         self.skipped, self.in_a_row, self.losses = skipped, in_a_row, LossWatch()
 
     def check(self, row: dict, losses: list[float], starts_of: Callable) -> bool:
-        """Whether the step may be taken. losses: of this rank's micro-batches. starts_of(micro_batch): the positions in
-        the training split at which its windows begin. Raises Diverged after too many skipped steps."""
-        mine = range(self.ranks.rank, self.s.gradient_accumulation_steps, self.ranks.world_size)
-        for micro_batch, loss in zip(mine, losses, strict=True):
+        """Returns whether the gradient is finite. Raises Diverged after too many skipped steps.
+
+        losses: those of this rank's micro-batches. starts_of(micro_batch): positions of its windows in the data.
+        """
+        micro_batches = range(self.ranks.rank, self.s.gradient_accumulation_steps, self.ranks.world_size)
+        for micro_batch, loss in zip(micro_batches, losses, strict=True):
             if spike := self.losses.add(loss):
                 starts = ", ".join(str(start) for start in starts_of(micro_batch)[:8])
-                place = f"iteration {row['iter']}, micro-batch {micro_batch}, whose windows begin at tokens {starts}"
+                place = f"iteration {row['iter']}, micro-batch {micro_batch}, windows at tokens {starts}"
                 print(f"warning, rank {self.ranks.rank}: {spike}; {place}", flush=True)
         finite = math.isfinite(row["grad_norm"])
         self.in_a_row = 0 if finite else self.in_a_row + 1
@@ -207,7 +215,7 @@ class StepGuard:
         if self.in_a_row > self.MAX_SKIPPED:
             self.writer.wait()
             raise Diverged(
-                f"the last {self.in_a_row} gradients were not finite; the weights are as before them, the last "
-                f"checkpoint is {checkpoint.find(self.s.out_dir)}; lower learning_rate, or look at the data named above"
+                f"the last {self.in_a_row} gradients were not finite, so that their steps were skipped; the checkpoint "
+                f"is {checkpoint.find(self.s.out_dir)}; lower learning_rate, or look at the data named above"
             )
         return finite

@@ -1,4 +1,4 @@
-"""Reading what data/*/prepare.py wrote: token files, checked before they are used, and their tokenizers."""
+"""Reads the token files and tokenizers that data/*/prepare.py wrote."""
 
 import json
 import os
@@ -10,18 +10,18 @@ import torch
 from sparse24 import seed_words
 
 DATA_FOLDER = Path(__file__).resolve().parents[1] / "data"
-_EPOCH = 5  # tag that keeps the random numbers of the epochs' orders apart from others
+_EPOCH = 5  # tag that keeps this stream of random numbers apart from others
 
 
 class DataLost(RuntimeError):
-    """The data was there when the run began, and is no longer."""
+    """A data file was deleted or cut short during the run."""
 
 
 class Tokens:
-    """One split of a dataset: a memory-mapped file of uint16 tokens, checked before it is used.
+    """One split of a dataset: a memory-mapped file of uint16 tokens.
 
-    Raises FileNotFoundError if the file is missing, ValueError if it is shorter than one window or holds a token of
-    vocab_size or more. Both name the prepare command.
+    Raises FileNotFoundError if the file is missing, ValueError if it is too short for one window or holds a token of
+    vocab_size or more. Both messages name the prepare command.
     """
 
     def __init__(self, folder: Path, split: str, block_size: int, vocab_size: int):
@@ -29,8 +29,8 @@ class Tokens:
         self._orders: dict[int, tuple[np.ndarray, int]] = {}
         self.remedy = f"prepare it with: python {os.path.relpath(folder / 'prepare.py')}"
         if not (folder / "prepare.py").exists():
-            known = ", ".join(sorted(path.parent.name for path in DATA_FOLDER.glob("*/prepare.py")))
-            self.remedy = f"set dataset to one of {known}, or to a folder with train.bin and val.bin"
+            datasets = ", ".join(sorted(path.parent.name for path in DATA_FOLDER.glob("*/prepare.py")))
+            self.remedy = f"set dataset to one of {datasets}, or to a folder with train.bin and val.bin"
         if not self.path.is_file():
             raise FileNotFoundError(f"dataset: {self.path} does not exist; {self.remedy}")
         self.data = np.memmap(self.path, dtype="<u2", mode="r") if self.path.stat().st_size > 1 else np.zeros(0, "<u2")
@@ -39,7 +39,7 @@ class Tokens:
                 f"dataset: {self.path} holds {len(self.data)} tokens, need more than block_size={block_size}; "
                 f"set a smaller block_size, or {self.remedy} from more text"
             )
-        chunk = 2**20  # all of a file up to 134M tokens is read, samples of a larger one; `windows` checks the rest
+        chunk = 2**20  # larger files than 134M tokens are only sampled here; `windows` checks every window
         starts = range(0, len(self.data), max(chunk, len(self.data) // 128))
         self._check(max(int(self.data[start : start + chunk].max()) for start in starts))
 
@@ -51,12 +51,14 @@ class Tokens:
             )
 
     def windows(self, starts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets int64 (B, T), the targets one token on, for windows that begin at `starts`. Raises
-        DataLost if the file was deleted or cut short: reading on would end the process without a message."""
+        """Inputs and targets, int64 (B, T), of the windows that begin at `starts`. Targets are shifted by one token.
+
+        Raises DataLost if the file was deleted or cut short; reading it would end the process without a message.
+        """
         try:
             size = self.path.stat().st_size
         except OSError as error:
-            raise DataLost(f"dataset: {self.path} vanished while it was in use ({error}); bring it back") from error
+            raise DataLost(f"dataset: {self.path} was deleted during the run ({error}); restore it") from error
         if size < 2 * len(self.data):
             raise DataLost(
                 f"dataset: {self.path} had {len(self.data)} tokens when the run began, now {size // 2}; {self.remedy}"
@@ -69,28 +71,33 @@ class Tokens:
         return block[:, :-1], block[:, 1:]
 
     def random_starts(self, count: int, *key: int) -> np.ndarray:
-        """Starts of `count` windows anywhere in the file, a function of `key` alone."""
+        """Starts of `count` windows anywhere in the file. They depend only on `key`."""
         return seed_words(count, *key) % np.uint64(len(self.data) - self.block_size)
 
     def epoch_starts(self, count: int, first: int, seed: int) -> np.ndarray:
-        """Starts of windows `first`, `first` + 1, ... of a sequence of epochs. An epoch cuts the file into windows from
-        some offset on, and takes each of them once. Offset and order are functions of (seed, epoch)."""
-        windows, spare = divmod(len(self.data) - 1, self.block_size)
+        """Starts of windows `first` to `first` + `count` - 1 of a sequence of epochs.
+
+        An epoch cuts the file into windows after some offset, and takes each of them once. Offset and order depend only
+        on (seed, epoch).
+        """
+        windows, remainder = divmod(len(self.data) - 1, self.block_size)
         starts = []
         for number in range(first, first + count):
-            epoch, place = divmod(number, windows)
-            if epoch not in self._orders:  # the orders of two epochs are kept, eight bytes a window
+            epoch, position = divmod(number, windows)
+            if epoch not in self._orders:  # the orders of two epochs stay in memory, 8 bytes per window
                 self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
                 words = seed_words(windows + 1, seed, epoch, 0, _EPOCH)
-                self._orders[epoch] = np.argsort(words[1:], kind="stable"), int(words[0] % np.uint64(spare + 1))
+                self._orders[epoch] = np.argsort(words[1:], kind="stable"), int(words[0] % np.uint64(remainder + 1))
             order, offset = self._orders[epoch]
-            starts.append(int(order[place]) * self.block_size + offset)
+            starts.append(int(order[position]) * self.block_size + offset)
         return np.array(starts)
 
 
 def load_meta(folder: Path) -> dict:
-    """meta.json of a dataset. Without one GPT-2's tokenizer is assumed, as in nanoGPT. Raises ValueError if it does not
-    belong to the .bin files beside it, as after a preparation that was cut short."""
+    """meta.json of a dataset; GPT-2's tokenizer if there is none, as in nanoGPT.
+
+    Raises ValueError if it is damaged or does not match the .bin files, as after an interrupted preparation.
+    """
     path = folder / "meta.json"
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": 50257}
@@ -111,8 +118,10 @@ def load_meta(folder: Path) -> dict:
 
 
 def load_tokenizer(meta: dict):
-    """(encode: str -> list of ints, decode: list of ints -> str) of a dataset's meta.json. Characters that a char-level
-    vocabulary lacks raise ValueError. GPT-2's padding ids decode to nothing."""
+    """(encode: str -> list of ints, decode: list of ints -> str) of a dataset's meta.json.
+
+    encode raises ValueError for characters that a char-level vocabulary lacks. decode skips GPT-2's padding ids.
+    """
     if meta["tokenizer"] == "char":
         ids = {char: i for i, char in enumerate(meta["chars"])}
 

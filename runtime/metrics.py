@@ -1,4 +1,4 @@
-"""What a run reports: the rows of metrics.jsonl, the lines on the console, wandb. And reading it back."""
+"""Writes a run's measurements to metrics.jsonl, the console and wandb, and reads them back."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configurator import write_small_file
 
-COLUMNS = {  # of metrics.jsonl: how the console shows each, if it does
+COLUMNS = {  # the columns of metrics.jsonl and their formats on the console; "" = not shown there
     "iter": "", "phase": "", "train_loss": "loss {:.4f}", "val_loss": "val {:.4f}", "val_loss_24": "",
     "lr": "lr {:.2e}", "grad_norm": "|g| {:.2f}", "flip_rate": "flip {:.5f}", "masked_decay": "", "decay_ratio": "",
     "skipped": "", "tokens_per_s": "{:,.0f} tok/s", "mfu": "mfu {:.1%}", "elapsed_s": "",
@@ -16,29 +16,29 @@ COLUMNS = {  # of metrics.jsonl: how the console shows each, if it does
 
 
 class Log:
-    """Times the steps, and reports a step when its turn comes: in metrics.jsonl, to wandb and on the console.
+    """Times the steps, and reports them in metrics.jsonl, to wandb and on the console.
 
-    A row of metrics.jsonl is one JSON object with all of COLUMNS; null means not measured at that iteration, or not
+    A row of metrics.jsonl is a JSON object with all of COLUMNS. null means not measured at that iteration, or not
     finite. Only the rank that called `open` writes and prints.
     """
 
     def __init__(self, s, model, ranks, peak: float | None, elapsed: float):
-        """peak: FLOP/s of all GPUs together, for the MFU, or None if unknown. elapsed: seconds of training so far."""
+        """peak: FLOP/s of all GPUs together, for the MFU; None if unknown. elapsed: seconds of training so far."""
         self.s, self.model, self.ranks, self.peak, self.elapsed = s, model, ranks, peak, elapsed
         self.tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
-        self.steps, self.seconds, self.started = 0, 0.0, 0.0  # steps since the last row, and what they took
+        self.steps, self.seconds, self.started = 0, 0.0, 0.0  # steps since the last row, and their duration
         self.file = self.wandb = None
 
     def open(self, first_iter: int) -> None:
-        """Open metrics.jsonl without its rows from `first_iter` on: a run that is resumed writes those once more."""
+        """Open metrics.jsonl. Its rows from `first_iter` on are deleted, because a resumed run repeats those steps."""
         path, rows = Path(self.s.out_dir) / "metrics.jsonl", []
         if first_iter and path.exists():
             for line in path.read_text().splitlines():
                 try:
                     if json.loads(line)["iter"] < first_iter:
                         rows.append(line + "\n")
-                except json.JSONDecodeError:  # a kill cut it short
-                    print(f"{path}: dropped an unfinished line, {line[:40]!r}")
+                except json.JSONDecodeError:  # a kill interrupted the write
+                    print(f"{path}: deleted an incomplete line, {line[:40]!r}")
         write_small_file(path, "".join(rows))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  open as long as the run
         if self.s.wandb_log:
@@ -51,7 +51,7 @@ class Log:
         self.started = time.perf_counter()
 
     def end_step(self, row: dict, losses: list[float], log_now: bool) -> None:
-        """losses: of this rank's micro-batches. The row is written if log_now, or if it has a flip rate."""
+        """Write the row if log_now, or if it has a flip rate. losses: those of this rank's micro-batches."""
         writing = log_now or "flip_rate" in row
         if writing:
             row["train_loss"] = self.ranks.total([sum(losses)])[0] / self.s.gradient_accumulation_steps
@@ -79,20 +79,20 @@ class Log:
             self.wandb.log(measured, step=row["iter"])
 
     def show(self, row: dict, s_per_iter: float) -> None:
-        """Print the row as one line, with the time left."""
+        """Print the row as one line, with the remaining time."""
         texts = [f"iter {row['iter']:>6}/{self.s.max_iters}", f"{row['phase']:<6}"]
         texts += [text.format(row[key]) for key, text in COLUMNS.items() if text and row.get(key) is not None]
         eta = int((self.s.max_iters - row["iter"]) * s_per_iter)
         print("  ".join([*texts, f"eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"]), flush=True)
 
     def sync(self) -> None:
-        """Bring the rows to disk. Call it before a checkpoint is saved, which must not outlive them."""
+        """Flush the rows to disk. Call it before saving a checkpoint: all rows before it must survive with it."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
 
     def close(self, row: dict, stopping: bool, best_val_loss: float) -> None:
-        """Say how the run ended. row: the last one."""
+        """Print how the run ended. row: the last one."""
         s, iter_num = self.s, row["iter"]
         if self.ranks.master and "val_loss" in row:
             pruned = f", hard-pruned to 2:4 {row['val_loss_24']:.4f}" if "val_loss_24" in row else ""
@@ -105,15 +105,16 @@ class Log:
         if stopping:
             resume = "" if s.init_from in ("auto", "resume") else " with --init_from=resume"
             saved = f"stopped after iteration {iter_num}, saved in {Path(s.out_dir) / 'ckpt.pt'}"
-            print(f"{saved}; to go on, run the same command again{resume}")
+            print(f"{saved}; to continue, run the same command again{resume}")
         else:
             print(f"done: {iter_num} iterations, best validation loss {best_val_loss:.4f}, saved in {Path(s.out_dir)}")
 
 
 def read_metrics(folder):
-    """The rows of `folder`/metrics.jsonl as dicts, in file order. A broken last line, which a running job is still
-    writing, is left out. Raises FileNotFoundError if there is no folder or no file yet, ValueError for a broken line
-    elsewhere."""
+    """The rows of `folder`/metrics.jsonl as dicts, in file order, without an incomplete last line.
+
+    Raises FileNotFoundError if there is no folder or no file yet, ValueError for any other broken line.
+    """
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no such run folder: {folder!r}; give the out_dir of a run")
@@ -143,7 +144,7 @@ def read_config(folder):
         try:
             return json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; delete it to go without the run's settings") from None
+            raise ValueError(f"{path}: {error}; delete it to continue without the run's settings") from None
 
 
 def smooth(values: list[float], half: int) -> list[float]:

@@ -1,10 +1,9 @@
-"""Draw runs from their metrics: loss.png and flip_rate.png.
+"""Plot the losses and flip rates of runs: loss.png and flip_rate.png.
 
     python -m runtime.plot out-dense out-fst [--out=plots]
 
-Each folder holds metrics.jsonl and config.json, as train.py writes them. A run that is still going can be drawn. The
-flip rates (Definition 4.1) of several runs share one axis, because the papers choose the masked decay by comparing a
-sparse run's curve with the dense run's.
+Each folder holds metrics.jsonl and config.json, as train.py writes them; the run may still be going on. The flip rates
+(Definition 4.1) of all runs share one axis, so that a sparse run's curve can be compared with the dense run's.
 """
 
 import argparse
@@ -14,13 +13,13 @@ import os
 
 from runtime.metrics import read_config, read_metrics, smooth
 
-# Okabe and Ito's palette, less its yellow, which is too faint for a line: distinct for the colour-blind.
+# Okabe and Ito's palette for the colour-blind, without its yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SKIP = 0.1  # the first tenth of a run does not set the range of the loss axis: the start would hide the end
+SKIP = 0.1  # the range of the loss axis ignores the first tenth of a run, whose high losses would hide the end
 
 
 def switches(rows):
-    """{iteration: the phase that begins there}, without the first phase."""
+    """{first iteration: phase} of every phase but the first one."""
     return {b["iter"]: b["phase"] for a, b in itertools.pairwise(rows) if a["phase"] != b["phase"]}
 
 
@@ -31,7 +30,7 @@ def curve(rows, key):
 
 
 def label_of(folder, config, unique):
-    """Folder name and recipe, for example "out-fst (fst, decay 6e-05)". The whole path if `unique` is False."""
+    """Folder name and recipe, such as "out-fst (fst, decay 6e-05)". The full path if the name is not unique."""
     name = os.path.basename(os.path.abspath(folder)) if unique else folder
     recipe = "dense" if config.get("sparse") == "none" else config.get("sparse")
     decay = config.get("masked_decay") if recipe != "dense" else None
@@ -40,13 +39,13 @@ def label_of(folder, config, unique):
 
 
 def load_runs(folders):
-    """[{label, style, rows, switches}] of the runs in these folders. Raises ValueError for a run without a row."""
+    """[{label, style, rows, switches}] of the runs in these folders. Raises ValueError for a run without rows."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     runs = []
     for i, (folder, name) in enumerate(zip(folders, names, strict=True)):
         rows = read_metrics(folder)
         if not rows:
-            raise ValueError(f"{os.path.join(folder, 'metrics.jsonl')} has no finished line yet; try again later")
+            raise ValueError(f"{os.path.join(folder, 'metrics.jsonl')} has no complete line yet; try again later")
         label = label_of(folder, read_config(folder), names.count(name) == 1)
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", ":")[i // len(COLOURS) % 2]}
         runs.append({"label": label, "style": style, "rows": rows, "switches": switches(rows)})
@@ -54,7 +53,7 @@ def load_runs(folders):
 
 
 def new_figure(title, ylabel):
-    from matplotlib.figure import Figure  # without pyplot: always Agg, no display and no global state
+    from matplotlib.figure import Figure  # without pyplot there is no global state, and no display is needed
 
     figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots()
@@ -69,21 +68,21 @@ def new_figure(title, ylabel):
 
 
 def mark_switches(axes, runs):
-    """A dashed line at each switch, in the colour of its run, or in grey if several runs switch at that iteration."""
-    at = {}
+    """A dashed line at each change of phase, in the colour of its run, or in grey if several runs share it."""
+    colours_of = {}
     for run in runs:
         for switch in run["switches"].items():
-            at.setdefault(switch, []).append(run["style"]["color"])
-    for (iteration, phase), colours in at.items():
+            colours_of.setdefault(switch, []).append(run["style"]["color"])
+    for (iteration, phase), colours in colours_of.items():
         colour = colours[0] if len(colours) == 1 else "0.35"
         axes.axvline(iteration, color=colour, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
-        top, left = {"xy": (iteration, 0.98), "xycoords": ("data", "axes fraction")}, {"textcoords": "offset points"}
+        place = {"xy": (iteration, 0.98), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         font = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8, "color": colour}
-        axes.annotate(f"{phase} from {iteration:,}", **top, **left, xytext=(-3, 0), **font)
+        axes.annotate(f"{phase} from {iteration:,}", **place, xytext=(-3, 0), **font)
 
 
 def finish(figure, path):
-    """Add the legend below the axes, where it covers nothing, and write the file."""
+    """Add the legend below the axes and write the file."""
     labels = figure.axes[0].get_legend_handles_labels()[1]
     ncols = 2 if max(map(len, labels), default=0) < 50 else 1
     figure.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=ncols)
@@ -91,7 +90,7 @@ def finish(figure, path):
 
 
 def plot_loss(runs, path):
-    """Draw train losses thin and validation losses with markers. The legend has each run's last validation loss."""
+    """Training losses as thin lines, validation losses with markers. The legend has the last validation losses."""
     figure, axes = new_figure("loss: thin = train, marked = validation", "cross-entropy (nats per token)")
     settled = []
     for run in runs:
@@ -102,21 +101,21 @@ def plot_loss(runs, path):
         first = run["rows"][-1]["iter"] * SKIP
         settled += [y for xs, ys in (train, val) for x, y in zip(xs, ys, strict=True) if x >= first]
     if settled and max(settled) > min(settled):
-        room = 0.04 * (max(settled) - min(settled))
-        axes.set_ylim(min(settled) - room, max(settled) + room)
+        margin = 0.04 * (max(settled) - min(settled))
+        axes.set_ylim(min(settled) - margin, max(settled) + margin)
     mark_switches(axes, runs)
     finish(figure, path)
 
 
 def plot_flip_rate(runs, path):
-    """Draw flip rates on a log axis, faint points under a running mean. Returns False, and draws nothing, if none."""
+    """Flip rates as faint points, with a running mean, on a log axis. Returns False, without a file, if none is > 0."""
     figure, axes = new_figure("flip rate", "fraction of mask entries changed per step")
     drawn = []
     for run in runs:
-        rows = [row for row in run["rows"] if 0 < (row.get("flip_rate") or 0) < math.inf]  # for a log axis
+        rows = [row for row in run["rows"] if 0 < (row.get("flip_rate") or 0) < math.inf]
         label, half = run["label"], len(rows) // 60
-        for _, part in itertools.groupby(rows, lambda row: row["phase"]):  # the mean must not blur the switch
-            xs, ys = curve(part, "flip_rate")
+        for _, phase_rows in itertools.groupby(rows, lambda row: row["phase"]):  # no mean across a change of phase
+            xs, ys = curve(phase_rows, "flip_rate")
             axes.plot(xs, ys, ".", color=run["style"]["color"], markersize=3.5, alpha=0.3, markeredgewidth=0)
             axes.plot(xs, smooth(ys, half), **run["style"], linewidth=1.6, label=label)
             label = None
@@ -145,7 +144,7 @@ def main(argv=None):
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}; pip install matplotlib")
-    print(f"wrote {flips}" if has_flips else f"no flip rate above zero in any run; {flips} not written")
+    print(f"wrote {flips}" if has_flips else f"no run has a flip rate above zero; {flips} not written")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ class RanksDiffer(RuntimeError):
 class Ranks:
     """This process among the processes of the run.
 
-    control: a gloo group for everything but gradients. It never waits for a GPU, and can be destroyed while DDP still
-    holds the default group (see `leave`)."""
+    control: a gloo group for everything but gradients. It never waits for a GPU, and `leave` can destroy it while DDP
+    still holds the default group.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -55,34 +56,34 @@ class Ranks:
 
     def decide(self, value):
         """Rank 0's `value`, on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        objects = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(objects, src=0, group=self.control)
+        return objects[0]
 
     def leave(self) -> None:
         """Wait for the other ranks and leave the process group.
 
-        A gloo thread that frees a Python tensor while the interpreter shuts down aborts the process ("terminate called
-        without an active exception"). Only the control group receives such tensors. Its threads are joined when the
-        last reference to it is dropped, which happens here."""
+        Dropping the last reference to the control group joins its gloo threads. A thread that freed a Python tensor
+        while the interpreter shuts down would abort the process ("terminate called without an active exception").
+        """
         if self.control is not None:
             dist.barrier(group=self.control)
             self.control = None
             dist.destroy_process_group()
 
     def check_equal(self, model: torch.nn.Module) -> None:
-        """Raises RanksDiffer unless all holders of a shard have the same weights, and all ranks the same masks.
+        """Raise RanksDiffer unless all holders of a shard have the same weights, and all ranks the same masks.
 
-        It compares sums of their bits, and names the ranks that are in the minority."""
+        Compares the sums of their bits, and names the ranks that are in the minority.
+        """
         if self.world_size == 1:
             return
-        mine = torch.tensor([sparse24.piece(next(model.parameters())), *fingerprint(model)])
-        found = [torch.zeros_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(found, mine, group=self.control)
-        pieces, weights, masks = zip(*(row.tolist() for row in found), strict=True)
-        wrong = {*outvoted([*zip(pieces, weights, strict=True)]), *outvoted([(0, m) for m in masks])}
+        this_rank = torch.tensor([sparse24.piece(next(model.parameters())), *fingerprint(model)])
+        all_ranks = [torch.zeros_like(this_rank) for _ in range(self.world_size)]
+        dist.all_gather(all_ranks, this_rank, group=self.control)
+        shards, weights, masks = zip(*(row.tolist() for row in all_ranks), strict=True)
+        wrong = {*outvoted([*zip(shards, weights, strict=True)]), *outvoted([(0, m) for m in masks])}
         if wrong:
             raise RanksDiffer(
                 f"weights or masks of ranks {sorted(wrong)} differ from the others', or from each other's; resume from "
@@ -91,33 +92,39 @@ class Ranks:
 
 
 def fingerprint(model: torch.nn.Module) -> tuple[int, int]:
-    """(sum of the bits of this rank's weights, sum of the bits of all masks). Waits for the GPU."""
-    names = ("index", "index_t", "beta")  # every permutation has the same sum, but index_t depends on the permutation
-    buffers = [getattr(layer, name, None) for layer in sparse_linears(model) for name in names]
+    """(sum of the bits of this rank's weights, sum of the bits of the sparse layers' buffers). Waits for the GPU.
+
+    Non-persistent buffers are left out: `seed` differs between ranks, and packed operands are copies of the weights.
+    """
     weights = _sum_of_bits([sparse24.local(p.detach()) for p in model.parameters()])
-    return weights, _sum_of_bits([b for b in buffers if b is not None])
+    buffers = []
+    for layer in sparse_linears(model):
+        # Every permutation has the same sum, but Bi-Mask's index_t depends on the permutation.
+        buffers += [b for name, b in layer.named_buffers() if name not in layer._non_persistent_buffers_set]
+    return weights, _sum_of_bits(buffers)
 
 
 def _sum_of_bits(tensors: list[torch.Tensor]) -> int:
-    """The sum of the tensors' bits as integers, which wraps."""
+    """The sum of the tensors' bits, read as integers. The sum wraps around."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
     return int(torch.stack(sums).sum()) if sums else 0
 
 
 def outvoted(sums: list[tuple[int, int]]) -> list[int]:
-    """The ranks whose sum differs from that of most holders of their piece; all holders if no sum has a majority.
+    """The ranks whose sum is not the most common one of their shard; all holders of a shard if there is a tie.
 
-    sums: (piece, sum of its bits) for each rank."""
-    most = {}
-    for piece in {piece for piece, _ in sums}:
-        (first, count), *others = Counter(pair for pair in sums if pair[0] == piece).most_common(2)
-        most[piece] = first if not others or others[0][1] < count else None
-    return [rank for rank, pair in enumerate(sums) if pair != most[pair[0]]]
+    sums: (number of the shard, sum of its bits) for each rank.
+    """
+    majority = {}
+    for shard in {shard for shard, _ in sums}:
+        (first, count), *others = Counter(pair for pair in sums if pair[0] == shard).most_common(2)
+        majority[shard] = first if not others or others[0][1] < count else None
+    return [rank for rank, pair in enumerate(sums) if pair != majority[pair[0]]]
 
 
 def start_ranks(device_name: str) -> Ranks:
-    """Join torchrun's process group, by nccl on GPUs and gloo on CPUs, or be a world of one."""
+    """Join torchrun's process group, with nccl on GPUs and gloo on CPUs. Without torchrun the world has one rank."""
     if int(os.environ.get("RANK", -1)) < 0:
         return Ranks()
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
@@ -126,11 +133,11 @@ def start_ranks(device_name: str) -> Ranks:
         raise ValueError(f"device={device_name!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    name = "nccl" if on_gpu else "gloo"
+    backend = "nccl" if on_gpu else "gloo"
     try:
-        dist.init_process_group(name)
+        dist.init_process_group(backend)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"ranks cannot meet by {name}: {error}; start train.py with torchrun") from error
+        raise ValueError(f"ranks cannot connect by {backend}: {error}; start train.py with torchrun") from error
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
@@ -139,10 +146,9 @@ class FolderInUse(RuntimeError):
 
 
 def hold(folder: Path):
-    """Keep other runs out of `folder` until the returned file is closed or this process ends, in whatever way.
+    """Lock `folder`/run.lock until the returned file is closed or this process ends. `sign` writes who holds the lock.
 
-    The folder gets an empty run.lock if it has none; `sign` writes there who holds it. Raises FolderInUse if another
-    run holds it.
+    Raises FolderInUse if another run holds it.
     """
     file = open(folder / "run.lock", "a+")  # noqa: SIM115  open as long as the run
     try:
@@ -153,7 +159,7 @@ def hold(folder: Path):
         file.close()
         raise FolderInUse(f"out_dir={folder} is in use by {holder}; stop that run, or set another out_dir") from error
     except OSError as error:  # some network file systems
-        print(f"{folder}: cannot be locked ({error}); make sure that no other run writes there", flush=True)
+        print(f"{folder} cannot be locked ({error}); make sure that no other run writes there", flush=True)
     return file
 
 
@@ -164,10 +170,11 @@ def sign(file) -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks for a stop at the end of the step.
+    """Records a SIGTERM or SIGINT, so that the run stops at the end of the step.
 
-    A second SIGINT is obeyed at once. A second SIGTERM is not, because a scheduler that signals all processes reaches
-    each rank twice: directly, and through torchrun."""
+    A second SIGINT ends the process at once. A second SIGTERM does not, because a scheduler that signals all processes
+    reaches each rank twice: directly, and through torchrun.
+    """
 
     def __init__(self):
         self.received = None
@@ -181,24 +188,18 @@ class StopSignal:
 
 
 def environment(device: torch.device, world_size: int) -> dict:
-    """What the numbers of a run depend on besides its settings."""
+    """The versions and the machine, on which a run's numbers depend besides its settings."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
         commit = None
-    commit = os.environ.get("NANO24_COMMIT", commit)  # for a copy of the tree whose history did not travel along
+    commit = os.environ.get("NANO24_COMMIT", commit)  # for a copy of the tree without its git history
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "commit": commit,
-        "torch": torch.__version__,
-        "triton": triton,
-        "device_name": name,
-        "kernels": kernel_status(device),
-        "world_size": world_size,
-        "threads": torch.get_num_threads(),
-    }
+    machine = {"device_name": name, "kernels": kernel_status(device), "world_size": world_size}
+    software = {"commit": commit, "torch": torch.__version__, "triton": triton}
+    return software | machine | {"threads": torch.get_num_threads()}

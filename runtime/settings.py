@@ -1,6 +1,6 @@
-"""The settings of a run: checked, and filled in where they say "auto" or leave a value to the recipe.
+"""Checks a run's settings, and fills in the values that "auto" and the recipe stand for.
 
-Everything here happens before anything is written. `s` is a namespace of all of train.py's settings by name.
+Nothing is written here. `s` is a namespace of all of train.py's settings.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from runtime.ranks import Ranks
 from sparse24 import Recipe, kernel_status, sparse_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LEAST = {  # the smallest value that a setting may have
+LEAST = {  # the smallest allowed values
     "batch_size": 1, "gradient_accumulation_steps": 1, "block_size": 1, "max_iters": 0, "warmup_iters": 0, "seed": 0,
     "log_interval": 1, "eval_interval": 0, "eval_iters": 0, "flip_interval": 0, "checkpoint_interval": 1,
     "keep_last": 2, "keep_every": 0, "grad_clip": 0, "dense_start": -1, "fsdp_copies": 1,
@@ -34,7 +34,7 @@ CHOICES = {
 
 
 def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
-    """Check the settings and fill in what the recipe and "auto" stand for. Returns the recipe, None for a dense run."""
+    """Check the settings, and fill in the recipe's values. Returns the recipe, or None for a dense run."""
     for name, least in LEAST.items():
         if getattr(s, name) < least:
             raise ValueError(f"{name}={getattr(s, name)}, need at least {least}")
@@ -43,16 +43,16 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
             raise ValueError(f"{name}={getattr(s, name)!r}, need one of {', '.join(choices)}")
     choose.check_mode(s.spmm)
     if s.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb_log=True needs the package wandb, which is missing; pip install wandb")
+        raise ValueError("wandb_log=True needs the package wandb; pip install wandb")
     if s.seed >= 2**32:
         raise ValueError(f"seed={s.seed}, need a seed below 2**32")
     if s.parallel == "ddp" and s.fsdp_copies > 1:
-        raise ValueError(f"fsdp_copies={s.fsdp_copies} is for parallel='fsdp'; under ddp each rank has a copy")
+        raise ValueError(f"fsdp_copies={s.fsdp_copies} is for parallel='fsdp'; with ddp every rank has a replica")
     if s.parallel == "fsdp" and (s.dtype == "float16" or s.compile_mode != "default"):
         raise ValueError("parallel='fsdp' needs bfloat16 or float32 and compile_mode='default'; use parallel='ddp'")
     if s.sparse == "none":
         if s.flip_reference:
-            raise ValueError(f"flip_reference={s.flip_reference} is for sparse runs, and sparse='none'; drop it")
+            raise ValueError(f"flip_reference={s.flip_reference} is for sparse runs; remove it for sparse='none'")
         s.flip_mask = "transposable" if s.flip_mask == "auto" else s.flip_mask
         return None
     recipe = sparse24.recipe_of({**overrides, "sparse": s.sparse})
@@ -62,15 +62,15 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
     if s.dense_pretrain and not begin < end:
         raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
     if s.dense_pretrain and not begin:
-        raise ValueError(f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is no step; raise one of them")
+        raise ValueError(f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is 0 steps; raise one of them")
     if not recipe.fused and s.spmm not in ("auto", "dense"):
-        raise ValueError(f"spmm={s.spmm!r} cannot multiply as sparse={s.sparse!r} asks; use --spmm=auto (dense GEMMs)")
+        raise ValueError(f"spmm={s.spmm!r} does not support sparse={s.sparse!r}; use --spmm=auto (dense GEMMs)")
     s.flip_mask = recipe.virtual_mask if s.flip_mask == "auto" else s.flip_mask
     return recipe
 
 
 def pick_device(s: SimpleNamespace, ranks: Ranks) -> torch.device:
-    """The device of this rank; sets `device`, `dtype` and `compile` to what "auto" and None stand for."""
+    """The device of this rank. Sets `device`, `dtype` and `compile` where they are "auto" or None."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={s.device!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
@@ -99,16 +99,11 @@ def planned_dense_start(s: SimpleNamespace) -> int:
     return s.dense_start if s.dense_start >= 0 else round(s.max_iters * (1 - s.dense_finetune))
 
 
-def planned_sparse_start(s: SimpleNamespace, recipe: Recipe | None) -> int | None:
-    """First iteration of the sparse phase; None if a rule of the optimizer decides it during the run."""
-    return None if recipe and recipe.dense_pretrain_latest else round(s.max_iters * s.dense_pretrain)
-
-
 def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
-    """The checkpoint to resume from, or None to begin anew. Raises ValueError if init_from does not fit out_dir."""
+    """The checkpoint to resume from; None for a new run. Raises ValueError if init_from does not fit out_dir."""
     if s.init_from not in ("auto", "resume") and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ValueError(
-            f"init_from={s.init_from} would begin anew at each restart by torchrun; use init_from=auto, which begins "
+            f"init_from={s.init_from} would start over at each restart by torchrun; use init_from=auto, which starts "
             "from scratch in an empty out_dir (for gpt2, after a run of --max_iters=0), or --max_restarts=0"
         )
     if folder.exists() and not folder.is_dir():
@@ -116,24 +111,23 @@ def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
     existing, others = checkpoint.find(folder), sorted(path.name for path in folder.glob("ckpt_*.pt"))
     if s.init_from == "auto" and not existing and others and not s.overwrite:
         raise ValueError(
-            f"{folder} has no {checkpoint.NAME}, but {', '.join(others)}: mv one of these to {checkpoint.NAME}, to go "
-            "on from it, or use --overwrite=True to delete them"
+            f"{folder} has no {checkpoint.NAME}, but {', '.join(others)}: mv one of these to {checkpoint.NAME} to "
+            "continue from it, or use --overwrite=True to delete them"
         )
     if s.init_from == "resume" and not existing:
-        raise ValueError(f"init_from=resume, but {folder} holds no {checkpoint.NAME}; use init_from=scratch or auto")
+        raise ValueError(f"init_from=resume, but {folder} has no {checkpoint.NAME}; use init_from=scratch or auto")
     if s.init_from in ("auto", "resume"):
         return existing
     if not s.overwrite and (existing or (folder / "metrics.jsonl").exists()):
         raise ValueError(
-            f"init_from={s.init_from}, but {folder} holds a run already; use --init_from=resume to go on with it, "
+            f"init_from={s.init_from}, but {folder} already holds a run; use --init_from=resume to continue it, "
             "another out_dir, or --overwrite=True to delete it"
         )
     return None
 
 
 def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
-    """Raises ValueError if the settings ask for another model or another dense switch than the checkpoint has. Removes
-    from `state` the settings that train.py no longer has."""
+    """Raise ValueError if settings and checkpoint differ in the model or in the dense end. Drops removed settings."""
     for key in ("config", "model_args"):
         state[key] = without_removed(state[key], path)
     saved = state["config"]
@@ -141,31 +135,30 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
     differing = [f"{k}={getattr(s, k)} (there {saved[k]})" for k in shape if getattr(s, k) != saved[k]]
     if differing:
         raise ValueError(
-            f"resume: {path} holds another model than these settings: {', '.join(differing)}; "
+            f"resume: {path} holds a model with other settings: {', '.join(differing)}; "
             "use its settings, or another out_dir"
         )
     if s.dense_start < 0 and planned_dense_start(s) != state["dense_start"]:
         raise ValueError(
-            f"resume: {path} switches to dense at iteration {state['dense_start']} of {saved['max_iters']}, these "
-            f"settings at {planned_dense_start(s)} of {s.max_iters}; say which with --dense_start=..."
+            f"resume: {path} becomes dense at iteration {state['dense_start']} of {saved['max_iters']}, these "
+            f"settings at {planned_dense_start(s)} of {s.max_iters}; choose one with --dense_start=..."
         )
 
 
 def announce(s: SimpleNamespace, model, path: Path | None, start: dict, ranks: Ranks, report) -> None:
-    """Print what is about to run. start: the state of the checkpoint at `path`, or of a fresh start. report: on the 2:4
-    GEMMs, or None."""
-    spread = f" by {s.parallel}" if ranks.world_size > 1 else " alone" if s.parallel == "fsdp" else ""
+    """Print what is about to run. start: the checkpoint's state, or a new run's. report: on the 2:4 GEMMs, or None."""
+    parallel = f" by {s.parallel}" if ranks.world_size > 1 else " alone" if s.parallel == "fsdp" else ""
     origin = f"init {'scratch' if s.init_from == 'auto' else s.init_from}"
     origin = f"resuming {path} at iteration {start['iter_num']}" if path else origin
-    machines = f"{ranks.world_size} x {s.device}{spread}"
-    print(f"{s.out_dir}: {origin}; {machines}, {s.dtype}, compile={s.compile}, torch {torch.__version__}")
+    devices = f"{ranks.world_size} x {s.device}{parallel}"
+    print(f"{s.out_dir}: {origin}; {devices}, {s.dtype}, compile={s.compile}, torch {torch.__version__}")
     if s.device.startswith("cuda"):
         print(f"Triton kernels: {kernel_status(next(model.parameters()).device)}")
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {s.max_iters:,} steps")
     if layers := sparse_linears(model):
         share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
-        first = "the second moments settle" if start["sparse_start"] is None else start["sparse_start"]
+        first = "Adam's second moments settle" if start["sparse_start"] is None else start["sparse_start"]
         print(
             f"sparse: {s.sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {s.mask_interval} "
             f"steps, decay {s.masked_decay:g}, mvue={s.mvue}; dense from iteration {s.dense_start}"
@@ -174,14 +167,14 @@ def announce(s: SimpleNamespace, model, path: Path | None, start: dict, ranks: R
         defaults = {name: getattr(sparse24.get_recipe(s.sparse), name) for name in sparse24.SETTINGS}
         changed = [f"{k}={getattr(s, k)} ({value})" for k, value in defaults.items() if getattr(s, k) != value]
         if changed:
-            print(f"unlike {s.sparse}'s own: {', '.join(changed)}")
+            print(f"changed from the recipe's values: {', '.join(changed)}")
     if report and (s.device.startswith("cuda") or s.spmm != "auto"):
         print(report.text())
     if report and s.device.startswith("cuda") and s.spmm == "auto" and not report.pays():
-        why = "a sparse layer is not faster than a dense one, see the times above"
-        why = why if report.rows else "no 2:4 GEMM can be used, for the reasons above"
-        print(f"{why}: --sparse=none trains at least as fast here")
-    before = start.get("config", vars(s))
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in vars(s).items() if before.get(name) != value]
+        reason = "a sparse layer is not faster than a dense one, see the times above"
+        reason = reason if report.rows else "no 2:4 GEMM can be used, for the reasons above"
+        print(f"{reason}: --sparse=none trains at least as fast here")
+    saved = start.get("config", vars(s))
+    changed = [f"{name} {saved.get(name)} -> {value}" for name, value in vars(s).items() if saved.get(name) != value]
     if changed:
         print(f"changed since the checkpoint: {', '.join(changed)}")

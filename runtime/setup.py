@@ -1,7 +1,7 @@
-"""What a run does before its first step: make, and check, everything that train.py's loop uses.
+"""Creates and checks everything that train.py's loop uses, before the first step.
 
-train.py calls `begin`. Read it from top to bottom; its parts stand below it. `s` holds the settings. Whatever the user
-has set wrong is found before anything is written.
+train.py calls `begin`; its parts follow in the order in which it calls them. `s` holds the settings. All mistakes of
+the user are found before anything is written.
 """
 
 import contextlib
@@ -29,17 +29,17 @@ from runtime.health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGu
 from runtime.loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from runtime.metrics import Log, read_metrics
 from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, sign, start_ranks
-from runtime.settings import DTYPES, check_resume, find_start, planned_dense_start, planned_sparse_start
+from runtime.settings import DTYPES, check_resume, find_start, planned_dense_start
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW, Recipe, is_dtensor, sparse_linears
 
-ERRORS = (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged, OSError)  # the user can act on them
+# train.py prints these errors without a traceback, because the user can act on them.
+ERRORS = (checkpoint.CheckpointError, DataLost, FolderInUse, RanksDiffer, Diverged, OSError)
 
 
 class Phase:
-    """Says which phase an iteration is in: a dense start, the sparse phase, or the dense end (section 4.4).
+    """Decides the phase of an iteration: dense start, sparse phase, or dense end (section 4.4).
 
-    The sparse phase begins at `sparse_start`, which is None while the optimizer's rule has not decided it, and ends at
-    `dense_start`.
+    The sparse phase lasts from `sparse_start`, which is None until the method's optimizer decides it, to `dense_start`.
     """
 
     def __init__(self, s, recipe: Recipe | None, sparse_start: int | None, optimizer: MaskedDecayAdamW, ranks: Ranks):
@@ -51,20 +51,22 @@ class Phase:
     def enter(self, model: torch.nn.Module, iter_num: int) -> tuple[bool, bool]:
         """Put every sparse layer into the phase of this iteration. Returns (whether that is the sparse phase, whether
         it begins here)."""
-        step = max(0, min(iter_num, self.max_iters - 1))  # after the last step the model stays in its phase
+        step = max(0, min(iter_num, self.max_iters - 1))  # after the last step the phase does not change
         is_sparse = self.sparse_start is not None and self.sparse_start <= step < self.dense_start
         changed = [layer for layer in sparse_linears(model) if layer.sparse != is_sparse]
         for layer in changed:
             layer.sparse = is_sparse
-            if is_sparse:  # the weights have moved since the mask was made
+            if is_sparse:  # the weights have changed since the mask was computed
                 layer.refresh(begin=True)
         if changed:
             pack_weights(model)
         return is_sparse, is_sparse and (bool(changed) or iter_num == self.sparse_start)
 
     def end_dense_start(self, iter_num: int) -> None:
-        """Begin the sparse phase with the next iteration, if the optimizer's rule says so and the dense start has had
-        its least share, or its largest. Call it between clipping and the optimizer's step."""
+        """Begin the sparse phase with the next iteration if it is due. Call it before the optimizer's step.
+
+        It is due if the method's optimizer says so after the shortest allowed dense start, or after the longest one.
+        """
         if self.sparse_start is None:
             done = self.ranks.maximum(self.optimizer.dense_start_done())  # ranks may round differently
             if iter_num + 1 >= (self.earliest if done else self.latest):
@@ -76,27 +78,26 @@ class Training:
     """Everything that train.py's loop uses."""
 
     settings: SimpleNamespace
-    recipe: Recipe | None  # None in a dense run
     ranks: Ranks
     device: torch.device
     train_data: Tokens
     val_data: Tokens
     model: GPT
-    net: Callable  # the model, compiled if asked for
+    net: Callable  # the model, compiled if s.compile
     ddp: DistributedDataParallel | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     iter_num: int  # the first iteration
-    linears: list[torch.nn.Linear]  # the feed-forward linears, which are sparse or could be
+    linears: list[torch.nn.Linear]  # the feed-forward linears, sparse or not
     phase: Phase
     flips: FlipMeter
     guard: StepGuard
     saver: Saver
     log: Log
-    static_grads: bool  # keep the gradients' tensors: a CUDA graph overwrites its own results at its next replay
+    static_grads: bool  # reuse the gradient tensors, because a CUDA graph overwrites its results at its next replay
 
     def autocast(self):
-        """The context of every forward: mixed precision, unless dtype is float32."""
+        """The context of every forward pass: mixed precision, unless dtype is float32."""
         return torch.autocast(self.device.type, DTYPES[self.settings.dtype], enabled=self.settings.dtype != "float32")
 
     def forward(self, x: torch.Tensor, y: torch.Tensor):
@@ -106,18 +107,18 @@ class Training:
         return (self.ddp or self.net)(x, y)
 
     def sync_gradients(self, last: bool):
-        """The context of a micro-step. Ranks average their gradients only in the last one of a step."""
-        if hasattr(self.model, "set_requires_all_reduce"):  # FSDP: between replicas; shards are summed in every one
+        """The context of a micro-step. Ranks average their gradients only in the last micro-step of a step."""
+        if hasattr(self.model, "set_requires_all_reduce"):  # FSDP sums shards in every micro-step, replicas in the last
             self.model.set_requires_all_reduce(last)
         return self.ddp.no_sync() if self.ddp and not last else contextlib.nullcontext()
 
 
 def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Training | None:
-    """Make everything that the loop uses. Returns None if the run has done all of its steps already.
+    """Create everything that the loop uses. Returns None if all steps of the run are done already.
 
-    script: train.py's globals, which get the settings as they are resolved. overrides: what config files and the
-    command line set. resources: closes what the run holds open. Raises one of ERRORS, or ValueError or ImportError for
-    what the user set wrong, and has written nothing then.
+    script: train.py's globals; the resolved settings are written there. overrides: the settings from config files and
+    the command line. resources: closes the files that the run opens. Raises one of ERRORS, or ValueError or ImportError
+    for a mistake of the user; then nothing has been written.
     """
     # the settings and the ranks
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
@@ -125,8 +126,8 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     ranks = start_ranks(s.device)
     if s.gradient_accumulation_steps < ranks.world_size:
         raise ValueError(
-            f"gradient_accumulation_steps={s.gradient_accumulation_steps}, need one for each of {ranks.world_size} "
-            "ranks; raise it, and lower batch_size to keep the tokens per step"
+            f"gradient_accumulation_steps={s.gradient_accumulation_steps}, need at least the number of ranks, "
+            f"{ranks.world_size}; raise it, and lower batch_size to keep the tokens per step"
         )
     device = settings.pick_device(s, ranks)
 
@@ -142,7 +143,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     model, report = place_model(s, state, recipe, vocab_size, ranks, device)
     optimizer = build_optimizer(s, model, recipe, state)
     reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
-    # From here on nothing that the user set can be wrong.
+    # All settings are checked now.
     if state and start["iter_num"] >= s.max_iters and not s.eval_only:
         if ranks.master:
             print(f"{path}: all of max_iters={s.max_iters} iterations are done; raise max_iters or delete {s.out_dir}")
@@ -156,7 +157,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if static_grads else None
 
-    # the parts of the loop that decide by themselves when it is their turn
+    # the parts that the loop calls in every step; each decides itself when to act
     optimizer.dense_start_log = start["autoswitch"] or optimizer.dense_start_log
     phase = Phase(s, recipe, start["sparse_start"], optimizer, ranks)
     peak = peak_flops(device)
@@ -168,7 +169,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
         if state:
             watch.replay(read_metrics(s.out_dir))
     linears = [model.get_submodule(name) for name in model.sparse_names()]
-    linears = [m for m in linears if not (m.in_features % 4 or m.out_features % 4)]  # a dense run may have any width
+    linears = [m for m in linears if m.in_features % 4 == m.out_features % 4 == 0]  # a dense run may have any width
     flips = FlipMeter(s, recipe, model, linears, watch, ranks)
     writer = Writer(s.out_dir, keep_last=s.keep_last, keep_every=s.keep_every, ranks=ranks)
     guard = StepGuard(s, ranks, writer, *start["skipped"])
@@ -177,7 +178,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     if ranks.master:
         settings.announce(s, model, path, start, ranks, report)
     return Training(
-        settings=s, recipe=recipe, ranks=ranks, device=device, train_data=data[0], val_data=data[1],
+        settings=s, ranks=ranks, device=device, train_data=data[0], val_data=data[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
         linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, static_grads=static_grads,
     )  # fmt: skip
@@ -187,28 +188,30 @@ def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
     """(path of the checkpoint to resume from or None, its state or None, the lock on out_dir or None)."""
     folder, lock = Path(s.out_dir), None
     if ranks.master and not s.eval_only and (folder / "run.lock").exists():
-        lock = resources.enter_context(hold(folder))  # before reading: another run may be about to write there
+        lock = resources.enter_context(hold(folder))  # before reading, because another run may be writing there
     path = find_start(s, folder)
     if ranks.decide(path) != path:
-        raise ValueError(f"out_dir={s.out_dir} is not the same folder on every rank; put it on a shared file system")
+        raise ValueError(f"out_dir={s.out_dir} differs between ranks; put it on a shared file system")
     if path is None:
         return None, None, lock
-    state = checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the file, which they share
-    read = state["iter_num"], state["elapsed_s"]
-    if ranks.decide(read) != read:
-        raise ValueError(f"{path} is another checkpoint here than on rank 0; put out_dir on a shared file system")
+    state = checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
+    version = state["iter_num"], state["elapsed_s"]
+    if ranks.decide(version) != version:
+        raise ValueError(f"{path} differs from the checkpoint on rank 0; put out_dir on a shared file system")
     check_resume(s, state, path)
     return path, state, lock
 
 
 def fresh_state(s, recipe: Recipe | None) -> dict:
-    """The state that a new run begins with, under the names that it has in a checkpoint."""
+    """The initial state of a new run, with the keys of a checkpoint."""
     progress = {"iter_num": 0, "best_val_loss": math.inf, "elapsed_s": 0.0, "skipped": (0, 0), "scaler": {}}
-    return progress | {"sparse_start": planned_sparse_start(s, recipe), "autoswitch": None}
+    decided_later = recipe and recipe.dense_pretrain_latest  # by the method's optimizer
+    sparse_start = None if decided_later else round(s.max_iters * s.dense_pretrain)
+    return progress | {"sparse_start": sparse_start, "autoswitch": None}
 
 
 def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, ranks: Ranks, device: torch.device):
-    """(the model on its device or in FSDP shards, with weights and chosen GEMMs; the report on these GEMMs)."""
+    """(the model on its device or in FSDP shards, with its weights and 2:4 GEMMs; the report on these GEMMs)."""
     torch.set_float32_matmul_precision("high")
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -217,7 +220,7 @@ def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, r
     if vocab_size > model.config.vocab_size:
         raise ValueError(
             f"dataset={s.dataset} has {vocab_size} tokens, the model {model.config.vocab_size}; "
-            "use the dataset it was made for"
+            "use the model's own dataset"
         )
     fsdp = s.parallel == "fsdp" and ranks.control is not None
     if not fsdp:
@@ -225,7 +228,7 @@ def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, r
     if recipe and recipe.fused and not s.eval_only and (state["iter_num"] if state else 0) < s.dense_start:
         path = Path(s.out_dir) / "spmm.json" if state else None
         plan, report = plan_gemms(s, model, path, ranks, fsdp, device)
-    if fsdp:  # moves one shard at a time to the device
+    if fsdp:  # this moves the model to the device, one shard at a time
         mode = s.compile_mode if s.compile else None
         shard_model(model, model.transformer.h, ranks, device, s.fsdp_copies, DTYPES[s.dtype], mode)
     if state:
@@ -235,24 +238,24 @@ def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, r
 
 
 def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
-    """(the model as it is called, compiled if asked for; its DDP wrapper if several ranks each hold all of it)."""
-    if s.parallel == "fsdp" and ranks.control is not None:  # its blocks are compiled one by one already
-        if s.compile:  # the logits in float32 are the largest part outside the blocks
+    """(the model or its compiled form; its DDP wrapper or None)."""
+    if s.parallel == "fsdp" and ranks.control is not None:  # shard_model has compiled the blocks
+        if s.compile:  # outside the blocks, the float32 logits cost the most
             model.head = torch.compile(model.head, mode=s.compile_mode)
         return model, None
     net = torch.compile(model, mode=s.compile_mode) if s.compile else model
     if ranks.world_size == 1:
         return net, None
-    # Masks come from the same weights on every rank, so buffers need no broadcast.
-    known = inspect.signature(DistributedDataParallel).parameters
-    keyword = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    # Every rank computes the masks from the same weights, so buffers need no broadcast.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    keyword = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # torch < 2.13
     ddp = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, **{keyword: False})
-    pack_weights(model)  # DDP has written rank 0's weights everywhere
+    pack_weights(model)  # DDP has copied rank 0's weights to every rank
     return net, ddp
 
 
 def open_folder(s, path: Path | None, lock, report, ranks: Ranks, device: torch.device, resources) -> None:
-    """Make out_dir this run's: lock it, delete a run that is to be overwritten, write config.json and spmm.json."""
+    """Lock out_dir, delete a run that is to be overwritten, and write config.json and spmm.json."""
     folder = Path(s.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     sign(lock or resources.enter_context(hold(folder)))
@@ -266,7 +269,7 @@ def open_folder(s, path: Path | None, lock, report, ranks: Ranks, device: torch.
 
 
 def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, vocab_size: int) -> GPT:
-    """A model from the seed, with OpenAI's weights, or of a checkpoint's shape, for `load_weights`."""
+    """A model with random weights from the seed, with OpenAI's weights, or in a checkpoint's shape."""
     torch.manual_seed(s.seed)
     if state is not None:
         return GPT(GPTConfig(**{**state["model_args"], "dropout": s.dropout}), recipe)
@@ -276,32 +279,32 @@ def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, v
             model.crop_block_size(s.block_size)
         return model
     shape = {field.name: getattr(s, field.name) for field in fields(GPTConfig) if hasattr(s, field.name)}
-    shape["vocab_size"] = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64  # tensor cores like that
+    shape["vocab_size"] = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64  # padded for tensor cores
     return GPT(GPTConfig(**shape), recipe)
 
 
 def load_weights(model: GPT, saved: dict) -> None:
-    """Load the weights and masks of a checkpoint. Of a sharded weight each rank copies its own rows."""
+    """Load the weights and masks of a checkpoint. Each rank copies only its rows of a sharded weight."""
     current = model.state_dict()
     sharded = {name: target for name, target in current.items() if is_dtensor(target)}
     model.load_state_dict({**saved, **{name: shard_like(saved[name], target) for name, target in sharded.items()}})
 
 
 def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state: dict | None):
-    """AdamW with masked decay, with its state from the checkpoint and the hyperparameters of this start."""
+    """AdamW with masked decay, with the checkpoint's state but the hyperparameters of the settings."""
     method = {}
     if recipe:
         method = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on, "optimizer": recipe.optimizer}
     optimizer = model.configure_optimizers(s.weight_decay, s.learning_rate, (s.beta1, s.beta2), s.device, **method)
     if state is not None:
-        # Before loading, because `fused` decides where torch puts the step counts.
+        # `fused` must be set before loading, because it decides on which device torch puts the step counts.
         groups = [
             {**saved, **{key: group[key] for key in ("weight_decay", "betas", "fused")}}
             for saved, group in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
         ]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         moments = {}
-        for k, saved in state["optimizer"]["state"].items():  # copied, since the checkpoint is a mapped file
+        for k, saved in state["optimizer"]["state"].items():  # copied, because the checkpoint is a mapped file
             moments[k] = {
                 name: shard_like(value, params[k]) if name.startswith("exp_avg") else copy.deepcopy(value)
                 for name, value in saved.items()
@@ -311,27 +314,26 @@ def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state
 
 
 def plan_gemms(s: SimpleNamespace, model: GPT, path: Path | None, ranks: Ranks, fsdp: bool, dev: torch.device):
-    """(the plan of the sparse FFNs or None, the report on it). Rank 0 measures for all ranks. path: the spmm.json of a
-    run that is resumed, whose choices it follows."""
-    answer = None
+    """(plan of the sparse FFNs or None, report), measured on rank 0. path: a resumed run's spmm.json, or None."""
+    result = None
     if ranks.master:
         try:
-            answer = _measure_gemms(s, model, path, ranks.world_size, fsdp, dev)
-        except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer
-            answer = ValueError(str(error))
-    answer = ranks.decide(answer)
-    if isinstance(answer, ValueError):
-        raise answer
-    return answer
+            result = _measure_gemms(s, model, path, ranks.world_size, fsdp, dev)
+        except (ValueError, RuntimeError) as error:  # the other ranks wait for a result
+            result = ValueError(str(error))
+    result = ranks.decide(result)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
-    """(plan or None, report). Measurements of an earlier start are used if they answer the same question."""
+    """(plan or None, report). Earlier measurements are reused if they were made for the same question."""
     saved = Report.read(path)
     for note in saved.notes:
         print(note)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
-    # Time the GPU alone, because in training the host runs ahead of it.
+    # A CUDA graph times the GPU alone; in training the host runs ahead of it.
     options = {"graph": dev.type == "cuda", "cache": cache, "known": saved.rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):
         print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
@@ -339,11 +341,11 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
     options["transposable"] = mlp.c_fc.recipe.mask == "transposable"
     plan, report = plan_ffn(model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype], s.spmm, s.mvue, **options)
     if plan is not None and s.spmm == "auto":
-        # FSDP's shards are packed once in each micro-step. All other weights are packed once in an optimizer step.
-        uses = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
-        asked = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": uses}
+        # Weights are packed once per optimizer step; under FSDP they are packed in each micro-step.
+        micro_steps = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
+        question = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": micro_steps}
         report.layer = saved.layer
-        if not saved.layer or saved.layer["asked"] != asked or saved.rows != report.rows:
-            report.layer = time_ways(copy.deepcopy(mlp).to(dev), plan, **asked) | {"asked": asked}
+        if not saved.layer or saved.layer["asked"] != question or saved.rows != report.rows:
+            report.layer = time_ways(copy.deepcopy(mlp).to(dev), plan, **question) | {"asked": question}
         plan = plan if report.layer["taken"] == "plan" else None
     return plan, report

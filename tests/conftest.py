@@ -1,15 +1,15 @@
-"""Settings of the whole test run, and the fixtures that the tests of a run share.
+"""Settings of the whole test run, and shared fixtures.
 
-Without a GPU Triton's kernels run on the CPU in Triton's interpreter, in numpy. With NANO24_PTX=90 (or 80) they are
-compiled for that architecture instead, and tests/ptx/ interprets the compiler's result: `make test-ptx`.
+Without a GPU, Triton's kernels run in Triton's interpreter. With NANO24_PTX=90 (or 80) they are compiled for that
+architecture instead, and tests/ptx/ interprets the compiled code: `make test-ptx`.
 """
 
 import os
 import re
 import shutil
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are tiny and processes run side by side; also for what tests start
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic runs; CUDA reads it once, at the start
+os.environ["OMP_NUM_THREADS"] = "1"  # for small tensors, and for the processes that tests start
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic runs; CUDA reads it once
 
 import pytest
 import torch
@@ -21,9 +21,9 @@ if not torch.cuda.is_available() and "NANO24_PTX" not in os.environ:
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_where_they_can():
-    """On a GPU the operators go to the kernels, as after a run's set-up."""
+    """On a GPU, the operators run the kernels."""
     if torch.cuda.is_available():
-        import gemm24.operands  # noqa: F401 (so that its operators are compared too)
+        import gemm24.operands  # noqa: F401 (registers its operators, which are compared too)
         from sparse24 import use_kernels
 
         use_kernels("cuda")
@@ -49,7 +49,7 @@ def attempt(data):
 
 @pytest.fixture(scope="session")
 def run(attempt):
-    """An attempt that must succeed. Returns its output."""
+    """Like `attempt`, but the run must succeed. Returns its output."""
 
     def run(*args, **changes):
         done = attempt(*args, **changes)
@@ -61,7 +61,7 @@ def run(attempt):
 
 @pytest.fixture(scope="session")
 def refused(attempt):
-    """An attempt that must be refused before anything on disk changes. Returns the one line that says why."""
+    """Like `attempt`, but the run must be refused before it changes a file. Returns the error message."""
     from harness import contents
 
     def refused(out, status=1, **changes):
@@ -78,7 +78,7 @@ def refused(attempt):
 
 @pytest.fixture(scope="session")
 def reference(run, tmp_path_factory):
-    """The folder and the output of one whole run of harness.SETTINGS. Read it, never run in it."""
+    """(folder, output) of a complete run of harness.SETTINGS. Tests must not change it."""
     out = tmp_path_factory.mktemp("reference") / "out"
     return out, run(out)
 
@@ -94,7 +94,7 @@ def _stopped(run, tmp_path_factory):
 
 @pytest.fixture
 def stopped(_stopped, tmp_path):
-    """A copy of the folder of a run that was stopped after 10 steps. Its previous checkpoint is that of step 8."""
+    """A copy of the folder of a run that was stopped after 10 steps, with checkpoints of steps 10 and 8."""
     return shutil.copytree(_stopped, tmp_path / "stopped")
 
 

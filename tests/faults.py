@@ -1,23 +1,24 @@
-"""Stop and kill training at many points: every resumed run must end in the same bits as one that was never touched.
+"""Stop and kill training at many points. Every resumed run must end in the same bits as an undisturbed run.
 
     python tests/faults.py --kills 20 --out results/faults.json
 
-stop       SIGTERM at five points, on one process and on two: nothing done is lost
+stop       SIGTERM at five points, on one process and on two: no step is lost
 torchrun   SIGTERM to torchrun itself, and kill -9 of one of its two ranks
-kill       kill -9 from outside at random moments of the training loop
-save       kill -9 at each named point inside a save
-flip       a bit flipped in a random byte of a checkpoint: refused, or loaded as it was saved
-nodes      two torchrun agents, as on two nodes, meet by c10d; one is killed with its rank, the other continues alone,
-           the lost one comes back and is stopped by SIGTERM; compared with one process in float64, because sums over
-           ranks differ in rounding
-in a row   one long run, killed again and again, alone and in FSDP shards of two ranks: from outside at random moments,
-           and in every third life at a random point inside a save
-In each other case the run with the fault is followed by the plain command. Then weights, masks, optimizer and every
-metric that no clock gave are compared bit for bit with the reference's. The exit status is 1 if anything differs.
+kill       kill -9 at random moments of the training loop
+save       kill -9 at each named point of a save
+flip       a flipped bit in a random byte of a checkpoint: refused, or harmless
+nodes      two torchrun agents, as on two nodes, connected by c10d: one is killed with its rank, the other continues
+           alone, the lost one comes back and gets SIGTERM. Compared with one process in float64, because sums over
+           ranks differ in rounding.
+in a row   one long run, killed many times, on one process and in FSDP shards on two ranks: at random moments, and in
+           every third life at a random point of a save
+In all cases but `nodes`, the run with the fault is resumed by the plain command. Then weights, masks, optimizer and all
+metrics but the times are compared bit for bit with an undisturbed run. The exit status is 1 if anything differs.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -52,10 +53,11 @@ from harness import (
     to_words,
 )
 
+from configurator import write_json
 from runtime import checkpoint
 from runtime.ranks import environment
 
-# name -> (fault, iteration that is saved); the step in which the signal arrives is finished first
+# name -> (fault, saved iteration); the step in which the signal arrives is finished first
 STOP_POINTS = {
     "during accumulation": ({"kind": "signal", "iter_num": 12, "micro_batch": 2}, 13),
     "between mask refreshes": ({"kind": "signal", "iter_num": 7, "micro_batch": 0}, 8),
@@ -67,19 +69,18 @@ INTERVAL = SETTINGS["checkpoint_interval"]
 
 
 class Bench:
-    """A scratch folder with the dataset, the settings of every run in it, and the undisturbed run per number of ranks.
+    """A temporary folder with the dataset, the runs' settings, and an undisturbed run for each number of ranks.
 
-    `run` does the runs with a fault, `resume` those without; for one rank harness.run_here is faster than launch."""
+    run, resume: harness.launch or run_here, for runs with and without a fault.
+    """
 
     def __init__(self, folder, run=launch, resume=launch):
         self.folder, self.run, self.resume = Path(folder), run, resume
         self.settings = {**SETTINGS, "dataset": make_dataset(self.folder / "data")}
-        self._references = {}
-        self._count = 0
+        self._references, self._numbers = {}, itertools.count(1)
 
     def new_folder(self) -> Path:
-        self._count += 1
-        return self.folder / f"run{self._count}"
+        return self.folder / f"run{next(self._numbers)}"
 
     def reference(self, ranks: int):
         """(final checkpoint, metrics) of an undisturbed run."""
@@ -92,7 +93,7 @@ class Bench:
         return self._references[ranks]
 
     def resume_and_compare(self, out: Path, ranks: int) -> dict:
-        """Run the plain command on what a fault left; what was saved, what was lost, what differs at the end."""
+        """Resume after a fault, and describe what was saved, what was lost, and what differs at the end."""
         saved, steps_done = saved_iteration(out), rows_written(out)
         leftovers = (out / (checkpoint.NAME + ".tmp")).exists()
         done = self.resume(out, self.settings, ranks=ranks)
@@ -119,19 +120,19 @@ def saved_iteration(out: Path) -> int:
 
 
 def rows_written(out: Path) -> int:
-    """Complete lines in metrics.jsonl, one a step."""
+    """Number of complete lines in metrics.jsonl, one per step."""
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _case(kind: str, at: str, ranks: int, outcome: dict, *checks) -> dict:
-    """A row of the report. checks: (whether it holds, what to say when it does not)."""
+    """A row of the report. checks: (condition, message if it does not hold)."""
     outcome["problems"] += [text for holds, text in checks if not holds]
     return {"kind": kind, "at": at, "ranks": ranks, **outcome}
 
 
 def stop_case(bench: Bench, at: str, ranks: int) -> dict:
-    """SIGTERM at a key of STOP_POINTS: the step is finished and saved, the exit is clean, the command is printed."""
+    """SIGTERM at a key of STOP_POINTS: the step is finished and saved, and the command to continue is printed."""
     fault, saved = STOP_POINTS[at]
     out = bench.new_folder()
     done = bench.run(out, bench.settings, {**fault, "signal": "SIGTERM"}, ranks)
@@ -139,16 +140,17 @@ def stop_case(bench: Bench, at: str, ranks: int) -> dict:
     return _case(
         *("stop", at, ranks, outcome),
         (done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"),
-        ("run the same command again" in done.stdout, "how to go on was not printed"),
+        ("run the same command again" in done.stdout, "the command to continue was not printed"),
         (outcome["resumed_at"] == saved, f"resumed at {outcome['resumed_at']}, need {saved}"),
         (outcome["steps_lost"] == 0, f"{outcome['steps_lost']} steps lost"),
     )
 
 
 def _start_and_wait(bench: Bench, out: Path, rows: int, delay: float = 0.0, ranks: int = 1, stale: float = 0.0):
-    """Start a run and return its process `delay` seconds after it wrote `rows` lines of metrics.
+    """Start a run, and return its process `delay` seconds after it wrote `rows` lines of metrics.
 
-    stale: when an earlier start wrote config.json; a start writes it anew before it brings metrics.jsonl up to date."""
+    stale: the time of the config.json of an earlier start; a start rewrites it before it changes metrics.jsonl.
+    """
     process, deadline = start(out, bench.settings, ranks=ranks), time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if rows_written(out) >= rows and modified(out / "config.json") > stale:
@@ -159,12 +161,12 @@ def _start_and_wait(bench: Bench, out: Path, rows: int, delay: float = 0.0, rank
 
 
 def modified(path: Path) -> int:
-    """The time of the last write, in nanoseconds."""
+    """Time of the last write in nanoseconds; 0 if there is no file."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def stop_torchrun_case(bench: Bench) -> dict:
-    """SIGTERM to torchrun, as a scheduler sends it: torchrun passes it on, and the ranks stop."""
+    """SIGTERM to torchrun, as from a scheduler: torchrun passes it on, and the ranks stop."""
     out = bench.new_folder()
     process = _start_and_wait(bench, out, 3, ranks=2)
     process.terminate()
@@ -177,7 +179,7 @@ def stop_torchrun_case(bench: Bench) -> dict:
 
 
 def kill_rank_case(bench: Bench) -> dict:
-    """kill -9 of one rank of two: torchrun ends the other one, and the run goes on from the last save."""
+    """kill -9 of one of two ranks: torchrun ends the other one, and the run continues from the last save."""
     out = bench.new_folder()
     done = bench.run(out, bench.settings, {"kind": "signal", "signal": "SIGKILL", "iter_num": 14, "micro_batch": 1}, 2)
     outcome = bench.resume_and_compare(out, ranks=2)
@@ -189,13 +191,13 @@ def kill_rank_case(bench: Bench) -> dict:
 
 
 def kill_case(bench: Bench, rng: random.Random) -> dict:
-    """kill -9 from outside at a random moment between the first line of metrics and the end."""
+    """kill -9 at a random moment between the first line of metrics and the end."""
     for _ in range(10):
         rows, delay = rng.randrange(1, SETTINGS["max_iters"]), rng.uniform(0, 0.04)
         out = bench.new_folder()
         process = _start_and_wait(bench, out, rows, delay)
         process.kill()
-        if finish(process).returncode == -signal.SIGKILL:  # else it was done before the kill arrived: draw again
+        if finish(process).returncode == -signal.SIGKILL:  # otherwise the run ended first: draw again
             break
     else:
         raise RuntimeError("kill_case: ten runs ended before they were killed; is this machine overloaded?")
@@ -208,29 +210,29 @@ def kill_case(bench: Bench, rng: random.Random) -> dict:
 
 
 def save_case(bench: Bench, at: str) -> dict:
-    """kill -9 at a key of SAVE_POINTS, in the third save, that of iteration 12; before it 8 was saved."""
+    """kill -9 at a key of SAVE_POINTS, in the third save, of iteration 12. The save before it is of iteration 8."""
     need = 12 if SAVE_POINTS[at][0] else 8
     out = bench.new_folder()
     done = bench.run(out, bench.settings, {"kind": "kill_in_save", "point": at, "count": 3})
     outcome = bench.resume_and_compare(out, ranks=1)
     return _case(
         *("save", at, 1, outcome),
-        (done.returncode == -signal.SIGKILL, f"the fault did not strike: exit status {done.returncode} {done.stderr}"),
+        (done.returncode == -signal.SIGKILL, f"the run was not killed: exit status {done.returncode} {done.stderr}"),
         (outcome["resumed_at"] == need, f"resumed at {outcome['resumed_at']}, need {need}"),
     )
 
 
 def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int) -> dict:
-    """One run that is killed `kills` times, then left to end: the bits of one that was never touched."""
+    """One run that is killed `kills` times and then finished."""
     long = Bench(bench.folder / f"row{ranks}", bench.run, bench.resume)
-    length = 25 * kills  # a life takes 12 steps and those of 40 ms, so that steps are left for the last one
+    length = 25 * kills  # each life takes at most 12 steps and another 40 ms, so the last one has steps left
     long.settings |= {"max_iters": length, "lr_decay_iters": length, "parallel": "fsdp" if ranks > 1 else "ddp"}
     out, struck, lost, in_saves, lives, problems = long.new_folder(), 0, 0, 0, 0, []
     while struck < kills:
         lives += 1
         if lives > 3 * kills:
             raise RuntimeError(f"kills_in_a_row_case: {lives} lives for {struck} kills; is this machine overloaded?")
-        (out / (checkpoint.NAME + ".tmp")).unlink(missing_ok=True)  # an earlier life's
+        (out / (checkpoint.NAME + ".tmp")).unlink(missing_ok=True)  # of an earlier life
         rows, killed = saved_iteration(out) + rng.randrange(1, 12), True
         if lives % 3 == 0:
             fault = {"kind": "kill_in_save", "point": rng.choice([*SAVE_POINTS]), "count": rng.randrange(1, 3)}
@@ -239,7 +241,7 @@ def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int
             process = _start_and_wait(long, out, rows, rng.uniform(0, 0.04), ranks, modified(out / "config.json"))
             try:
                 os.kill(rng.choice(children_of(process) if ranks > 1 else [process.pid]), signal.SIGKILL)
-            except (ProcessLookupError, IndexError):  # it was done before
+            except (ProcessLookupError, IndexError):  # the run ended first
                 killed = False
             done = finish(process)
         foreign = "train.py: error" in done.stdout + done.stderr
@@ -249,7 +251,7 @@ def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int
         in_saves += (out / (checkpoint.NAME + ".tmp")).exists()
         lost += max(0, rows_written(out) - saved_iteration(out))
         if done.returncode == 0:
-            break  # it was done before it was killed
+            break  # the run ended before the kill
     outcome = long.resume_and_compare(out, ranks)
     outcome["steps_lost"] = lost
     outcome["problems"] += problems + ([] if struck == kills else [f"killed {struck} times, need {kills}"])
@@ -274,8 +276,8 @@ def flip_case(bench: Bench, rng: random.Random, flips: int) -> dict:
     return _case(
         *("flip", f"{flips} bits, {refused} refused, {flips - refused} harmless", 1, outcome),
         (done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"),
-        (refused > 0, "no flip was seen"),
-        (differences(read_state(out), state) == [], "the flips were not taken back"),
+        (refused > 0, "no flip was refused"),
+        (differences(read_state(out), state) == [], "the flips were not reverted"),
     )
 
 
@@ -288,32 +290,30 @@ def _flip(path: Path, place: int, bit: int) -> None:
 
 
 def _agent(out: Path, settings: dict, port: int, hosts: bool, log: Path) -> subprocess.Popen:
-    """A node: torchrun with one rank, which prints into `log`. hosts: whether it hosts the rendezvous; by its address
-    every node of one machine would."""
+    """A node: torchrun with one rank, which prints to `log`. hosts: whether it hosts the rendezvous."""
     meet = {"rdzv_backend": "c10d", "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_id": "nano24", "nnodes": "1:2"}
     meet |= {"nproc_per_node": 1, "max_restarts": 9, "local_addr": "127.0.0.1"}
     meet |= {"rdzv_conf": f"last_call_timeout=2,is_host={hosts}"}
     script = ["tests/harness.py", json.dumps({"kind": "double"}), *to_words(out, settings)]
     command = [sys.executable, "-m", "torch.distributed.run", *(f"--{key}={meet[key]}" for key in meet), *script]
-    # without this variable torch 2.13's agent that stayed waits for a key that the returning one does not write
+    # without this variable, an agent of torch 2.13 waits for a key that the returning agent does not write
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with open(log, "w") as file:  # a pipe that nobody reads would fill up
+    with open(log, "w") as file:  # an unread pipe would fill up
         output = {"stdout": file, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **output)
 
 
 def nodes_case(bench: Bench) -> dict:
-    """Two nodes. One is lost, and the other continues alone. The lost one comes back, and is preempted by SIGTERM. The
-    other continues alone, and is stopped."""
+    """One of two nodes is lost, comes back and gets SIGTERM. The other one continues alone both times."""
     settings = bench.settings | {"mvue": False, "dropout": 0.0, "log_interval": 1, "eval_interval": 0}
     settings |= dict.fromkeys(("max_iters", "lr_decay_iters", "dense_start"), 10**6)
     out, alone, port = bench.new_folder(), bench.new_folder(), free_port()
 
     def wait_for(world_size: int, steps: int) -> None:
-        """Until a run on so many ranks has begun and `steps` more steps are done."""
+        """Wait until a run on `world_size` ranks has begun and done `steps` steps."""
         deadline, first = time.monotonic() + 120, None
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError):  # it is being written
+            with contextlib.suppress(OSError, ValueError):  # the file is being written
                 ranks = json.loads((out / "config.json").read_text())["environment"]["world_size"]
                 if ranks == world_size:
                     first = rows_written(out) if first is None else first
@@ -322,7 +322,7 @@ def nodes_case(bench: Bench) -> dict:
             time.sleep(0.01)
         for process in agents:
             kill_with_ranks(process)
-        raise RuntimeError(f"nodes_case: no run on {world_size} ranks came: {[log.read_text() for log in logs]}")
+        raise RuntimeError(f"nodes_case: no run on {world_size} ranks began: {[log.read_text() for log in logs]}")
 
     logs = [bench.folder / f"agent{k}" for k in range(3)]
     agents = [_agent(out, settings, port, k == 0, logs[k]) for k in range(2)]
@@ -361,7 +361,7 @@ def nodes_case(bench: Bench) -> dict:
 
 
 def summary(cases: list[dict]) -> dict:
-    """{kind: how many cases, how many of them failed, steps lost}."""
+    """{kind: numbers of cases and of failed cases, steps lost}."""
     kinds = {}
     for kind in dict.fromkeys(case["kind"] for case in cases):
         chosen = [case for case in cases if case["kind"] == kind]
@@ -402,12 +402,10 @@ def all_cases(bench: Bench, kills: int, in_a_row: int, flips: int, seed: int):
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="kill -9 at this many random moments")
-    parser.add_argument(
-        "--in_a_row", type=int, default=100, help="kill one run this many times, on one rank and on two"
-    )
+    parser.add_argument("--in_a_row", type=int, default=100, help="kill one run this many times, on one and two ranks")
     parser.add_argument("--flips", type=int, default=200, help="flip this many bits of a checkpoint, one at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--out", type=Path, help="write the report there as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--out", type=Path, help="file for the report, as JSON")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # as in the runs
     began, cases = time.time(), []
@@ -426,7 +424,7 @@ def main(argv=None) -> int:
 
 
 def write(options, cases: list[dict], seconds: float) -> None:
-    """The report so far, as a run of this takes long."""
+    """Write the report of the cases so far."""
     report = {
         "command": "python tests/faults.py "
         f"--kills {options.kills} --in_a_row {options.in_a_row} --flips {options.flips} --seed {options.seed}",
@@ -438,7 +436,7 @@ def write(options, cases: list[dict], seconds: float) -> None:
         "cases": cases,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(options.out, report)
 
 
 if __name__ == "__main__":

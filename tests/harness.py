@@ -1,12 +1,12 @@
-"""What the tests of train.py share: a tiny dataset, ways to run train.py, faults injected into it, comparing runs.
+"""Tools for tests of train.py: a tiny dataset, ways to run train.py, injected faults, comparing runs.
 
-    launch(out, settings)               python train.py, as a user runs it; ranks=2 goes through torchrun
-    launch(out, settings, fault)        the same, but through this file: `install` patches train.py, then runs its main
-    run_here(out, settings)             train.main() in this process, fast, with the same kind of result
-    Crew(2).run(out, settings)          the same on two processes, which are started once for many runs
+    launch(out, settings)               a process `python train.py`; with ranks=2 through torchrun
+    launch(out, settings, fault)        the same through this file, which patches train.py and runs its main
+    run_here(out, settings)             train.main() in this process, which is faster
+    Crew(2).run(out, settings)          the same in two processes that are started once for many runs
 
-A fault is a dict, in JSON on this file's command line. It strikes at a named iteration and micro-batch, or at a named
-line of a save; nothing sleeps to hit a moment.
+A fault is a dict, passed as JSON on this file's command line. It happens at a given iteration and micro-batch, or at a
+given point of a save, never after a given time.
 """
 
 import contextlib
@@ -15,19 +15,15 @@ import itertools
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file and faults.py are also run as scripts
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file also runs as a script
 
 import numpy as np
 import torch
@@ -49,24 +45,24 @@ SETTINGS = {
     "device": "cpu",
 }  # fmt: skip
 DENSE_START = round(32 * 5 / 6)
-TIMED = {"tokens_per_s", "mfu", "elapsed_s"}  # metrics that no two runs share
+TIMED = {"tokens_per_s", "mfu", "elapsed_s"}  # metrics that depend on the clock
 
 
 def stop_at(iter_num: int, micro_batch: int = 1, signal: str = "SIGTERM") -> dict:
-    """The fault of a rank that gets this signal as it begins this micro-batch."""
+    """The fault of sending a signal to a rank as it begins this micro-batch."""
     return {"kind": "signal", "signal": signal, "iter_num": iter_num, "micro_batch": micro_batch}
 
 
 def all_settings() -> SimpleNamespace:
-    """train.py's settings as its globals have them now."""
+    """The current settings of train.py."""
     return SimpleNamespace(**{name: vars(train)[name] for name in setting_names(vars(train))})
 
 
 def make_dataset(folder: Path, sentences: int = 270) -> Path:
-    """A character dataset of `sentences` short sentences in random order, nine tenths of it to train on."""
+    """A character dataset of short sentences in random order, with nine tenths in the training split."""
     rng = random.Random(0)
-    known = ("the cat sat on the mat. ", "a dog ran far! ", "we saw six (6) birds, ")
-    text = "".join(rng.choice(known) for _ in range(sentences))
+    choices = ("the cat sat on the mat. ", "a dog ran far! ", "we saw six (6) birds, ")
+    text = "".join(rng.choice(choices) for _ in range(sentences))
     chars = "".join(sorted(set(text)))
     ids = np.array([chars.index(char) for char in text], dtype="<u2")
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +81,7 @@ def to_words(out_dir, settings: dict) -> list[str]:
 
 
 def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, **options) -> subprocess.Popen:
-    """Start train.py on `ranks` processes, each with one thread; its output goes to pipes."""
+    """Start train.py on `ranks` processes, with pipes for its output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     script = ["train.py"] if fault is None else ["tests/harness.py", json.dumps(fault)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -95,10 +91,10 @@ def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, **
 
 
 def children_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of its children. torchrun's ranks are in sessions of their own."""
+    """The ids of a process's children, such as torchrun's ranks, which have their own sessions."""
     children = []
     for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             if int(status.read_text().rpartition(")")[2].split()[1]) == process.pid:
                 children.append(int(status.parent.name))
     return sorted(children)
@@ -111,7 +107,7 @@ def kill_with_ranks(process: subprocess.Popen) -> None:
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Wait for a started run; past `timeout` seconds it is killed with all its ranks, and TimeoutExpired raised."""
+    """Wait for a started run. After `timeout` seconds, kill it with all its ranks and raise TimeoutExpired."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -127,7 +123,7 @@ def launch(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1) -
 
 @contextlib.contextmanager
 def pristine_train():
-    """Put back what train.main() changes in its process: its own globals, signal handlers, torch's global state."""
+    """Restore what train.main() changes in its process: globals, signal handlers, torch's global state."""
     before, argv = dict(vars(train)), sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
@@ -145,10 +141,11 @@ def pristine_train():
 
 
 def run_here(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, first: tuple[str, ...] = ()):
-    """train.main() in this process, about 2 s faster than `launch`. Returns what that returns, but raises what a user
-    would see as a traceback. first: words before the settings, such as a config file."""
-    if ranks != 1:
-        raise ValueError(f"run_here: ranks={ranks}, but this is one process; use launch")
+    """train.main() in this process, about 2 s faster than `launch`. It raises what train.py does not catch.
+
+    first: arguments before the settings, such as a config file.
+    """
+    assert ranks == 1, "use launch"
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     with pristine_train(), contextlib.ExitStack() as undo:
         if fault is not None:
@@ -158,7 +155,7 @@ def run_here(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1,
         undo.enter_context(contextlib.redirect_stderr(stderr))
         try:
             train.main()
-        except SystemExit as end:  # as Python itself ends: a string goes to stderr and gives status 1
+        except SystemExit as end:  # as in Python, a string goes to stderr and gives status 1
             status = end.code if isinstance(end.code, int) else 1
             stderr.write("" if isinstance(end.code, int) else f"{end.code}\n")
     return subprocess.CompletedProcess(sys.argv, status, stdout.getvalue(), stderr.getvalue())
@@ -171,81 +168,44 @@ def free_port() -> int:
 
 
 class Crew:
-    """`ranks` processes, each with one thread, that do one run after the other: a run then costs no start of Python."""
+    """`ranks` processes that do one run after the other, so that a run does not wait for Python to start."""
 
     def __init__(self, ranks: int):
-        self.folder = tempfile.TemporaryDirectory(prefix="nano24_crew_")
-        self.log = open(Path(self.folder.name) / "log", "w+")  # noqa: SIM115  what C++ and threads print
-        self.processes = []
-        for rank in range(ranks):
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in names.items()}}
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
-            command = [sys.executable, "tests/harness.py", "serve"]
-            self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        self.ranks, self.pool = ranks, torch.multiprocessing.get_context("spawn").Pool(ranks)
 
     def run(self, out_dir, settings: dict, fault: dict | None = None) -> subprocess.CompletedProcess:
-        """As run_here's: rank 0's output, and the first error. After one the crew is gone, as torchrun ends all."""
-        port = free_port()
-        for process in self.processes:
-            process.stdin.write(json.dumps([port, str(out_dir), settings, fault], default=str) + "\n")
-            process.stdin.flush()
-        done, waiting, deadline = {}, list(self.processes), time.monotonic() + 300
-        while waiting:
-            left = max(0, deadline - time.monotonic())
-            ready, _, _ = select.select([process.stdout for process in waiting], [], [], left)
-            if not ready:
-                self.close()
-                raise TimeoutError(f"ranks {[self.processes.index(p) for p in waiting]} do not end: {self._log()}")
-            for process in [process for process in waiting if process.stdout in ready]:
-                line = process.stdout.readline()
-                answer = json.loads(line) if line else [1, "", f"the process ended: {self._log()}"]
-                done[process] = subprocess.CompletedProcess(settings, *answer)
-                waiting.remove(process)
-                if done[process].returncode:
-                    self.close()
-                    return done[process]
-        return done[self.processes[0]]
-
-    def _log(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        """Like run_here. Returns rank 0's result, or the first error, which ends the crew."""
+        common = (self.ranks, free_port(), out_dir, settings, fault)
+        results = self.pool.imap_unordered(_run_as_rank, [(rank, *common) for rank in range(self.ranks)])
+        done = {}
+        for _ in range(self.ranks):
+            rank, done[rank] = results.next(timeout=300)
+            if done[rank].returncode:
+                self.pool.terminate()
+                return done[rank]
+        return done[0]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
-        self.log.close()
-        self.folder.cleanup()
+        self.pool.terminate()
 
 
-def serve() -> None:
-    """What a process of a crew does: runs as they come, a line each, answered by a line."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        port, *arguments = json.loads(line)
-        os.environ["MASTER_PORT"] = str(port)
-        try:
-            done = run_here(*arguments)
-            answer = [done.returncode, done.stdout, done.stderr]
-        except Exception:  # whatever it is goes to the parent, as the run's error
-            answer = [1, "", traceback.format_exc()]
-        print(json.dumps(answer), file=answers, flush=True)
+def _run_as_rank(arguments: tuple):
+    rank, world_size, port, *run = arguments
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {name: str(value) for name, value in {**names, "MASTER_PORT": port}.items()}
+    torch.set_num_threads(1)
+    return rank, run_here(*run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faults. Each `_fault(undo, **arguments)` patches train.py's modules; `undo`, an ExitStack, takes the patches back.
+# Faults: each `_fault(undo, **arguments)` patches train.py's modules, until the ExitStack `undo` is closed.
 
 
 def _wrap(undo: contextlib.ExitStack, module, name: str, wrapper):
-    """Until `undo` is closed, module.name(...) calls wrapper(the function that it was, ...)."""
+    """Until `undo` is closed, module.name(...) calls wrapper(original function, ...)."""
     real = getattr(module, name)
     undo.callback(setattr, module, name, real)
     setattr(module, name, lambda *args, **options: wrapper(real, *args, **options))
@@ -271,7 +231,7 @@ def _at_micro_batches(undo, act) -> None:
 
 
 def _signal(undo, signal: str, iter_num: int, micro_batch: int) -> None:
-    """Send the signal to the rank that is about to do this micro-batch (numbered over all ranks)."""
+    """Send the signal to the rank that is about to begin this micro-batch (numbered over all ranks)."""
     _at_micro_batches(undo, lambda model, i, m: _strike(signal) if (i, m) == (iter_num, micro_batch) else None)
 
 
@@ -288,7 +248,7 @@ def _signal_at_refresh(undo, signal: str, count: int) -> None:
     _wrap(undo, train, "refresh_masks", wrapper)
 
 
-SAVE_POINTS = {  # where a save of ckpt.pt can die: (whether the new one is then resumed from, hard links, the call ...)
+SAVE_POINTS = {  # points of a kill in a save: (is the new checkpoint valid, hard links, module, function, when, target)
     "half of the bytes written": (False, True, torch, "save", "during", None),
     "written, before fsync": (False, True, os, "fsync", "before", None),
     "synced, before the old one is linked": (False, True, os, "link", "before", None),
@@ -302,9 +262,8 @@ SAVE_POINTS = {  # where a save of ckpt.pt can die: (whether the new one is then
 
 
 def _kill_in_save(undo, point: str, count: int) -> None:
-    """kill -9 at `point`, a key of SAVE_POINTS, of the `count`-th save of ckpt.pt."""
+    """kill -9 at `point`, a key of SAVE_POINTS, in the `count`-th save of ckpt.pt."""
     _, links, module, name, when, target = SAVE_POINTS[point]
-
     calls = itertools.count(1)
 
     def deadly(real, *args):
@@ -334,7 +293,7 @@ def _kill_in_save(undo, point: str, count: int) -> None:
 
 
 def _dump(undo, folder: str) -> None:
-    """Save, per rank: the gradients of the first optimizer step as it gets them, and the model at each save."""
+    """On each rank, save the gradients of the first optimizer step, and the model at each save."""
     rank, _ = _place()
 
     def step_wrapper(step, self, closure=None):
@@ -352,8 +311,10 @@ def _dump(undo, folder: str) -> None:
 
 
 def _alter(undo, iter_num: int) -> None:
-    """Change a high bit of one weight of the last rank before its first micro-batch of a step. (The lowest bit heals:
-    gradients are averaged, so the two weights move alike, and rounding makes them equal again within some steps.)"""
+    """Change a high bit of one weight of the last rank before its first micro-batch of a step.
+
+    A low bit would not do: ranks add the same updates, so rounding makes the two weights equal again.
+    """
     rank, world_size = _place()
 
     @torch.no_grad()
@@ -371,7 +332,7 @@ def _double(undo) -> None:
 
 
 def _nan(undo, iter_nums: list[int]) -> None:
-    """The loss of the last rank's first micro-batch of these steps is not a number."""
+    """The loss of the last rank's first micro-batch in these steps is NaN."""
     rank, world_size = _place()
     strike = False
 
@@ -388,7 +349,7 @@ def _nan(undo, iter_nums: list[int]) -> None:
 
 
 def install(fault: dict, undo: contextlib.ExitStack) -> None:
-    """fault: {"kind": one of the functions above without its underscore, ...that function's arguments}."""
+    """fault: {"kind": the name of a function above without its underscore, **its arguments}."""
     kinds = {f.__name__[1:]: f for f in (_signal, _signal_at_refresh, _kill_in_save, _dump, _alter, _double, _nan)}
     kinds[fault["kind"]](undo, **{name: value for name, value in fault.items() if name != "kind"})
 
@@ -398,7 +359,6 @@ def install(fault: dict, undo: contextlib.ExitStack) -> None:
 
 
 def read_state(out_dir, name: str = checkpoint.NAME) -> dict:
-    """A checkpoint, verified as train.py verifies it."""
     return checkpoint.load(Path(out_dir) / name, PATTERNS_HASH)
 
 
@@ -407,7 +367,7 @@ def read_rows(out_dir) -> list[dict]:
 
 
 def leaves(value, path: str = "") -> dict:
-    """{path: leaf} of nested dicts, lists and tuples, tensors as (dtype, shape, bytes): equal means bit for bit."""
+    """{path: leaf} of nested dicts, lists and tuples, with tensors as (dtype, shape, bytes)."""
     if isinstance(value, dict):
         return {k: v for key in value for k, v in leaves(value[key], f"{path}/{key}").items()}
     if isinstance(value, list | tuple):
@@ -419,32 +379,34 @@ def leaves(value, path: str = "") -> dict:
 
 
 def differences(one, other) -> list[str]:
-    """Paths at which two nested values differ by a bit, or that only one of them has."""
+    """The paths at which two nested values differ in any bit, or that only one of them has."""
     one, other = leaves(one), leaves(other)
     return sorted(path for path in one.keys() | other.keys() if one.get(path) != other.get(path))
 
 
 def state_differences(one: dict, other: dict) -> list[str]:
-    """`differences` of two checkpoints in all but the settings and the clock."""
+    """`differences` of two checkpoints, without the settings and times."""
     clocks = ("config", "elapsed_s")
     return differences(*({key: state[key] for key in state if key not in clocks} for state in (one, other)))
 
 
 def row_differences(one: list[dict], other: list[dict]) -> list[str]:
-    """`differences` of two metrics files in all but what a clock gave."""
+    """`differences` of two metrics files, without the columns that depend on the clock."""
     return differences(*([{k: v for k, v in row.items() if k not in TIMED} for row in rows] for rows in (one, other)))
 
 
 def run_differences(one: Path, other: Path) -> list[str]:
-    """What two runs' folders differ in: their last checkpoints and metrics, in all but settings and clocks."""
+    """`differences` of the last checkpoints and the metrics in two runs' folders."""
     states = state_differences(read_state(one), read_state(other))
     return states + row_differences(read_rows(one), read_rows(other))
 
 
 @contextlib.contextmanager
 def photographs(folder: Path, album: Path):
-    """Copy `folder` into `album`, which is made, before and after every change of a name or folder by this process:
-    what a kill at each of these points would leave."""
+    """Copy `folder` into the new folder `album` before and after every file operation of this process.
+
+    The copies are what a kill at these points would leave.
+    """
     album.mkdir()
     copying = False
 
@@ -470,15 +432,13 @@ def photographs(folder: Path, album: Path):
 
 
 def contents(folder: Path) -> dict | None:
-    """{file name: bytes} of a folder, None when there is none: to see that it was left untouched."""
+    """{file name: bytes} of a folder; None if it does not exist."""
     if not folder.exists():
         return None
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["serve"]:
-    serve()
-elif __name__ == "__main__":
+if __name__ == "__main__":
     with contextlib.ExitStack() as never_undone:
         install(json.loads(sys.argv[1]), never_undone)
         del sys.argv[1]

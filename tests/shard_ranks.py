@@ -1,5 +1,7 @@
-"""What the ranks of tests/runtime/test_fsdp.py do. `start(world_size, folder, *tasks)` runs the tasks below on so many
-gloo ranks, one after the other. Every rank leaves what it saw in folder/<task><world_size>/seen_<rank>.pt."""
+"""Tasks of ranks for tests/runtime/test_fsdp.py. `start(world_size, folder, *tasks)` runs them on gloo ranks.
+
+Each rank writes its result to folder/<task><world_size>/seen_<rank>.pt.
+"""
 
 import time
 from pathlib import Path
@@ -22,8 +24,8 @@ SETTINGS = SimpleNamespace(weight_decay=0.01, learning_rate=0.1, beta1=0.9, beta
 
 
 class Net(torch.nn.Module):
-    """A tied embedding of 7 rows (uneven on 2 ranks, and on 3), a layer norm, an output of 1 row (empty shards), and
-    what every rank holds in full: an index and an extra state."""
+    """A tied embedding of 7 rows (uneven shards), a layer norm, an output of 1 row (empty shards), and two things that
+    are not sharded: an index and an extra state."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +58,7 @@ def train(model, optimizer, steps):
 
 
 def make(mesh, steps=2, state=None):
-    """(model, optimizer), loaded from `state` if given, after `steps` steps; equal for all meshes but for rounding."""
+    """(model, optimizer) after `steps` steps from `state`, or from the start. Equal on all meshes but for rounding."""
     torch.manual_seed(0)
     model = Net()
     if mesh is not None:
@@ -68,13 +70,8 @@ def make(mesh, steps=2, state=None):
     return model, optimizer
 
 
-def state_of(model, optimizer, iter_num=1200):
-    state = {
-        **dict.fromkeys(sorted(checkpoint.KEYS)),
-        "patterns_hash": HASH,
-        "iter_num": iter_num,
-        "best_val_loss": 0.5,
-    }
+def state_of(model, optimizer):
+    state = {**dict.fromkeys(sorted(checkpoint.KEYS)), "patterns_hash": HASH, "iter_num": 1200, "best_val_loss": 0.5}
     return {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
@@ -83,12 +80,12 @@ def flat_mesh():
 
 
 def save(folder, ranks):
-    """Counts the gathered tensors, and how many of them are in memory at once."""
+    """Count the gathered tensors, and how many of them are in memory at the same time."""
     model, optimizer = make(flat_mesh())
     gathered, most, full_tensor = [], 0, DTensor.full_tensor
 
     def alive():
-        """Gloo's thread lets go of a result a moment after it was waited for, so this waits a moment too."""
+        """Gloo's thread frees a result slightly later, so this waits for up to 0.3 s."""
         deadline = time.monotonic() + 0.3
         while time.monotonic() < deadline and not all(reference.expired() for reference in gathered):
             time.sleep(0.001)
@@ -105,7 +102,7 @@ def save(folder, ranks):
     with mock.patch.object(DTensor, "full_tensor", spy):
         writer.save(state_of(model, optimizer))
     seen = {"gathered": len(gathered), "most": most, "alive": alive(), "copies": len(writer.to_host.buffers)}
-    with torch.no_grad():  # as training does while the thread writes
+    with torch.no_grad():  # as training does while the thread is writing
         for parameter in model.parameters():
             parameter.to_local().add_(1)
     writer.wait()
@@ -113,7 +110,7 @@ def save(folder, ranks):
 
 
 def resume(folder, ranks):
-    """Any number of ranks continues from what 2 have saved."""
+    """Continue, on any number of ranks, from the checkpoint of two ranks."""
     path, maps = folder.parent / "save2" / "ckpt.pt", Path("/proc/self/maps")
     state = checkpoint.load(path, HASH, mmap=True)
     mapped = [str(path) in maps.read_text()]

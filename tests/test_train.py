@@ -1,8 +1,6 @@
-"""The loop of train.py: schedules, what is measured when, what changes a weight, saves, stops, dtypes, torch.compile.
+"""The loop of train.py: schedules, measurements, what changes a weight, saves, stops, dtypes, torch.compile.
 
-What is refused is in runtime/test_settings.py, resuming in runtime/test_setup.py, kills in test_faults.py, several
-ranks in runtime/test_ranks.py. Most runs are train.main() in this process; test_faults.py shows that this trains to the
-same bits as `python train.py`.
+Most runs call train.main() in this process; test_faults.py shows that this gives the same bits as `python train.py`.
 """
 
 import math
@@ -66,10 +64,10 @@ def test_lr_warms_up_decays_and_stays(given):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is measured
+# Measurements
 
 
-def test_every_iteration_has_a_row_with_what_is_due_then(reference, given):
+def test_every_iteration_has_a_row_with_its_measurements(reference, given):
     rows = read_rows(reference[0])
     assert all(list(row) == KEYS for row in rows)
     assert [row["iter"] for row in rows] == [*range(MAX_ITERS + 1)]
@@ -78,7 +76,7 @@ def test_every_iteration_has_a_row_with_what_is_due_then(reference, given):
         last = i == MAX_ITERS
         assert row["phase"] == ("sparse" if i < DENSE_START else "dense")
         assert (row["val_loss"] is not None) == (i % 8 == 0 or last)
-        assert (row["val_loss_24"] is not None) == last  # as it would be deployed
+        assert (row["val_loss_24"] is not None) == last
         assert (row["flip_rate"] is not None) == (i % 6 == 0 and not last)
         assert (row["decay_ratio"] is not None) == (row["phase"] == "sparse")
         assert row["masked_decay"] == (SETTINGS["masked_decay"] if row["phase"] == "sparse" else None)
@@ -90,9 +88,11 @@ def test_every_iteration_has_a_row_with_what_is_due_then(reference, given):
     elapsed = [row["elapsed_s"] for row in rows]
     assert elapsed == sorted(elapsed)
     assert 0 == elapsed[0] < elapsed[-1]
+    assert rows[0]["train_loss"] == pytest.approx(math.log(len(set("the cat. a dog! we saw six (6) birds,"))), abs=0.3)
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
 
 
-def test_rows_and_saves_come_in_the_steps_that_ask_for_them(run, tmp_path, monkeypatch):
+def test_rows_and_saves_follow_the_intervals(run, tmp_path, monkeypatch):
     out, saved, save = tmp_path / "out", [], checkpoint.save
     watched = lambda f, state, *rest, **keep: saved.append(state["iter_num"]) or save(f, state, *rest, **keep)  # noqa: E731
     monkeypatch.setattr(checkpoint, "save", watched)
@@ -104,16 +104,6 @@ def test_rows_and_saves_come_in_the_steps_that_ask_for_them(run, tmp_path, monke
     assert saved == [5, 7, 9, 10, 12]  # at the interval, the switch, evaluations and the end
     run(tmp_path / "off", max_iters=3, eval_interval=0, flip_interval=0)
     assert (measured(tmp_path / "off", "val_loss"), measured(tmp_path / "off", "flip_rate")) == ([3], [])
-
-
-def test_the_loss_falls(run, tmp_path):
-    run(tmp_path / "out", max_iters=60, lr_decay_iters=60, dropout=0.0, learning_rate=1e-2, masked_decay=1e-4)
-    rows = read_rows(tmp_path / "out")
-    train_loss = [row["train_loss"] for row in rows[:-1]]
-    assert train_loss[0] == pytest.approx(math.log(len(set("the cat. a dog! we saw six (6) birds,"))), abs=0.3)
-    assert sum(train_loss[-5:]) / 5 < train_loss[0] - 1
-    val = [row["val_loss"] for row in rows if row["val_loss"] is not None]
-    assert val[-1] < val[0] - 1
 
 
 def test_a_dense_run_measures_flips_alike_and_may_go_on_longer(run, tmp_path):
@@ -130,7 +120,7 @@ def test_a_dense_run_measures_flips_alike_and_may_go_on_longer(run, tmp_path):
 
 
 def test_a_dense_run_of_any_width_trains(run, tmp_path):
-    """30 has no groups of four, so there is no flip rate; that is no reason to refuse a dense model."""
+    """30 is no multiple of four, so there is no flip rate."""
     run(tmp_path / "out", max_iters=2, sparse="none", n_embd=30, n_head=3)
     assert [row["flip_rate"] for row in read_rows(tmp_path / "out")] == [None] * 3
 
@@ -145,7 +135,7 @@ def test_the_optimizer_takes_max_iters_steps_with_the_lr_and_decay_of_the_settin
     assert decay["betas"] == no_decay["betas"] == (train.beta1, train.beta2)
 
 
-def test_every_micro_batch_has_draws_of_its_own(run, tmp_path, monkeypatch):
+def test_every_micro_batch_has_its_own_draws(run, tmp_path, monkeypatch):
     drawn, seed_draws = [], train.seed_draws
     monkeypatch.setattr(train, "seed_draws", lambda *args: drawn.append(args[1:]) or seed_draws(*args))
     run(tmp_path / "out", max_iters=3, seed=5)
@@ -155,24 +145,22 @@ def test_every_micro_batch_has_draws_of_its_own(run, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # What changes a weight and what must not
 
+RARELY = {"eval_interval": 0, "log_interval": 7, "flip_interval": 0, "checkpoint_interval": 1000}
+
 
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"eval_interval": 3, "eval_iters": 1}, marks=pytest.mark.slow),
-        pytest.param({"eval_interval": 0}, marks=pytest.mark.slow),
-        pytest.param({"log_interval": 7}, marks=pytest.mark.slow),
-        pytest.param({"flip_interval": 0}, marks=pytest.mark.slow),
+        pytest.param({"eval_interval": 3, "eval_iters": 1, "always_save_checkpoint": False}, marks=pytest.mark.slow),
+        pytest.param(RARELY, marks=pytest.mark.slow),
         {"flip_interval": 1, "eval_interval": 1, "checkpoint_interval": 3},
-        pytest.param({"checkpoint_interval": 1000, "always_save_checkpoint": False}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_watching_changes_no_weight(run, reference, tmp_path, changes):
+def test_measurements_and_saves_change_no_weight(run, reference, tmp_path, changes):
     run(tmp_path / "out", **changes)
-    one, other = read_state(reference[0]), read_state(tmp_path / "out")
-    for part in ("model", "optimizer"):
-        assert differences(one[part], other[part]) == []
+    states = [read_state(out) for out in (reference[0], tmp_path / "out")]
+    assert differences(*({part: state[part] for part in ("model", "optimizer")} for state in states)) == []
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +187,7 @@ def test_no_clipping_is_a_very_high_limit(run, two_steps, tmp_path):
     assert differences(states[0], states[2])
 
 
-def test_masks_follow_the_weights_at_each_refresh_and_rest_between(run, tmp_path):
+def test_masks_follow_the_weights_at_each_refresh_and_stay_in_between(run, tmp_path):
     for steps in (5, 8):
         run(tmp_path / str(steps), max_iters=steps, dense_start=100)
     at_5, at_8 = (read_state(tmp_path / str(steps))["model"] for steps in (5, 8))
@@ -212,7 +200,7 @@ def test_masks_follow_the_weights_at_each_refresh_and_rest_between(run, tmp_path
 
 
 @pytest.mark.slow
-def test_masks_rest_in_the_dense_phase(run, tmp_path):
+def test_masks_stay_in_the_dense_phase(run, tmp_path):
     run(tmp_path / "sparse", max_iters=5, dense_start=100)
     run(tmp_path / "dense", max_iters=12, dense_start=5)
     one, other = (read_state(tmp_path / name) for name in ("sparse", "dense"))
@@ -231,7 +219,7 @@ def test_without_dense_finetuning_the_run_is_sparse_to_the_end(run, reference, t
 
 
 def direct_loss(out, data):
-    """Mean loss over the whole validation split, by a dense model with the pruned weights, window by window."""
+    """Mean loss over the validation split of a dense model with the pruned weights, window by window."""
     state = read_state(out)
     weights = {key: value for key, value in state["model"].items() if not key.endswith(("index", "_extra_state"))}
     for key, value in state["model"].items():
@@ -260,8 +248,8 @@ def test_evaluation_of_the_whole_split_is_its_mean_in_the_phase_of_the_run(run, 
 
 
 @pytest.mark.slow
-def test_the_best_so_far_is_kept_on_request_and_over_a_stop(run, tmp_path):
-    """With a learning rate that rises until it ruins the model, the best is not the last."""
+def test_the_best_checkpoint_is_kept_on_request_and_across_a_stop(run, tmp_path):
+    """The learning rate rises until it ruins the model, so that the best checkpoint is not the last one."""
     changes = {"learning_rate": 1e-2, "min_lr": 3.0, "lr_decay_iters": 40, "warmup_iters": 0, "max_iters": 20}
     changes |= {"always_save_checkpoint": False, "checkpoint_interval": 1000, "eval_interval": 2}
     undisturbed, parts = tmp_path / "undisturbed", tmp_path / "parts"
@@ -272,7 +260,7 @@ def test_the_best_so_far_is_kept_on_request_and_over_a_stop(run, tmp_path):
     state = read_state(undisturbed, "ckpt_best.pt")
     assert (state["iter_num"], state["best_val_loss"]) == (best, val[best])
     assert (read_state(undisturbed)["iter_num"], read_state(undisturbed)["best_val_loss"]) == (20, val[best])
-    assert read_state(undisturbed, "ckpt_prev.pt")["iter_num"] == 17  # the switch, not an evaluation
+    assert read_state(undisturbed, "ckpt_prev.pt")["iter_num"] == 17  # the dense switch
     run(parts, stop_at(18, 0), **changes)
     run(parts, **changes)
     for name in (checkpoint.NAME, "ckpt_best.pt"):
@@ -293,9 +281,9 @@ def test_a_finished_run_and_eval_only_change_no_file(run, reference, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "remedy"), [({}, ""), ({"init_from": "scratch"}, " with --init_from=resume")], ids=str
 )
-def test_a_stop_says_how_to_go_on(run, tmp_path, changes, remedy):
+def test_a_stop_prints_how_to_continue(run, tmp_path, changes, remedy):
     text = run(tmp_path / "out", stop_at(2, 3, "SIGINT"), **changes)
-    said = rf"^stopped after iteration 3, saved in .*ckpt\.pt; to go on, run the same command again{remedy}$"
+    said = rf"^stopped after iteration 3, saved in .*ckpt\.pt; to continue, run the same command again{remedy}$"
     assert re.search(said, text, re.M)
 
 
@@ -307,8 +295,8 @@ def test_a_stop_in_the_first_or_the_last_step_loses_nothing(run, reference, tmp_
     assert run_differences(tmp_path / "out", reference[0]) == []
 
 
-def test_a_stop_is_no_success_where_torchrun_restarts(attempt, tmp_path, monkeypatch):
-    """Else the loss of one node would end the run on all others."""
+def test_a_stop_is_no_success_if_torchrun_restarts(attempt, tmp_path, monkeypatch):
+    """Otherwise the loss of one node would end the run on all others."""
     for restarts, status in (("0", 0), ("3", 128 + 15)):
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
         assert attempt(tmp_path / restarts, stop_at(2, 0)).returncode == status
@@ -317,24 +305,11 @@ def test_a_stop_is_no_success_where_torchrun_restarts(attempt, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_kill_after_the_last_save_loses_no_evaluation(run, data, tmp_path):
-    """The third save is the last one."""
     changes = {"max_iters": 12, "dense_start": 12, "eval_interval": 0}
     fault = {"kind": "kill_in_save", "point": "the new one is ckpt.pt", "count": 3}
     assert launch(tmp_path / "out", {**SETTINGS, "dataset": data, **changes}, fault).returncode == -9
     assert "are done" in run(tmp_path / "out", **changes)
     assert read_rows(tmp_path / "out")[-1]["val_loss_24"] is not None
-
-
-@pytest.mark.slow
-def test_more_ranks_than_micro_batches_share_them_out(run, data, tmp_path):
-    """Three ranks, four micro-batches: two rounds, in the second of which two ranks train on nothing."""
-    changes = {"mvue": False, "dropout": 0.0, "max_iters": 6, "mask_interval": 20}
-    run(tmp_path / "one", **changes)
-    done = launch(tmp_path / "three", {**SETTINGS, "dataset": data, **changes}, ranks=3)
-    assert done.returncode == 0, done.stderr
-    for a, b in zip(read_rows(tmp_path / "one"), read_rows(tmp_path / "three"), strict=True):
-        for key in ("train_loss", "grad_norm", "val_loss"):
-            assert b[key] == (pytest.approx(a[key], rel=1e-5) if a[key] else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,9 +339,9 @@ def test_float16_scales_the_loss_and_resumes_bit_for_bit(run, tmp_path):
 
 
 def check_compiled(run, folder, **changes):
-    """A compiled run goes through both phases and both kinds of evaluation with the numbers of one that is not."""
+    """A compiled run has the numbers of an eager run, through both phases and both kinds of evaluation."""
     changes = {"n_layer": 1, "max_iters": 2, "dense_start": 1, "gradient_accumulation_steps": 1, **changes}
-    changes["dropout"] = 0.0  # compiled code draws other numbers from the same generator
+    changes["dropout"] = 0.0  # compiled code draws other numbers
     run(folder / "eager", **changes)
     run(folder / "compiled", **changes, compile=True)
     eager, compiled = (read_rows(folder / name) for name in ("eager", "compiled"))
@@ -382,19 +357,18 @@ def check_compiled(run, folder, **changes):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_graphs_are_captured_in_both_phases(run, tmp_path, monkeypatch):
-    """torch.compile's front half, without generated code."""
-    compile_model = torch.compile
-    modes = []
-    front = lambda model, mode: modes.append(mode) or compile_model(model, backend="aot_eager")  # noqa: E731
-    monkeypatch.setattr(torch, "compile", front)
+    """Only torch.compile's front end runs, without code generation."""
+    compile_model, modes = torch.compile, []
+    front_end = lambda model, mode: modes.append(mode) or compile_model(model, backend="aot_eager")  # noqa: E731
+    monkeypatch.setattr(torch, "compile", front_end)
     check_compiled(run, tmp_path / "layers", max_iters=4, dense_start=1)
     graphs = {"compile_mode": "reduce-overhead", "gradient_accumulation_steps": 3}
     check_compiled(run, tmp_path / "plan", max_iters=4, dense_start=2, spmm="masked", **graphs)
     assert modes == ["default", "reduce-overhead"]
 
 
-def test_where_graphs_are_replayed_gradients_are_added_up_in_tensors_that_stay(run, tmp_path, monkeypatch):
-    """A CUDA graph's own results are gone at its next replay, so none may become a parameter's gradient."""
+def test_cuda_graphs_accumulate_gradients_in_fixed_tensors(run, tmp_path, monkeypatch):
+    """A CUDA graph overwrites its results at its next replay, so they must not become gradients."""
     seen = []
 
     class Watched(torch.nn.Module):
@@ -422,9 +396,5 @@ def test_where_graphs_are_replayed_gradients_are_added_up_in_tensors_that_stay(r
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++, which is not installed")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link against a torch whose path has a space")
 def test_torch_compile_trains_through_both_phases(run, tmp_path):
-    """About 25 s, or 5 with inductor's cache filled."""
+    """Takes 25 s for inductor's code, or 5 s with its cache filled."""
     check_compiled(run, tmp_path, eval_interval=0)
-
-
-# For test_train_methods.py, until it takes them from conftest.py as all others do.
-from conftest import data, given, refused, run  # noqa: E402, F401

@@ -1,4 +1,4 @@
-"""checkpoint.py: atomic whatever fails, keeps what it says, refuses what is damaged or foreign, runs no code."""
+"""runtime/checkpoint.py: atomic writes, which files are kept, and refusal of damaged and foreign files."""
 
 import errno
 import os
@@ -7,7 +7,6 @@ import random
 import re
 import resource
 import shutil
-import struct
 import zipfile
 
 import pytest
@@ -39,7 +38,7 @@ def small_state(iter_num):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(os.listdir(folder))
 
 
 def iteration(folder, name="ckpt.pt"):
@@ -87,16 +86,6 @@ def test_the_checkpoint_before_is_kept_and_is_another_file(tmp_path, request, li
     assert names(tmp_path) == ["ckpt.pt", "ckpt_prev.pt"]
     assert (iteration(tmp_path), iteration(tmp_path, "ckpt_prev.pt")) == (3, 2)
     assert not os.path.samefile(tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt")
-
-
-def test_another_name_leaves_the_run_to_itself(tmp_path):
-    save(tmp_path, small_state(1))
-    before = contents(tmp_path)
-    for iter_num in (2, 3):
-        save(tmp_path, small_state(iter_num), "ckpt_best.pt")
-    assert names(tmp_path) == ["ckpt.pt", "ckpt_best.pt"]
-    assert contents(tmp_path).items() >= before.items()
-    assert iteration(tmp_path, "ckpt_best.pt") == 3
 
 
 def test_bytes_are_on_disk_before_a_name_points_at_them(tmp_path, monkeypatch):
@@ -150,12 +139,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, module,
     left = contents(tmp_path)
     assert left.items() >= before.items()
     assert left.keys() - before.keys() <= ({"ckpt_prev.pt.tmp"} if name == "replace" else set())
-    save(tmp_path, small_state(4))  # and is not in the way
+    save(tmp_path, small_state(4))
     assert names(tmp_path) == ["ckpt.pt", "ckpt_prev.pt"]
 
 
 def test_a_write_that_the_system_cuts_short_leaves_what_was_there(tmp_path):
-    """No mock: the kernel refuses bytes beyond a limit, in the midst of torch.save."""
     save(tmp_path, make_state(1))
     before = contents(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -166,11 +154,6 @@ def test_a_write_that_the_system_cuts_short_leaves_what_was_there(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path) == before
-
-
-def test_a_folder_that_is_gone_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot write .*gone.*ckpt\.pt"):
-        save(tmp_path / "gone", small_state(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +170,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path):
         ([10, 20, 30, 40], 2, 20, [20, 40]),
         ([0, 15, 30], 0, 30, [0, 30]),
         ([10, 15, 20, 25, 30, 35], 3, 20, [20, 25, 30, 35]),
-        ([10, 20, 30, 20], 3, 0, [10, 20]),  # the run went back to 10, so 30 is none of the last saves
+        ([10, 20, 30, 20], 3, 0, [10, 20]),  # the run went back to 10
         ([10, 20, 30, 15], 3, 30, [10, 15, 30]),
         ([123456789], 3, 0, [123456789]),
     ],
@@ -199,7 +182,7 @@ def test_the_rules_keep_what_they_say(tmp_path, iterations, keep_last, keep_ever
     assert names(tmp_path) == sorted([*["ckpt.pt", "ckpt_prev.pt"][: len(iterations)], *numbered])
     assert {name: iteration(tmp_path, name) for name in numbered} == numbered
     assert iteration(tmp_path) == iterations[-1]
-    if iterations[-1] in left:  # it takes no space of its own while it is the newest
+    if iterations[-1] in left:  # the newest one is a hard link
         assert os.path.samefile(tmp_path / "ckpt.pt", tmp_path / f"ckpt_{iterations[-1]:08d}.pt")
 
 
@@ -222,25 +205,6 @@ def test_without_hard_links_a_numbered_checkpoint_is_copied(tmp_path, monkeypatc
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_without_hard_links_a_death_between_the_renames_leaves_the_previous_one(tmp_path, monkeypatch, no_links):
-    save(tmp_path, small_state(1))
-    replace = os.replace
-
-    def die_at_the_second(source, target):
-        if os.path.basename(target) == "ckpt.pt":
-            raise KeyboardInterrupt  # passes through save as a kill does, without any cleaning up
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", die_at_the_second)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, small_state(2))
-    assert find(tmp_path) == tmp_path / "ckpt_prev.pt"
-    save(tmp_path, small_state(3))
-    assert (iteration(tmp_path), iteration(tmp_path, "ckpt_prev.pt")) == (3, 1)
-    assert names(tmp_path) == ["ckpt.pt", "ckpt_prev.pt"]
-
-
 def test_numbered_files_are_left_alone_without_a_rule_and_others_always(tmp_path):
     foreign = {"ckpt_best.pt", "ckpt_mine.pt", "ckpt_1.pt", "ckpt_00000010.pt.old", "notes.txt"}
     for name in (*foreign, "ckpt_00000010.pt", "ckpt_00000010.pt.tmp"):
@@ -248,6 +212,7 @@ def test_numbered_files_are_left_alone_without_a_rule_and_others_always(tmp_path
     save(tmp_path, small_state(30))
     save(tmp_path, small_state(40), "ckpt_best.pt", keep_every=20)
     assert set(names(tmp_path)) == foreign | {"ckpt.pt", "ckpt_00000010.pt", "ckpt_00000010.pt.tmp"}
+    assert (iteration(tmp_path), iteration(tmp_path, "ckpt_best.pt")) == (30, 40)
     save(tmp_path, small_state(40), keep_every=20)
     assert set(names(tmp_path)) == foreign | {"ckpt.pt", "ckpt_prev.pt", "ckpt_00000040.pt"}
 
@@ -275,7 +240,7 @@ def test_find_takes_the_newest(tmp_path):
 
 
 def refusal(path):
-    """The message with which loading is refused; nothing in the folder changes."""
+    """The message of a refused load, which must not change the folder."""
     before = contents(path.parent)
     with pytest.raises(CheckpointError) as info:
         load(path, PATTERNS_HASH)
@@ -293,10 +258,6 @@ def saved(tmp_path):
     return path, path.read_bytes(), state
 
 
-def test_a_missing_file_is_named(tmp_path):
-    assert re.search(r"ckpt\.pt does not exist", refusal(tmp_path / "ckpt.pt"))
-
-
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.95, 0.999])
 def test_a_truncated_file_is_refused(saved, share):
     path, data, _ = saved
@@ -305,7 +266,7 @@ def test_a_truncated_file_is_refused(saved, share):
 
 
 def test_a_hole_of_zeros_is_refused(saved):
-    """A crash of the machine leaves one where blocks were allocated but never written."""
+    """As after a crash of the machine, when blocks were allocated but never written."""
     path, data, _ = saved
     for begin in range(0, len(data) - 4096, 4096):
         if any(data[begin : begin + 4096]):
@@ -326,17 +287,21 @@ def check_refused_or_identical(path, state):
 
 
 def test_flipped_bits_are_refused_or_harmless(saved):
-    """30 random places, half of them in the archive's own tables, which no CRC covers."""
+    """Random places in the records, in the archive's tables, which no CRC covers, and in the largest tensor."""
     path, data, state = saved
     tables, rng = data.index(b"PK\x01\x02"), random.Random(0)
-    for k in range(30):
-        place = rng.randrange(tables, len(data)) if k % 2 else rng.randrange(tables)
-        path.write_bytes(flip(data, place, rng.randrange(8)))
-        check_refused_or_identical(path, state)
+    tensor = max((t for t in state["model"].values() if torch.is_tensor(t)), key=torch.Tensor.nbytes.__get__)
+    begin = data.index(tensor.numpy().tobytes())
+    for _ in range(20):
+        for first, end in ((0, tables), (tables, len(data))):
+            path.write_bytes(flip(data, rng.randrange(first, end), rng.randrange(8)))
+            check_refused_or_identical(path, state)
+        path.write_bytes(flip(data, begin + rng.randrange(tensor.nbytes), rng.randrange(8)))
+        assert "is corrupted" in refusal(path)
 
 
 @pytest.mark.parametrize(
-    ("offset", "bit"),  # in a central directory entry; some of these flips end in other exceptions, or in garbage
+    ("offset", "bit"),  # in an entry of the central directory; zipfile raises many types of exceptions for these
     [
         pytest.param(8, 0, id="flags: encrypted"),
         pytest.param(9, 3, id="flags: names in UTF-8"),
@@ -352,17 +317,6 @@ def test_a_flipped_bit_in_any_entry_of_the_archive_is_refused_or_harmless(saved,
     for entry in entries:
         path.write_bytes(flip(data, entry + offset, bit))
         check_refused_or_identical(path, state)
-
-
-def test_every_bit_of_a_tensor_is_covered(saved):
-    path, data, _ = saved
-    with zipfile.ZipFile(path) as archive:
-        info = max(archive.infolist(), key=lambda info: info.file_size)
-    name, extra = struct.unpack("<HH", data[info.header_offset + 26 : info.header_offset + 30])
-    begin, rng = info.header_offset + 30 + name + extra, random.Random(1)
-    for _ in range(40):
-        path.write_bytes(flip(data, begin + rng.randrange(info.file_size), rng.randrange(8)))
-        assert "is corrupted" in refusal(path)
 
 
 class Evil:
@@ -382,8 +336,9 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     assert not trap.exists()
 
 
-def test_foreign_files_are_refused(tmp_path):
+def test_missing_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "ckpt.pt"
+    assert "ckpt.pt does not exist" in refusal(path)
     path.write_text("not a checkpoint\n")
     assert "was not written by torch.save" in refusal(path)
     torch.save(small_state(1), path, _use_new_zipfile_serialization=False)
@@ -392,23 +347,20 @@ def test_foreign_files_are_refused(tmp_path):
         archive.writestr("hello.txt", "hello")
     assert re.search("torch.load refused it|hello.txt is corrupted", refusal(path))
     torch.save([1, 2], path)
-    assert "is not a checkpoint of nano24" in refusal(path)
-    torch.save({"model": {}, "optimizer": {}, "iter_num": 1}, path)  # much like nanoGPT's
-    assert "is not a checkpoint of nano24: it lacks autoswitch, best_val_loss, config" in refusal(path)
+    assert "is not a nano24 checkpoint" in refusal(path)
+    torch.save({"model": {}, "optimizer": {}, "iter_num": 1}, path)  # as nanoGPT's
+    assert "is not a nano24 checkpoint: it lacks autoswitch, best_val_loss, config" in refusal(path)
 
 
 def test_a_checkpoint_in_shards_is_refused_with_the_way_to_convert_it(tmp_path):
     torch.save({**small_state(1), "shards": {"folder": "ckpt_00000001.shards", "files": []}}, tmp_path / "ckpt.pt")
-    message = refusal(tmp_path / "ckpt.pt")
-    assert (
-        "in shards by an earlier release; convert it with `python checkpoint.py OLD NEW` of commit 8751ec3" in message
-    )
+    message = "in shards by an earlier release; convert it with `python checkpoint.py OLD NEW` of commit 8751ec3"
+    assert message in refusal(tmp_path / "ckpt.pt")
 
 
 def test_another_pattern_table_is_refused(tmp_path):
-    message = refusal(save(tmp_path, {**small_state(1), "patterns_hash": "0123456789abcdef"}))
-    assert re.search("another pattern table .*0123456789abcdef.*use the version of nano24 that wrote it", message)
-    assert PATTERNS_HASH in message
+    message = refusal(save(tmp_path, {**small_state(1), "patterns_hash": "0123"}))
+    assert re.search(rf"another pattern table \(0123, need {PATTERNS_HASH}\); use the version of nano24 that", message)
 
 
 def test_the_previous_one_is_offered_and_can_be_used_unless_it_is_damaged_too(tmp_path):
@@ -416,7 +368,7 @@ def test_the_previous_one_is_offered_and_can_be_used_unless_it_is_damaged_too(tm
     for iter_num in (1, 2):
         save(tmp_path, small_state(iter_num))
     path.write_bytes(path.read_bytes()[:-100])
-    said = re.search(r"the one saved before it is whole \(iteration 1\).* mv '(.*)' '(.*)'$", refusal(path))
+    said = re.search(r"the previous checkpoint \(iteration 1\) is intact.* mv '(.*)' '(.*)'$", refusal(path))
     os.replace(said[1], said[2])
     assert iteration(tmp_path) == 1
     save(tmp_path, small_state(2))

@@ -1,4 +1,4 @@
-"""runtime/metrics.py: what a run prints and writes, and reading it back while the run goes on."""
+"""runtime/metrics.py: the console, metrics.jsonl, wandb, and reading metrics back during a run."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def test_the_console_shows_phase_loss_and_time_left(reference):
         assert re.search(expected, text, re.M), expected
 
 
-def test_no_row_holds_what_json_has_no_word_for(tmp_path):
+def test_numbers_that_are_not_finite_become_null(tmp_path):
     settings = {name: SETTINGS[name] for name in ("gradient_accumulation_steps", "batch_size", "block_size")}
     log = Log(SimpleNamespace(**settings, out_dir=str(tmp_path), wandb_log=False), None, None, None, 0.0)
     log.open(0)
@@ -37,7 +37,7 @@ def test_no_row_holds_what_json_has_no_word_for(tmp_path):
     assert (row["train_loss"], row["lr"], row["val_loss"]) == (None, None, 1.5)
 
 
-def test_metrics_are_on_disk_before_the_checkpoint_that_counts_on_them(run, tmp_path, monkeypatch):
+def test_metrics_are_on_disk_before_the_checkpoint(run, tmp_path, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
     monkeypatch.setattr(os, "replace", lambda a, b: events.append(f"-> {b}") or replace(a, b))
@@ -57,7 +57,6 @@ def test_a_disk_that_is_full_for_metrics_is_an_error_without_a_traceback(attempt
 
 @pytest.mark.slow
 def test_clocks_that_jump_change_no_number(run, tmp_path, monkeypatch):
-    """As of a machine that slept, and one whose time was set back."""
     run(tmp_path / "undisturbed", max_iters=8)
     clock, wall, calls = time.perf_counter, time.time, []
     monkeypatch.setattr(time, "perf_counter", lambda: calls.append(1) or clock() + 3600 * (len(calls) // 5))
@@ -91,7 +90,7 @@ TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 @pytest.mark.parametrize("tail", ["", '{"iter": 9, "pha', "{", '{"iter": 9}', "\n", '{"iter": 9, "x": "\udcc3'])
-def test_every_row_is_read_but_a_half_written_last_one(tmp_path, tail):
+def test_every_row_is_read_but_an_incomplete_last_one(tmp_path, tail):
     (tmp_path / "metrics.jsonl").write_bytes((TEXT + tail).encode("utf-8", "surrogateescape"))
     assert read_metrics(tmp_path) == ROWS
 

@@ -1,4 +1,4 @@
-"""runtime/plot.py: labels, the marks of a switch, and the two PNGs of runs that may still be going."""
+"""runtime/plot.py: labels, changes of phase, and the two PNGs of finished and running runs."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def write_run(folder, rows, tail="", **config):
 
 
 def sparse_run(folder, **config):
-    """200 iterations, dense from 160, flip rate each 10 and validation loss each 50."""
+    """200 iterations, dense from 160, a flip rate every 10 and a validation loss every 50."""
     rows = [row(i, "sparse" if i < 160 else "dense", flip_rate=0.01 * math.exp(-i / 80)) for i in range(0, 200, 10)]
     for r in rows[::5]:
         r["val_loss"] = r["train_loss"] + 0.1
@@ -52,19 +52,6 @@ def test_two_runs_give_two_pngs_in_the_first_folder_or_in_out(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "new" / "plots").iterdir()) == ["flip_rate.png", "loss.png"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        ([], {}),
-        ([row(0, "dense"), row(1, "dense")], {}),
-        ([row(0), row(1)], {}),
-        ([row(0, "dense"), row(1), row(2, "dense")], {1: "sparse", 2: "dense"}),
-    ],
-)
-def test_switches_are_where_a_phase_begins(rows, expected):
-    assert plot.switches(rows) == expected
-
-
 def test_a_switch_has_the_colour_of_its_run_and_is_grey_where_several_have_it(tmp_path):
     late = write_run(tmp_path / "late", [row(i, "dense" if i < 20 else "sparse") for i in range(0, 60, 10)])
     runs = plot.load_runs([sparse_run(tmp_path / "a"), sparse_run(tmp_path / "b"), late, dense_run(tmp_path / "c")])
@@ -73,6 +60,7 @@ def test_a_switch_has_the_colour_of_its_run_and_is_grey_where_several_have_it(tm
     marks = [(text.get_text(), text.get_color()) for text in axes.texts]
     assert marks == [("dense from 160", "0.35"), ("sparse from 20", plot.COLOURS[2])]
     assert [(line.get_xdata()[0], line.get_color()) for line in axes.lines] == [(160, "0.35"), (20, plot.COLOURS[2])]
+    assert plot.switches([row(0, "dense"), row(1), row(2, "dense")]) == {1: "sparse", 2: "dense"}
 
 
 def test_label_is_the_folder_and_the_recipe(tmp_path):
@@ -92,7 +80,7 @@ def test_runs_differ_in_colour_and_then_in_line(tmp_path):
 @pytest.mark.parametrize("flip", [None, 0.0, math.nan])
 def test_without_a_flip_rate_only_the_loss_is_drawn(tmp_path, capsys, flip):
     plot.main([dense_run(tmp_path / "a", flip_rate=flip)])
-    assert "no flip rate above zero in any run" in capsys.readouterr().out
+    assert "no run has a flip rate above zero" in capsys.readouterr().out
     assert (tmp_path / "a" / "loss.png").exists()
     assert not (tmp_path / "a" / "flip_rate.png").exists()
 
@@ -108,8 +96,8 @@ def test_first_row_alone_and_a_diverged_run_can_be_drawn(tmp_path):
     [
         ("nowhere", r"no such run folder: .*nowhere'; give the out_dir of a run"),
         ("empty", r"no .*metrics\.jsonl yet; train\.py writes it"),
-        ("starting", r"metrics\.jsonl has no finished line yet; try again later"),
-        ("config", r"config\.json: .*; delete it to go without the run's settings"),
+        ("starting", r"metrics\.jsonl has no complete line yet; try again later"),
+        ("config", r"config\.json: .*; delete it to continue without the run's settings"),
     ],
 )
 def test_error_is_one_line_and_status_2(tmp_path, capsys, name, message):

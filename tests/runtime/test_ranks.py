@@ -1,27 +1,19 @@
-"""Two ranks train as one process does: the same micro-batches, the same draws, the same weights on both ranks."""
+"""runtime/ranks.py: two ranks train as one process does, and a rank that differs ends the run; stop signals."""
 
+import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from harness import (
-    ROOT,
-    SETTINGS,
-    differences,
-    launch,
-    make_dataset,
-    pristine_train,
-    read_rows,
-    read_state,
-    run_here,
-)
+from harness import ROOT, SETTINGS, differences, launch, pristine_train, read_rows, read_state, run_here
 
 from model import GPT, GPTConfig
 from runtime import setup
-from runtime.ranks import Ranks
+from runtime.ranks import Ranks, StopSignal, outvoted
 from sparse24 import sparse_linears
 
 STEPS = 6
@@ -31,26 +23,19 @@ exact_and_mvue = pytest.mark.parametrize("name", ["exact", pytest.param("mvue", 
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """runs[name of the settings, ranks]: the folder of this run, which dumped gradients and models there. Each is made
-    when it is first asked for."""
+    """runs(settings, ranks): the folder of a run, with its gradients, models and output. Each run is made once."""
 
-    class Runs(dict):
-        def __missing__(self, key):
-            (name, ranks), changes = key, {"exact": EXACT, "mvue": MVUE}[key[0]]
-            out = self[key] = tmp_path_factory.mktemp(f"{name}{ranks}")
-            run, dump = run_here if ranks == 1 else launch, {"kind": "dump", "folder": str(out)}
-            done = run(out, {**SETTINGS, **changes, "dataset": data}, dump, ranks=ranks)
-            assert done.returncode == 0, done.stderr
-            (out / "stdout.txt").write_text(done.stdout)
-            return out
+    @functools.cache
+    def make(name, ranks):
+        out, changes = tmp_path_factory.mktemp(f"{name}{ranks}"), {"exact": EXACT, "mvue": MVUE}[name]
+        run, dump = run_here if ranks == 1 else launch, {"kind": "dump", "folder": str(out)}
+        done = run(out, {**SETTINGS, **changes, "dataset": data}, dump, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        (out / "stdout.txt").write_text(done.stdout)
+        return out
 
-    return Runs()
+    return make
 
 
 def load(path):
@@ -66,15 +51,19 @@ def assert_close_models(one, two):
 
 
 def test_two_ranks_end_in_the_weights_and_masks_of_one(runs):
-    one, two = (read_state(runs["exact", ranks]) for ranks in (1, 2))
+    one, two = (read_state(runs("exact", ranks)) for ranks in (1, 2))
     assert one["iter_num"] == two["iter_num"] == STEPS
-    assert max(g.norm() for g in load(runs["exact", 1] / "grads_0.pt")) > 0.1  # there was something to learn
+    assert max(g.norm() for g in load(runs("exact", 1) / "grads_0.pt")) > 0.1
     assert_close_models(one, two)
 
 
-@exact_and_mvue
-def test_two_ranks_log_the_numbers_of_one(runs, name):
-    for a, b in zip(*(read_rows(runs[name, ranks]) for ranks in (1, 2)), strict=True):
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("exact", 2), *[pytest.param(*case, marks=pytest.mark.slow) for case in (("mvue", 2), ("exact", 3))]],
+)
+def test_ranks_log_the_numbers_of_one_process(runs, name, ranks):
+    """Three ranks share four micro-batches: in the second round, two ranks have none."""
+    for a, b in zip(read_rows(runs(name, 1)), read_rows(runs(name, ranks)), strict=True):
         assert a["iter"] == b["iter"]
         for key in ("train_loss", "val_loss", "lr", "grad_norm", "decay_ratio"):
             assert b[key] == (None if a[key] is None else pytest.approx(a[key], rel=1e-5)), (a["iter"], key)
@@ -82,24 +71,24 @@ def test_two_ranks_log_the_numbers_of_one(runs, name):
 
 @exact_and_mvue
 def test_first_gradient_of_two_ranks_is_that_of_one(runs, name):
-    one = load(runs[name, 1] / "grads_0.pt")
+    one = load(runs(name, 1) / "grads_0.pt")
     for rank in (0, 1):
-        for a, b in zip(one, load(runs[name, 2] / f"grads_{rank}.pt"), strict=True):
+        for a, b in zip(one, load(runs(name, 2) / f"grads_{rank}.pt"), strict=True):
             assert (a - b).norm() <= 1e-6 * a.norm()
 
 
 @pytest.mark.slow
 def test_mvue_changes_the_gradient_that_is_compared(runs):
-    exact, mvue = (load(runs[name, 1] / "grads_0.pt") for name in ("exact", "mvue"))
+    exact, mvue = (load(runs(name, 1) / "grads_0.pt") for name in ("exact", "mvue"))
     assert max((a - b).norm() / a.norm() for a, b in zip(exact, mvue, strict=True)) > 0.01
 
 
 @exact_and_mvue
 def test_both_ranks_hold_the_same_bits(runs, name):
-    states = [load(runs[name, 2] / f"model_{rank}.pt") for rank in (0, 1)]
+    states = [load(runs(name, 2) / f"model_{rank}.pt") for rank in (0, 1)]
     assert any(key.endswith(".index") for key in states[0])
     assert differences(*states) == []
-    assert differences(states[0], read_state(runs[name, 2])["model"]) == []
+    assert differences(states[0], read_state(runs(name, 2))["model"]) == []
 
 
 @pytest.mark.slow
@@ -107,13 +96,13 @@ def test_ranks_follow_one_plan(runs, data, tmp_path):
     done = launch(tmp_path / "out", {**SETTINGS, **EXACT, "dataset": data, "spmm": "masked"}, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pruned matrices are multiplied, by the fused") == 1
-    assert_close_models(read_state(tmp_path / "out"), read_state(runs["exact", 2]))
+    assert_close_models(read_state(tmp_path / "out"), read_state(runs("exact", 2)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["step", "bi_mask"])
-def test_what_a_method_decides_is_decided_alike_on_both_ranks(data, tmp_path, name):
-    """STEP's switch, Bi-Mask's row orders. A run whose ranks differ ends at the next save."""
+def test_both_ranks_take_the_same_decisions_of_a_method(data, tmp_path, name):
+    """STEP's switch, Bi-Mask's row permutations."""
     settings = {**SETTINGS, "max_iters": 8, "dataset": data, "mvue": False}
     settings |= {"sparse": name, "masked_decay": 0.0, "mask_interval": 1, "dense_finetune": 0.0, "dense_start": -1}
     for ranks, run in ((1, run_here), (2, launch)):
@@ -128,46 +117,55 @@ def test_what_a_method_decides_is_decided_alike_on_both_ranks(data, tmp_path, na
 
 
 def test_only_rank_0_writes_and_prints(runs):
-    printed = (runs["exact", 2] / "stdout.txt").read_text()
+    printed = (runs("exact", 2) / "stdout.txt").read_text()
     assert [int(n) for n in re.findall(rf"^iter +(\d+)/{STEPS}", printed, re.M)] == [*range(STEPS + 1)]
     assert printed.count(f"done: {STEPS} iterations") == printed.count("parameters; ") == 1
-    assert [row["iter"] for row in read_rows(runs["exact", 2])] == [*range(STEPS + 1)]
+    assert [row["iter"] for row in read_rows(runs("exact", 2))] == [*range(STEPS + 1)]
 
 
 @pytest.mark.slow
-def test_a_rank_that_went_astray_ends_the_run_before_the_next_save(data, tmp_path):
-    """One weight of rank 1: no checkpoint with it is written."""
-    done = launch(
-        tmp_path / "out", {**SETTINGS, "max_iters": 8, "dataset": data}, {"kind": "alter", "iter_num": 5}, ranks=2
-    )
+def test_a_rank_with_another_weight_ends_the_run_before_the_next_save(data, tmp_path):
+    settings, fault = {**SETTINGS, "max_iters": 8, "dataset": data}, {"kind": "alter", "iter_num": 5}
+    done = launch(tmp_path / "out", settings, fault, ranks=2)
     assert done.returncode != 0
     assert "weights or masks of ranks [0, 1] differ from the others', or from each other's; resume" in done.stderr
     assert read_state(tmp_path / "out")["iter_num"] == 4
 
 
-@pytest.mark.parametrize(("name", "masks"), [("fst", 1), ("bi_mask", 2), ("s_ste", 1)])
-def test_check_equal_sees_one_bit_of_any_weight_or_mask(monkeypatch, name, masks):
-    """On one process, with the other rank's sum handed over in place of the gathering."""
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [("fst", {"index"}), ("bi_mask", {"index", "permutation", "index_t"}), ("s_ste", {"index", "beta"}), ("ste", None)],
+)
+def test_check_equal_sees_one_bit_of_any_weight_or_buffer(monkeypatch, name, buffers):
+    """The other rank's sum stands in for the gathered one. buffers=None adds a buffer as a new method would."""
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, bias=True, sparse=name))
+    for layer in sparse_linears(model):
+        if buffers is None:
+            layer.register_buffer("scores", torch.rand(3))
+        layer.register_buffer("packed", torch.rand(3), persistent=False)
+        held = {key for key in layer.state_dict() if key not in ("weight", "bias", "_extra_state")}
+        assert held == (buffers or {"index", "scores"})
     ranks, sums = Ranks(0, 0, 2), []
 
-    def gather(into, mine, group):
-        sums.append(mine.clone())
-        for tensor, value in zip(into, (sums[0], mine), strict=True):
+    def gather(gathered, this_rank, group):
+        sums.append(this_rank.clone())
+        for tensor, value in zip(gathered, (sums[0], this_rank), strict=True):
             tensor.copy_(value)
 
     monkeypatch.setattr(torch.distributed, "all_gather", gather)
     ranks.check_equal(model)
-    held = [p.detach() for p in model.parameters()] + [b for b in model.buffers() if b.dtype == torch.uint8]
-    assert len(held) == 16 + 2 * masks
-    held += [layer.beta.view(1) for layer in sparse_linears(model) if hasattr(layer, "beta")]
-    for tensor in held:
+    tensors = [tensor for tensor in model.state_dict().values() if torch.is_tensor(tensor)]
+    assert len(tensors) == 16 + 1 + 2 * len(buffers or "12")  # one weight is tied
+    for tensor in tensors:
         bits = tensor.view(-1).view(torch.uint8)
         for place in (0, -1):
             bits[place] ^= 1
             with pytest.raises(RuntimeError, match=r"weights or masks of ranks \[0, 1\] differ"):
                 ranks.check_equal(model)
             bits[place] ^= 1
+    for layer in sparse_linears(model):  # seeds differ between ranks, and packed operands are copies of the weights
+        layer.seed += 1
+        layer.packed += 1
     ranks.check_equal(model)
 
 
@@ -176,7 +174,7 @@ def test_fewer_micro_batches_than_ranks_are_refused(data, tmp_path, monkeypatch)
         monkeypatch.setattr(setup, "start_ranks", lambda device: Ranks(1, 1, 2))
         done = run_here(tmp_path / "out", {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": data})
     assert done.returncode == 1
-    assert "gradient_accumulation_steps=1, need one for each of 2 ranks" in done.stderr
+    assert "gradient_accumulation_steps=1, need at least the number of ranks, 2" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -213,9 +211,43 @@ print("left", flush=True)
 
 @pytest.mark.slow
 def test_no_thread_of_the_control_group_outlives_it(tmp_path):
-    """One that does may need the interpreter when it is gone, and abort a run that had ended well."""
     (tmp_path / "leave.py").write_text(LEAVE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "leave.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.count("left") == 2, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On one process
+
+
+@pytest.mark.parametrize(
+    ("sums", "wrong"),
+    [
+        ([(0, 5), (0, 5), (0, 6)], [2]),
+        ([(0, 6), (0, 5), (0, 5)], [0]),
+        ([(0, 5), (0, 5), (0, 5)], []),
+        ([(0, 5), (1, 9), (0, 5), (1, 8), (0, 5), (1, 9)], [3]),  # two shards, three replicas of each
+        ([(0, 5), (1, 9)], []),  # different shards are not compared
+        ([(0, 5), (0, 6)], [0, 1]),  # two ranks have no majority
+        ([(0, 5), (0, 6), (0, 6), (0, 5)], [0, 1, 2, 3]),
+        ([(0, 5), (0, 6), (1, 9), (1, 9)], [0, 1]),
+        ([(0, 5), (0, 6), (0, 7), (0, 5)], [1, 2]),
+    ],
+)
+def test_the_rank_that_differs_is_named(sums, wrong):
+    assert outvoted(sums) == wrong
+
+
+def test_a_second_ctrl_c_is_obeyed_at_once_and_a_second_sigterm_is_not():
+    with pristine_train():
+        stop = StopSignal()
+        assert stop.received is None
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received == "SIGTERM"
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == "SIGINT"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL

@@ -34,7 +34,7 @@ from gemm24.ffn import pack_weights
 from model import GPT, PRESETS, GPTConfig, peak_flops
 from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
 
-PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8; its 1558M is ours
+PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8, which has no 1558M
 TOY = GPTConfig(vocab_size=128, block_size=32, n_layer=2, n_head=1, n_embd=64, bias=False)  # the model on a CPU
 TOP = 30  # number of kernels that a row lists
 NAME = 120  # characters of a kernel's name

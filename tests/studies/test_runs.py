@@ -49,7 +49,7 @@ def test_a_run_is_started_once_and_goes_on_after_a_stop(tmp_path, write_run, mon
 
     monkeypatch.setattr(runs, "run_child", run_child)
     asked = (folder, ["config.py", "--a=1"], 4, ["torchrun", "--standalone"])
-    with pytest.raises(RuntimeError, match=f"stopped; the same command goes on with {folder}"):
+    with pytest.raises(RuntimeError, match=f"stopped; the same command resumes {folder}"):
         runs.train(*asked, EXTRA="x")
     with pytest.raises(RuntimeError, match=r"run ended with status 0, unfinished; the end of .*\n    its last line"):
         runs.train(*asked, EXTRA="x")

@@ -145,7 +145,8 @@ def answer(data: dict) -> str:
 
 def summary(data: dict) -> str:
     """The answer of a bench.json and the table of its rows."""
-    rows = [line for suite, found in data["suites"].items() for row in found["rows"] for line in cells(suite, row)]
+    by_suite = data["suites"].items()
+    rows = [line for suite, results in by_suite for row in results["rows"] for line in cells(suite, row)]
     return answer(data) + "\n\n" + table(HEAD, [line + [""] * (len(HEAD) - len(line)) for line in rows])
 
 

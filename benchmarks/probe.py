@@ -111,7 +111,7 @@ def host() -> dict:
         "dense": lambda: matmul24(a, b, None, *shape, Choice()),
     }
     if cusparselt.available() is None:
-        calls["2:4 by kept plans"] = lambda: cusparselt.matmul(packed, b, *shape, 0)
+        calls["2:4 by cached plans"] = lambda: cusparselt.matmul(packed, b, *shape, 0)
     for name, call in calls.items():
         times[f"{name} us"] = choose.enqueue_us(call, device())
     times["kernel launch us"] = choose.enqueue_us(lambda: activation(a, "gelu"), device())

@@ -41,7 +41,7 @@ def with_spread(s: dict) -> str:
 
 LABELS = {  # newer names of rows that the probe at b79c636 wrote
     "cusparselt": "2:4 by torch's op, as a custom op",
-    "cusparselt-plan": "2:4 by kept plans, as a custom op",
+    "cusparselt-plan": "2:4 by cached plans, as a custom op",
     "raw torch op": "2:4 by torch's op",
 }
 

@@ -66,8 +66,8 @@ def fetch(url, sha256, path, timeout=30):
         with urllib.request.urlopen(url, timeout=timeout) as reply, atomic(path) as file:
             shutil.copyfileobj(reply, file)
             file.flush()
-            if (found := sha256_of(file.name)) != sha256:
-                raise ValueError(f"fetch: {url} has sha256 {found}, need {sha256}; give the text by --file")
+            if (actual := sha256_of(file.name)) != sha256:
+                raise ValueError(f"fetch: {url} has sha256 {actual}, need {sha256}; give the text by --file")
     except (OSError, HTTPException) as error:
         raise RuntimeError(f"fetch: no {url} ({error}); without network, give the text by --file") from error
     return path
@@ -102,23 +102,23 @@ def gpt2_encoding(timeout=60):
     """tiktoken's GPT-2 BPE. tiktoken downloads its vocabulary without a timeout, so this waits for it in a thread."""
     import tiktoken
 
-    found = {}
+    result = {}
 
     def load():
         try:
-            found["encoding"] = tiktoken.get_encoding("gpt2")
+            result["encoding"] = tiktoken.get_encoding("gpt2")
         except Exception as error:  # from requests, sockets or a hash check; raised below
-            found["error"] = error
+            result["error"] = error
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(timeout)
-    if "encoding" not in found:
+    if "encoding" not in result:
         raise RuntimeError(
-            f"gpt2_encoding: no GPT-2 vocabulary ({found.get('error', f'no answer in {timeout} s')}); without network, "
-            "set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine"
-        ) from found.get("error")
-    return found["encoding"]
+            f"gpt2_encoding: no GPT-2 vocabulary ({result.get('error', f'no answer in {timeout} s')}); without "
+            "network, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine"
+        ) from result.get("error")
+    return result["encoding"]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -130,8 +130,8 @@ def compare(args) -> tuple[dict, list[str]]:
     """Final validation losses of a grid, and differences from its references within each seed."""
     study = study_of(args)
     folders = run_and_read(study.variants, args)
-    losses = {label: final_losses(found) for label, found in folders.items()}
-    pruned = complete({label: final_losses(found, "val_loss_24") for label, found in folders.items()})
+    losses = {label: final_losses(of_label) for label, of_label in folders.items()}
+    pruned = complete({label: final_losses(of_label, "val_loss_24") for label, of_label in folders.items()})
     panels = {f"minus {name}": paired_to(losses, name) for name in study.references if name in losses}
     mus = mus_of(folders, 1.5, 5)
     flops = relative_flops({k: v for k, v in study.variants.items() if not switches_by_itself(v)}, args)
@@ -150,8 +150,8 @@ def mus_of(folders: dict[str, list[Path]], first: float, end: float) -> dict[str
     """{label: mu of each seed} between `first` and `end` warm-ups, for labels with the dense run's kind of mask."""
     if "dense" not in folders:
         return {}
-    sparse = {label: found for label, found in folders.items() if label != "dense"}
-    return complete({label: early_mus(found, folders["dense"], first, end) for label, found in sparse.items()})
+    sparse = {label: of_label for label, of_label in folders.items() if label != "dense"}
+    return complete({label: early_mus(runs_of, folders["dense"], first, end) for label, runs_of in sparse.items()})
 
 
 def early_mus(folders: list[Path], dense: list[Path], first: float, end: float) -> list[float | None]:
@@ -250,7 +250,8 @@ def calibrate(args) -> None:
     variants, n = study_of(args).variants, args.calibrate
     short = {label: f"{v} max_iters={n} lr_decay_iters={n} log_interval=10" for label, v in variants.items()}
     args.seeds, args.jobs = 1, 1
-    ms = {label: measured_ms(found[0], variants[label]) for label, found in run_and_read(short, args).items()}
+    folders = run_and_read(short, args)
+    ms = {label: measured_ms(of_label[0], variants[label]) for label, of_label in folders.items()}
     path = Path(args.results) / f"{result_name(args)}-step_ms.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, ms)
@@ -266,7 +267,7 @@ def flip_rate(args) -> tuple[dict, list[str]]:
     """mu = r' / r (section 4.3): the flip rate of each decay factor over that of the dense run of the same seed."""
     variants = STUDIES["flip_rate"].variants
     folders = run_and_read(variants, args)
-    rates = {label: [window_means(folder) for folder in found] for label, found in folders.items()}
+    rates = {label: [window_means(folder) for folder in of_label] for label, of_label in folders.items()}
     if "dense" not in rates:
         raise ValueError("flip_rate: the dense runs are not finished, and mu needs them; run them too")
     return {"variants": variants, "t0": WINDOWS, "flip_rate": rates} | environment(folders), report.flip_table(

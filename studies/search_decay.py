@@ -44,7 +44,7 @@ OWNED = {  # settings that the search sets itself, and why they are refused on t
     "masked_decay": "the search looks for it; choose the candidates with --candidates",
     "max_iters": "--steps is the length of the search; put the training run's length into its config file",
     "dense_start": "a search has no dense phase; leave it out",
-    "flip_reference": "the search makes its own dense run; leave it out",
+    "flip_reference": "the search runs the dense model itself; leave it out",
 }
 HARMLESS = ("log_interval", "wandb_project", "wandb_run_name")  # these may change between two calls
 FACTOR = 3.0  # between the outermost candidate and the next one

@@ -53,13 +53,13 @@ def test_a_stage_that_hangs_is_killed_with_all_it_started(tmp_path):
     found = outcome(tmp_path / "out")
     assert found["hang"]["status"] == "killed after 1 s"
     assert found["good"]["status"] == "ok"
-    assert (tmp_path / "out" / "hang.json").read_text() == "begun\n"  # its results until the kill are kept
+    assert (tmp_path / "out" / "hang.json").read_text() == "begun\n"  # the results before the kill stay
     size = beat.stat().st_size
     time.sleep(0.5)
     assert beat.stat().st_size == size > 0  # the child that ignores SIGTERM is gone too
 
 
-def test_what_ended_well_for_the_same_code_is_skipped(tmp_path, monkeypatch, capsys):
+def test_a_stage_that_succeeded_for_the_same_code_is_skipped(tmp_path, monkeypatch, capsys):
     count = Stage(0, 60, "echo run >> {out}/count.json")
     fail = Stage(0, 60, "echo run >> {out}/fail.json; exit 3")
     stages, held = {"count": count, "fail": fail}, tmp_path / "held" / "evidence.json"
@@ -83,8 +83,8 @@ def test_caches_travel_and_large_ones_stay(tmp_path, monkeypatch, capsys):
     for name in ("caches.tgz", "gemms.json"):
         (carried / name).write_bytes((tmp_path / "out" / name).read_bytes())
     read = Stage(0, 60, "cat $TRITON_CACHE_DIR/k $XDG_CACHE_HOME/nano24/spmm.json > {out}/read.json")
-    evidence.run(tmp_path / "again", 5, [], {"read": read})
-    assert (tmp_path / "again" / "read.json").read_text() == "kernel\n1\n"
+    evidence.run(tmp_path / "later", 5, [], {"read": read})
+    assert (tmp_path / "later" / "read.json").read_text() == "kernel\n1\n"
     monkeypatch.setattr(evidence, "ARCHIVE_BYTES", 10)
     evidence.run(tmp_path / "large", 5, [], {"write": write})
     assert "caches left behind" in capsys.readouterr().out

@@ -75,13 +75,13 @@ def test_every_kernel_has_a_case(compiled):
     assert {counts["kernel"] for counts in compiled[1].values()} == defined
 
 
-def test_share_of_copy_falls_with_what_is_issued():
+def test_share_of_copy_falls_with_the_instructions():
     case = CASES["MVUE, packed"]
     light, heavy = (
         bench.share_of_copy(case, {"instructions": n, "alu": 0, "special": 0}, "H200") for n in (1, 20 * case.bytes)
     )
     assert light == 0.92
-    assert heavy == pytest.approx(6.844 / 20, rel=1e-2)  # far above the budget, it is the budget over what is issued
+    assert heavy == pytest.approx(6.844 / 20, rel=1e-2)  # the budget over the instructions issued
     for pipe, lanes in (("alu", 2), ("special", 8)):  # half and an eighth of the lanes
         counts = {"instructions": 1, "alu": 0, "special": 0} | {pipe: 20 / lanes * case.bytes}
         assert bench.share_of_copy(case, counts, "H200") == heavy
@@ -140,12 +140,12 @@ def test_table3_runs_every_order(interpreted):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if "MVUE, packed" in name else name for name in CASES]
 )
-def test_cases_give_the_same_however_often(interpreted, name):
+def test_cases_give_the_same_result_twice(interpreted, name):
     bench.measure(lambda: CASES[name].launcher(64, 64, "sm90", "cpu"), 0, 1)
     ((_, *results),) = interpreted
-    once, again = (result if isinstance(result, tuple) else (result,) for result in results)
-    if name != "AdamW with masked decay":  # in place, it goes on from where it was
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    first, second = (result if isinstance(result, tuple) else (result,) for result in results)
+    if name != "AdamW with masked decay":  # it updates its tensors in place
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_report_names_what_made_it():

@@ -17,9 +17,9 @@ def test_the_page_is_that_of_the_files(folder):
     assert (folder / "README.md").read_text() == report.page(folder), "run python -m benchmarks.report again"
 
 
-def steps(how: str) -> list[str]:
+def steps(way: str) -> list[str]:
     rows = json.loads((ROOT / "results" / "h200" / "evidence" / "step.json").read_text())["rows"]
-    return [report.with_spread(row[how]["s"]) for row in sorted(rows, key=lambda row: int(row["size"][:-1]))]
+    return [report.with_spread(row[way]["s"]) for row in sorted(rows, key=lambda row: int(row["size"][:-1]))]
 
 
 def test_the_docs_steps_are_those_of_the_files():

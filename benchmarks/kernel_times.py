@@ -489,12 +489,6 @@ def report(results: dict) -> str:
     return "\n\n".join(["# Kernels", start, *tables]) + "\n"
 
 
-def earlier_measurements(path: Path) -> dict:
-    """The measurements of an earlier run, which a new prediction keeps."""
-    earlier = read_json(path) or {}
-    return {key: earlier.get(key) for key in ("measured", "measured_on", "table2", "table3")}
-
-
 def count_all() -> list[dict]:
     """Compile and count every case for every GPU of GPUS. Returns the rows of kernels.json."""
     rows = []
@@ -540,9 +534,9 @@ def run(
     measurement, so a killed run loses none."""
     out.mkdir(parents=True, exist_ok=True)
     path, counted = out / "kernels.json", Path(__file__).parents[1] / "results" / "kernels.json"
-    earlier = {} if counting else read_json(counted)
-    counts = count_all() if counting else earlier["kernels"]
-    results = {"environment": earlier.get("environment", environment), "kernels": counts} | earlier_measurements(path)
+    earlier = read_json(path) or {}
+    results = {"environment": environment, "kernels": count_all()} if counting else read_json(counted)
+    results |= {key: earlier.get(key) for key in ("measured", "measured_on", "table2", "table3")}
     if measuring:
         results |= {"measured": {}, "measured_on": environment, "table2": [], "table3": []}
         for name, result in measure_all(repetitions):

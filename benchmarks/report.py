@@ -157,19 +157,15 @@ def step_text(step: dict) -> str:
     return "\n\n".join([table(head, cells), note])
 
 
-def kind_of(kernel: str) -> str:
-    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "everything else")
-
-
 def spent_ms(run: dict) -> dict[str, float]:
     """GPU milliseconds by kind of kernel. A row lists only its longest kernels; "everything else" includes the rest."""
     # Files before 12c6b30 also list the optimizer's step, which the profiler reports as a kernel.
-    marks = sum(us for kernel, (_, us) in run["kernels"].items() if kernel.startswith("Optimizer."))
-    spent = {"everything else": run["gpu_us"] - marks}
+    spent = {"everything else": run["gpu_us"]}
     for kernel, (_, us) in run["kernels"].items():
-        kind = kind_of(kernel)
-        if kind != "everything else" and not kernel.startswith("Optimizer."):
+        kind = next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), None)
+        if kind and not kernel.startswith("Optimizer."):
             spent[kind] = spent.get(kind, 0) + us
+        if kind or kernel.startswith("Optimizer."):
             spent["everything else"] -= us
     return {kind: us / 1000 for kind, us in spent.items()}
 

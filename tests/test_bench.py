@@ -66,7 +66,7 @@ def test_results_are_saved_row_by_row_and_other_suites_stay(tmp_path, monkeypatc
     assert saved["settings"]["scale"] == "toy"
 
 
-def test_on_a_cpu_it_runs_toys_and_writes_only_where_it_was_told(tmp_path, monkeypatch, capsys):
+def test_a_cpu_runs_toys_and_writes_only_to_a_given_folder(tmp_path, monkeypatch, capsys):
     assert bench.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
     monkeypatch.chdir(tmp_path)
     bench.main(["--suite", "gemm"])
@@ -94,7 +94,7 @@ def test_failures_end_the_command_with_an_error(monkeypatch):
         (["--evidence", "out", "nosuch"], "--evidence: no stage 'nosuch', need some of probe, gemm, tests,"),
     ],
 )
-def test_words_that_mean_nothing_are_refused(tmp_path, monkeypatch, words, message, capsys):
+def test_wrong_arguments_are_refused(tmp_path, monkeypatch, words, message, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         bench.main(words)

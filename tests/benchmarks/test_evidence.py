@@ -74,7 +74,7 @@ def test_a_stage_that_succeeded_for_the_same_code_is_skipped(tmp_path, monkeypat
     assert (tmp_path / "out" / "count.json").read_text() == "run\n"
 
 
-def test_caches_travel_and_large_ones_stay(tmp_path, monkeypatch, capsys):
+def test_caches_are_reused_and_large_ones_left_behind(tmp_path, monkeypatch, capsys):
     write = Stage(0, 60, "mkdir -p $TRITON_CACHE_DIR; echo kernel >> $TRITON_CACHE_DIR/k; echo 1 > {verdicts}")
     evidence.run(tmp_path / "out", 5, [], {"write": write})
     assert not (tmp_path / "out" / "caches").exists()
@@ -91,7 +91,7 @@ def test_caches_travel_and_large_ones_stay(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "large" / "caches.tgz").exists()
 
 
-def test_a_second_call_into_a_folder_keeps_what_the_first_one_brought(tmp_path):
+def test_a_second_call_into_a_folder_keeps_the_results_of_the_first(tmp_path):
     many = Stage(0, 60, "for i in 1 2 3 4 5 6 7 8; do echo $i > {out}/$i.json; done; echo one > {verdicts}")
     more = Stage(0, 60, "cat {verdicts} > {out}/more.json; echo two >> {verdicts}")
     stages = {"many": many, "more": more}
@@ -105,7 +105,7 @@ def test_a_second_call_into_a_folder_keeps_what_the_first_one_brought(tmp_path):
     assert outcome(tmp_path).keys() == {"many", "more"}
 
 
-def test_the_code_is_known_by_its_content(monkeypatch, tmp_path):
+def test_the_code_id_depends_on_the_files(monkeypatch, tmp_path):
     measures, tests = Stage(0, 1, "{python} bench.py"), Stage(0, 1, "{python} -m pytest tests")
     assert evidence.code_id(measures) == evidence.code_id(measures) != evidence.code_id(tests)
     for name in ("benchmarks", "gemm24", "tests/gemm24"):
@@ -121,7 +121,7 @@ def test_the_code_is_known_by_its_content(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", evidence.STAGES)
-def test_a_stage_is_a_program_and_files_that_are_there(name):
+def test_the_program_and_the_files_of_a_stage_exist(name):
     stage = evidence.STAGES[name]
     words = stage.command.split()
     assert 0 < stage.least < stage.most

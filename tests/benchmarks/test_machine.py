@@ -1,4 +1,4 @@
-"""The machine's description, and rows that are saved as they come."""
+"""The description of the machine, and rows that are saved one by one."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_a_copy_reads_and_writes(monkeypatch):
     assert machine.copy_bandwidth.__wrapped__(torch.device("cpu")) == pytest.approx(2 * 2**23 / 2e-3)
 
 
-def test_rows_are_saved_as_they_come_and_a_failure_is_one_of_them(tmp_path, monkeypatch, capsys):
+def test_rows_are_saved_one_by_one_and_a_failure_is_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "x.json"
 

@@ -90,7 +90,7 @@ def test_gemm_rows_have_rates_or_a_reason(request):
 
 
 @pytest.mark.parametrize("scale", ["quick", "default", "full"])
-def test_grids_hold_what_they_promise(scale):
+def test_grids_have_the_papers_shapes(scale):
     settings = Settings(CPU, scale)
     layers = suites.layer_grid("ffn", settings) + suites.layer_grid("block", settings)
     assert {case[0] for case in suites.layer_grid("ffn", settings)} == {"gelu", "geglu"}

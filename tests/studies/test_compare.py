@@ -222,7 +222,7 @@ def test_the_commits_of_all_runs_are_named(tmp_path, write_run):
     assert found == {"environment": {"commit": "1"}, "commits": {"dense": ["1"], "fst": ["1", "2-dirty"]}}
 
 
-def test_texts_are_put_together_pair_by_pair(tmp_path, capsys):
+def test_texts_are_pooled_pair_by_pair(tmp_path, capsys):
     losses = {
         "a_char": {"dense": [1.0, 1.2], "half": [1.3, 1.3], "fst": [1.1, 1.2], "alone": [0.0, 0.0]},
         "b_char": {"dense": [2.0, 2.0], "half": [2.2, 2.4], "fst": [2.1, 2.2]},
@@ -252,7 +252,7 @@ def test_the_interval_by_seed_uses_means_over_the_texts():
         ({"b_char": 3}, "no .*methods-a_char.json yet; run: python -m studies.compare methods --dataset=a_char"),
     ],
 )
-def test_texts_that_do_not_go_together_are_refused(tmp_path, seeds, message):
+def test_texts_that_cannot_be_pooled_are_refused(tmp_path, seeds, message):
     for text, count in seeds.items():
         (tmp_path / f"methods-{text}.json").write_text(json.dumps({"val_loss": {"dense": [1.0] * count}}))
     with pytest.raises(SystemExit, match=message):

@@ -144,14 +144,14 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys,
         ("--dataset=no_such_data", "does not exist"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, words, more, needed):
+def test_impossible_settings_are_refused_before_anything_is_written(tmp_path, words, more, needed):
     message = error_of([*words, more])
     assert message.startswith("studies.search_decay: error: ")
     assert needed in message
     assert not (tmp_path / "search").exists()
 
 
-def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
+def test_a_config_file_may_have_settings_of_the_search(tmp_path, words, capsys):
     """The search's settings follow the config file's, and a dense recipe becomes fst."""
     config = tmp_path / "run.py"
     config.write_text(
@@ -278,7 +278,7 @@ def test_refinement_runs_what_it_proposes_until_one_is_inside(tmp_path, words, f
     assert len(ran) == first + len(new)
 
 
-def test_none_inside_is_said_with_what_to_do_and_still_written(tmp_path, words, fake_train, capsys):
+def test_if_no_candidate_fits_it_gives_advice_and_writes_the_results(tmp_path, words, fake_train, capsys):
     ran = fake_train(lambda decay: 1.3 - decay)
     assert search_decay.main([*words, "--refine=1"]) == 1
     out = capsys.readouterr().out

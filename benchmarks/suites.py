@@ -61,8 +61,8 @@ def time_ms(calls: list[Callable], settings: Settings, graph: bool = False) -> l
 def measured_card(report, bandwidth: float) -> tuple[roofline.GPU, dict[str, float]] | None:
     """(this card's rates, {GEMM: ratio}) for the roofline, from a report of `choose`; None if no GEMM was timed.
 
-    All GEMMs are pooled into one rate and one ratio, since the rate depends on the shape. The dense times multiply the
-    pruned matrix. A GPU at its power limit may multiply it faster than a dense one.
+    The rate differs between shapes, so all GEMMs are pooled into one rate and one ratio. Dense times are of the pruned
+    matrix, which a GPU at its power limit may multiply faster than a dense one.
     """
     if report is None or not report.rows:
         return None

@@ -12,9 +12,9 @@ the same steps. Seed, initial weights and batches are equal, so only the method 
 one whose mu lies in the band, nearest to its middle on a log scale.
 
 A run has 1.5 * warmup_iters steps, all sparse, of the training run's schedule (lr_decay_iters stays). The window is the
-last fifth, 1.2 to 1.5 warm-ups. Before the end of the warm-up lambda has little effect on the masks; later steps would
-cost more and tell little. mu keeps falling slowly (for the small model at lambda 2e-3: 0.59, 0.51, 0.46, 0.42 after
-1.5, 2, 2.5, 3 warm-ups, results/flip_rate.md), so check it again in the training run (flip_reference).
+last fifth, 1.2 to 1.5 warm-ups. Before the end of the warm-up lambda has little effect on the masks; later steps cost
+more and tell little. mu keeps falling slowly (for the small model at lambda 2e-3: 0.59, 0.51, 0.46, 0.42 after 1.5, 2,
+2.5, 3 warm-ups, results/flip_rate.md), so check it again in the training run (flip_reference).
 
 The same command resumes a search that was stopped or killed. The checkpoint of a finished run is deleted.
 """
@@ -95,13 +95,9 @@ def train_defaults() -> dict:
 
 def parse_candidates(text: str) -> list[float]:
     try:
-        values = sorted(
-            {float(f"{float(word):g}") for word in text.split(",")}
-        )  # rounded as in the names of the folders
+        values = sorted({float(f"{float(word):g}") for word in text.split(",")})  # rounded as in folder names
     except ValueError:
-        raise ValueError(
-            f"--candidates={text}, need numbers with commas between them, for example 0,6e-5,2e-4"
-        ) from None
+        raise ValueError(f"--candidates={text}, need numbers with commas between them, like 0,6e-5,2e-4") from None
     if not (values[0] >= 0 and 0 < values[-1] < math.inf):
         raise ValueError(f"--candidates={text}, need finite factors of at least 0, and one above 0")
     return values
@@ -358,7 +354,7 @@ def measure(search: Search, decay: float) -> None:
 
 
 def run_search(search: Search) -> None:
-    """Train and compare all runs that are not finished."""
+    """Train the runs that are not finished, and compare all runs."""
     write_results(search)
     seconds = run(search, None)
     left = sum(not runs.is_finished(run_folder(search, decay), search.steps) for decay in search.decays)

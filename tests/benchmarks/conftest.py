@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks' tests: no GPU, or the make-believe GPU of tests/fake_cuda.py."""
+"""Fixtures of the benchmarks' tests: no GPU, or the make-believe GPU of tests/tools/fake_cuda.py."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def on_fake_gpu(tmp_path):
     def run(code: str) -> subprocess.CompletedProcess:
         script = tmp_path / "script.py"
         script.write_text(f"out = {str(tmp_path)!r}\n{code}")
-        command = [sys.executable, "tests/fake_cuda.py", str(script)]
+        command = [sys.executable, "tests/tools/fake_cuda.py", str(script)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -1,8 +1,8 @@
-"""How much faster 2:4 training is on this machine, against compiled dense training, and how fast it could be.
+"""How much faster 2:4 training is than compiled dense training on this machine, and how fast it could be.
 
     python bench.py                              layers, blocks, steps; a GPU writes results/<gpu>/bench.{json,md}
-    python bench.py --suite ffn --quick          one suite, a smaller grid; --full for the paper's whole grids
-    python bench.py --predict [h200]             S_model alone, on any machine: benchmarks/roofline.py
+    python bench.py --suite ffn --quick          one suite on a smaller grid; --full runs the paper's full grids
+    python bench.py --predict [h200]             the prediction S_model, on any machine: benchmarks/roofline.py
     python bench.py --suite kernels [--predict]  time the Triton kernels, or count their code: results/kernels.{json,md}
     python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py
 
@@ -11,12 +11,13 @@ backward of one layer (the paper's Figure 6). e2e: whole optimizer steps of GPT-
 kernels: benchmarks/kernel_times.py.
 
 S is dense time over 2:4 time. Dense and 2:4 take turns within a run, and each number is the median, smallest and
-largest of the repetitions. A layer's 2:4 time includes one packing, and a share of the mask search, which is due once
-in mask_interval steps; a step of e2e packs in its own time. S_model takes this card's own rates: its dense GEMMs and
-sparse ratios at that shape, and its copy bandwidth. A row that could not be measured says why. Every row is saved as it
-comes. The command ends with the answer and a table of all rows.
+largest of the repetitions. A layer's 2:4 time includes one packing and 1/mask_interval of the mask search; a step of
+e2e packs within the step. S_model is the roofline with this card's measured rates: its dense GEMMs and sparse ratios at
+that shape, and its copy bandwidth. A row that could not be measured gives the reason. The file is written after every
+row. The command ends with the answer and a table of all rows.
 
-On a CPU everything runs at toy sizes to show that it works: ratios mean nothing there, and no file is written unasked.
+On a CPU everything runs at toy sizes to show that it works. Its ratios mean nothing, and it writes files only if
+--json or --out_dir is given.
 """
 
 import argparse
@@ -59,7 +60,7 @@ SUITES: dict[str, tuple[Callable, Callable[..., list[dict]]]] = {
 
 
 def suite_rows(suite: str, settings: Settings) -> Iterator[dict]:
-    """All rows of a suite within its budget. A case that fails, or is left out, is a row that says why."""
+    """All rows of a suite. A case that fails, or that the budget leaves out, gives a row with the reason."""
     grid, rows_of = SUITES[suite]
     start = time.perf_counter()
     for case in grid(settings):
@@ -69,7 +70,7 @@ def suite_rows(suite: str, settings: Settings) -> Iterator[dict]:
         release(settings.device)
         try:
             yield from rows_of(case, settings)
-        except Exception as error:  # the cases after it are measured; bench.py ends with an error for it
+        except Exception as error:  # measure the other cases; `failures` reports this one at the end
             traceback.print_exc()
             yield {"case": list(case), "reason": choose.reason(error)}
 
@@ -77,11 +78,11 @@ def suite_rows(suite: str, settings: Settings) -> Iterator[dict]:
 def run_suite(suite: str, settings: Settings, data: dict, path: Path | None) -> None:
     """Measure one suite into `data`, {"suites": {name: {environment, settings, before, rows, after}}}.
 
-    The file at `path` is written after every row. A suite without "after" was killed."""
+    Writes `data` to `path` after every row. A suite without "after" was killed."""
     names = ("scale", "repetitions", "graph", "budget")
-    asked = {name: getattr(settings, name) for name in names} | {"mask_interval": MASK_INTERVAL}
-    start = {"environment": machine(settings.device), "settings": asked, "before": gpu_state(), "rows": []}
-    data["suites"][suite] = start
+    options = {name: getattr(settings, name) for name in names} | {"mask_interval": MASK_INTERVAL}
+    results = {"environment": machine(settings.device), "settings": options, "before": gpu_state(), "rows": []}
+    data["suites"][suite] = results
 
     def save():
         if path:
@@ -89,10 +90,10 @@ def run_suite(suite: str, settings: Settings, data: dict, path: Path | None) -> 
             write_json(path, data)
 
     for row in suite_rows(suite, settings):
-        start["rows"].append(row)
+        results["rows"].append(row)
         print("\n".join("  ".join(filter(None, line)) for line in cells(suite, row)), flush=True)
         save()
-    start["after"] = gpu_state()
+    results["after"] = gpu_state()
     save()
 
 
@@ -100,15 +101,15 @@ HEAD = ["suite", "shape", "dense ms", "2:4 ms", "S (spread)", "S_model", "S / S_
 
 
 def ways_of(row: dict) -> dict[str, tuple[dict, dict, dict]]:
-    """{way: (dense, 2:4, S)} of a measured row of ffn, block or e2e; {} for any other."""
+    """{way: (dense, 2:4, S)} of a measured row of ffn, block or e2e; {} for all other rows."""
     if "variants" in row:
         return {"auto": (row["variants"]["dense"], row["variants"]["auto"], row["s"]["auto"])}
-    found = {way: row[way] for way in ("compiled", "graphs") if way in row}
-    return {way: (one["dense"], one["sparse"], one["s"]) for way, one in found.items()}
+    ways = [way for way in ("compiled", "graphs") if way in row]
+    return {way: (row[way]["dense"], row[way]["sparse"], row[way]["s"]) for way in ways}
 
 
 def cells(suite: str, row: dict) -> list[list[str]]:
-    """The lines of the table for one row of a suite, one for each way that is compared with dense."""
+    """The lines of the table for one row of a suite: one for each way that it was timed."""
     if "case" in row:
         return [[suite, str(row["case"]), "", "", row["reason"]]]
     if suite == "gemm":
@@ -131,7 +132,7 @@ def cells(suite: str, row: dict) -> list[list[str]]:
 
 
 def answer(data: dict) -> str:
-    """How much faster 2:4 is than compiled dense: the range of S of each suite."""
+    """One sentence: the range of S of each suite."""
     texts = []
     names = {"ffn": "feed-forward layers", "block": "transformer blocks", "e2e": "optimizer steps"}
     for suite, name in names.items():
@@ -143,13 +144,14 @@ def answer(data: dict) -> str:
 
 
 def summary(data: dict) -> str:
-    """The answer of a bench.json, and its table: what was measured beside compiled dense, its spread, and the model."""
-    rows = [line for suite, found in data["suites"].items() for row in found["rows"] for line in cells(suite, row)]
+    """The answer of a bench.json and the table of its rows."""
+    by_suite = data["suites"].items()
+    rows = [line for suite, results in by_suite for row in results["rows"] for line in cells(suite, row)]
     return answer(data) + "\n\n" + table(HEAD, [line + [""] * (len(HEAD) - len(line)) for line in rows])
 
 
 def failures(data: dict, suites) -> list[str]:
-    """The cases of these suites that failed for another reason than memory or time, as "suite: reason"."""
+    """The failed cases of these suites as "suite: reason". Running out of memory or time is no failure."""
     failed = [(suite, row["reason"]) for suite in suites for row in data["suites"][suite]["rows"] if "case" in row]
     return [f"{suite}: {why}" for suite, why in failed if not re.search("(?i)out ?of ?memory|^left out", why)]
 
@@ -159,11 +161,11 @@ def failures(data: dict, suites) -> list[str]:
 
 
 def prediction(name: str) -> str:
-    """S_model of layers, blocks and whole steps on one GPU of roofline.GPUS, at three ratios of its sparse GEMMs."""
+    """S_model of layers, blocks and training steps on one GPU of roofline.GPUS, at three ratios of sparse GEMMs."""
     gpu, ratios = roofline.GPUS[name], (1.25, 1.5, 2.0)
     heads = [f"s = {s:g}" for s in ratios]
     sparse = [{"ratio": s, "mask_interval": MASK_INTERVAL} for s in ratios]
-    layers, blocks, whole = [], [], []
+    layers, blocks, step_rows = [], [], []
     for activation, d in itertools.product(("gelu", "geglu"), WIDTHS):
         d_ff = GPTConfig(n_embd=d, n_head=1, activation=activation).d_ff
         s = (roofline.s_model(gpu, d, d_ff, 16384, activation, **one) for one in sparse)
@@ -172,9 +174,9 @@ def prediction(name: str) -> str:
         s = (roofline.block_s_model(gpu, d, 4 * d, 16384, n, **one) for one in sparse)
         blocks.append([str(n), str(d), *map("{:.2f}".format, s)])
     for size, batch in PAPER_BATCH.items():
-        dense, *found = (predict_step(gpu, gpt2(size), batch, one) for one in (None, *sparse))
-        speeds = [f"{dense['ms'] / one['ms']:.2f}: {one['tokens_per_s']:,.0f}" for one in found]
-        whole.append([size, str(batch), f"{dense['ms']:.1f}", f"{dense['tokens_per_s']:,.0f}", *speeds])
+        dense, *predicted = (predict_step(gpu, gpt2(size), batch, one) for one in (None, *sparse))
+        speeds = [f"{dense['ms'] / one['ms']:.2f}: {one['tokens_per_s']:,.0f}" for one in predicted]
+        step_rows.append([size, str(batch), f"{dense['ms']:.1f}", f"{dense['tokens_per_s']:,.0f}", *speeds])
     head = (
         f"S_model on {name.upper()}, predicted and not measured: dense GEMMs at {gpu.flops / 1e12:.0f} TFLOP/s, "
         f"{gpu.bandwidth / 1e12:.2f} TB/s (roofline.py says what is counted and what is assumed). s is dense over "
@@ -184,7 +186,7 @@ def prediction(name: str) -> str:
         "Feed-forward layer, 16384 tokens, forward and backward:": table(["activation", "d", *heads], layers),
         "Transformer block, 16384 tokens, GELU:": table(["n", "d", *heads], blocks),
         "Whole training step, block_size 1024; S and tokens/s:": table(
-            ["size", "batch", "dense ms", "dense tokens/s", *heads], whole
+            ["size", "batch", "dense ms", "dense tokens/s", *heads], step_rows
         ),
     }
     return "\n\n".join([head, *itertools.chain(*tables.items())])
@@ -195,7 +197,7 @@ def prediction(name: str) -> str:
 
 
 def slug(device_name: str) -> str:
-    """The folder of a GPU: "NVIDIA H200" is h200."""
+    """The name of a GPU's folder in results/: "NVIDIA H200" is h200."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-").removeprefix("nvidia-")
 
 
@@ -204,11 +206,11 @@ def run_suites(args, device: torch.device) -> None:
     folder = args.out_dir or (Path("results") / slug(torch.cuda.get_device_name(device)) if on_gpu else None)
     path = args.json or (Path(folder) / "bench.json" if folder else None)
     if not on_gpu:
-        print("bench.py: torch sees no CUDA GPU; toy sizes on the CPU, to show that it runs. Its ratios mean nothing.")
-    data = (read_json(path) if path else None) or {"suites": {}}  # an earlier run's suites stay until they run again
+        print("bench.py: torch sees no CUDA GPU, so it runs toy sizes on the CPU. Its ratios mean nothing.")
+    data = (read_json(path) if path else None) or {"suites": {}}  # suites of an earlier run stay until they run again
     names = [args.suite] if args.suite else list(SUITES)
     torch.set_float32_matmul_precision("high")
-    with tempfile.TemporaryDirectory() as verdicts:  # another run measures for itself
+    with tempfile.TemporaryDirectory() as verdicts:  # every run measures its GEMMs anew
         settings = settings_of(args, device, Path(verdicts) / "gemms.json")
         for suite in names:
             run_suite(suite, settings, data, path)
@@ -221,11 +223,9 @@ def run_suites(args, device: torch.device) -> None:
 
 
 def run_kernels(args, device: torch.device) -> None:
-    """The kernels' suite has a file of its own, which README's table and a test read."""
+    """Time or count the Triton kernels, and write kernels.json and kernels.md."""
     if not find_spec("triton"):
-        sys.exit(
-            "bench.py: triton is not installed, need it to compile the kernels; `make test` installs it into .venv"
-        )
+        sys.exit("bench.py: triton is not installed, need it to compile the kernels; `make test` installs it")
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("bench.py: TRITON_INTERPRET=1 runs kernels on the CPU, need the compiler; unset it")
     if not args.predict and device.type != "cuda":
@@ -238,7 +238,7 @@ def run_kernels(args, device: torch.device) -> None:
 
 
 def run_evidence(args) -> None:
-    """Stages of benchmarks/evidence.py; this process leaves the GPU to them."""
+    """Run stages of benchmarks/evidence.py. This process does not use the GPU."""
     name = evidence.device_name()
     held = Path("results") / slug(name) / "evidence" / "evidence.json" if name else None
     try:
@@ -258,24 +258,24 @@ def _positive(text: str) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("stages", nargs="*", help="with --evidence: stages to run, in this order; default: all")
+    add("stages", nargs="*", help="with --evidence: the stages to run, in this order; default: all")
     add("--evidence", type=Path, metavar="OUT", help="run stages of benchmarks/evidence.py into OUT")
-    add("--minutes", type=float, default=10.0, help="with --evidence: when to end")
+    add("--minutes", type=float, default=10.0, help="with --evidence: minutes that all stages may take")
     add("--suite", choices=(*SUITES, "kernels"), help="default: all but kernels")
     add("--json", type=Path, help="file for the numbers; default: bench.json in --out_dir")
-    add("--predict", nargs="?", const="all", choices=("all", *roofline.GPUS), help="S_model alone, measures none")
-    add("--out_dir", help="default: results/<gpu> on a GPU, nowhere on a CPU; kernels: results")
+    add("--predict", nargs="?", const="all", choices=("all", *roofline.GPUS), help="print S_model without measuring")
+    add("--out_dir", help="folder of results; default: results/<gpu> on a GPU, none on a CPU; kernels: results")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="smaller grids, and 60 s a suite")
-    size.add_argument("--full", action="store_true", help="the whole grids, however long they take")
-    add("--budget", type=float, help="seconds per suite after which no row is begun (e2e: four times)")
+    size.add_argument("--quick", action="store_true", help="smaller grids, 60 s a suite")
+    size.add_argument("--full", action="store_true", help="the paper's full grids, without a time limit")
+    add("--budget", type=float, help="seconds per suite after which no case is started (e2e: four times as many)")
     add("--sizes", nargs="+", choices=PRESETS, default=(), help="e2e: sizes of GPT-2; default: all")
     add("--widths", nargs="+", type=_positive, default=(), help="gemm, ffn, block: widths of the layers")
-    add("--verdicts", type=Path, help="keep the verdicts on GEMMs in this file; default: measure anew")
+    add("--verdicts", type=Path, help="cache the choices of GEMMs in this file; default: measure anew")
     add("--repetitions", type=_positive, default=10)
-    add("--graph", action="store_true", help="ffn, block: time CUDA graphs' replays; gemm always does")
-    add("--tables", type=_positive, default=7, help="kernels: number of shapes of Tables 2 and 3")
-    add("--measured_only", action="store_true", help="kernels: take the counts of results/kernels.json")
+    add("--graph", action="store_true", help="ffn, block: time replays of CUDA graphs; gemm always does")
+    add("--tables", type=_positive, default=7, help="kernels: number of shapes from each of Tables 2 and 3")
+    add("--measured_only", action="store_true", help="kernels: read the counts from results/kernels.json")
     args = parser.parse_args(argv)
     if args.stages and not args.evidence:
         sys.exit(f"bench.py: {args.stages[0]} is no option; stages need --evidence OUT, suites --suite NAME")

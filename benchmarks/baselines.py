@@ -1,7 +1,7 @@
 """The baselines of the paper's Tables 2 and 3: Triton kernels that no training step uses.
 
-Table 2, mask search: they read w once and write their result once, as kernels.transposable_index does. Table 3, GEGLU:
-they walk along a token's features, across the memory layout, where kernels.activation walks along tokens.
+Table 2, mask search: these read w once and write their result once, as kernels.transposable_index does. Table 3, GEGLU:
+these walk along the features of a token, across the memory layout; kernels.activation walks along tokens.
 """
 
 import torch
@@ -34,10 +34,10 @@ def pattern_table(patterns: torch.Tensor) -> torch.Tensor:
 
 
 def transposable_index_dot(w: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Baseline: the paper's own search, all 90 scores by matrix products, then the argmax (Figure 4).
+    """Baseline: the paper's search (Figure 4), which computes all 90 scores by matrix products and takes the argmax.
 
-    table: `pattern_table`. Masks are the optimum within TF32's rounding of |w| (2^-11). Otherwise as
-    `transposable_index`.
+    table: `pattern_table`. Masks are optimal within TF32's rounding of |w| (2^-11). Returns what
+    kernels.transposable_index returns.
     """
     index = torch.empty((w.shape[0] // 4, w.shape[1] // 4), dtype=torch.uint8, device=w.device)
     sizes, grid = (index.shape[1], index.numel(), *w.stride()), triton.cdiv(index.numel(), 128)
@@ -46,7 +46,7 @@ def transposable_index_dot(w: torch.Tensor, table: torch.Tensor) -> torch.Tensor
 
 
 def _sorting_network(n: int) -> tuple[tuple[int, int], ...]:
-    """Batcher's odd-even merge sort: the comparators, in order, that sort n = 2^k elements. 63 for 16."""
+    """The comparators of Batcher's odd-even merge sort for n = 2^k elements, in order. n = 16 needs 63."""
     comparators = []
     p = 1
     while p < n:
@@ -67,14 +67,14 @@ _COMPARATOR_COUNT = tl.constexpr(len(_sorting_network(16)))
 
 @triton.jit
 def _exchange(keys, A: tl.constexpr, B: tl.constexpr):
-    """The tuple with the larger of keys A < B put first."""
+    """The keys with the larger of entries A < B moved to A."""
     larger, smaller = tl.maximum(keys[A], keys[B]), tl.minimum(keys[A], keys[B])
     return keys[:A] + (larger,) + keys[A + 1 : B] + (smaller,) + keys[B + 1 :]  # noqa: RUF005 (nor unpacking)
 
 
 @triton.jit
 def _sort_keys(x, ROW: tl.constexpr):
-    """Keys that sort by |x|, NaN first, equal ones by position: the bits of |x|, then 15 - position."""
+    """Keys that sort by |x|, NaN first, ties by position: the bits of |x|, then 15 - position."""
     bits = tl.where(x == x, tl.abs(x).to(tl.int32, bitcast=True), 0x7FC00000).to(tl.int64)
     return bits * 16 + (15 - 4 * ROW)
 
@@ -92,24 +92,24 @@ def _transposable_mask_2approx_kernel(
             keys = keys + (_sort_keys(rows[r][c], r) - c,)  # noqa: RUF005 (Triton knows no list)
     for i in tl.static_range(_COMPARATOR_COUNT):
         keys = _exchange(keys, _COMPARATORS[i][0], _COMPARATORS[i][1])
-    # How many a row or column holds: four counters of two bits each, in one integer for rows and one for columns.
-    kept, in_row, in_column = tl.zeros_like(n), tl.zeros_like(n), tl.zeros_like(n)
+    # in_row and in_column hold four 2-bit counters each: the entries taken so far in every row or column.
+    picked, in_row, in_column = tl.zeros_like(n), tl.zeros_like(n), tl.zeros_like(n)
     for i in tl.static_range(16):
         entry = 15 - (keys[i] & 15).to(tl.int32)
         r, c = 2 * (entry // 4), 2 * (entry % 4)
         free = ((((in_row >> r) | (in_column >> c)) & 2) == 0).to(tl.int32)
-        kept |= free << entry
+        picked |= free << entry
         in_row += free << r
         in_column += free << c
     for r in tl.static_range(4):
         row = (n // columns).to(tl.int64) * 4 + r
-        spread = ((kept >> (4 * r)) & 15)[:, None] >> tl.arange(0, 4)[None, :]
+        spread = ((picked >> (4 * r)) & 15)[:, None] >> tl.arange(0, 4)[None, :]
         out = mask_ptr + (row * columns + n % columns)[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(out, (spread & 1).to(tl.uint8), mask=live[:, None])
 
 
 def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
-    """Baseline: sort-and-pick, one read of w, one thread a block. Twin: sparse24.transposable_mask_2approx."""
+    """Baseline: sort-and-pick, one thread per 4x4 block. Specification: sparse24.transposable_mask_2approx."""
     mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     sizes, grid = (w.shape[1] // 4, w.numel() // 16, *w.stride()), triton.cdiv(w.numel() // 16, 128)
     _launch(_transposable_mask_2approx_kernel, grid, w, mask.view(torch.uint8), *sizes, BLOCKS=128, num_warps=4)
@@ -118,8 +118,7 @@ def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _feature_block(features, tokens, BLOCK: tl.constexpr):
-    """Offsets (BLOCK,) of a block of one token's features in a feature-major (features, tokens) tensor, and which are
-    in it."""
+    """Offsets (BLOCK,) of one token's features in a feature-major (features, tokens) tensor, and their mask."""
     blocks = tl.cdiv(features, BLOCK)
     feature = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     return feature.to(tl.int64) * tokens + tl.program_id(0) // blocks, feature < features

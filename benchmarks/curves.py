@@ -1,8 +1,8 @@
 """Short runs of train.py from one seed, dense beside the 2:4 methods: python -m benchmarks.curves OUT.json
 
-GPT-2 124M with 16 x 1,024 tokens a step; the same data in the same order for every method. The losses stand side by
-side in OUT.json. They show that the fast path trains; they are too short to rank methods by their loss. The runs share
-the GPU, so that their compilers work at the same time: their step times say nothing about speed.
+Every run trains GPT-2 124M on 16 x 1,024 tokens a step, with the same data in the same order. OUT.json has the losses
+of all runs. They show that the fast path trains; the runs are too short to rank methods by their loss. All runs share
+the GPU at the same time, so their step times say nothing about speed.
 """
 
 import subprocess
@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def dataset() -> str:
-    """The dataset for train.py, a name or a path: Python's standard library by characters if no other was brought."""
+    """The dataset for train.py: .evidence/books if it exists, else Python's standard library by characters."""
     if (BOOKS / "train.bin").exists():
         return str(BOOKS)
     subprocess.run([sys.executable, "data/pystdlib_char/prepare.py"], cwd=ROOT, check=True)
@@ -41,15 +41,15 @@ def dataset() -> str:
 
 
 def begin(name: str, data: str, folder: Path) -> subprocess.Popen:
-    """Start one run. Its output goes to a file beside its folder."""
-    words = {**SETTINGS, **RUNS[name], "dataset": data, "out_dir": folder}
-    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in words.items())]
+    """Start one run. Its output goes to FOLDER.log."""
+    settings = {**SETTINGS, **RUNS[name], "dataset": data, "out_dir": folder}
+    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
     with open(f"{folder}.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
 def read(folder: Path, process: subprocess.Popen) -> dict:
-    """A run that has ended or is under way: its rows of metrics.jsonl, its settings and its choice of GEMMs."""
+    """The results of a run, finished or not: its metrics, its settings and its choice of GEMMs."""
     rows = read_metrics(str(folder)) if (folder / "metrics.jsonl").exists() else []
     result = {"exit": process.poll(), "rows": rows, "output": Path(f"{folder}.log").read_text().splitlines()[-25:]}
     return result | {name: read_json(folder / name) for name in ("config.json", "spmm.json")}
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         processes = {name: begin(name, results["dataset"], folders[name]) for name in RUNS}
         try:
             ended = False
-            while not ended:  # this stage may be killed, so write the results every few seconds
+            while not ended:  # write the results every few seconds, since this stage may be killed
                 ended = all(process.poll() is not None for process in processes.values())
                 results["runs"] = {name: read(folders[name], process) for name, process in processes.items()}
                 write_json(path, results)
@@ -71,10 +71,10 @@ def main(argv: list[str]) -> int:
             for process in processes.values():
                 process.kill()
                 process.wait()
-    for name, found in results["runs"].items():
-        losses = [(row["iter"], round(row["train_loss"], 3)) for row in found["rows"] if row.get("train_loss")][::5]
-        print("\n".join(found["output"]), f"\n{name}: exit {found['exit']}, losses {losses}", flush=True)
-    return int(any(found["exit"] != 0 for found in results["runs"].values()))  # -9 is a failure too
+    for name, run in results["runs"].items():
+        losses = [(row["iter"], round(row["train_loss"], 3)) for row in run["rows"] if row.get("train_loss")][::5]
+        print("\n".join(run["output"]), f"\n{name}: exit {run['exit']}, losses {losses}", flush=True)
+    return int(any(run["exit"] != 0 for run in results["runs"].values()))  # -9 is a failure too
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Evidence from a GPU that is there for minutes: a fixed list of stages, the most valuable first.
+"""Evidence from a GPU that is available for minutes: a fixed list of stages, the most valuable first.
 
     python bench.py --evidence OUT --minutes 4                     every stage that fits into four minutes
     python bench.py --evidence OUT --minutes 3 probe gemm tests    these stages, in this order
 
-Each stage is a process in a process group of its own. It begins only when its `least` seconds are left, and it is
-killed with everything that it started after its `most` seconds. It writes its numbers as it goes, so a stage that is
-killed keeps what it measured. OUT/evidence.json says how each stage ended, with the end of its output if it failed;
-log.txt has the whole output. A stage that ended well for the same code is skipped when it is found in OUT or in
-results/<gpu>/evidence, so calls that lie weeks apart add up.
+Each stage runs in its own process group. It begins only if `least` seconds are left, and after `most` seconds it is
+killed with all its children. Stages write every number as soon as it is measured, so a killed stage keeps its results.
+OUT/evidence.json says how each stage ended, with the end of its output if it failed; log.txt has the full output. A
+stage that succeeded for the same code, in OUT or in results/<gpu>/evidence, is skipped, so calls weeks apart add up.
 
-The compile caches of Triton and Inductor come back as caches.tgz, the verdicts on GEMMs as gemms.json. A later call
-begins with them if the files are put into .evidence. The stage `train` reads the dataset at .evidence/books if there is
-one (train.bin, val.bin and meta.json), else Python's own standard library. NANO24_COMMIT names the commit in the
-results if the history did not travel along.
+The compile caches of Triton and Inductor come back as caches.tgz, the choices of GEMMs as gemms.json. To reuse them,
+put these files into .evidence before a later call. The stage `train` reads the dataset .evidence/books if it exists
+(train.bin, val.bin and meta.json), else Python's standard library. Set NANO24_COMMIT to name the commit in the results
+if the copy has no git history.
 """
 
 import hashlib
@@ -31,20 +30,19 @@ from benchmarks.machine import gpu_state, read_json
 from configurator import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-CARRIED = ROOT / ".evidence"  # ignored by git: what a call brings along
-MOST_FILES = 8  # lent machines return few files; if there are more, the results go into one archive, results.tgz
-ARCHIVE_BYTES = 15 * 2**20  # caches larger than this are left behind
-VERDICTS = "xdg/nano24/spmm.json"  # in the folder of caches: where train.py looks for them
-KILL_S = 5  # seconds between the request to end and the kill
+CARRIED = ROOT / ".evidence"  # caches and data brought along from an earlier call; git ignores it
+MOST_FILES = 8  # lent machines return few files: more than this are packed into results.tgz
+ARCHIVE_BYTES = 15 * 2**20  # larger archives of caches are not returned
+VERDICTS = "xdg/nano24/spmm.json"  # path in the folder of caches where train.py looks for choices of GEMMs
+KILL_S = 5  # seconds between SIGTERM and SIGKILL
 
 
 class Stage(NamedTuple):
-    """A shell command and its time limits. In it {out} is the folder of results, {python} the interpreter, {verdicts} a
-    file of verdicts on GEMMs, which train.py reads too."""
+    """A shell command and its time limits in seconds."""
 
-    least: float  # seconds that must be left for it to begin
-    most: float  # seconds after which it is killed
-    command: str
+    least: float  # time that must be left for the stage to begin
+    most: float  # time after which it is killed
+    command: str  # {out}: folder of results, {python}: the interpreter, {verdicts}: file of choices of GEMMs
 
 
 def _bench(suite: str, words: str) -> str:
@@ -74,8 +72,7 @@ STAGES = {
 
 
 def code_id(stage: Stage) -> str:
-    """A hash of the repository's source files, and for a stage of tests also of the tests: the same code gives the same
-    results, with or without git."""
+    """A hash of the source files that needs no git history. Stages that run tests also hash the tests."""
     folders = ["benchmarks", "gemm24", "methods", "runtime", *(["tests"] if "pytest" in stage.command else [])]
     files = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
     digest = hashlib.sha256()
@@ -85,11 +82,11 @@ def code_id(stage: Stage) -> str:
 
 
 def earlier_stages(*files: Path) -> dict[str, dict]:
-    """The stages of earlier calls by name. A later file goes before an earlier one."""
-    found = {}
+    """The stages of earlier calls by name. Later files take precedence."""
+    stages = {}
     for path in files:
-        found |= (read_json(path) or {"stages": {}})["stages"]
-    return found
+        stages |= (read_json(path) or {"stages": {}})["stages"]
+    return stages
 
 
 def run_stage(stage: Stage, out: Path, seconds: float, log) -> dict:
@@ -119,11 +116,11 @@ def run_stage(stage: Stage, out: Path, seconds: float, log) -> dict:
 
 
 def _end_group(process: subprocess.Popen) -> None:
-    """End a process and everything that it started, politely first."""
+    """End a process and its children: SIGTERM first, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
-        except ProcessLookupError:  # nothing of the group is left
+        except ProcessLookupError:  # the group is empty
             break
         if process.poll() is None:
             try:
@@ -136,12 +133,12 @@ def _end_group(process: subprocess.Popen) -> None:
 
 def unpack(archive: Path, into: Path) -> None:
     with tarfile.open(archive) as file:
-        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python before 3.11.4
-        file.extractall(into, **safely)
+        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python before 3.11.4 has no filter
+        file.extractall(into, **options)
 
 
 def bring_back(out: Path) -> None:
-    """Begin with the results of an earlier call into this folder, and with its caches or those brought along."""
+    """Unpack the results of an earlier call into this folder, and its caches or those in .evidence."""
     if (out / "results.tgz").exists():
         unpack(out / "results.tgz", out)
         (out / "results.tgz").unlink()
@@ -156,7 +153,7 @@ def bring_back(out: Path) -> None:
 
 
 def pack_up(out: Path) -> None:
-    """Turn the caches into one archive, and pack the results together if there are too many files."""
+    """Pack the caches into one archive, and the results too if there are too many files."""
     caches = out / "caches"
     if (caches / VERDICTS).exists():
         shutil.move(caches / VERDICTS, out / "gemms.json")
@@ -168,9 +165,9 @@ def pack_up(out: Path) -> None:
             (out / "caches.tgz").unlink()
             print(f"caches left behind: {size / 2**20:.0f} MiB packed", flush=True)
         shutil.rmtree(caches)
-    first = ("evidence.json", "log.txt", "caches.tgz")
-    others = [path for path in sorted(out.iterdir()) if path.name not in first]
-    if len(others) + len(first) > MOST_FILES:
+    unpacked = ("evidence.json", "log.txt", "caches.tgz")
+    others = [path for path in sorted(out.iterdir()) if path.name not in unpacked]
+    if len(others) + len(unpacked) > MOST_FILES:
         with tarfile.open(out / "results.tgz", "w:gz") as archive:
             for path in others:
                 archive.add(path, path.name)
@@ -179,13 +176,13 @@ def pack_up(out: Path) -> None:
 
 
 def device_name() -> str | None:
-    """The first GPU's name as nvidia-smi says it; None without one."""
+    """The first GPU's name, from nvidia-smi; None without a GPU."""
     return gpu_state().get("name")
 
 
 def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage], held: Path | None = None) -> bool:
-    """Run the named stages, or all, within `minutes`. held: an evidence.json of earlier calls. Returns whether every
-    stage that began ended well. Raises ValueError for a stage that does not exist."""
+    """Run the named stages, or all, within `minutes`. held: the evidence.json of earlier calls. Returns True if every
+    stage that began succeeded. Raises ValueError for an unknown stage."""
     if unknown := [name for name in names if name not in stages]:
         raise ValueError(f"--evidence: no stage {unknown[0]!r}, need some of {', '.join(stages)}")
     end = time.monotonic() + 60 * minutes
@@ -198,7 +195,7 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
         for name in names or stages:
             code = code_id(stages[name])
             if done.get(name, {}).get("status") == "ok" and done[name]["code"] == code:
-                print(f"{name}: skipped, ended well for this code already", flush=True)
+                print(f"{name}: skipped, it succeeded for this code already", flush=True)
                 continue
             left = end - time.monotonic() - 2 * KILL_S
             if left < stages[name].least:

@@ -1,16 +1,16 @@
-"""What the kernels cost: predicted from their machine code, and measured beside a plain copy on this machine's GPU.
+"""The cost of the kernels: predicted from their machine code, and measured against a copy on this machine's GPU.
 
 `python bench.py --suite kernels [--predict]` runs this (see `run`) and writes results/kernels.{json,md}.
 
-Prediction. A kernel's code is compiled for the GPU by its own launcher, and its instructions (I) are counted. The code
-has no loops, so each instruction runs once. A kernel must move its bytes (B) at the speed of a copy, and it must issue
-its instructions: all of them at one a lane and clock, those of the ALU pipe (integers, logic, comparisons, selects,
-conversions) at half of that rate, special functions at an eighth. The longest of the three, m, as a fraction of the
-copy's time, predicts the share of copy bandwidth: (1 + m^4)^(-1/4), at most 0.92. This is a rule of thumb.
+Prediction. Each kernel is compiled for the GPU by its own launcher, and its instructions (I) are counted. The code has
+no loops, so each instruction runs once. A kernel must move its bytes (B) at the speed of a copy, and it must issue its
+instructions: all of them at one per lane and clock, those of the ALU pipe (integers, logic, comparisons, selects,
+conversions) at half that rate, special functions at an eighth. Let m be the longest of these three issue times over the
+time of the copy. The predicted share of copy bandwidth is (1 + m^4)^(-1/4), at most 0.92. This is a rule of thumb.
 
-Measurement. Each kernel runs on rotating sets of tensors that are larger than the L2 cache together, in one CUDA graph,
-so neither the cache nor the host's launches count. So does a copy of as many bytes. The share is copy time over kernel
-time, median (smallest to largest) over repetitions that take turns with the copy's.
+Measurement. Each kernel runs in one CUDA graph on rotating sets of tensors, together larger than the L2 cache, so
+neither the cache nor the launches count. A copy of as many bytes is timed in the same way, in turns with the kernel.
+The share is copy time over kernel time: median (smallest to largest) over the repetitions.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import sparse24
-from benchmarks.machine import read_json
+from benchmarks.machine import attempt, read_json
 from benchmarks.roofline import CARDS, COPY_SHARE
 from configurator import write_json
 from gemm24 import choose
@@ -45,8 +45,6 @@ _ALU = re.compile(
     r"(FMNMX|FSETP|FSEL|SEL|LOP3|SHF|PRMT|F2FP|ISETP|IADD3|LEA|VIADD|PLOP3|HMNMX2|IMNMX|VIMNMX|SGXT|IABS|POPC|BMSK|VOTE)"
 )
 _SPECIAL = re.compile(r"(MUFU|F2F|I2F|F2I)\b")
-
-
 BLOCK, GROUP, ELEMENT = ("4x4 block", 16), ("group of 4", 4), ("element", 1)  # unit, and its number of elements
 
 
@@ -58,8 +56,8 @@ class Case:
     unit: tuple[str, int]  # bytes and instructions are counted per unit
     bytes: float  # moved per unit
     ceiling: float  # instructions per unit, on every architecture
-    # 16-byte global loads and stores in the code. There are no such stores if a thread writes fewer contiguous bytes:
-    # an index byte, 4 B of packed weights, 8 B of packed gradients. A warp writes complete lines of them.
+    # 16-byte global loads and stores in the code. A thread that writes fewer contiguous bytes has no such stores: one
+    # index byte, 4 B of packed weights, 8 B of packed gradients. Its warp still writes complete cache lines.
     wide: tuple[int, int]
     make: Callable  # (rows, columns, order, device, **options) -> a function that launches the kernel once
     options: dict = field(default_factory=dict)
@@ -69,6 +67,7 @@ class Case:
         return self.make(rows, columns, order, device, **self.options)
 
     def moved(self, rows: int, columns: int) -> float:
+        """Bytes that one launch moves."""
         return self.bytes * rows * columns / self.unit[1]
 
 
@@ -150,7 +149,7 @@ CASES = [
     Case("mask search, bf16 weights", BLOCK, 33, 270, (0, 0), _search, _BF16),
     Case("weight pack, values", BLOCK, 97, 250, (4, 0), _pack, {"metadata": False}),
     Case("weight pack, values and metadata", BLOCK, 101, 400, (4, 0), _pack),
-    # As FSDP packs a gathered weight where it multiplies:
+    # FSDP packs the gathered bf16 weight in the forward and again in the backward:
     Case("weight pack of bf16", BLOCK, 51, 245, (0, 0), _pack, _BF16 | {"forms": (True, False)}),
     Case("weight pack of bf16, transposed", BLOCK, 51, 262, (0, 0), _pack, _BF16 | {"forms": (False, True)}),
     Case(
@@ -198,8 +197,8 @@ TOKENS = 32 * 512
 # The shapes of the paper's tables.
 TABLE2 = ((3072, 768), (4096, 1024), (5120, 1280), (1024, 1600), (8192, 2048), (16384, 4096), (30768, 8192))
 TABLE3 = (768, 1024, 1280, 1600, 2048, 4096, 8192)
-# These issue more instructions than an H200 can while it moves their bytes, for the reason given. (Two more kernels
-# would be limited by the ALU pipe alone, if it runs at half rate as NVIDIA's table says.)
+# These kernels issue more instructions than an H200 can issue while it moves their bytes, for the reason given. (Two
+# more kernels would be limited by the ALU pipe, if it runs at half rate as NVIDIA's table says.)
 ISSUE_BOUND = {
     "mask search, bf16 weights": "half the bytes for the same search; the master weights of training are float32",
     "MVUE, transposed and packed": "dY alone, a fifth of what is drawn; its exchange by shared memory comes on top",
@@ -229,8 +228,8 @@ class _Target:
 
 @contextlib.contextmanager
 def redirected(arch: int, launch: Callable):
-    """Within it every kernel is compiled for sm_`arch` and goes to launch(compiled, grid, {argument: value}), not to a
-    GPU."""
+    """While this context is open, each kernel launch compiles for sm_`arch` and calls launch(compiled, grid,
+    {argument: value}) instead of running on a GPU."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -247,11 +246,11 @@ def redirected(arch: int, launch: Callable):
         yield
     finally:
         JITFunction.run = run
-        driver.set_active(None)  # the real one is made again when it is needed
+        driver.set_active(None)  # Triton creates the real driver again when it needs it
 
 
 def compile_only(call: Callable, arch: int) -> list[tuple]:
-    """The kernels that `call` would launch, compiled for sm_`arch` and not run: a list of (compiled, grid)."""
+    """Compile the kernels that `call` would launch for sm_`arch`, without running them. Returns [(compiled, grid)]."""
     launched = []
     with redirected(arch, lambda compiled, grid, arguments: launched.append((compiled, grid))):
         call()
@@ -259,9 +258,9 @@ def compile_only(call: Callable, arch: int) -> list[tuple]:
 
 
 def read_code(compiled) -> dict:
-    """Of a compiled kernel: registers, stack, shared memory and its instructions, from its machine code.
+    """Registers, stack, shared memory and instructions of a compiled kernel, from its machine code.
 
-    Branches forward count as not taken. Raises RuntimeError for a loop.
+    Assumes that forward branches are not taken. Raises RuntimeError for a loop.
     """
     import triton
 
@@ -276,7 +275,7 @@ def read_code(compiled) -> dict:
     line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
     lines = re.findall(line, sass, re.MULTILINE)
     code = [instruction for _, instruction, _ in lines]
-    code = code[: len(code) - code[::-1].index("EXIT")]  # rare slow paths of division and padding follow
+    code = code[: len(code) - code[::-1].index("EXIT")]  # padding and rare slow paths of division follow
     for address, instruction, operands in lines[: len(code)]:
         target = re.search(r"0x([0-9a-f]+)", operands)
         if instruction.startswith("BR") and not (target and int(target[1], 16) > int(address, 16)):
@@ -286,19 +285,19 @@ def read_code(compiled) -> dict:
 
 
 def predict(case: Case, arch: int) -> dict:
-    """Counts of one kernel's code for sm_`arch`; instructions per unit."""
+    """Count one kernel's code for sm_`arch`; instructions are per unit."""
     rows = columns = 256
     call = case.launcher(rows, columns, "sm80" if arch < 90 else "sm90", "cpu")
     ((compiled, grid),) = compile_only(call, arch)
-    found = read_code(compiled)
-    code = found.pop("code")
+    counts = read_code(compiled)
+    code = counts.pop("code")
     threads_per_unit = grid[0] * compiled.metadata.num_warps * 32 * case.unit[1] / (rows * columns)
 
     def count(pattern: str) -> int:
         return sum(bool(re.match(pattern, instruction)) for instruction in code)
 
     per_unit = {"instructions": "", "alu": _ALU, "special": _SPECIAL}
-    return found | {
+    return counts | {
         "kernel": compiled.metadata.name,
         **{name: round(count(pattern) * threads_per_unit, 2) for name, pattern in per_unit.items()},
         "nan_dropping": len(re.findall(r"\b(?:min|max)\.(?:ftz\.)?(?:f32|f16|bf16)", compiled.asm["ptx"])),
@@ -309,7 +308,7 @@ def predict(case: Case, arch: int) -> dict:
 
 
 def share_of_copy(case: Case, counts: dict, gpu: str) -> float:
-    """Predicted share of copy bandwidth: see the top of this file."""
+    """Predicted share of copy bandwidth, by the rule at the top of this file."""
     card = GPUS[gpu]
     copy_ps = case.bytes / (card.tb_per_s * COPY_SHARE)
     m = max(counts["instructions"], 2 * counts["alu"], 8 * counts["special"]) / card.lanes_per_ps / copy_ps
@@ -321,16 +320,15 @@ def share_of_copy(case: Case, counts: dict, gpu: str) -> float:
 
 
 def time_calls(calls: list[Callable], repetitions: int, graph: bool = True) -> list[float]:
-    """Microseconds per call, one per repetition: all calls captured in one CUDA graph, their results kept alive.
-
-    graph=False times plain calls: for those that copy from the host, and only if they outlast their launch.
-    """
+    """Microseconds per call, one number per repetition. All calls are captured in one CUDA graph, which keeps their
+    results alive. graph=False launches the calls one by one: for calls that copy from the host, which a graph cannot
+    hold. Their kernels must take longer than their launch."""
     results, times = [], []
 
     def body():
         results[:] = [call() for call in calls]
 
-    body()  # compiles, and fills caches of tables
+    body()  # compile, and fill the caches of tables
     torch.cuda.synchronize()
     results.clear()
     replay = choose._captured(body) if graph else body
@@ -346,9 +344,8 @@ def time_calls(calls: list[Callable], repetitions: int, graph: bool = True) -> l
 
 
 def measure(make: Callable[[], Callable], moved: float, repetitions: int, graph: bool = True) -> dict:
-    """Time of a kernel that moves `moved` bytes, and of a copy of as many, over four times what the L2 holds.
-
-    At most 256 sets of tensors: kernels that move less than a 64th of the L2 are timed inside it, as the copy is.
+    """Time a kernel that moves `moved` bytes, and a copy of as many bytes, on sets of tensors that are together four
+    times the L2 cache. The limit of 256 sets means that kernels below a 64th of the L2 run inside it, like their copy.
     """
     sets = min(256, max(2, int(4 * torch.cuda.get_device_properties(0).L2_cache_size / moved) + 1))
     sources = [torch.empty(int(moved) // 2, dtype=torch.uint8, device=DEVICE) for _ in range(sets)]
@@ -369,35 +366,27 @@ def measure(make: Callable[[], Callable], moved: float, repetitions: int, graph:
     }
 
 
-def attempt(make: Callable[[], Callable], moved: float, repetitions: int, graph: bool = True) -> dict:
-    """The result of `measure`, or {"reason": why it failed}, so that the cases after it are measured."""
-    try:
-        return measure(make, moved, repetitions, graph)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        return {"reason": choose.reason(error)}
-
-
 def speed(row: dict) -> str:
-    """A measurement in a few words."""
+    """One line for the console: speed and time, or the reason why there are none."""
     return row.get("reason") or f"{row['gb_per_s']:.0f} GB/s, {row['us']:.1f} us, {row['share']:.2f} of a copy's speed"
 
 
 def compared(rows: list[tuple[dict, Callable, float]], repetitions: int) -> Iterator[dict]:
-    """Measure several ways to do one thing. rows: (name of the way, see `attempt`, bytes moved), ours first."""
+    """Measure several ways to compute the same result. rows: (name, `make` of `measure`, bytes moved), ours first."""
     ours = None
     for name, make, moved in rows:
-        found = attempt(make, moved, repetitions)
-        ours = ours or found
-        if "us" in found and "us" in ours:
-            found["times_ours"] = found["us"] / ours["us"]
-        print(f"{' '.join(map(str, name.values()))}: {speed(found)}", flush=True)
-        yield name | found
+        result = attempt(functools.partial(measure, make, moved, repetitions))
+        ours = ours or result
+        if "us" in result and "us" in ours:
+            result["times_ours"] = result["us"] / ours["us"]
+        print(f"{' '.join(map(str, name.values()))}: {speed(result)}", flush=True)
+        yield name | result
 
 
 def table2(shapes, repetitions: int) -> Iterator[dict]:
-    """The paper's Table 2: transposable mask search, GB/s of real bytes (w read, its result written)."""
+    """The paper's Table 2: GB/s of the transposable mask search, counting the read of w and the write of the result."""
     patterns = baselines.pattern_table(sparse24.PATTERNS.to(DEVICE))
-    searches = {  # and the bytes that each writes per 4x4 block
+    searches = {  # name -> (search, bytes that it writes per 4x4 block)
         "8 candidates (ours)": (kernels.transposable_index, 1),
         "90 scores": (lambda w: baselines.transposable_index_dot(w, patterns), 1),
         "2-approximation": (baselines.transposable_mask_2approx, 16),
@@ -423,7 +412,7 @@ def _torch_tile(w):
 
 
 def table3(widths, repetitions: int) -> Iterator[dict]:
-    """The paper's Table 3: GEGLU on feature-major tensors of 32x512 tokens, along tokens, along features, by torch."""
+    """The paper's Table 3: GEGLU on feature-major tensors of 32x512 tokens, along tokens, along features, compiled."""
     compiled = torch.compile(lambda z: activation_ref(z, "geglu"))
 
     def by_torch(width, *_):
@@ -433,26 +422,21 @@ def table3(widths, repetitions: int) -> Iterator[dict]:
     orders = {"along tokens (ours)": {"by_token": False}, "along features (intuitive)": {"by_token": True}}
     for width in widths:
         for make, moved in ((_activation, 6), (_activation_backward, 10)):
-            ways = [(order, functools.partial(make, activation="geglu", **one)) for order, one in orders.items()]
-            ways += [("torch.compile", by_torch)] if make is _activation else []
-            yield from compared(
-                [
-                    (
-                        {"width": width, "order": order, "pass": make.__name__[1:]},
-                        functools.partial(way, width, TOKENS, "", DEVICE),
-                        moved * width * TOKENS,
-                    )
-                    for order, way in ways
-                ],
-                repetitions,
-            )
+            ways = {order: functools.partial(make, activation="geglu", **options) for order, options in orders.items()}
+            if make is _activation:
+                ways["torch.compile"] = by_torch
+            rows = []
+            for order, way in ways.items():
+                name = {"width": width, "order": order, "pass": make.__name__[1:]}
+                rows.append((name, functools.partial(way, width, TOKENS, "", DEVICE), moved * width * TOKENS))
+            yield from compared(rows, repetitions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def markdown(results: dict) -> str:
-    """The kernels' table, with the measured share of a copy's bandwidth if there is one."""
+    """The kernels' table, with the measured share of copy bandwidth if there are measurements."""
     measured = results["measured"]
     head = ["kernel", "unit", "B", "I (sm_80, 90, 100)", f"predicted share: {', '.join(GPUS)}"]
     head += [f"measured share, {results['measured_on']['device_name']}"] if measured else []
@@ -462,8 +446,8 @@ def markdown(results: dict) -> str:
         shares = ", ".join(f"{share:.2f}" for share in row["predicted"].values())
         rows.append([row["name"], row["unit"], f"{row['bytes']:g}", counts, shares])
         if measured:
-            found = measured.get(row["name"], {"reason": "not measured"})
-            rows[-1].append(found.get("reason") or _share(found))
+            result = measured.get(row["name"], {"reason": "not measured"})
+            rows[-1].append(result.get("reason") or _share(result))
     return _table(head, rows)
 
 
@@ -478,7 +462,7 @@ def _share(row: dict) -> str:
 
 
 def paper_table(rows: list[dict], *keys: str) -> str:
-    """One of the paper's tables: GB/s of real bytes, time, its ratio to ours, and the share of a copy's bandwidth."""
+    """One of the paper's tables: GB/s, time, its ratio to ours, and the share of copy bandwidth."""
     lines = []
     for row in rows:
         cells = ["", "", "", row.get("reason")]
@@ -490,7 +474,7 @@ def paper_table(rows: list[dict], *keys: str) -> str:
 
 
 def report(results: dict) -> str:
-    """kernels.md: the kernels' table and, if they were measured, the paper's."""
+    """The text of kernels.md: the kernels' table and, if there are measurements, the paper's tables."""
     e = results["environment"]
     made = f"Compiled by Triton {e['triton']}, torch {e['torch']}, commit {e['commit']}"
     tables = [markdown(results)]
@@ -505,14 +489,8 @@ def report(results: dict) -> str:
     return "\n\n".join(["# Kernels", start, *tables]) + "\n"
 
 
-def earlier_measurements(path: Path) -> dict:
-    """The measurements of an earlier run, so that predicting anew does not lose them."""
-    earlier = read_json(path) or {}
-    return {key: earlier.get(key) for key in ("measured", "measured_on", "table2", "table3")}
-
-
 def count_all() -> list[dict]:
-    """The kernels' table without its measured column: every case compiled and counted for every GPU of GPUS."""
+    """Compile and count every case for every GPU of GPUS. Returns the rows of kernels.json."""
     rows = []
     for case in CASES:
         counts = {str(card.capability): predict(case, card.capability) for card in GPUS.values()}
@@ -524,17 +502,17 @@ def count_all() -> list[dict]:
 
 
 def measure_all(repetitions: int) -> Iterator[tuple[str, dict]]:
-    """(case, its measurement) on tensors of SHAPE."""
+    """Yield (name, measurement) of every case on tensors of SHAPE."""
     order = "sm80" if torch.cuda.get_device_capability() < (9, 0) else "sm90"
     for case in CASES:
         make = functools.partial(case.launcher, *SHAPE, order, DEVICE)
-        found = attempt(make, case.moved(*SHAPE), repetitions, case.graph)
-        print(f"{case.name}: {speed(found)}", flush=True)
-        yield case.name, found
+        result = attempt(functools.partial(measure, make, case.moved(*SHAPE), repetitions, case.graph))
+        print(f"{case.name}: {speed(result)}", flush=True)
+        yield case.name, result
 
 
 def failures(results: dict) -> list[str]:
-    """The kernels and searches of this repository that could not be measured, and why."""
+    """The kernels that could not be measured, as "name: reason", without torch's own."""
     rows = [*(results["measured"] or {}).items()]
     rows += [(f"{row['shape']} {row['search']}", row) for row in results["table2"] or ()]
     rows += [(f"{row['width']} {row['order']}", row) for row in results["table3"] or ()]
@@ -542,27 +520,27 @@ def failures(results: dict) -> list[str]:
 
 
 def spread_out(shapes: Sequence, count: int) -> list:
-    """`count` of the shapes, from small to large."""
+    """`count` of the shapes, evenly spaced from small to large."""
     return list(shapes[:: max(1, len(shapes) // count)][:count])
 
 
 def run(
     out: Path, environment: dict, measuring: bool, repetitions: int = 10, tables: int = 7, counting: bool = True
 ) -> dict:
-    """Compile and count every kernel, measure them and `tables` shapes of each of the paper's tables if asked (which
-    takes a CUDA GPU), and write `out`/kernels.json and kernels.md. Without measuring, earlier measurements stay.
+    """Compile and count every kernel, and write `out`/kernels.json and kernels.md.
 
-    counting=False takes the counts from results/kernels.json. The file is written after each measurement, so a run that
-    is killed loses none."""
+    measuring: also measure the kernels and `tables` shapes of each of the paper's tables, on a CUDA GPU. Otherwise the
+    earlier measurements stay. counting=False reads the counts from results/kernels.json. The file is written after each
+    measurement, so a killed run loses none."""
     out.mkdir(parents=True, exist_ok=True)
     path, counted = out / "kernels.json", Path(__file__).parents[1] / "results" / "kernels.json"
-    earlier = {} if counting else read_json(counted)
-    counts = count_all() if counting else earlier["kernels"]
-    results = {"environment": earlier.get("environment", environment), "kernels": counts} | earlier_measurements(path)
+    earlier = read_json(path) or {}
+    results = {"environment": environment, "kernels": count_all()} if counting else read_json(counted)
+    results |= {key: earlier.get(key) for key in ("measured", "measured_on", "table2", "table3")}
     if measuring:
         results |= {"measured": {}, "measured_on": environment, "table2": [], "table3": []}
-        for name, found in measure_all(repetitions):
-            results["measured"][name] = found
+        for name, result in measure_all(repetitions):
+            results["measured"][name] = result
             write_json(path, results)
         for key, make, shapes in (("table2", table2, TABLE2), ("table3", table3, TABLE3)):
             for row in make(spread_out(shapes, tables), repetitions):
@@ -570,5 +548,7 @@ def run(
                 write_json(path, results)
     write_json(path, results)
     (out / "kernels.md").write_text(text := report(results))
-    print(f"{text}\nwrote {out}/kernels.json and .md; README.md holds the first table, which a test compares")
+    print(
+        f"{text}\nwrote {out}/kernels.json and .md; copy the first table into results/README.md, which a test compares"
+    )
     return results

@@ -1,4 +1,4 @@
-"""The machine that is measured, and helpers of all measurements: spreads, a copy's rate, rows saved as they come."""
+"""A description of the machine, and helpers that all measurements share."""
 
 import functools
 import gc
@@ -25,18 +25,18 @@ def device() -> torch.device:
 
 def machine(device: torch.device) -> dict:
     """The environment of a measurement: versions, commit, and the GPU's name, size and driver."""
-    found = environment(device, 1) | {"python": platform.python_version()}
+    description = environment(device, 1) | {"python": platform.python_version()}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        found |= {"sms": card.multi_processor_count, "cusparselt": torch.backends.cusparselt.version()}
-        found |= {"memory_bytes": card.total_memory, "l2_bytes": card.L2_cache_size}
-        found |= {"driver": gpu_state().get("driver_version")}
-    return found
+        description |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        description |= {"sms": card.multi_processor_count, "cusparselt": torch.backends.cusparselt.version()}
+        description |= {"memory_bytes": card.total_memory, "l2_bytes": card.L2_cache_size}
+        description |= {"driver": gpu_state().get("driver_version")}
+    return description
 
 
 def gpu_state() -> dict:
-    """The GPU's name, driver, clocks (MHz), power (W) and temperature (C), from nvidia-smi; or {"reason": why not}."""
+    """The GPU's name, driver, clocks (MHz), power (W) and temperature (C), from nvidia-smi; or {"reason": error}."""
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     keys = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
     command = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits", f"--id={card}"]
@@ -49,7 +49,7 @@ def gpu_state() -> dict:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s that a device-to-device copy moves, read and written."""
+    """Bytes/s of a device-to-device copy, reads plus writes."""
     size = 2**30 if device.type == "cuda" else 2**23
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).random_() for _ in range(2))
     (times,) = choose.time_interleaved([functools.partial(target.copy_, source)], 10, device=device)
@@ -57,7 +57,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Forget what earlier rows compiled and allocated."""
+    """Free the compiled code and the memory of earlier rows."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -73,18 +73,19 @@ def read_json(path: Path) -> dict | None:
 
 
 def attempt(make: Callable[[], dict]) -> dict:
-    """The result of `make`, or {"reason": why it failed}, so that the rows after it are measured."""
+    """The result of `make`, or {"reason": error}, so that a failure does not stop the rows after it."""
     try:
         return make()
-    except Exception as error:  # the caller's command ends with an error for it
+    except Exception as error:  # the caller's command reports it at its end
         traceback.print_exc()
         return {"reason": choose.reason(error)}
 
 
 def write_rows(path: Path, rows: Iterable[tuple[dict, Callable[[], dict]]], hidden: tuple[str, ...]) -> int:
-    """Write rows to a JSON file, after each of them. Returns 1 if one failed, which then has a reason, else 0.
+    """Measure rows and write the JSON file after each of them. Returns the exit status: 1 if a row failed, else 0.
 
-    rows: (the row's name, the call that measures it). hidden: keys that are not printed."""
+    rows: (keys that name the row, call that measures it). hidden: keys that are not printed. A failed row has its name
+    and a "reason"."""
     results = {"environment": environment(device(), 1), "rows": []}
     for name, make in rows:
         release(device())

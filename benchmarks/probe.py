@@ -1,9 +1,12 @@
 """Probe a GPU, its 2:4 library and our kernels in about a minute: python -m benchmarks.probe OUT.json [part ...]
 
-Parts, in this order: kernels (each beside its specification), machine (card, versions, copy bandwidth, rate of a large
-product), order (which bytes the library's compress writes, and whether they are ours), host (microseconds that the host
-takes to enqueue a product), graph (a captured product, replayed with other inputs). Each part's result is written
-before the next begins. A part that fails says why.
+Parts, in this order:
+    kernels   compare each kernel with its specification
+    machine   card, versions, copy bandwidth, and the rate of a large GEMM
+    order     compare our packed bytes with those of the library's compress
+    host      microseconds that the host takes to enqueue a GEMM
+    graph     capture a GEMM in a CUDA graph, and replay it with other inputs
+Each part's result is written before the next part begins. A part that fails gives its reason.
 """
 
 import math
@@ -30,12 +33,11 @@ SHAPES = [  # (rows, columns): small, odd multiples, the weights of GPT-2, a gra
     *((64, 64), (64, 128), (128, 64), (128, 128), (192, 128), (320, 192), (192, 320), (256, 512), (384, 128)),
     *((768, 3072), (3072, 768), (1280, 5120), (1600, 6400), (6400, 1600), (4096, 16384), (768, 16384)),
 ]
-WIDTH = 8192  # of the product that gives the card's rate
+WIDTH = 8192  # of the GEMM that gives the card's rate
 PACKED = ((1280, 5120), (5120, 16384))  # matrices whose packing is timed
 
 
 def median_us(call: Callable) -> float:
-    """Median microseconds of one call."""
     return statistics.median(choose.time_interleaved([call], 7, False, device())[0])
 
 
@@ -44,7 +46,7 @@ def median_us(call: Callable) -> float:
 
 
 def machine() -> dict:
-    """Card, versions, and the two rates of which everything else is a share."""
+    """Card, versions, and the rates of a copy and of a large GEMM."""
     a, b = (torch.randn(WIDTH, WIDTH, device=device(), dtype=torch.bfloat16) for _ in range(2))
     return this_machine.machine(device()) | {
         "copy_tb_per_s": copy_bandwidth(device()) / 1e12,
@@ -54,7 +56,7 @@ def machine() -> dict:
 
 
 def kernels() -> dict:
-    """Test the Triton kernels against their specifications, and time that test."""
+    """Compare the Triton kernels with their specifications, and time the comparison."""
     start = time.perf_counter()
     status = sparse24.use_kernels(device())
     return {"status": status, "seconds": time.perf_counter() - start}
@@ -79,16 +81,16 @@ def compare_order(rows: int, columns: int) -> dict:
 
 
 def order() -> dict:
-    found = {}
+    results = {}
     for rows, columns in SHAPES:
-        found[f"{rows}x{columns}"] = row = attempt(lambda shape=(rows, columns): compare_order(*shape))
+        results[f"{rows}x{columns}"] = row = attempt(lambda shape=(rows, columns): compare_order(*shape))
         print("order", rows, columns, row, flush=True)
     trusted, why = choose.trusted_order(device())
-    return found | {"trusted": trusted, "why": why}
+    return results | {"trusted": trusted, "why": why}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The host's time for a call; CUDA graphs
+# Host time of a call; CUDA graphs
 
 
 def operands(gemm: Gemm, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,7 +103,7 @@ def operands(gemm: Gemm, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tens
 def host() -> dict:
     gemm = ffn_plan.ffn_gemms(256, 1024, 1024, "gelu", False, True)["z"]
     a, packed, b = operands(gemm)
-    found = {}
+    times = {}
     shape, blob = (gemm.m, gemm.transposed), packed.view(gemm.m, -1)
     calls = {
         "2:4, as training calls it": lambda: matmul24(packed, b, None, *shape, CUSPARSELT),
@@ -109,21 +111,20 @@ def host() -> dict:
         "dense": lambda: matmul24(a, b, None, *shape, Choice()),
     }
     if cusparselt.available() is None:
-        calls["2:4 by kept plans"] = lambda: cusparselt.matmul(packed, b, *shape, 0)
+        calls["2:4 by cached plans"] = lambda: cusparselt.matmul(packed, b, *shape, 0)
     for name, call in calls.items():
-        found[f"{name} us"] = choose.enqueue_us(call, device())
-    found["kernel launch us"] = choose.enqueue_us(lambda: activation(a, "gelu"), device())
+        times[f"{name} us"] = choose.enqueue_us(call, device())
+    times["kernel launch us"] = choose.enqueue_us(lambda: activation(a, "gelu"), device())
     for rows, columns in PACKED:
         x = choose.random_24(rows, columns, device())
-        found[f"compress {rows}x{columns} us"] = median_us(lambda x=x: torch._cslt_compress(x))
-        ours = median_us(lambda x=x: mvue24_pack(x, 0, "sm90"))
-        found[f"our MVUE and packing {rows}x{columns} us"] = ours
-    return found
+        times[f"compress {rows}x{columns} us"] = median_us(lambda x=x: torch._cslt_compress(x))
+        times[f"our MVUE and packing {rows}x{columns} us"] = median_us(lambda x=x: mvue24_pack(x, 0, "sm90"))
+    return times
 
 
 def replays(multiply: Callable) -> list[bool]:
-    """Capture a product and replay it five times. Before each replay its inputs change, and other products overwrite
-    the host's memory that held its plan. Returns if each result was right. multiply: (packed, b, gemm, alg_id) -> D."""
+    """Capture a GEMM and replay it five times. Before each replay its inputs change, and other GEMMs overwrite the host
+    memory that held its plan. multiply: (packed, b, gemm, alg_id) -> D. Returns for each replay if it was correct."""
     gemm, other = (ffn_plan.ffn_gemms(d, 4 * d, t, "gelu", False, True)["y"] for d, t in ((768, 4096), (1024, 2048)))
     a, packed, b = operands(gemm)
     _, packed_other, b_other = operands(other)
@@ -134,7 +135,7 @@ def replays(multiply: Callable) -> list[bool]:
 
     call()
     replay = choose._captured(lambda: results.append(call()))
-    right = []
+    correct = []
     for _ in range(5):
         for alg_id in (0, 1, 2):
             multiply(packed_other, b_other, other, alg_id)
@@ -142,8 +143,8 @@ def replays(multiply: Callable) -> list[bool]:
         results[0].fill_(math.nan)
         replay()
         reference = matmul24(a.float(), b.float(), None, gemm.m, gemm.transposed, Choice())
-        right.append(choose.close_to(results[0], reference))
-    return right
+        correct.append(choose.close_to(results[0], reference))
+    return correct
 
 
 def by_torch(packed, b, gemm: Gemm, alg_id: int) -> torch.Tensor:
@@ -173,9 +174,8 @@ def main(argv: list[str]) -> int:
         results[name] = attempt(PARTS[name])
         results[name]["seconds"] = round(time.perf_counter() - start, 2)
         write_json(path, results)
-        print(
-            name, {key: value for key, value in results[name].items() if name != "order" or "x" not in key}, flush=True
-        )
+        shown = {key: value for key, value in results[name].items() if name != "order" or "x" not in key}
+        print(name, shown, flush=True)
     return int(any("reason" in part for part in results.values()))
 
 

@@ -1,7 +1,7 @@
 """Tables and a figure of the evidence from one GPU: python -m benchmarks.report results/h200
 
 Reads results/<gpu>/evidence/*.json, which `bench.py --evidence` wrote, and writes results/<gpu>/README.md and
-evidence.png. Stages that are missing are left out. No number is typed by hand.
+evidence.png. Stages without a file are left out. No number is typed by hand.
 """
 
 import re
@@ -13,7 +13,7 @@ from benchmarks.machine import read_json
 from runtime.plot import COLOURS
 
 PRODUCTS = ("z", "y", "da", "dx", "dw1", "dw2")
-KINDS = (  # (kind of kernel, pattern of its name); the first pattern that fits decides
+KINDS = (  # (kind of kernel, pattern of its name); the first match counts
     ("2:4 products", r"sparse_gemm"),
     ("dense products", r"nvjet|cublas|splitK|gemm"),
     ("attention", r"cudnn|flash|fmha"),
@@ -39,9 +39,9 @@ def with_spread(s: dict) -> str:
 # The parts
 
 
-LABELS = {  # later names for rows of the probe at b79c636
+LABELS = {  # newer names of rows that the probe at b79c636 wrote
     "cusparselt": "2:4 by torch's op, as a custom op",
-    "cusparselt-plan": "2:4 by kept plans, as a custom op",
+    "cusparselt-plan": "2:4 by cached plans, as a custom op",
     "raw torch op": "2:4 by torch's op",
 }
 
@@ -69,11 +69,11 @@ def machine_text(probe: dict) -> str:
 
 def gemm_rows(gemm: dict) -> dict[int, dict[str, dict]]:
     """{width: {product: row}}"""
-    found: dict[int, dict[str, dict]] = {}
+    by_width: dict[int, dict[str, dict]] = {}
     for row in gemm["suites"]["gemm"]["rows"]:
         if row.get("ratio"):
-            found.setdefault(row["d"], {})[row["name"]] = row
-    return dict(sorted(found.items()))
+            by_width.setdefault(row["d"], {})[row["name"]] = row
+    return dict(sorted(by_width.items()))
 
 
 def gemm_text(gemm: dict) -> str:
@@ -81,14 +81,14 @@ def gemm_text(gemm: dict) -> str:
         return f"{row['dense_us']:.0f} / {row['best_us']:.0f} = {row['ratio']:.2f}"
 
     rows = gemm_rows(gemm)
-    cells = [[str(d), *(cell(found[product]) for product in PRODUCTS)] for d, found in rows.items()]
-    every = [row for found in rows.values() for row in found.values()]
-    return "\n\n".join([table(["d", *PRODUCTS], cells), algorithms_text(every)])
+    cells = [[str(d), *(cell(products[name]) for name in PRODUCTS)] for d, products in rows.items()]
+    all_rows = [row for products in rows.values() for row in products.values()]
+    return "\n\n".join([table(["d", *PRODUCTS], cells), algorithms_text(all_rows)])
 
 
 def algorithms_text(rows: list[dict]) -> str:
-    """Compare the default algorithm with the best one, by the times of the first round. Count wrong results and refused
-    splits."""
+    """Compare the default algorithm with the best one, by the times of the first round of `choose`. Count the wrong
+    results and the refused splits."""
     default, best, wrong, splits, split_ran = [], set(), 0, 0, 0
     for row in rows:
         us = {label.split()[-1]: us for label, us in row["algorithms_us"].items()}
@@ -110,11 +110,11 @@ def ffn_rows(ffn: dict) -> list[dict]:
 
 
 def s_of_micro_steps(row: dict, count: int) -> float:
-    """S of a layer that is packed once in `count` micro-steps, from the medians of a row that packs in each."""
+    """S of a layer that is packed once per `count` micro-steps, from the medians of a row that packs in each."""
     dense, auto = row["variants"]["dense"], row["variants"]["auto"]
     pack, refresh = auto["pack_ms"]["median"], auto["refresh_ms"]["median"] / 40
-    once = auto["ms"]["median"] - pack - refresh
-    return dense["ms"]["median"] / (once + (pack + refresh) / count)
+    unpacked = auto["ms"]["median"] - pack - refresh
+    return dense["ms"]["median"] / (unpacked + (pack + refresh) / count)
 
 
 def ffn_text(ffn: dict) -> str:
@@ -135,16 +135,16 @@ WAYS = {"compiled": "launched one by one", "graphs": "CUDA graphs"}
 def step_text(step: dict) -> str:
     cells = []
     for row in step["rows"]:
-        whole = row["dense"], row["sparse"]
+        profiles = row["dense"], row["sparse"]
         for way in (way for way in WAYS if way in row):
             both = row[way]["dense"], row[way]["sparse"]
             pairs = (
                 [f"{one['ms']['median']:.0f}" for one in both],
                 [f"{one['tokens_per_s']:,.0f}" for one in both],
                 [f"{one['mfu']:.2f}" for one in both],
-                [f"{one['peak_gib']:.1f}" for one in whole],
-                [f"{one['host_us'] / 1000:.0f}" for one in whole],
-                [f"{one['launches']}" for one in whole],
+                [f"{one['peak_gib']:.1f}" for one in profiles],
+                [f"{one['host_us'] / 1000:.0f}" for one in profiles],
+                [f"{one['launches']}" for one in profiles],
             )
             ms, *others = (" / ".join(pair) for pair in pairs)
             shape = f"{row['micro_steps']} x {row['batch']} x 1024"
@@ -157,25 +157,21 @@ def step_text(step: dict) -> str:
     return "\n\n".join([table(head, cells), note])
 
 
-def kind_of(kernel: str) -> str:
-    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "everything else")
-
-
 def spent_ms(run: dict) -> dict[str, float]:
-    """Milliseconds of the GPU by kind of kernel. A row lists its longest kernels; the rest are everything else."""
-    # Files before 12c6b30 also list the optimizer's step, which the profiler marked as if it were a kernel.
-    marks = sum(us for kernel, (_, us) in run["kernels"].items() if kernel.startswith("Optimizer."))
-    found = {"everything else": run["gpu_us"] - marks}
+    """GPU milliseconds by kind of kernel. A row lists only its longest kernels; "everything else" includes the rest."""
+    # Files before 12c6b30 also list the optimizer's step, which the profiler reports as a kernel.
+    spent = {"everything else": run["gpu_us"]}
     for kernel, (_, us) in run["kernels"].items():
-        kind = kind_of(kernel)
-        if kind != "everything else" and not kernel.startswith("Optimizer."):
-            found[kind] = found.get(kind, 0) + us
-            found["everything else"] -= us
-    return {kind: us / 1000 for kind, us in found.items()}
+        kind = next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), None)
+        if kind and not kernel.startswith("Optimizer."):
+            spent[kind] = spent.get(kind, 0) + us
+        if kind or kernel.startswith("Optimizer."):
+            spent["everything else"] -= us
+    return {kind: us / 1000 for kind, us in spent.items()}
 
 
 def kinds_text(step: dict) -> str:
-    """Table of the GPU's time by kind of kernel, and the share of it that 2:4 replaces."""
+    """Table of the GPU's time by kind of kernel, and the share that 2:4 replaces."""
     cells, readings = [], []
     for row in step["rows"]:
         dense, sparse = spent_ms(row["dense"]), spent_ms(row["sparse"])
@@ -231,7 +227,7 @@ def page(folder: Path) -> str:
 
 
 def draw(folder: Path, path: Path) -> None:
-    """Ratios of products, layers and steps over the width, on one sheet."""
+    """Draw the ratios of products, layers and steps."""
     from matplotlib.figure import Figure
 
     def errors(spreads):
@@ -242,9 +238,9 @@ def draw(folder: Path, path: Path) -> None:
     if gemm := load(folder, "gemm"):
         rows = gemm_rows(gemm)
         for name, colour in zip(PRODUCTS, COLOURS, strict=False):
-            if name not in ("da", "dx"):  # they have the shapes of z and y
+            if name not in ("da", "dx"):  # these have the shapes of z and y
                 label = {"z": "z and da", "y": "y and dx"}.get(name, name)
-                ratios = [found[name]["ratio"] for found in rows.values()]
+                ratios = [row[name]["ratio"] for row in rows.values()]
                 products.plot(list(rows), ratios, "o-", color=colour, label=label)
     products.set(title="products, 16,384 tokens", xlabel="d", ylabel="dense time / 2:4 time")
     if ffn := load(folder, "ffn"):

@@ -1,18 +1,19 @@
-"""S_model: how fast a feed-forward layer, a block and a training step can be, dense and 2:4 sparse, by counting.
+"""S_model: predict the time of a feed-forward layer, a block and a training step, dense and 2:4, by counting.
 
 A time is the FLOPs of the GEMMs over the rate that dense GEMMs reach, plus the bytes of everything else over the speed
-of a copy. Sparse GEMMs take 1/ratio of the dense time; the hardware promises 2. Assumed: nothing overlaps, launches and
-the host cost nothing, and every GEMM reaches the full rate, which small widths do not. Counted as one pass each:
+of a copy. Sparse GEMMs take 1/ratio of the dense time; the hardware promises a ratio of 2. The model assumes that
+nothing overlaps, that launches and the host are free, and that every GEMM reaches the full rate, which small widths do
+not. Each of these counts as one pass:
 
     feed-forward    2-byte activations, read and written once by the activation and by its backward. With `recompute`
-                    the backward makes A from Z again, since neither path stores A; dense fuses that with dZ, at the
-                    cost of writing A. Layers and blocks leave autocast's casts out. Sparse adds the bytes of MVUE and,
-                    per optimizer step, the masters read, and their packed forms and those of their transposes written.
-    block           attention's two linears, causal attention (half of the square; the backward takes 2.5 forwards), the
-                    residual additions with their LayerNorms (fp32 stream), the gradient of q, k, v put together.
+                    the backward computes A from Z, since neither path stores A; dense fuses that with dZ, and only
+                    writes A. Layers and blocks leave out autocast's casts. Sparse adds the bytes of MVUE and, once per
+                    optimizer step, the read of the master weights and the writes of both packed forms (W and W^T).
+    block           attention's two linears, causal attention (half of the square; the backward costs 2.5 forwards), the
+                    residual additions with their LayerNorms (fp32 stream), the concatenated gradient of q, k, v.
     step            blocks, embeddings, lm_head, cross-entropy, autocast's casts of weights and gradients, clip, AdamW.
 
-Units are seconds, bytes and FLOPs; d = width, d_ff = hidden width, tokens = sequences x their length.
+Units are seconds, bytes and FLOPs; d = width, d_ff = hidden width, tokens = number of tokens.
 """
 
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from gemm24.operands import GATED
 from model import PEAK_TFLOPS
 
 GEMM_SHARE, COPY_SHARE = 0.8, 0.9
-FLASH_SHARE = 0.5  # rate of attention, of that of GEMMs: an assumption
+FLASH_SHARE = 0.5  # assumed rate of attention over that of GEMMs
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")  # forward, input gradients, weight gradients
-PACKED = 1.125  # bytes of a packed 2:4 operand per dense element: half of the values and 4 bits for each group
+PACKED = 1.125  # bytes of a packed 2:4 operand per dense element: half of the bf16 values, and 4 bits per group
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,16 @@ class GPU:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by NVIDIA's data sheet (the SXM part). Its dense bf16 rate stands in model.PEAK_TFLOPS."""
+    """A GPU (SXM) by NVIDIA's data sheet. model.PEAK_TFLOPS has its dense bf16 rate."""
 
-    tb_per_s: float  # of its memory
+    tb_per_s: float  # memory bandwidth
     capability: int
     sms: int
-    ghz: float  # an assumption
+    ghz: float  # assumed
 
     @property
     def lanes_per_ps(self) -> float:
-        """Lane-instructions that it issues per picosecond."""
+        """Lane-instructions issued per picosecond."""
         return self.sms * 128 * self.ghz / 1000
 
 
@@ -55,7 +56,7 @@ CARDS = {
     "h200": Card(4.8, 90, 132, 1.75),
     "b200": Card(8.0, 100, 148, 1.85),
 }
-# The rates that they reach are an assumption. A measured GPU(...) serves in place of any of these.
+# Assumed rates, as shares of the data sheets. A measured GPU(...) can replace any of these.
 GPUS = {
     name: GPU(PEAK_TFLOPS[name.upper()] * 1e12 * GEMM_SHARE, card.tb_per_s * 1e12 * COPY_SHARE)
     for name, card in CARDS.items()
@@ -63,39 +64,39 @@ GPUS = {
 
 
 def gemm_flops(d: int, d_ff: int, tokens: int, activation: str) -> dict[str, float]:
-    """FLOPs of the six GEMMs of one feed-forward layer; gated activations have a first matrix of twice the rows."""
+    """FLOPs of the six GEMMs of one feed-forward layer. A gated activation doubles the rows of the first matrix."""
     first = 2 * d_ff if activation in GATED else d_ff
     return {name: 2.0 * tokens * d * (first if name in ("z", "dx", "dw1") else d_ff) for name in GEMMS}
 
 
 def gemm_seconds(gpu: GPU, flops: dict[str, float], ratio=1.0) -> float:
-    """Time of these GEMMs. ratio: dense time over sparse time, of all or {name: ratio}; those not named are dense."""
+    """Time of these GEMMs. ratio: dense over sparse time, for all GEMMs or as {name: ratio}; other GEMMs are dense."""
     ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(flops, ratio)
     return sum(work / ratios.get(name, 1.0) for name, work in flops.items()) / gpu.flops
 
 
 def activation_bytes(d_ff: int, tokens: int, activation: str, recompute: bool = True, fused: bool = False) -> float:
-    """Forward: Z read, A written. Backward: Z and dA read, dZ written. To recompute A is another forward; fused, as a
-    compiler makes it beside dZ, only its writing."""
+    """Forward: reads Z, writes A. Backward: reads Z and dA, writes dZ. recompute: adds another forward, or only its
+    write if it is fused with dZ, as a compiler does."""
     forward, backward = (6, 10) if activation in GATED else (4, 6)
-    again = (2 if fused else forward) if recompute else 0
-    return float(d_ff * tokens * (forward + again + backward))
+    recomputed = (2 if fused else forward) if recompute else 0
+    return float(d_ff * tokens * (forward + recomputed + backward))
 
 
 def mvue_bytes(d: int, d_ff: int, tokens: int, activation: str) -> float:
-    """What 2:4 weight gradients cost: dY read and written packed, dZ written packed by the kernel that makes it."""
+    """Bytes of 2:4 weight gradients: read dY and write it packed; the kernel that computes dZ writes it packed."""
     first = 2 * d_ff if activation in GATED else d_ff
     return tokens * (d * (2 + PACKED) + first * PACKED)
 
 
 def pack_bytes(weights: float, mask_interval: int = 40) -> float:
-    """Per optimizer step: fp32 weights and their index read, the values of both packed forms written (97 bytes per 4x4
-    block); at a refresh the search reads the weights too and writes the index (65), and metadata is written (4)."""
+    """Bytes of packing per optimizer step. Reads fp32 weights and index, writes the values of both packed forms (97
+    bytes per 4x4 block). A refresh also reads the weights and writes the index (65 bytes) and the metadata (4)."""
     return weights * (97 + (65 + 4) / mask_interval) / 16
 
 
 def ffn_weights(d: int, d_ff: int, activation: str) -> int:
-    """Weights of one feed-forward layer: two matrices, or three where it is gated."""
+    """Number of weights of one feed-forward layer: two matrices, or three if it is gated."""
     return d * d_ff * (3 if activation in GATED else 2)
 
 
@@ -117,9 +118,8 @@ def ffn_sparse(
     mask_interval: int = 40,
     recompute: bool = True,
 ) -> float:
-    """Seconds of one sparse feed-forward layer, forward and backward, with its share of the packing, which is due once
-    for `accumulation` micro-steps. ratio: see gemm_seconds; dense weight gradients are {"z": 2, "y": 2, ...} without
-    dw1 and dw2, and mvue=False."""
+    """Seconds of one sparse feed-forward layer, forward and backward, with 1/accumulation of the packing. ratio: see
+    gemm_seconds. For dense weight gradients give {"z": 2, "y": 2, ...} without dw1 and dw2, and mvue=False."""
     moved = activation_bytes(d_ff, tokens, activation, recompute)
     moved += mvue_bytes(d, d_ff, tokens, activation) if mvue else 0
     moved += pack_bytes(ffn_weights(d, d_ff, activation), mask_interval) / accumulation
@@ -133,19 +133,19 @@ def s_model(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str = "gelu", 
 
 
 def attention_seconds(gpu: GPU, d: int, tokens: int, sequence: int) -> float:
-    """Seconds, forward and backward, of what a block has beside its feed-forward layer."""
+    """Seconds, forward and backward, of a block without its feed-forward layer."""
     linears = 6 * tokens * 4 * d * d  # c_attn (3 d^2 weights) and c_proj, three GEMMs each
     scores = 2 * tokens * sequence * d * (1 + 2.5)
-    # forward: x and the branch read, their sum and its norm written; backward alike, and dx twice
+    # forward: read x and the branch, write their sum and its norm; the backward does the same, and handles dx twice
     norms = 2 * (12 + 16)
-    joined = 12  # gradients of q, k and v, copied into one
-    return (linears + scores / FLASH_SHARE) / gpu.flops + (norms + joined) * d * tokens / gpu.bandwidth
+    concatenated = 12  # the gradients of q, k and v are copied into one tensor
+    return (linears + scores / FLASH_SHARE) / gpu.flops + (norms + concatenated) * d * tokens / gpu.bandwidth
 
 
 def block_seconds(gpu: GPU, d: int, d_ff: int, tokens: int, sequence: int, activation="gelu", sparse=None) -> float:
     """Seconds of one transformer block, forward and backward. sparse: None, or ffn_sparse's other arguments."""
-    ffn = (ffn_dense, {}) if sparse is None else (ffn_sparse, sparse)
-    return ffn[0](gpu, d, d_ff, tokens, activation, **ffn[1]) + attention_seconds(gpu, d, tokens, sequence)
+    ffn = ffn_dense if sparse is None else ffn_sparse
+    return ffn(gpu, d, d_ff, tokens, activation, **(sparse or {})) + attention_seconds(gpu, d, tokens, sequence)
 
 
 def block_s_model(gpu: GPU, d: int, d_ff: int, tokens: int, sequence: int, activation="gelu", **sparse) -> float:
@@ -166,24 +166,24 @@ def train_step(
     accumulation: int = 1,
     sparse: dict | None = None,
 ) -> dict:
-    """One optimizer step of `accumulation` micro-batches of `batch_size` sequences, dense or with `sparse`
-    (ffn_sparse's arguments). Returns "ms", "tokens_per_s" and "parts", milliseconds that add up to "ms"."""
+    """One optimizer step of `accumulation` micro-batches of `batch_size` sequences. sparse: None, or ffn_sparse's
+    arguments. Returns "ms", "tokens_per_s" and "parts", whose milliseconds add up to "ms"."""
     tokens, ffn = batch_size * block_size, ffn_weights(n_embd, d_ff, activation)
     matrices = n_layer * (4 * n_embd**2 + ffn) + vocab_size * n_embd
     parameters = matrices + block_size * n_embd
-    cast = 6 * (matrices - (n_layer * ffn if sparse else 0))  # fp32 read, bf16 written; packed weights need none
-    cast += 6 * matrices + 12 * parameters * (accumulation - 1) / accumulation  # gradients to fp32, and their sum
+    cast = 6 * (matrices - (n_layer * ffn if sparse else 0))  # read fp32, write bf16; packed weights need no cast
+    cast += 6 * matrices + 12 * parameters * (accumulation - 1) / accumulation  # cast gradients to fp32 and add them up
     sparse = {"accumulation": accumulation} | sparse if sparse else None
     block = block_seconds(gpu, n_embd, d_ff, tokens, block_size, activation, sparse)
     micro = {
         "blocks": n_layer * block,
         "lm_head": 6 * tokens * n_embd * vocab_size / gpu.flops,
-        "cross_entropy": 8 * tokens * vocab_size / gpu.bandwidth,  # bf16 logits: read twice, once more and overwritten
+        "cross_entropy": 8 * tokens * vocab_size / gpu.bandwidth,  # bf16 logits: three reads and one write
         "embeddings_and_last_norm": (24 + 28) * tokens * n_embd / gpu.bandwidth,
         "casts": cast / gpu.bandwidth,
     }
     parts = {name: 1e3 * seconds * accumulation for name, seconds in micro.items()}
-    parts["clip"] = 1e3 * 12 * parameters / gpu.bandwidth  # gradients read for the norm, read and written to scale them
-    parts["optimizer"] = 1e3 * 28 * parameters / gpu.bandwidth  # p, g, m, v read, p, m, v written, all fp32
+    parts["clip"] = 1e3 * 12 * parameters / gpu.bandwidth  # read gradients for the norm; read and write to scale
+    parts["optimizer"] = 1e3 * 28 * parameters / gpu.bandwidth  # read p, g, m, v and write p, m, v, all in fp32
     ms = sum(parts.values())
     return {"ms": ms, "tokens_per_s": 1e3 * tokens * accumulation / ms, "parts": parts}

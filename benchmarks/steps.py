@@ -1,13 +1,13 @@
 """Whole optimizer steps of GPT-2, dense and fst taking turns: python -m benchmarks.steps OUT.json [--verdicts FILE]
 
-Both models are in memory, and each repetition is one step of each, so that clocks and temperature are the same for
-both. A step is the micro-steps, the clipping, AdamW and the packing of the weights. The mask search is timed alone, and
-a fortieth of it is added to the sparse step. Blocks and head are compiled one by one. Steps are timed twice: launched
-one by one, and with each micro-step replayed from one CUDA graph, so that the host's time does not count. Each row also
-has tokens/s, MFU, peak memory, kernel launches, the host's time to enqueue a step, and the GPU's time by kernel.
+Both models are in memory, and each repetition runs one step of each, so that clocks and temperature are the same for
+both. A step consists of the micro-steps, clipping, AdamW and packing. The mask search is timed alone, and 1/40 of it is
+added to the sparse step. Blocks and head are compiled one by one. Steps are timed twice: with kernels launched one by
+one, and with each micro-step replayed from a CUDA graph, so that the host's time does not count. Each row also has
+tokens/s, MFU, peak memory, kernel launches, the host's time to enqueue a step, and the GPU's time by kernel.
 
-`python bench.py --suite e2e` measures the same steps at the batches of the paper's Table 8. On a CPU, steps are timed
-once, and the numbers that only a GPU has are left out.
+`python bench.py --suite e2e` measures the same steps at the batches of the paper's Table 8. On a CPU there are no CUDA
+graphs and no numbers about the GPU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from gemm24.ffn import pack_weights
 from model import GPT, PRESETS, GPTConfig, peak_flops
 from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
 
-PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8's; it has no 1558M
+PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8, which has no 1558M
 TOY = GPTConfig(vocab_size=128, block_size=32, n_layer=2, n_head=1, n_embd=64, bias=False)  # the model on a CPU
 TOP = 30  # number of kernels that a row lists
 NAME = 120  # characters of a kernel's name
@@ -58,7 +58,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def gpt2(size: str) -> GPTConfig:
-    """GPT-2 of this size, or the model of a CPU's suites, "toy"."""
+    """The configuration of GPT-2 of this size, or of "toy"."""
     if size == "toy":
         return TOY
     return GPTConfig(vocab_size=50304, block_size=1024, dropout=0.0, bias=False, **PRESETS[size])
@@ -70,10 +70,10 @@ def predict_step(gpu: roofline.GPU, config: GPTConfig, batch: int, sparse: dict 
 
 
 class Run:
-    """A GPT in training: `step` is one whole optimizer step on random tokens, all but the mask refresh.
+    """A GPT in training. `step` is one optimizer step on random tokens, without the mask refresh.
 
-    micro_steps: forward and backward passes per step. Blocks and head are compiled one by one, which takes seconds,
-    while compiling a whole deep model takes minutes."""
+    micro_steps: forward and backward passes per step. Blocks and head are compiled one by one, which takes seconds;
+    compiling a deep model as one graph takes minutes."""
 
     def __init__(self, config: GPTConfig, sparse: bool, batch: int, settings: Settings, micro_steps: int = 1):
         device = settings.device
@@ -94,15 +94,14 @@ class Run:
         self.iter_num, self.micro_steps, self.new_gradients = 0, micro_steps, True
 
     def micro_step(self) -> None:
-        """Forward and backward: gradients are added to what is there."""
+        """Forward and backward. Adds to the gradients."""
         with torch.autocast(self.tokens.device.type, torch.bfloat16):
             _, loss = self.model(*self.tokens)
         (loss / self.micro_steps).backward()
 
     def capture(self) -> None:
-        """From now on the micro-step is the replay of one CUDA graph, so that the host's time does not count.
-
-        A graph overwrites its results at the next replay, so gradients are summed in tensors that stay."""
+        """Replace the micro-step by replays of one CUDA graph. A replay writes to the same memory each time, so the
+        gradient tensors are allocated before and never freed."""
         self.new_gradients = False
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p)
@@ -121,12 +120,12 @@ class Run:
         self.iter_num += 1
 
     def refresh(self) -> None:
-        """The mask search. The weights must be packed again before the next step."""
+        """Search new masks. Pack the weights before the next step."""
         refresh_masks(self.model, measure=False)
 
 
 def kernel_times(call) -> dict[str, list]:
-    """{kernel name: [launches, microseconds]} of one call, the longest first. Copies and fills count too."""
+    """{kernel name: [launches, microseconds]} of one call, longest first, including copies and fills."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
         torch.cuda.synchronize()
@@ -134,8 +133,8 @@ def kernel_times(call) -> dict[str, list]:
 
 
 def sum_by_name(events: Iterable[tuple[str, float]]) -> dict[str, list]:
-    """events: (name, microseconds). Names are cut at NAME characters, and equal ones are added up. The profiler also
-    marks the optimizer's step as if it were a kernel, which it is not."""
+    """events: (name, microseconds). Cuts names at NAME characters and adds up equal ones. Skips the optimizer's step,
+    which the profiler reports as a kernel."""
     launches, us = Counter(), Counter()
     for name, microseconds in events:
         if not name.startswith("Optimizer."):
@@ -145,7 +144,7 @@ def sum_by_name(events: Iterable[tuple[str, float]]) -> dict[str, list]:
 
 
 def describe_step(run: Run, device: torch.device, others_bytes: int) -> dict:
-    """Memory, launches and host time of one step. others_bytes: what is allocated for another model."""
+    """Memory, launches and host time of one step. others_bytes: memory of the other model, which does not count."""
     row = {"host_us": choose.enqueue_us(run.step, device)}
     if device.type != "cuda":
         return row
@@ -160,18 +159,19 @@ def describe_step(run: Run, device: torch.device, others_bytes: int) -> dict:
 
 
 def timed(runs: dict[str, Run], tokens: int, refresh_ms: float, settings: Settings) -> dict:
-    """{"dense": ..., "sparse": ..., "s": ...}: milliseconds, tokens/s and MFU of a step of each, taking turns."""
+    """Time the steps of both runs in turns. Returns {"dense", "sparse": ms, tokens/s and MFU; "s": spread of S}."""
     dense_ms, sparse_ms = time_ms([run.step for run in runs.values()], settings)
     sparse_ms = [ms + refresh_ms / MASK_INTERVAL for ms in sparse_ms]
-    found = {"s": spread([dense / sparse for dense, sparse in zip(dense_ms, sparse_ms, strict=True)])}
+    results = {"s": spread([dense / sparse for dense, sparse in zip(dense_ms, sparse_ms, strict=True)])}
     for (name, run), ms in zip(runs.items(), (dense_ms, sparse_ms), strict=True):
         speed = 1000 * tokens / statistics.median(ms)
         mfu = run.model.estimate_mfu(speed, peak_flops(settings.device))
-        found[name] = {"ms": spread(ms), "tokens_per_s": speed, "mfu": mfu}
-    return found
+        results[name] = {"ms": spread(ms), "tokens_per_s": speed, "mfu": mfu}
+    return results
 
 
 def row_of(case: Case, settings: Settings) -> dict:
+    """Measure one case."""
     config, device, runs = gpt2(case.size), settings.device, {}
     on_gpu = device.type == "cuda"
     row = case._asdict() | {"tokens": case.batch * case.micro_steps * config.block_size}
@@ -186,14 +186,14 @@ def row_of(case: Case, settings: Settings) -> dict:
     row["plan"] = describe(sparse.plan, sparse.report)
     row["refresh_ms"] = spread(time_ms([sparse.refresh], settings)[0])
     pack_weights(sparse.model)
-    asked = (runs, row["tokens"], row["refresh_ms"]["median"], settings)
-    row["compiled"] = timed(*asked)
+    time_steps = partial(timed, runs, row["tokens"], row["refresh_ms"]["median"], settings)
+    row["compiled"] = time_steps()
     if on_gpu:
         for run in runs.values():
             run.capture()
-        row["graphs"] = timed(*asked)
+        row["graphs"] = time_steps()
     if card := measured_card(sparse.report, copy_bandwidth(device)):
-        gpu, ratio = card  # S_model with this card's own rates
+        gpu, ratio = card  # this card's measured rates
         ways = (None, {"ratio": ratio, "mask_interval": MASK_INTERVAL})
         dense_ms, sparse_ms = (predict_step(gpu, config, case.batch, one, case.micro_steps)["ms"] for one in ways)
         row["s_model"] = dense_ms / sparse_ms
@@ -203,7 +203,7 @@ def row_of(case: Case, settings: Settings) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--verdicts", type=Path, help="a file of verdicts on GEMMs, as bench.py writes it")
+    parser.add_argument("--verdicts", type=Path, help="file of cached choices of GEMMs")
     args = parser.parse_args(argv)
     settings = Settings(machine.device(), repetitions=5, cache=args.verdicts)
     use_kernels(settings.device)

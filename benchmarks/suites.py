@@ -1,6 +1,6 @@
-"""The suites of bench.py for GEMMs, feed-forward layers and transformer blocks, compiled dense beside 2:4.
+"""The suites of bench.py for GEMMs, feed-forward layers and transformer blocks: compiled dense against 2:4.
 
-A suite is a grid of cases and a function that measures the rows of one case, plain dicts for JSON. Times are
+A suite is a grid of cases and a function that measures the rows of one case, plain dicts for JSON. Times are in
 milliseconds unless a name says otherwise. A spread is the median, smallest and largest of the repetitions. On a CPU
 everything runs at toy sizes to show that it works; its times mean nothing.
 """
@@ -27,16 +27,16 @@ MASK_INTERVAL = RECIPES["fst"].mask_interval
 
 @dataclass(frozen=True)
 class Settings:
-    """How a suite is run."""
+    """Options of a suite."""
 
     device: torch.device
     scale: str = "default"  # toy (a CPU), quick, default, full
     repetitions: int = 10
-    budget: float = 150.0  # seconds of a suite, four times that for e2e, after which no case is begun
-    graph: bool = False  # layers: time replays of CUDA graphs, so that the host's time does not count
+    budget: float = 150.0  # seconds of a suite after which no case is started; e2e has four times as many
+    graph: bool = False  # ffn, block: time replays of CUDA graphs, without the host's time
     sizes: tuple[str, ...] = ()  # sizes of GPT-2 for e2e; empty: the grid of `scale`
     widths: tuple[int, ...] = ()  # widths of gemm, ffn and block; empty: the grid of `scale`
-    cache: Path | None = None  # file of verdicts on GEMMs that rows and suites share
+    cache: Path | None = None  # file of cached choices of GEMMs, shared by all suites
 
     @property
     def toy(self) -> bool:
@@ -44,25 +44,25 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the suites share
+# Shared by the suites
 
 
 def compiled(net, settings: Settings):
-    """torch.compile on a GPU. On a CPU that would take longer than all else, so it is the net itself."""
+    """The compiled net. On a CPU, where compiling takes longer than everything else, the net itself."""
     return net if settings.toy else torch.compile(net, dynamic=False)
 
 
 def time_ms(calls: list[Callable], settings: Settings, graph: bool = False) -> list[list[float]]:
-    """Milliseconds of each call, one number per repetition; the calls take turns."""
+    """Milliseconds of each call, one number per repetition. The calls take turns."""
     times = choose.time_interleaved(calls, settings.repetitions, graph, settings.device)
     return [[us / 1000 for us in one] for one in times]
 
 
 def measured_card(report, bandwidth: float) -> tuple[roofline.GPU, dict[str, float]] | None:
-    """This card for the roofline, and the ratio of each GEMM, at the shapes of a report of `choose`; None without rows.
+    """(this card's rates, {GEMM: ratio}) for the roofline, from a report of `choose`; None if no GEMM was timed.
 
-    The dense times of GEMMs of different shapes differ, so they are pooled: the times of all add up as measured. They
-    are those of the pruned matrix, which a GPU at its power limit may multiply faster than a full one.
+    The rate differs between shapes, so all GEMMs are pooled into one rate and one ratio. Dense times are of the pruned
+    matrix, which a GPU at its power limit may multiply faster than a dense one.
     """
     if report is None or not report.rows:
         return None
@@ -74,17 +74,17 @@ def measured_card(report, bandwidth: float) -> tuple[roofline.GPU, dict[str, flo
 
 def plan(config: GPTConfig, tokens: int, settings: Settings):
     """(plan or None, report) of ffn_plan.plan_ffn for this many tokens."""
-    on_gpu = settings.device.type == "cuda"  # graph: choose by the time on the GPU, as train.py does
+    on_gpu = settings.device.type == "cuda"  # graph=True: choose by GPU time, as train.py does
     options = {"spmm": "auto" if on_gpu else "emulated", "graph": on_gpu, "cache": settings.cache}
     return ffn_plan.plan_ffn(config, tokens=tokens, device=settings.device, dtype=torch.bfloat16, mvue=True, **options)
 
 
 def describe(chosen, report) -> str:
-    """How the GEMMs of a plan are multiplied."""
+    """The backend of each GEMM of a plan."""
     if chosen is None:
         return "layer by layer"
-    how = {name: f"{c.backend} {c.order} {c.alg_id}/{c.split_k}" for name, c in report.choices.items()}
-    return ", ".join(f"{name} {'dense' if how[name].startswith('masked') else how[name]}" for name in how)
+    texts = {name: f"{c.backend} {c.order} {c.alg_id}/{c.split_k}" for name, c in report.choices.items()}
+    return ", ".join(f"{name} {'dense' if text.startswith('masked') else text}" for name, text in texts.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def describe(chosen, report) -> str:
 
 
 def gemm_grid(settings: Settings) -> list[tuple[int, int]]:
-    """(width, tokens), the most telling first."""
+    """Cases (width, tokens), the most informative first."""
     if settings.toy:
         return [(64, 128)]
     widths, tokens = WIDTHS[:4], (16384, 65536, 8192)
@@ -104,7 +104,7 @@ def gemm_grid(settings: Settings) -> list[tuple[int, int]]:
 
 
 def gemm_rows(case: tuple[int, int], settings: Settings) -> list[dict]:
-    """The six GEMMs of a GELU layer of one width: the rows behind ffn_plan.plan_ffn's plan, with TFLOP/s."""
+    """The six GEMMs of a GELU layer: the measurements behind plan_ffn's plan, with TFLOP/s."""
     d, tokens = case
     config = GPTConfig(n_embd=d, n_head=1, activation="gelu", bias=False)
     _, report = plan(config, tokens, settings)
@@ -123,8 +123,8 @@ def gemm_rows(case: tuple[int, int], settings: Settings) -> list[dict]:
 
 
 def layer_grid(kind: str, settings: Settings) -> list[tuple[str, int, int, int]]:
-    """(activation, width, sequence, batch), the most telling first. The paper does not say which hidden width its
-    Figure 6 has; ours is GPTConfig.d_ff: 4 d, and 2/3 of it for GEGLU."""
+    """Cases (activation, width, sequence length, batch), the most informative first. The paper does not give the hidden
+    width of its Figure 6; ours is GPTConfig.d_ff: 4 d, and 2/3 of that for GEGLU."""
     if settings.toy:
         return [(activation, 192, 32, 2) for activation in ("gelu", "geglu")]
     if settings.scale == "full":
@@ -138,13 +138,13 @@ def layer_grid(kind: str, settings: Settings) -> list[tuple[str, int, int, int]]
 
 
 def layer_row(kind: str, case: tuple[str, int, int, int], settings: Settings) -> dict:
-    """One shape of ffn or block: the compiled dense layer, and this repository's 2:4 layer ("auto"), taking turns.
+    """Time one shape of ffn or block: the compiled dense layer and our 2:4 layer ("auto") in turns.
 
-    The 2:4 layer has the plan of plan_ffn for the shape. train.py takes that plan only if time_ways finds it
-    faster than the 2:4 layers one by one. Its time includes one packing, and its share of the mask search."""
+    The 2:4 layer runs the plan of plan_ffn. train.py uses that plan only if time_ways finds it faster than the 2:4
+    linears one by one. The 2:4 time includes one packing and 1/MASK_INTERVAL of the mask search."""
     activation, d, n, batch = case
     config = GPTConfig(n_embd=d, n_head=d // 64, block_size=n, activation=activation, bias=False)
-    dtype = torch.bfloat16 if kind == "ffn" else torch.float32  # a LayerNorm's output, or the residual stream
+    dtype = torch.bfloat16 if kind == "ffn" else torch.float32  # the output of a LayerNorm, or the residual stream
     torch.manual_seed(1)
     x, dy = (torch.randn(batch, n, d, device=settings.device, dtype=dtype) for _ in range(2))
     x.requires_grad_()
@@ -166,7 +166,7 @@ def layer_row(kind: str, case: tuple[str, int, int, int], settings: Settings) ->
     extra = costs["pack_ms"]["median"] + costs["refresh_ms"]["median"] / MASK_INTERVAL
     sparse_ms = [ms + extra for ms in sparse_ms]
     variants = {"dense": {"ms": spread(dense_ms)}, "auto": {"ms": spread(sparse_ms)} | costs}
-    variants = {name: found | {"host_us": host_us[name]} for name, found in variants.items()}
+    variants = {name: variant | {"host_us": host_us[name]} for name, variant in variants.items()}
     s = spread([dense / sparse for dense, sparse in zip(dense_ms, sparse_ms, strict=True)])
     row = {"activation": activation, "d": d, "d_ff": config.d_ff, "n": n, "batch": batch, "tokens": n * batch}
     row |= {"variants": variants, "s": {"auto": s}, "plan": describe(chosen, report)}
@@ -174,7 +174,7 @@ def layer_row(kind: str, case: tuple[str, int, int, int], settings: Settings) ->
 
 
 def layer_model(kind: str, row: dict, card) -> dict:
-    """S_model of a row with this card's own rates; nothing if no GEMM was timed."""
+    """S_model of a row with this card's measured rates; {} if no GEMM was timed."""
     if card is None:
         return {}
     gpu, ratio = card

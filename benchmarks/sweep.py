@@ -1,12 +1,12 @@
-"""Products that the training does not do yet, by every algorithm of cuSPARSELt: python -m benchmarks.sweep OUT.json
+"""GEMMs that training does not use yet, by every algorithm of cuSPARSELt: python -m benchmarks.sweep OUT.json
 
-Feed-forward layers of GPT-2's widths and 16,384 tokens, operands packed by the library's own compress, times from CUDA
-graphs so that the host does not count:
+Feed-forward layers of GPT-2's widths and 16,384 tokens. The library's own compress packs the operands. Times are from
+CUDA graphs, without the host's time:
     float16      the six products of bench.py's suite gemm in float16, for which the library has more tile shapes
     activations  Y = H W2^T with the hidden activations H as the 2:4 operand, packed along its features
     float8       e4m3 operands and bf16 results: dense (torch._scaled_mm) and 2:4
-Each row has the dense time in its own type, the best 2:4 time, and all the times by algorithm. Rows of float8 also have
-the dense time in bf16.
+Each row has the dense time in the same type, the best 2:4 time, and the times of all algorithms. Rows of float8 also
+have the dense time in bf16.
 """
 
 import statistics
@@ -27,37 +27,37 @@ from sparse24 import use_kernels
 
 TOKENS = 16384
 ALGORITHMS = 64
-RAISED = 8  # algorithm ids in a row that raise: the library has no more
+RAISED = 8  # after this many failing algorithm ids in a row, the library has no more
 
 
 def quick_us(call: Callable, count: int, samples: int = 3) -> float:
-    """Median microseconds per call of `samples` replays of a graph of `count` calls."""
+    """Median microseconds per call, from `samples` replays of a graph of `count` calls."""
     return statistics.median(time_calls([call] * count, samples))
 
 
 def sweep(multiply: Callable[[int], torch.Tensor], reference: torch.Tensor, slack: float, count: int) -> dict:
-    """{algorithm id: microseconds, or what is wrong with it}. slack: largest error as a share of the largest value."""
-    found, raised = {}, 0
+    """{algorithm id: microseconds, or the fault}. slack: allowed error as a share of the largest value."""
+    results, raised = {}, 0
     for alg_id in range(ALGORITHMS):
         try:
             error = (multiply(alg_id).float() - reference).abs().max() / reference.abs().max()
             if not error <= slack:  # NaN too
-                found[str(alg_id)] = f"wrong result, off by {error.item():.3g} of the largest value"
+                results[str(alg_id)] = f"wrong result, off by {error.item():.3g} of the largest value"
                 continue
-            found[str(alg_id)], raised = quick_us(lambda i=alg_id: multiply(i), count), 0
+            results[str(alg_id)], raised = quick_us(lambda i=alg_id: multiply(i), count), 0
         except RuntimeError as error:
-            found[str(alg_id)], raised = choose.reason(error), raised + 1
+            results[str(alg_id)], raised = choose.reason(error), raised + 1
             if raised == RAISED:
                 break
-    return found
+    return results
 
 
 def summary(row: dict, times: dict, dense_us: float) -> dict:
     """The row with the dense time, the best 2:4 time and their ratio."""
-    good = {name: us for name, us in times.items() if isinstance(us, float)}
-    best = min(good, key=good.get, default=None)
-    row |= {"dense_us": dense_us, "best_us": good.get(best), "alg_id": best, "algorithms": times}
-    return row | {"ratio": dense_us / good[best] if good else None}
+    correct = {name: us for name, us in times.items() if isinstance(us, float)}
+    best = min(correct, key=correct.get, default=None)
+    row |= {"dense_us": dense_us, "best_us": correct.get(best), "alg_id": best, "algorithms": times}
+    return row | {"ratio": dense_us / correct[best] if correct else None}
 
 
 def calls_of(flops: float) -> int:
@@ -66,7 +66,7 @@ def calls_of(flops: float) -> int:
 
 
 def product_row(gemm: Gemm, dtype: torch.dtype) -> dict:
-    """One product D = A B in a 16-bit type, A (m, k) 2:4."""
+    """One GEMM D = A B in a 16-bit type, with A (m, k) 2:4."""
     a, packed, b = operands(gemm, dtype)
     packed, count = packed.view(gemm.m, -1), calls_of(2.0 * gemm.m * gemm.n * gemm.k)
 
@@ -82,7 +82,7 @@ def product_row(gemm: Gemm, dtype: torch.dtype) -> dict:
 
 
 def float8_row(name: str, m: int, n: int, k: int) -> dict:
-    """One product with e4m3 operands, both contiguous along k, and bf16 results (n, m)."""
+    """One GEMM with e4m3 operands, both contiguous along k, and bf16 results (n, m)."""
     e4m3 = torch.float8_e4m3fn
     a = choose.random_24(m, k, device()).to(e4m3)
     b = torch.randn(n, k, device=device()).to(e4m3)
@@ -104,7 +104,7 @@ def float8_row(name: str, m: int, n: int, k: int) -> dict:
 
 
 def rows() -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """The products, the most telling first, for machine.write_rows."""
+    """The GEMMs, the most informative first, for machine.write_rows."""
     for d in (1600, 4096):
         for name, m, n, k in (("z", 4 * d, TOKENS, d), ("y", d, TOKENS, 4 * d), ("dw1", 4 * d, d, TOKENS)):
             yield {"name": name}, partial(float8_row, name, m, n, k)

@@ -2,7 +2,7 @@
 
 Reproduces the row "350M, ours" of the paper's Table 5: validation loss 2.688 there, against 2.618 dense. Decay factor
 from its Table 1, learning rate and schedule from its code. Costs 300k steps of 524,288 tokens, 157 billion tokens;
-the time on a GPU was not measured yet. On 8 GPUs:
+the time on a GPU is not measured yet. On 8 GPUs:
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_medium_sparse.py
 """

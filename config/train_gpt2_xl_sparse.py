@@ -2,7 +2,7 @@
 
 Reproduces the row "1558M, ours" of the paper's Table 5: validation loss 2.489 there, against 2.399 dense. Decay factor
 from its Table 1, learning rate and schedule from its code. Costs 300k steps of 524,288 tokens, 157 billion tokens;
-the time on a GPU was not measured yet. On 8 GPUs:
+the time on a GPU is not measured yet. On 8 GPUs:
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl_sparse.py
 """
@@ -19,7 +19,7 @@ n_layer = 48
 n_head = 25
 n_embd = 1600
 
-sparse = "fst"  # with its own masked_decay of 6e-5, masks every 40 steps, and the last 1/6 of the steps dense
+sparse = "fst"  # with masked_decay=6e-5, masks every 40 steps, and the last 1/6 of the steps dense
 
 learning_rate = 1.5e-4
 min_lr = 1e-5

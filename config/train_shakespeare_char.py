@@ -1,7 +1,7 @@
 """A dense character-level GPT on Tiny Shakespeare: nanoGPT's first example, for one GPU.
 
-Reproduces nanoGPT's config/train_shakespeare_char.py, which reports a best validation loss of 1.4697. What it costs
-was not measured yet; on a CPU take the smaller sizes of config/demo.py.
+Reproduces nanoGPT's config/train_shakespeare_char.py, which reports a best validation loss of 1.4697. Its cost
+is not measured yet. On a CPU use the smaller sizes of config/demo.py.
 """
 
 out_dir = "out-shakespeare-char"
@@ -14,7 +14,7 @@ block_size = 256
 n_layer = 6
 n_head = 6
 n_embd = 384
-dropout = 0.2  # a million characters are soon overfitted
+dropout = 0.2  # the model overfits a million characters soon
 
 learning_rate = 1e-3
 min_lr = 1e-4
@@ -25,4 +25,4 @@ beta2 = 0.99
 
 eval_interval = 250
 eval_iters = 200
-always_save_checkpoint = False  # keep the best one in ckpt_best.pt
+always_save_checkpoint = False  # save only the best one, as ckpt_best.pt

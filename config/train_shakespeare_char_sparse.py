@@ -1,6 +1,6 @@
 """The same character-level GPT as train_shakespeare_char.py, with 2:4 sparse feed-forward layers (fst).
 
-Reproduces nothing published: it is the smallest sparse run worth a GPU. What it costs was not measured yet.
+Reproduces nothing published: it is the smallest sparse run worth a GPU. Its cost is not measured yet.
 """
 
 out_dir = "out-shakespeare-char-sparse"
@@ -13,7 +13,7 @@ block_size = 256
 n_layer = 6
 n_head = 6
 n_embd = 384
-dropout = 0.2  # a million characters are soon overfitted
+dropout = 0.2  # the model overfits a million characters soon
 
 sparse = "fst"  # masks every 40 steps, and the last 1/6 of the steps dense
 masked_decay = 2e-4
@@ -27,4 +27,4 @@ beta2 = 0.99
 
 eval_interval = 250
 eval_iters = 200
-always_save_checkpoint = False  # keep the best one in ckpt_best.pt
+always_save_checkpoint = False  # save only the best one, as ckpt_best.pt

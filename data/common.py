@@ -1,4 +1,4 @@
-"""Shared by all data/*/prepare.py: fetching, reading, tokenizing, and writing that never leaves half a file behind.
+"""Shared by all data/*/prepare.py: fetch, read and tokenize text, and write files that are never left half written.
 
 A data set is a folder of three files, which train.py and sample.py read:
   train.bin, val.bin   token ids, little-endian uint16, no header
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 SEPARATOR = "<|endoftext|>"  # between the documents of an --input file, alone on its line
-BLOCK = 1 << 20  # characters (bytes, where a file is hashed) handled at once, about 250k tokens
+BLOCK = 1 << 20  # characters per piece (about 250k tokens), and bytes per read when a file is hashed
 SPLIT_SEED = 2357  # nanoGPT's
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -35,12 +35,12 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def open_binary(path):
-    """Open a plain or an .xz file for reading its (unpacked) bytes."""
+    """Open a plain or .xz file to read its unpacked bytes."""
     return lzma.open(path, "rb") if Path(path).suffix == ".xz" else open(path, "rb")
 
 
 def read_lines(path):
-    """Yield the lines of a UTF-8 text, plain or .xz, with their line ends as they are on disk."""
+    """Yield the lines of a UTF-8 text, plain or .xz, with unchanged line ends."""
     with open_binary(path) as file:
         try:
             yield from (line.decode("utf-8") for line in file)
@@ -49,7 +49,7 @@ def read_lines(path):
 
 
 def sha256_of(*paths):
-    """sha256 of the unpacked bytes of the files, one after the other."""
+    """sha256 of the concatenated unpacked bytes of the files."""
     digest = hashlib.sha256()
     for path in paths:
         with open_binary(path) as file:
@@ -59,23 +59,23 @@ def sha256_of(*paths):
 
 
 def fetch(url, sha256, path, timeout=30):
-    """Download `url` to `path` unless it is there already. Returns `path`; raises if the content has another sha256."""
+    """Download `url` to `path` unless it exists. Returns `path`. Raises ValueError if the sha256 differs."""
     if path.is_file() and sha256_of(path) == sha256:
         return path
     try:
         with urllib.request.urlopen(url, timeout=timeout) as reply, atomic(path) as file:
             shutil.copyfileobj(reply, file)
             file.flush()
-            if (found := sha256_of(file.name)) != sha256:
-                raise ValueError(f"fetch: {url} has sha256 {found}, need {sha256}; give the text by --file")
+            if (actual := sha256_of(file.name)) != sha256:
+                raise ValueError(f"fetch: {url} has sha256 {actual}, need {sha256}; give the text by --file")
     except (OSError, HTTPException) as error:
         raise RuntimeError(f"fetch: no {url} ({error}); without network, give the text by --file") from error
     return path
 
 
 def tiny_shakespeare(script, doc, argv):
-    """Parse a Shakespeare script's words, and split the text of --file, or tiny shakespeare downloaded to --out_dir, in
-    90/10. Returns (out_dir, train, val, meta entries)."""
+    """Parse the arguments of a Shakespeare script, and split the text of --file or the downloaded text 90/10.
+    Returns (out_dir, train, val, meta entries)."""
     made = parser(script, doc)
     made.add_argument("--file", type=Path, help="text on disk (UTF-8, plain or .xz) instead of the download")
     args = made.parse_args(argv)
@@ -93,38 +93,38 @@ def encode_chars(text, chars):
     ids = np.minimum(np.searchsorted(known, codes), len(known) - 1)
     if (strange := known[ids] != codes).any():
         bad = chr(codes[strange][0])
-        raise ValueError(f"encode_chars: {bad!r}, need one of the {len(chars)} chars; add it to them or drop it")
+        raise ValueError(f"encode_chars: {bad!r}, need one of the {len(chars)} chars; add it or drop it")
     return ids.astype("<u2")
 
 
 @functools.cache
 def gpt2_encoding(timeout=60):
-    """tiktoken's GPT-2 BPE. tiktoken downloads its vocabulary without a time limit, so a thread waits for it."""
+    """tiktoken's GPT-2 BPE. tiktoken downloads its vocabulary without a timeout, so this waits for it in a thread."""
     import tiktoken
 
-    found = {}
+    result = {}
 
     def load():
         try:
-            found["encoding"] = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # of requests, of sockets, of a hash check; raised below
-            found["error"] = error
+            result["encoding"] = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # from requests, sockets or a hash check; raised below
+            result["error"] = error
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(timeout)
-    if "encoding" not in found:
+    if "encoding" not in result:
         raise RuntimeError(
-            f"gpt2_encoding: no GPT-2 vocabulary ({found.get('error', f'no answer in {timeout} s')}); without network, "
-            "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled on a machine with one"
-        ) from found.get("error")
-    return found["encoding"]
+            f"gpt2_encoding: no GPT-2 vocabulary ({result.get('error', f'no answer in {timeout} s')}); without "
+            "network, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine"
+        ) from result.get("error")
+    return result["encoding"]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 @contextmanager
 def atomic(path):
-    """Open a temporary file beside `path` that becomes `path`, flushed to disk, only if the block succeeds."""
+    """Open a temporary file beside `path`. If the block succeeds, flush it to disk and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -150,7 +150,7 @@ def write_bin(file, token_chunks):
 
 
 def write_dataset(out_dir, train, val, **meta):
-    """Write a data set from two iterables of token chunks. Files in `out_dir` stay until both splits are written."""
+    """Write a data set from two iterables of token chunks. Replaces old files only after both splits are written."""
     counts = {}
     with atomic(out_dir / "val.bin") as val_file, atomic(out_dir / "train.bin") as train_file:
         for name, file, chunks in (("train", train_file, train), ("val", val_file, val)):
@@ -166,40 +166,40 @@ def write_dataset(out_dir, train, val, **meta):
 
 
 def parser(script, doc):
-    """An argparse parser that prints `doc`, with --out_dir, by default the folder of `script`."""
+    """An argparse parser with the description `doc` and --out_dir, by default the folder of `script`."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="where the files go")
     return made
 
 
 # ---- documents: openwebtext, fineweb_edu -----------------------------------------------------------------------------
-# A piece is (document number, text, whether the text ends the document).
+# A piece is (document number, text, True if the text ends the document).
 def documents(paths):
-    """Yield the pieces of the documents in text files: one each, or several of about BLOCK where a document is long.
+    """Yield the pieces of the documents in text files. A long document gives several pieces of about BLOCK characters.
 
-    A cut lies between a visible character and white space; no GPT-2 token spans that, so the tokens are those of the
-    whole document. Only the separator lines are dropped: a document keeps its last line end.
+    A cut lies between a visible character and white space, which no GPT-2 token spans, so tokens do not change.
+    Separator lines are dropped. A document keeps its last line end.
     """
     number = 0
     for path in paths:
-        held, size, begun = [], 0, False
+        lines, size, begun = [], 0, False
         for line in chain(read_lines(path), (SEPARATOR,)):
             if line.rstrip("\r\n") == SEPARATOR:
                 if begun:
-                    yield number, "".join(held), True
+                    yield number, "".join(lines), True
                     number += 1
-                held, size, begun = [], 0, False
+                lines, size, begun = [], 0, False
                 continue
             body = line.rstrip(" \t\r\n")
-            held.append(line)
+            lines.append(line)
             size, begun = size + len(line), True
             if size > BLOCK and body and not body[-1].isspace():
-                yield number, "".join(held[:-1]) + body, False
-                held, size = [line[len(body) :]], 0
+                yield number, "".join(lines[:-1]) + body, False
+                lines, size = [line[len(body) :]], 0
 
 
 def progress(pieces, name, total=None):
-    """Pass pieces through under a progress bar, on a terminal."""
+    """Show a progress bar over the pieces if the output is a terminal."""
     from tqdm import tqdm
 
     return tqdm(pieces, name, total, unit=" pieces", disable=None)
@@ -218,7 +218,7 @@ def batches(pieces):
 
 
 def encode(batch):
-    """The GPT-2 tokens (uint16) of a list of pieces, with end-of-text after each document."""
+    """The GPT-2 tokens (uint16) of a list of pieces, with an end-of-text token after each document."""
     encoding, ids = gpt2_encoding(), []
     for _, text, ends in batch:
         ids += encoding.encode_ordinary(text) + [encoding.eot_token] * ends
@@ -226,7 +226,7 @@ def encode(batch):
 
 
 def encode_all(pieces, num_proc):
-    """Yield the tokens of pieces, in order, from `num_proc` processes (spawned: works everywhere), few at a time."""
+    """Yield the tokens of pieces in order. `num_proc` spawned processes encode a few batches ahead."""
     with ProcessPoolExecutor(num_proc, get_context("spawn")) as pool:
         pending = deque()
         for batch in batches(pieces):
@@ -253,12 +253,12 @@ def file_splits(args):
 
 
 def hub_splits(args, hub):
-    """Train pieces, val pieces and meta entries of a Hugging Face data set, split as nanoGPT splits it."""
+    """Train pieces, val pieces and meta entries of a Hugging Face data set, with nanoGPT's split."""
     try:
         from datasets import load_dataset
 
         rows = load_dataset(*hub, split="train", num_proc=args.num_proc)
-    except Exception as error:  # not installed, no network, moved: many types from several libraries
+    except Exception as error:  # not installed, no network, data set moved: several libraries raise many types
         raise RuntimeError(f"{hub[0]}: {error}; without `datasets` or network, give text by --input FILE") from error
     splits = rows.train_test_split(test_size=args.val_fraction, seed=SPLIT_SEED, shuffle=True)
 
@@ -271,16 +271,16 @@ def hub_splits(args, hub):
 
 
 def prepare_documents(script, doc, hub, argv=None):
-    """A document data set's script; `hub` is its name (and configuration) for datasets.load_dataset."""
+    """The script of a document data set. hub: its name (and configuration) for datasets.load_dataset."""
     made = parser(script, doc)
     made.add_argument("--input", type=Path, nargs="+", help=f"text, plain or .xz, {SEPARATOR} between documents")
-    made.add_argument("--val", type=Path, help="with --input: validation text, in place of a random split")
+    made.add_argument("--val", type=Path, help="with --input: validation text, instead of a random split")
     made.add_argument("--val_fraction", type=float, default=0.0005, help="share of the documents for validation")
     made.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
     args = made.parse_args(argv)
     if args.val and not args.input:
         made.error("--val needs --input")
-    encoding = gpt2_encoding()  # fail here, before hours of download
+    encoding = gpt2_encoding()  # fail now, not after hours of download
     train, val, meta = file_splits(args) if args.input else hub_splits(args, hub)
     streams = (encode_all(pieces, args.num_proc) for pieces in (train, val))
     write_dataset(args.out_dir, *streams, tokenizer="gpt2", vocab_size=encoding.n_vocab, **meta)

@@ -2,18 +2,18 @@
 
     python -m studies.compare methods                     losses after equal steps: dense, half and every recipe
     python -m studies.compare equal_cost --seeds=6        losses at equal FLOPs and at equal predicted time
-    python -m studies.compare equal_cost --seeds=6 --step_ms=ms.json      and at equal measured time
-    python -m studies.compare quality --only fst s_ste    a part of a grid; the table has whatever is finished
-    python -m studies.compare flip_rate                   flip rates over the decay factor
+    python -m studies.compare equal_cost --seeds=6 --step_ms=ms.json      losses at equal measured time
+    python -m studies.compare quality --only fst s_ste    a part of a grid; the table has all finished variants
+    python -m studies.compare flip_rate                   flip rates for several decay factors
 
 Every run is `python train.py NAME=VALUE...` in a folder below --out_dir that is named by its settings, so studies share
-runs. A study that was stopped goes on where it stood, and finished runs are not repeated. All variants of a seed run
-before the next seed, so a study that was stopped gives a complete table with fewer --seeds. Runs of one seed share
-batches and, if their shapes are equal, initial weights.
+runs. The same command resumes a stopped study and does not repeat finished runs. All variants of a seed run before the
+next seed, so a stopped study gives a complete table with fewer --seeds. Runs of one seed share batches and, if their
+shapes are equal, initial weights.
 
-Presets: cpu is nanoGPT's recipe for a CPU made smaller. gpu is GPT-2 124M on a BPE dataset, one run at a time; its
-number of iterations is a guess at two minutes on one card. --calibrate=N times the steps of a study's variants in runs
-of N iterations, and writes the file that --step_ms reads.
+Presets: cpu is a smaller version of nanoGPT's recipe for a CPU. gpu is GPT-2 124M on a BPE dataset, one run at a time;
+its number of iterations is an estimate for two minutes on one card. --calibrate=N times the steps of a study's variants
+in runs of N iterations, and writes the file that --step_ms reads.
 """
 
 import argparse
@@ -32,31 +32,31 @@ from studies.cost import ACCUMULATION, GPU, MICRO_BATCH, SIZE, flops_of, measure
 from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
 from studies.report import Paired, by_mean, interval, markdown, paired, spread
 
-POOLED = ("dense", "half")  # the references of a table over several texts
-USUAL = {"preset": "cpu", "ratio": 1.5, "step_ms": None, "name": None}  # options that a result's command leaves out
+POOLED = ("dense", "half")  # references of a table over several texts
+USUAL = {"preset": "cpu", "ratio": 1.5, "step_ms": None, "name": None}  # defaults; a result's command leaves them out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
 def folder_of(root: Path, common: str, settings: str, seed: int) -> Path:
-    """A run's folder. Its name holds the settings in which it differs from `common`, whatever a study calls it."""
+    """A run's folder, named by the settings that differ from `common`."""
     differing = sorted(words(settings).items() - words(common).items())
     return root / ("_".join(f"{name}={value}" for name, value in differing).replace("/", ":") + f"-seed{seed}")
 
 
 def is_finished(folder: Path, wanted: dict[str, str]) -> bool:
-    """Whether the run in `folder` is finished. Raises ValueError if it was made with other settings."""
+    """True if the run in `folder` is finished. Raises ValueError if it has other settings."""
     config = read_config(folder)
     if not config:
         return False
     differing = []
     for name, value in wanted.items():
         try:
-            found = configure(config, [f"--{name}={value}"])[name]
+            parsed = configure(config, [f"--{name}={value}"])[name]
         except ConfigError:
-            found = value
-        if name not in config or found != config[name]:
+            parsed = value
+        if name not in config or parsed != config[name]:
             differing.append(f"{name}={value} (there {config.get(name, 'missing')})")
     if differing:
         raise ValueError(f"{folder} holds another run: {', '.join(differing)}; delete it, or use another --out_dir")
@@ -64,53 +64,53 @@ def is_finished(folder: Path, wanted: dict[str, str]) -> bool:
 
 
 def run(folder: Path, settings: dict[str, str]) -> None:
-    """Train in `folder`, unless that run is finished."""
+    """Train in `folder` unless the run there is finished."""
     if not is_finished(folder, settings):
         threads = {"OMP_NUM_THREADS": "1"} if settings.get("device") == "cpu" else {}
-        given = [f"--{name}={value}" for name, value in settings.items()]
-        runs.train(folder, given, int(settings["max_iters"]), **threads)
+        arguments = [f"--{name}={value}" for name, value in settings.items()]
+        runs.train(folder, arguments, int(settings["max_iters"]), **threads)
 
 
 def common_of(args) -> tuple[str, str]:
-    """A name for the runs of this study, and the settings that they share."""
+    """The name and the shared settings of this study's runs."""
     return ("flip_rate", FLIP_COMMON) if args.study == "flip_rate" else (args.preset, PRESETS[args.preset])
 
 
 def planned(settings: str, args) -> dict[Path, dict[str, str]]:
     """{folder: settings} of a variant's runs, one per seed."""
     name, common = common_of(args)
-    root, found = Path(args.out_dir) / f"{name}-{Path(args.dataset).name}", {}
+    root, runs_of = Path(args.out_dir) / f"{name}-{Path(args.dataset).name}", {}
     for seed in range(1, args.seeds + 1):
-        wanted = words(f"{common} {settings} seed={seed} dataset={args.dataset}")
-        found[folder_of(root, common, settings, seed)] = wanted
-    return found
+        full_settings = words(f"{common} {settings} seed={seed} dataset={args.dataset}")
+        runs_of[folder_of(root, common, settings, seed)] = full_settings
+    return runs_of
 
 
 def run_all(variants: list[str], args) -> None:
-    """Finish every variant for every seed, `args.jobs` at a time; all variants of a seed run before the next seed."""
-    columns = zip(*(planned(settings, args).items() for settings in variants), strict=True)
-    wanted = dict(run for column in columns for run in column)
+    """Finish every variant for every seed, `args.jobs` at a time. All variants of a seed run before the next seed."""
+    seeds = zip(*(planned(settings, args).items() for settings in variants), strict=True)
+    in_order = dict(run for seed in seeds for run in seed)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            for future in as_completed([pool.submit(run, *one) for one in wanted.items()]):
+            for future in as_completed([pool.submit(run, *one) for one in in_order.items()]):
                 future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # runs under way finish, or save if Ctrl-C reached them
+            pool.shutdown(wait=False, cancel_futures=True)  # active runs finish, or save after Ctrl-C
             raise
 
 
 def run_and_read(variants: dict[str, str], args) -> dict[str, list[Path]]:
-    """Run the variants that --only names. Returns {label: run folders, one per seed} of all that are finished."""
+    """Run the variants, or those in --only. Returns {label: run folders, one per seed} of all finished variants."""
     if not args.table_only:
         run_all([text for label, text in variants.items() if not args.only or label.split(" @ ")[0] in args.only], args)
-    found = {}
+    folders = {}
     for label, settings in variants.items():
-        wanted = planned(settings, args)
-        if all(is_finished(*one) for one in wanted.items()):
-            found[label] = list(wanted)
+        runs_of = planned(settings, args)
+        if all(is_finished(*one) for one in runs_of.items()):
+            folders[label] = list(runs_of)
         else:
-            print(f"not in the table, as seeds are missing: {label}")
-    return found
+            print(f"not in the table because seeds are missing: {label}")
+    return folders
 
 
 def final_losses(folders: list[Path], name: str = "val_loss") -> list[float | None]:
@@ -119,7 +119,7 @@ def final_losses(folders: list[Path], name: str = "val_loss") -> list[float | No
 
 def complete(values: dict[str, list]) -> dict[str, list]:
     """The labels that have a value for every seed."""
-    return {label: found for label, found in values.items() if None not in found}
+    return {label: by_seed for label, by_seed in values.items() if None not in by_seed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,11 +127,11 @@ def complete(values: dict[str, list]) -> dict[str, list]:
 
 
 def compare(args) -> tuple[dict, list[str]]:
-    """Final validation losses of a grid, and differences to its references within each seed."""
+    """Final validation losses of a grid, and differences from its references within each seed."""
     study = study_of(args)
     folders = run_and_read(study.variants, args)
-    losses = {label: final_losses(found) for label, found in folders.items()}
-    pruned = complete({label: final_losses(found, "val_loss_24") for label, found in folders.items()})
+    losses = {label: final_losses(of_label) for label, of_label in folders.items()}
+    pruned = complete({label: final_losses(of_label, "val_loss_24") for label, of_label in folders.items()})
     panels = {f"minus {name}": paired_to(losses, name) for name in study.references if name in losses}
     mus = mus_of(folders, 1.5, 5)
     flops = relative_flops({k: v for k, v in study.variants.items() if not switches_by_itself(v)}, args)
@@ -141,29 +141,29 @@ def compare(args) -> tuple[dict, list[str]]:
         note += " Early mu: flip rate over the dense run's, between 1.5 and 5 warm-ups (section 4.3)."
     data = {"variants": study.variants, "val_loss": losses, "val_loss_24": pruned, "early_mu": mus, "panels": panels}
     data |= {"flops": flops}
-    # Just after the warm-up, as studies/search_decay.py does, and late.
+    # mu just after the warm-up, as studies/search_decay.py takes it, and later
     data["mu"] = {f"{first} to {end}": mus_of(folders, first, end) for first, end in ((1.5, 2.5), (4, 5))}
     return data | environment(folders), [*report.loss_table(losses, pruned, mus, flops, panels), "", note]
 
 
 def mus_of(folders: dict[str, list[Path]], first: float, end: float) -> dict[str, list[float]]:
-    """{label: mu of each seed} between `first` and `end` warm-ups, for labels that compare with the dense run."""
+    """{label: mu of each seed} between `first` and `end` warm-ups, for labels with the dense run's kind of mask."""
     if "dense" not in folders:
         return {}
-    sparse = {label: found for label, found in folders.items() if label != "dense"}
-    return complete({label: early_mus(found, folders["dense"], first, end) for label, found in sparse.items()})
+    sparse = {label: of_label for label, of_label in folders.items() if label != "dense"}
+    return complete({label: early_mus(runs_of, folders["dense"], first, end) for label, runs_of in sparse.items()})
 
 
 def early_mus(folders: list[Path], dense: list[Path], first: float, end: float) -> list[float | None]:
-    """mu = mean r' / mean r of each seed between `first` and `end` warm-ups. None if the kinds of masks differ."""
+    """mu = mean r' / mean r of each seed between `first` and `end` warm-ups. None if the kinds of mask differ."""
     mus = []
     for folder, reference in zip(folders, dense, strict=True):
         config = read_config(folder)
         window = (first * config["warmup_iters"], end * config["warmup_iters"])
         rates, dense_rates = runs.flip_rates(folder, *window), runs.flip_rates(reference, *window)
         steps = rates.keys() & dense_rates.keys()
-        alike = steps and config["flip_mask"] == read_config(reference)["flip_mask"]
-        mus.append(sum(rates[i] for i in steps) / sum(dense_rates[i] for i in steps) if alike else None)
+        comparable = steps and config["flip_mask"] == read_config(reference)["flip_mask"]
+        mus.append(sum(rates[i] for i in steps) / sum(dense_rates[i] for i in steps) if comparable else None)
     return mus
 
 
@@ -172,10 +172,10 @@ def paired_to(losses: dict[str, list[float]], reference: str) -> dict[str, Paire
 
 
 def environment(folders: dict[str, list[Path]]) -> dict:
-    """The environment of the first run, and the commits at which the runs of each label were made."""
-    found = {label: [read_config(one)["environment"] for one in several] for label, several in folders.items()}
-    commits = {label: sorted({str(one.get("commit")) for one in several}) for label, several in found.items()}
-    return {"environment": next((several[0] for several in found.values()), None), "commits": commits}
+    """The environment of the first run, and the commits of each label's runs."""
+    environments = {label: [read_config(run)["environment"] for run in of_label] for label, of_label in folders.items()}
+    commits = {label: sorted({str(one.get("commit")) for one in every}) for label, every in environments.items()}
+    return {"environment": next((every[0] for every in environments.values()), None), "commits": commits}
 
 
 def study_of(args) -> Study:
@@ -202,7 +202,7 @@ def step_costs(variants: dict[str, str], args) -> dict[str, dict[str, float]]:
 
 
 def equal_cost(args) -> tuple[dict, list[str]]:
-    """Losses if each variant takes as many steps as cost what the dense run costs, in FLOPs and in time."""
+    """Losses if every variant costs as much as the dense run, in FLOPs and in time."""
     study, iters = study_of(args), int(words(PRESETS[args.preset])["max_iters"])
     costs = step_costs(study.variants, args)
     steps = {name: {v: max(1, round(iters / cost)) for v, cost in ratios.items()} for name, ratios in costs.items()}
@@ -215,14 +215,14 @@ def equal_cost(args) -> tuple[dict, list[str]]:
     }
     folders = run_and_read(grid, args)
     losses = {name: {} for name in steps}
-    for label, found in folders.items():
+    for label, of_label in folders.items():
         variant, name = label.split(" @ ")
-        losses[name][variant] = final_losses(found)
+        losses[name][variant] = final_losses(of_label)
     differences = {
-        name: {reference: paired_to(found, reference) for reference in study.references if reference in found}
-        for name, found in losses.items()
+        name: {reference: paired_to(by_label, reference) for reference in study.references if reference in by_label}
+        for name, by_label in losses.items()
     }
-    panels = {f"at equal {name}, minus {k}": v for name, found in differences.items() for k, v in found.items()}
+    panels = {f"at equal {name}, minus {k}": v for name, by_ref in differences.items() for k, v in by_ref.items()}
     data = {"variants": study.variants, "cost": costs, "steps": steps, "val_loss": losses, "panels": panels}
     table = report.equal_cost_table(costs, steps, losses, differences)
     return data | environment(folders), [*table, "", equal_cost_note(args)]
@@ -250,7 +250,8 @@ def calibrate(args) -> None:
     variants, n = study_of(args).variants, args.calibrate
     short = {label: f"{v} max_iters={n} lr_decay_iters={n} log_interval=10" for label, v in variants.items()}
     args.seeds, args.jobs = 1, 1
-    ms = {label: measured_ms(found[0], variants[label]) for label, found in run_and_read(short, args).items()}
+    folders = run_and_read(short, args)
+    ms = {label: measured_ms(of_label[0], variants[label]) for label, of_label in folders.items()}
     path = Path(args.results) / f"{result_name(args)}-step_ms.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, ms)
@@ -266,7 +267,7 @@ def flip_rate(args) -> tuple[dict, list[str]]:
     """mu = r' / r (section 4.3): the flip rate of each decay factor over that of the dense run of the same seed."""
     variants = STUDIES["flip_rate"].variants
     folders = run_and_read(variants, args)
-    rates = {label: [window_means(folder) for folder in found] for label, found in folders.items()}
+    rates = {label: [window_means(folder) for folder in of_label] for label, of_label in folders.items()}
     if "dense" not in rates:
         raise ValueError("flip_rate: the dense runs are not finished, and mu needs them; run them too")
     return {"variants": variants, "t0": WINDOWS, "flip_rate": rates} | environment(folders), report.flip_table(
@@ -279,29 +280,29 @@ def flip_rate(args) -> tuple[dict, list[str]]:
 
 
 def pooled(args) -> None:
-    """Write a table and a figure of a study on several texts together, from the files that it has written for each.
-    Raises ValueError if one is missing, or if the texts have unequal numbers of seeds."""
+    """Write one table and one figure of a study on several texts, from the study's files for each text.
+    Raises ValueError if a file is missing, or if the texts have different numbers of seeds."""
     tables, commits = [], {}
     for text in args.texts:
         path = Path(args.results) / f"{result_name(args, text)}.json"
         if not path.exists():
             raise ValueError(f"no {path} yet; run: python -m studies.compare {args.study} --dataset={text}")
-        found = json.loads(path.read_text())
-        tables.append(found["val_loss"])
-        for label, more in found.get("commits", {}).items():
+        results = json.loads(path.read_text())
+        tables.append(results["val_loss"])
+        for label, more in results.get("commits", {}).items():
             commits[label] = sorted({*commits.get(label, []), *more})
     if len({len(table["dense"]) for table in tables}) > 1:
         raise ValueError(f"{', '.join(args.texts)} have unequal numbers of seeds; run them with equal --seeds")
     labels = [label for label in tables[0] if all(label in table for table in tables)]
     means = [{label: f"{paired(table[label], table['dense']).mean:.4f}" for label in labels} for table in tables]
-    every = {label: [x for table in tables for x in table[label]] for label in labels}
-    panels = {f"minus {name}": paired_to(every, name) for name in POOLED}
+    losses = {label: [x for table in tables for x in table[label]] for label in labels}
+    panels = {f"minus {name}": paired_to(losses, name) for name in POOLED}
     names = [Path(text).name for text in args.texts]
     heads = ["method", *(f"minus dense: {name.removesuffix('_char')}" for name in names)]
     for title in panels:
         heads += [title, "95 % interval", "by seed", "lower in"]
     rows = []
-    for label in by_mean(every):
+    for label in by_mean(losses):
         row = [label, *("" if label == "dense" else mean[label] for mean in means)]
         for panel in panels.values():
             d = panel.get(label)
@@ -313,20 +314,20 @@ def pooled(args) -> None:
     note = "Differences within each seed and text; mean +- sample standard deviation over all of these pairs. The "
     note += "first interval takes them for independent; the one by seed takes one mean over the texts of each seed."
     path = Path(args.results) / (args.name or f"{args.study}-texts")
-    write(path, command, [*markdown(heads, rows), "", note], panels, {"val_loss": every, "commits": commits})
+    write(path, command, [*markdown(heads, rows), "", note], panels, {"val_loss": losses, "commits": commits})
 
 
 def by_seed(difference: Paired, texts: int) -> Paired:
-    """The mean over the texts of each seed, which are not independent. The differences hold all seeds of a text before
-    the next text."""
+    """One mean over the texts for each seed, since the texts of a seed are not independent. `difference` has all seeds
+    of a text before the next text."""
     seeds = len(difference.differences) // texts
     means = [statistics.fmean(difference.differences[seed::seeds]) for seed in range(seeds)]
     return paired(means, [0.0] * seeds)
 
 
 def result_name(args, text: str | None = None) -> str:
-    """The name of the files below --results: --name, or the study with its dataset and preset if they are unusual.
-    text: a dataset in place of --dataset and --name."""
+    """The name of the files below --results: --name, or the study with its dataset and preset unless these are the
+    defaults. text: a dataset that replaces --dataset and --name."""
     if args.name and text is None:
         return args.name
     dataset = Path(text or args.dataset).name
@@ -335,10 +336,10 @@ def result_name(args, text: str | None = None) -> str:
 
 
 def command_of(args) -> str:
-    """The command that writes the table again."""
+    """The command that reproduces the table."""
     start = f"python -m studies.compare {args.study} --dataset={Path(args.dataset).name} --seeds={args.seeds}"
-    given = vars(args)
-    return " ".join([start, *(f"--{name}={given[name]}" for name, usual in USUAL.items() if given[name] != usual)])
+    options = vars(args)
+    return " ".join([start, *(f"--{name}={options[name]}" for name, usual in USUAL.items() if options[name] != usual)])
 
 
 def write_study(args) -> None:
@@ -369,16 +370,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", default="shakespeare_char", help="folder under data/, or a path")
     parser.add_argument("--preset", choices=PRESETS, help="the settings that all runs share")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", metavar="LABEL", help="variants to run; the table has all finished ones")
-    parser.add_argument("--texts", nargs="+", metavar="DATASET", help="one table of what is there for these, no runs")
+    parser.add_argument(
+        "--only", nargs="+", metavar="LABEL", help="variants to run; the table has all finished variants"
+    )
+    parser.add_argument(
+        "--texts", nargs="+", metavar="DATASET", help="write one table over these datasets from finished studies"
+    )
     parser.add_argument("--table_only", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: 2, on a GPU 1")
     parser.add_argument("--out_dir", default="out-study", help="folder of the runs")
     parser.add_argument("--results", default="results", help="folder of the table and the figure")
-    parser.add_argument("--name", help="name of the files below --results; default: by study, dataset and preset")
-    parser.add_argument("--ratio", type=float, help="equal_cost: dense over 2:4 GEMM time, for predictions")
+    parser.add_argument("--name", help="name of the files below --results; default: study, dataset and preset")
+    parser.add_argument("--ratio", type=float, help="equal_cost: dense over 2:4 time of a GEMM, for predictions")
     parser.add_argument("--step_ms", help="equal_cost: JSON of {label: measured ms of a step}, instead of predictions")
-    parser.add_argument("--calibrate", type=int, metavar="N", help="measure steps in runs of N iterations, no table")
+    parser.add_argument("--calibrate", type=int, metavar="N", help="only measure step times, in runs of N iterations")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}, need at least 1")
@@ -396,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"studies.compare: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("studies.compare: stopped; the same command goes on")
+        sys.exit("studies.compare: stopped; the same command resumes it")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a training step of a study's variant costs: FLOPs counted, time predicted by roofline.py or read from a run.
+"""The cost of a training step of a study's variant: its FLOPs, its predicted time (roofline.py) or its measured time.
 
-A step's cost is the mean over a run's phases. Only ratios of costs are meant to be used.
+A step's cost is the mean over the phases of a run. Use only ratios of costs.
 """
 
 import statistics
@@ -17,13 +17,13 @@ from runtime.metrics import read_config, read_metrics
 from sparse24 import SETTINGS, Recipe, Sparse24Linear, get_recipe
 from studies.grids import words
 
-# Sequences of a micro-batch, and micro-batches of a step: 524,288 tokens, the paper's and GPT-2's, in what fits a card.
+# Sequences per micro-batch, which fit on a card, and micro-batches per step: 524,288 tokens, as the paper and GPT-2.
 MICRO_BATCH, ACCUMULATION = 16, 32
-GPU, SIZE = "h200", "774M"  # predicted times are this GPU's and this GPT-2's
+GPU, SIZE = "h200", "774M"  # the GPU and the GPT-2 of predicted times
 
 
 def fitted(defaults: dict, settings: str) -> dict:
-    """`defaults` with those of `settings` that are among them, checked."""
+    """`defaults`, updated by the entries of `settings` with the same names."""
     return defaults | configure(defaults, [f"--{k}={v}" for k, v in words(settings).items() if k in defaults])
 
 
@@ -37,19 +37,19 @@ def _recipe(settings: str) -> Recipe:
 
 
 def switches_by_itself(settings: str) -> bool:
-    """Whether the optimizer ends the dense start, as STEP's does. A step's mean cost is not known before such a run."""
+    """True if the optimizer ends the dense start, as in STEP. Then a step's mean cost is unknown before the run."""
     return not is_dense(settings) and _recipe(settings).dense_pretrain_latest > 0
 
 
 def recipe_of(settings: str) -> Recipe | None:
-    """The recipe of these settings, None for a dense run. Raises ValueError if a step's cost cannot be known before."""
+    """The recipe of these settings; None for a dense run. Raises ValueError if the dense phase has no known length."""
     if switches_by_itself(settings):
         raise ValueError(f"{settings}: equal cost needs a dense phase of known length")
     return None if is_dense(settings) else _recipe(settings)
 
 
 def sparse_gemms(recipe: Recipe) -> list[str]:
-    """Which of the six GEMMs of a feed-forward layer have a 2:4 operand: dX where its weights are pruned along out."""
+    """The GEMMs of a feed-forward layer that have a 2:4 operand. dX needs weights pruned along the outputs."""
     layer = recipe.layer or Sparse24Linear
     backward_mask = layer.backward_mask is not Sparse24Linear.backward_mask  # the method overrides it
     both = recipe.mask == "transposable" or backward_mask
@@ -57,12 +57,11 @@ def sparse_gemms(recipe: Recipe) -> list[str]:
 
 
 def sparse_share(recipe: Recipe) -> float:
-    """Share of the steps that are sparse."""
     return 1 - recipe.dense_finetune - recipe.dense_pretrain
 
 
 def flops_of(settings: str, vocab_size: int) -> float:
-    """Matmul FLOPs per token (GPT.flops_per_token's convention), mean over the phases, a 2:4 GEMM counted as half."""
+    """Matmul FLOPs per token as GPT.flops_per_token counts them, mean over the phases. A 2:4 GEMM counts as half."""
     padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
     config = GPTConfig(**fitted(asdict(GPTConfig(vocab_size=padded)), settings))
     with torch.device("meta"):
@@ -77,17 +76,17 @@ def flops_of(settings: str, vocab_size: int) -> float:
 def predicted_ms(settings: str, ratio: float) -> float:
     """Milliseconds of a step of GPT-2 SIZE on GPU with the recipe and d_ff ratio of `settings`, mean over the phases.
 
-    ratio: dense over 2:4 time of a GEMM. The gradient of soft weights, unless it is straight through, reads weights and
-    dW and writes dW, all fp32, in each micro-step."""
+    ratio: dense over 2:4 time of a GEMM. In each micro-step the gradient of soft weights (not the straight-through one)
+    reads the weights and dW and writes dW, all in fp32."""
     shape = " ".join(f"{name}={v}" for name, v in words(settings).items() if name in ("ffn_ratio", "activation"))
     config = GPTConfig(**fitted(asdict(gpt2(SIZE)), shape))
     recipe, card = recipe_of(settings), roofline.GPUS[GPU]
     dense = predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
     if recipe is None:
         return dense
-    how = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": recipe.mvue}
-    how["mask_interval"] = recipe.mask_interval
-    sparse = predict_step(card, config, MICRO_BATCH, how, ACCUMULATION)["ms"]
+    options = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": recipe.mvue}
+    options["mask_interval"] = recipe.mask_interval
+    sparse = predict_step(card, config, MICRO_BATCH, options, ACCUMULATION)["ms"]
     if recipe.mask == "soft" and recipe.weight_gradient != "straight":
         weights = config.n_layer * roofline.ffn_weights(config.n_embd, config.d_ff, config.activation)
         sparse += 1e3 * ACCUMULATION * 12 * weights / card.bandwidth
@@ -95,8 +94,8 @@ def predicted_ms(settings: str, ratio: float) -> float:
 
 
 def measured_ms(folder: Path, settings: str) -> float:
-    """Milliseconds of a step of a run, mean over the phases. A phase's time is the median of its rows, without the
-    first row, in which the compiler works."""
+    """Milliseconds of a step of a run, mean over the phases. A phase's time is the median of its rows. The first row,
+    which includes compilation, does not count."""
     config, recipe = read_config(folder), recipe_of(settings)
     tokens = config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"]
     share = {"sparse": sparse_share(recipe) if recipe else 0.0}

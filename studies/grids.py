@@ -1,9 +1,9 @@
-"""What compare.py compares: the settings that all runs of a preset share, and the variants of each study."""
+"""The grids of compare.py: the settings that all runs of a preset share, and the variants of each study."""
 
 from dataclasses import dataclass, replace
 
-# cpu: nanoGPT's CPU recipe, but at width 64, learning rate 3e-3 and 2500 iterations, where methods separate, and
-# evaluated on the whole validation split, so that no evaluation noise is left.
+# cpu: nanoGPT's CPU recipe, but with width 64, learning rate 3e-3 and 2500 iterations, where methods differ visibly.
+# It evaluates on the full validation split, so that there is no evaluation noise.
 PRESETS = {
     "cpu": (
         "n_layer=4 n_head=4 n_embd=64 block_size=64 batch_size=12 gradient_accumulation_steps=1 dropout=0.0 bias=False "
@@ -17,23 +17,23 @@ PRESETS = {
         "eval_interval=0 eval_iters=32 flip_interval=20 checkpoint_interval=100000 log_interval=10 device=cuda"
     ),
 }
-# fst's decay factor: the best on shakespeare_char, seeds 1 to 3 (results/decay.md); the paper's
+# fst's decay factor. cpu: the best on shakespeare_char with seeds 1 to 3 (results/decay.md). gpu: the paper's
 DECAY = {"cpu": "2e-3", "gpu": "6e-5"}
 FST = f"sparse=fst masked_decay={DECAY['cpu']} mask_interval=40"
 
-STRAIGHT = "sparse=s_ste_straight"  # the paper's; s_ste has the true gradient
+STRAIGHT = "sparse=s_ste_straight"  # the paper's gradient; s_ste has the true one
 
 
 @dataclass(frozen=True)
 class Study:
-    """{label: settings} on top of a preset; differences are to the `references` within each seed."""
+    """variants: {label: settings on top of a preset}. Differences are taken from each reference, within each seed."""
 
     variants: dict[str, str]
     references: tuple[str, ...] = ("dense",)
 
 
 def with_decay(study: Study, decay: str) -> Study:
-    """The study with another decay factor wherever fst has that of the cpu preset."""
+    """The study with `decay` wherever fst has the decay factor of the cpu preset."""
     other = FST.replace(DECAY["cpu"], decay)
     return replace(study, variants={label: text.replace(FST, other) for label, text in study.variants.items()})
 
@@ -67,7 +67,7 @@ STUDIES = {
         },
         ("dense", "decay yes, MVUE no, dense end no", "decay yes, MVUE yes, dense end yes"),
     ),
-    # Its Figure 3: dense steps last or first; and mask intervals
+    # The paper's Figure 3, dense steps last or first, and mask intervals
     "phases": Study(
         {
             "dense": "sparse=none",
@@ -89,7 +89,7 @@ STUDIES = {
             "fst": FST,
             "s_ste": "sparse=s_ste",
             "s_ste, straight through": STRAIGHT,
-            # d_ff such that a step costs about what the dense one does: in time, between the two, in FLOPs
+            # A step costs about as much as a dense one: fst 5d in time, s_ste 6d in FLOPs, fst 6d in between
             "fst, d_ff 5d": f"{FST} ffn_ratio=5",
             "fst, d_ff 6d": f"{FST} ffn_ratio=6",
             "s_ste, d_ff 6d": "sparse=s_ste ffn_ratio=6",
@@ -106,7 +106,7 @@ STUDIES = {
         },
         ("fst", "s_ste, straight through"),
     ),
-    # Section 4.3: does the factor of the best loss have its mu in the band?
+    # Section 4.3: is mu of the best decay factor inside the band?
     "decay": Study(
         {"dense": "sparse=none"}
         | {
@@ -122,7 +122,7 @@ STUDIES = {
         }
     ),
 }
-FLIP_COMMON = (  # the first 311 iterations of nanoGPT's CPU recipe, whose schedule is laid out for 1000
+FLIP_COMMON = (  # the first 311 iterations of nanoGPT's CPU recipe, with its schedule for 1000
     f"{PRESETS['cpu']} n_embd=128 learning_rate=1e-3 min_lr=1e-4 lr_decay_iters=1000 max_iters=311 "
     "flip_interval=1 eval_interval=0 eval_iters=20"
 )
@@ -130,5 +130,5 @@ WINDOWS = (150, 200, 250, 300)  # centres t0 of windows of 20 iterations
 
 
 def words(settings: str) -> dict[str, str]:
-    """{name: value} of "name=value ..."; a later one wins."""
+    """{name: value} of "name=value ..."; the last value of a name counts."""
     return dict(word.split("=", 1) for word in settings.split())

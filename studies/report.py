@@ -1,4 +1,4 @@
-"""Tables and figures of studies: paired differences, with what a few seeds can say about them. See compare.py."""
+"""Tables and figures of compare.py: paired differences with their intervals."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from runtime.plot import COLOURS
 
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the last one, which is a little too wide
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. More degrees use the last one, slightly too wide
 T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -17,7 +17,7 @@ T975 = (
 @dataclass(frozen=True)
 class Paired:
     """Differences within each seed, their mean and sample standard deviation, the paired 95 % t-interval (None for one
-    seed), and in how many seeds the difference is below zero."""
+    seed), and the number of seeds with a difference below zero."""
 
     differences: list[float]
     mean: float
@@ -43,7 +43,7 @@ def paired(values: list[float], reference: list[float]) -> Paired:
 
 
 def spread(values: list[float]) -> str:
-    """Mean +- sample standard deviation; the value alone of one seed."""
+    """Mean +- sample standard deviation; for one seed only the value."""
     mean = f"{statistics.fmean(values):.4f}"
     return f"{mean} +- {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
@@ -64,8 +64,8 @@ def by_mean(losses: dict[str, list[float]]) -> list[str]:
 def loss_table(
     losses: dict, pruned: dict, mus: dict, flops: dict[str, float], panels: dict[str, dict[str, Paired]]
 ) -> list[str]:
-    """losses, pruned, mus: {label: one value per seed}; flops: of a step, over the dense one's; panels: {title: {label:
-    difference}}, three columns each."""
+    """losses, pruned, mus: {label: one value per seed}. flops: {label: FLOPs of a step over dense}. panels: {title:
+    {label: difference}}, three columns each."""
     heads = ["method", "FLOPs", "validation loss", "pruned to 2:4", *(["early mu"] if mus else [])]
     for title in panels:
         heads += [title, "95 % interval", "lower in"]
@@ -83,8 +83,8 @@ def loss_table(
 
 
 def equal_cost_table(costs: dict, steps: dict, losses: dict, panels: dict[str, dict[str, dict]]) -> list[str]:
-    """All {criterion: {label: ...}}: a step's cost over the dense one's, steps, losses; panels: {criterion: {reference:
-    {label: difference}}}."""
+    """costs (of a step over dense), steps, losses: {criterion: {label: value}}. panels: {criterion: {reference: {label:
+    difference}}}."""
     heads = ["method"]
     for name in costs:
         heads += [f"{name} of a step", "steps", f"loss at equal {name}", *(f"minus {k}" for k in panels[name])]
@@ -95,14 +95,14 @@ def equal_cost_table(costs: dict, steps: dict, losses: dict, panels: dict[str, d
         for name in costs:
             values = losses[name].get(label)
             row += [f"{costs[name][label]:.3f}", str(steps[name][label]), spread(values) if values else ""]
-            found = [panel.get(label) for panel in panels[name].values()]
-            row += [f"{spread(d.differences)} {interval(d)}".strip() if d else "" for d in found]
+            differences = [panel.get(label) for panel in panels[name].values()]
+            row += [f"{spread(d.differences)} {interval(d)}".strip() if d else "" for d in differences]
         rows.append(row)
     return markdown(heads, rows)
 
 
 def flip_table(rates: dict[str, list[list[float]]], windows: tuple[int, ...]) -> list[str]:
-    """rates: {variant: for each seed the means of the windows}; mu is against the dense run of the same seed."""
+    """rates: {variant: [means of the windows] per seed}. mu compares with the dense run of the same seed."""
     dense = list(zip(*rates["dense"], strict=True))
     rows = [["dense, r", *(f"{statistics.fmean(r):.5f}" for r in dense)]]
     for variant in (label for label in rates if label != "dense"):
@@ -120,7 +120,7 @@ def flip_table(rates: dict[str, list[list[float]]], windows: tuple[int, ...]) ->
 
 
 def colour_of(difference: Paired) -> str:
-    """Blue where the whole interval is below zero, vermilion where it is above, grey where it holds zero."""
+    """Blue if the interval is below zero, vermilion if it is above, grey if it contains zero."""
     if difference.low is None or difference.low <= 0 <= difference.high:
         return "0.35"
     return COLOURS[0] if difference.high < 0 else COLOURS[1]
@@ -148,7 +148,7 @@ def draw_panel(axes, title: str, panel: dict[str, Paired], labels: list[str]) ->
 
 def draw(panels: dict[str, dict[str, Paired]], path, title: str) -> None:
     """A figure of one panel per reference or criterion, side by side, rows sorted by the first panel's means."""
-    from matplotlib.figure import Figure  # without pyplot: always Agg, no display and no global state
+    from matplotlib.figure import Figure  # not pyplot, which needs a display and has global state
 
     means = {label: d.mean for panel in reversed(panels.values()) for label, d in panel.items()}
     labels = sorted(means, key=means.get)

@@ -1,4 +1,4 @@
-"""Runs of train.py, each in a folder of its own: start one, go on with one that was stopped, and read what it wrote."""
+"""Runs of train.py, each in its own folder: start them, resume them, and read their metrics."""
 
 import fcntl
 import math
@@ -22,27 +22,27 @@ def last_row(folder: Path) -> dict | None:
 
 
 def is_finished(folder: Path, max_iters: int) -> bool:
-    """Whether the run has its last validation loss. train.py writes that row after it saved the checkpoint."""
+    """True if the run has its last validation loss. train.py writes that row after it has saved the checkpoint."""
     row = last_row(folder)
     return row is not None and row["iter"] >= max_iters and row.get("val_loss") is not None
 
 
 def flip_rates(folder: Path, first: float = 0, end: float = math.inf) -> dict[int, float]:
-    """{step: flip rate} of the steps from `first` up to `end` at which the flip rate was measured."""
+    """{step: flip rate} of the measured steps with first <= step < end."""
     rows = [row for row in read_metrics(folder) if first <= row["iter"] < end]
     return {row["iter"]: row["flip_rate"] for row in rows if row.get("flip_rate") is not None}
 
 
 def train_command(folder: Path, words: Sequence[str], launcher: Sequence[str] = (sys.executable,)) -> list[str]:
-    """The command that trains in `folder`. words: config files and settings for train.py, all but out_dir."""
+    """The command that trains in `folder`. words: config files and settings for train.py without out_dir."""
     return [*launcher, str(TRAIN), *words, f"--out_dir={folder.resolve()}"]
 
 
 def train(folder: Path, words, max_iters: int, launcher=(sys.executable,), **environment: str) -> None:
-    """Train in `folder` up to step `max_iters`, from where its run stands. A finished run is not started.
+    """Train in `folder` up to step `max_iters`, or resume the run there. Does nothing if it is finished.
 
-    words, launcher: see train_command. Raises RuntimeError if the run fails or is stopped by a signal. Two processes
-    that want the same run take turns: train.py inherits the lock, so it holds even if the first process was killed.
+    words, launcher: see train_command. Raises RuntimeError if the run fails or if a signal stops it. A lock keeps two
+    processes from the same run. train.py inherits it, so the lock holds even if the parent is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
@@ -55,18 +55,18 @@ def train(folder: Path, words, max_iters: int, launcher=(sys.executable,), **env
         try:
             status = run_child(train_command(folder, words, launcher), log, **options)
         except InterruptedError:
-            raise RuntimeError(f"stopped; the same command goes on with {folder}") from None
+            raise RuntimeError(f"stopped; the same command resumes {folder}") from None
     if status or not is_finished(folder, max_iters):
         end = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
         raise RuntimeError(f"{folder} ended with status {status}, unfinished; the end of {log}:\n    {end}")
 
 
 def run_child(command: list[str], log_path: Path, **options) -> int:
-    """The exit status of `command`. A signal to stop waits for it, so that train.py can save.
+    """Run `command` and return its exit status. After SIGTERM or SIGINT it waits for the child, so that train.py can
+    save, and raises InterruptedError.
 
-    Raises InterruptedError after such a signal. A SIGTERM is passed on to the child. A SIGINT is not: the terminal
-    sends a Ctrl-C to train.py itself, and a second one would end it unsaved. Python delivers signals to the main thread
-    only; in other threads this just waits.
+    Passes SIGTERM on to the child, but not SIGINT: the terminal sends Ctrl-C to train.py too, and a second SIGINT would
+    end it before it saves. Only the main thread handles signals, as Python demands; other threads just wait.
     """
     with open(log_path, "a") as log:
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)

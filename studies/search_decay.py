@@ -2,22 +2,21 @@
 
     python -m studies.search_decay config/train_gpt2_sparse.py --launcher="torchrun --standalone --nproc_per_node=8"
 
-The words are those of the training command. The search trains the dense model in search_dir/dense, and one sparse run
-per candidate lambda in search_dir/decay-<lambda>. Then it takes mu(lambda) = mean r' / mean r over the window. If no mu
-is in [0.60, 0.95], up to `refine` more candidates run, interpolated or further out. It writes search.json and
+Give it the arguments of the training command. It trains the dense model in search_dir/dense, and one sparse run per
+candidate lambda in search_dir/decay-<lambda>. Then it computes mu(lambda) = mean r' / mean r over the window. If no mu
+is in [0.60, 0.95], it runs up to `refine` more candidates, interpolated or further out. It writes search.json and
 search.png, and prints the training command.
 
 r' and r are the flip rates (Definition 4.1, fraction of mask entries per step) of the candidate and of the dense run at
-the same steps. Seed, initial weights and batches are equal, so the runs differ in the method alone. The recommended
-lambda is the measured one whose mu lies in the band and nearest to its middle, on a log scale.
+the same steps. Seed, initial weights and batches are equal, so only the method differs. The recommended lambda is the
+one whose mu lies in the band, nearest to its middle on a log scale.
 
-A run has 1.5 * warmup_iters steps, all of them sparse, of the schedule that the settings give (lr_decay_iters stays).
-The window is the last fifth, 1.2 to 1.5 warm-ups: before the warm-up's end masks hardly answer to lambda, and later
-steps cost more than they tell. mu goes on falling slowly (the small model's at lambda 2e-3 is 0.59, 0.51, 0.46, 0.42
-after 1.5, 2, 2.5, 3 warm-ups, results/flip_rate.md), so look at it again in the real run (flip_reference).
+A run has 1.5 * warmup_iters steps, all sparse, of the training run's schedule (lr_decay_iters stays). The window is the
+last fifth, 1.2 to 1.5 warm-ups. Before the end of the warm-up lambda has little effect on the masks; later steps cost
+more and tell little. mu keeps falling slowly (for the small model at lambda 2e-3: 0.59, 0.51, 0.46, 0.42 after 1.5, 2,
+2.5, 3 warm-ups, results/flip_rate.md), so check it again in the training run (flip_reference).
 
-A search that was stopped or killed goes on with the same command. A finished run keeps its metrics and loses its
-checkpoint.
+The same command resumes a search that was stopped or killed. The checkpoint of a finished run is deleted.
 """
 
 import argparse
@@ -40,15 +39,15 @@ from runtime.plot import curve, finish, new_figure
 from sparse24 import Recipe, get_recipe, recipe_of
 from studies import runs
 
-OWNED = {  # settings of train.py that are refused on the command line, and what to do instead
-    "out_dir": "each run has a folder of its own; choose where with --search_dir",
-    "masked_decay": "it is what is searched for; choose the candidates with --candidates",
-    "max_iters": "--steps is the length of the search; the training run's belongs in its config file",
+OWNED = {  # settings that the search sets itself, and why they are refused on the command line
+    "out_dir": "each run has its own folder; choose the parent with --search_dir",
+    "masked_decay": "the search looks for it; choose the candidates with --candidates",
+    "max_iters": "--steps is the length of the search; put the training run's length into its config file",
     "dense_start": "a search has no dense phase; leave it out",
-    "flip_reference": "the search makes its own dense run; leave it out",
+    "flip_reference": "the search runs the dense model itself; leave it out",
 }
-HARMLESS = ("log_interval", "wandb_project", "wandb_run_name")  # may change between two calls
-FACTOR = 3.0  # from the outermost candidate to the next one further out
+HARMLESS = ("log_interval", "wandb_project", "wandb_run_name")  # these may change between two calls
+FACTOR = 3.0  # between the outermost candidate and the next one
 
 
 @dataclass
@@ -56,11 +55,11 @@ class Search:
     """A search: its settings, and its results so far."""
 
     args: argparse.Namespace
-    words: list[str]  # the user's, for train.py
-    own: dict  # settings that follow them, the search's
-    settings: dict  # every setting of a candidate but out_dir and masked_decay
-    real_steps: int  # of the training run
-    refined: list[float] = field(default_factory=list)  # candidates beside those asked for
+    words: list[str]  # the user's arguments for train.py
+    search_settings: dict  # settings of the search, which follow the user's
+    settings: dict  # all settings of a candidate without out_dir and masked_decay
+    real_steps: int  # steps of the training run
+    refined: list[float] = field(default_factory=list)  # candidates that the search added to --candidates
     results: dict[float, dict] = field(default_factory=dict)  # {lambda: what `compare` returns}
 
     def __post_init__(self):
@@ -83,11 +82,11 @@ def window_size(steps: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Preparation: it finds every mistake before anything is written
+# Preparation: finds all mistakes before anything is written
 
 
 def train_defaults() -> dict:
-    """train.py's settings as `configure` takes them, read from its source, since nobody imports a script."""
+    """The default settings of train.py for `configure`, from its source, without importing the script."""
     source = runs.TRAIN.read_text(encoding="utf-8")
     defaults = {"__file__": str(runs.TRAIN)}
     exec(source.partition("# ---- the run ----")[2].partition("# ---- end of settings ----")[0], defaults)
@@ -96,20 +95,20 @@ def train_defaults() -> dict:
 
 def parse_candidates(text: str) -> list[float]:
     try:
-        values = sorted({float(f"{float(word):g}") for word in text.split(",")})  # as the folders are named
+        values = sorted({float(f"{float(word):g}") for word in text.split(",")})  # rounded as in folder names
     except ValueError:
-        raise ValueError(f"--candidates={text}, need numbers with commas between them, as 0,6e-5,2e-4") from None
+        raise ValueError(f"--candidates={text}, need numbers with commas between them, like 0,6e-5,2e-4") from None
     if not (values[0] >= 0 and 0 < values[-1] < math.inf):
         raise ValueError(f"--candidates={text}, need finite factors of at least 0, and one above 0")
     return values
 
 
 def check_words(typed: dict, settings: dict) -> None:
-    """typed: settings of the command line alone. settings: config files too. Raises ValueError for what cannot be."""
+    """Raise ValueError for settings that a search cannot have. typed: only those of the command line."""
     for name in OWNED.keys() & typed.keys():
         raise ValueError(f"--{name} cannot be given: {OWNED[name]}")
     if typed.get("sparse") == "none":
-        raise ValueError("--sparse=none: a search needs a sparse recipe, and makes the dense run itself; leave it out")
+        raise ValueError("--sparse=none: a search needs a sparse recipe, and runs the dense model itself; leave it out")
     if settings["init_from"] not in ("auto", "scratch"):
         raise ValueError(f"init_from={settings['init_from']}: a search starts from scratch; give --init_from=auto")
     if settings["eval_only"]:
@@ -117,26 +116,24 @@ def check_words(typed: dict, settings: dict) -> None:
 
 
 def resolve_recipe(name: str, overrides: dict) -> Recipe:
-    """The recipe of the candidates: the user's, fst where the config is a dense run's."""
+    """The recipe of the candidates: the user's, or fst if the config file is for a dense run."""
     recipe = recipe_of({**overrides, "sparse": "fst" if name == "none" else name})
     if get_recipe(recipe.name).dense_pretrain:
-        raise ValueError(
-            f"sparse={recipe.name}: its dense start fills the warm-up, where a search samples; use another"
-        )
+        raise ValueError(f"sparse={recipe.name}: its dense start fills the warm-up that a search measures; use another")
     return recipe
 
 
-def own_settings(recipe: Recipe, steps: int, flip_mask: str) -> dict:
-    """The settings that the search gives to its runs, after the user's words."""
-    own = {"sparse": recipe.name, "max_iters": steps, "dense_start": steps, "dense_pretrain": 0.0}
-    own["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask  # for the dense run too
-    own["flip_interval"] = max(1, window_size(steps) // 50)  # 50 or more in the window, for a mean without noise
-    own |= {"flip_reference": "", "init_from": "auto", "wandb_log": False, "eval_interval": 0, "eval_iters": 1}
-    return own | {"always_save_checkpoint": True, "checkpoint_interval": max(1, steps // 10)}
+def settings_of_search(recipe: Recipe, steps: int, flip_mask: str) -> dict:
+    """The settings that the search adds after the user's."""
+    settings = {"sparse": recipe.name, "max_iters": steps, "dense_start": steps, "dense_pretrain": 0.0}
+    settings["flip_mask"] = recipe.virtual_mask if flip_mask == "auto" else flip_mask  # also in the dense run
+    settings["flip_interval"] = max(1, window_size(steps) // 50)  # at least 50 samples in a long window
+    settings |= {"flip_reference": "", "init_from": "auto", "wandb_log": False, "eval_interval": 0, "eval_iters": 1}
+    return settings | {"always_save_checkpoint": True, "checkpoint_interval": max(1, steps // 10)}
 
 
 def prepare(args: argparse.Namespace, words: list[str]) -> Search:
-    """The search that these options and words ask for. Raises ValueError, or an OSError of the data."""
+    """The search for these options and arguments of train.py. Raises ValueError, or OSError for unreadable data."""
     defaults = train_defaults()
     overrides = configure(defaults, words)
     settings = {name: defaults[name] for name in setting_names(defaults)} | overrides
@@ -147,13 +144,13 @@ def prepare(args: argparse.Namespace, words: list[str]) -> Search:
         raise ValueError(f"--steps={steps} --refine={args.refine}, need at least 10 steps ({usual} is usual) and 0")
     args.candidates = parse_candidates(args.candidates)
     recipe = resolve_recipe(settings["sparse"], overrides)
-    own = own_settings(recipe, steps, settings["flip_mask"])
+    added = settings_of_search(recipe, steps, settings["flip_mask"])
     data = DATA_FOLDER / settings["dataset"]
     for split in ("train", "val"):
         Tokens(data, split, settings["block_size"], load_meta(data)["vocab_size"])
-    every = settings | asdict(recipe) | own
-    every = {name: value for name, value in every.items() if name not in ("name", "out_dir", "masked_decay")}
-    search = Search(args, words, own, every, settings["max_iters"])
+    full = settings | asdict(recipe) | added
+    full = {name: value for name, value in full.items() if name not in ("name", "out_dir", "masked_decay")}
+    search = Search(args, words, added, full, settings["max_iters"])
     if not args.launcher.strip() or not shutil.which(search.launcher[0]):
         raise ValueError(f"--launcher={args.launcher}: there is no such program; give its path, or activate .venv")
     read_earlier(search)
@@ -161,12 +158,12 @@ def prepare(args: argparse.Namespace, words: list[str]) -> Search:
 
 
 def read_earlier(search: Search) -> None:
-    """Take over an earlier call's further candidates. Raises ValueError where search_dir holds anything else."""
+    """Take over the candidates that an earlier call added. Raises ValueError if search_dir holds something else."""
     folder, path = search.folder, search.folder / "search.json"
     if not path.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something else than a search; use another --search_dir")
     if not any(folder.glob("*/metrics.jsonl")):
-        return  # no run began, so the settings may still change
+        return  # no run has begun, so the settings may change
     try:
         earlier = json.loads(path.read_text())
         saved, refined = earlier["settings"], [c["masked_decay"] for c in earlier["candidates"] if c["refined"]]
@@ -188,20 +185,20 @@ def read_earlier(search: Search) -> None:
 
 
 def run_folder(search: Search, decay: float | None) -> Path:
-    """The folder of a candidate's run; of the dense run for None."""
+    """The folder of a candidate's run; None: of the dense run."""
     return search.folder / ("dense" if decay is None else f"decay-{decay:g}")
 
 
 def run_words(search: Search, decay: float | None) -> list[str]:
-    given = search.own | ({"sparse": "none"} if decay is None else {"masked_decay": decay})
-    return [*search.words, *(f"--{name}={value}" for name, value in given.items())]
+    added = search.search_settings | ({"sparse": "none"} if decay is None else {"masked_decay": decay})
+    return [*search.words, *(f"--{name}={value}" for name, value in added.items())]
 
 
 def run(search: Search, decay: float | None) -> float:
-    """Train one run to its end, from where it stands, and return its seconds. Raises RuntimeError if it fails."""
+    """Start or resume one run, and return its seconds. Raises RuntimeError if it fails."""
     folder, begin = run_folder(search, decay), time.perf_counter()
     runs.train(folder, run_words(search, decay), search.steps, search.launcher)
-    for name in ("ckpt.pt", "ckpt_prev.pt"):  # they may have gigabytes, and nobody reads them any more
+    for name in ("ckpt.pt", "ckpt_prev.pt"):  # gigabytes that are not needed any more
         (folder / name).unlink(missing_ok=True)
     return max(time.perf_counter() - begin, runs.last_row(folder).get("elapsed_s") or 0.0)
 
@@ -211,7 +208,7 @@ def run(search: Search, decay: float | None) -> float:
 
 
 def compare(sparse: dict[int, float], dense: dict[int, float]) -> dict:
-    """mu = mean r' / mean r over the same steps, and the smallest and largest r'/r of a single one."""
+    """mu = mean r' / mean r over the same steps, and the smallest and largest r'/r of a single step."""
     if not dense or sparse.keys() != dense.keys():
         raise ValueError(f"{len(sparse)} and {len(dense)} flip rates in the window, need one or more of the same steps")
     rate, dense_rate = statistics.fmean(sparse.values()), statistics.fmean(dense.values())
@@ -223,22 +220,22 @@ def compare(sparse: dict[int, float], dense: dict[int, float]) -> dict:
 
 
 def distance(mu: float) -> float:
-    """From the middle of the band, as ratios go."""
+    """Distance of mu from the middle of the band, on a log scale."""
     return abs(math.log(max(mu, 1e-9) / TARGET))
 
 
 def recommend(mus: dict[float, float]) -> float | None:
-    """The lambda with mu in the band and nearest to its middle; None where there is none."""
+    """The lambda whose mu is in the band and nearest to its middle; None if no mu is in the band."""
     inside = [decay for decay, mu in mus.items() if HEALTHY[0] <= mu <= HEALTHY[1]]
     return min(inside, key=lambda decay: distance(mus[decay]), default=None)
 
 
 def next_candidate(mus: dict[float, float]) -> float | None:
-    """The lambda to try next if no mu is in the band, or None if no further one can help.
+    """The lambda to try next if no mu is in the band, or None if no other lambda can help.
 
-    Between the first two neighbours on either side of the band, log lambda is interpolated against log mu. A lambda of
-    0 has no logarithm and is no neighbour. Without such a pair the next lambda is FACTOR times the largest one if that
-    still has too many flips, else the smallest one over FACTOR.
+    Interpolates log lambda against log mu between the first two neighbours on both sides of the band. A lambda of 0 has
+    no logarithm and does not count. Without such a pair the next lambda is FACTOR times the largest one if that still
+    has too many flips, else the smallest one over FACTOR.
     """
     positive = sorted(decay for decay in mus if decay > 0)
     for a, b in itertools.pairwise(positive):
@@ -250,7 +247,7 @@ def next_candidate(mus: dict[float, float]) -> float | None:
     else:
         proposal = positive[-1] * FACTOR if mus[positive[-1]] > HEALTHY[1] else positive[0] / FACTOR
         if proposal < positive[0] and mus.get(0.0, 1.0) < HEALTHY[0]:
-            return None  # fewer flips than the band even without decay
+            return None  # too few flips even without decay
     proposal = float(f"{proposal:.2g}")
     return None if proposal in mus else proposal
 
@@ -280,7 +277,7 @@ def describe_cost(search: Search) -> str:
 
 
 def training_command(search: Search, decay: float) -> str:
-    recipe = f"--sparse={search.settings['sparse']}"  # the config file may be a dense run's
+    recipe = f"--sparse={search.settings['sparse']}"  # the config file may be for a dense run
     start = [*shlex.split(search.args.launcher), "train.py"]
     return shlex.join([*start, *search.words, recipe, f"--masked_decay={decay:g}"])
 
@@ -299,7 +296,7 @@ def write_results(search: Search) -> None:
 
 
 def draw(search: Search, path: Path) -> None:
-    """Flip rates of all runs over the steps, as the paper's Figure 1, with the healthy band and the window."""
+    """Draw the flip rates of all runs over the steps (the paper's Figure 1), the healthy band and the window."""
     from matplotlib import colormaps
 
     figure, axes = new_figure("flip rate over the decay factor λ; μ in the window", "fraction of mask entries per step")
@@ -307,7 +304,7 @@ def draw(search: Search, path: Path) -> None:
 
     def smoothed(decay):
         steps, rates = curve(read_metrics(run_folder(search, decay)), "flip_rate")
-        return steps, [rate or math.nan for rate in smooth(rates, half)]  # none has no logarithm
+        return steps, [rate or math.nan for rate in smooth(rates, half)]  # zero has no logarithm
 
     steps, dense = smoothed(None)
     band = ([factor * rate for rate in dense] for factor in HEALTHY)
@@ -324,7 +321,7 @@ def draw(search: Search, path: Path) -> None:
 
 
 def report(search: Search) -> str:
-    """The table of mu, and what to do."""
+    """The table of mu and the advice."""
     best, mus = recommend(search.mus), search.mus
     lines = [f"{'lambda':>10}  {'flip rate':>10}  {'mu':>6}  smallest to largest"]
     for decay, r in sorted(search.results.items()):
@@ -339,9 +336,9 @@ def report(search: Search) -> str:
     band = "mu from {:.2f} to {:.2f}".format(*HEALTHY)
     lines.append(f"no lambda has {band}; nearest is {nearest:g} with {mus[nearest]:.3f}")
     if further is not None:
-        lines.append(f"run it again with --refine={len(search.refined) + 2}, which goes on with lambda = {further:g}")
+        lines.append(f"run it again with --refine={len(search.refined) + 2}, which continues with lambda = {further:g}")
     else:
-        lines.append("more candidates of that kind will not help: sample later, with --steps and another --search_dir")
+        lines.append("more candidates will not help: measure later, with more --steps and another --search_dir")
     return "\n".join(lines)
 
 
@@ -357,7 +354,7 @@ def measure(search: Search, decay: float) -> None:
 
 
 def run_search(search: Search) -> None:
-    """Train and compare all runs. Finished runs are only read."""
+    """Train the runs that are not finished, and compare all runs."""
     write_results(search)
     seconds = run(search, None)
     left = sum(not runs.is_finished(run_folder(search, decay), search.steps) for decay in search.decays)
@@ -392,7 +389,7 @@ def parse(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 where a decay factor is recommended, 1 where none fits."""
+    """Returns the exit status: 0 if it recommends a decay factor, 1 if none fits."""
     try:
         search = prepare(*parse(argv))
         print(describe_cost(search), flush=True)

@@ -1,4 +1,4 @@
-"""bench.py: rows that are saved as they come, the answer, and what it refuses."""
+"""bench.py: saving rows, the answer, the tables in docs, and refused arguments."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import bench
-from benchmarks import roofline
 from benchmarks.suites import Settings
 from gemm24 import plan
 
@@ -37,7 +36,7 @@ def test_a_budget_leaves_out_and_a_failure_is_a_row(monkeypatch):
     reasons = [row["reason"] for suite in found.values() for row in suite["rows"]]
     assert reasons == ["RuntimeError: no kernel image"] * 3
     assert len(bench.failures({"suites": found}, ["gemm", "ffn"])) == 3
-    assert bench.failures({"suites": found}, ["gemm"]) == ["gemm: RuntimeError: no kernel image"]  # others are earlier
+    assert bench.failures({"suites": found}, ["gemm"]) == ["gemm: RuntimeError: no kernel image"]  # gemm alone ran
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_results_are_saved_row_by_row_and_other_suites_stay(tmp_path, monkeypatc
         saved = json.loads(path.read_text())["suites"]
         assert saved["e2e"] == {"rows": [1]}
         assert saved["gemm"]["rows"] == [{"case": [1], "reason": "x"}]
-        assert "after" not in saved["gemm"]  # a run that was killed shows as such
+        assert "after" not in saved["gemm"]  # so a killed run can be recognised
         yield {"case": [2], "reason": "y"}
 
     monkeypatch.setattr(bench, "suite_rows", rows)
@@ -67,7 +66,8 @@ def test_results_are_saved_row_by_row_and_other_suites_stay(tmp_path, monkeypatc
     assert saved["settings"]["scale"] == "toy"
 
 
-def test_on_a_cpu_it_runs_toys_and_writes_only_where_it_was_told(tmp_path, monkeypatch, capsys):
+def test_a_cpu_runs_toys_and_writes_only_to_a_given_folder(tmp_path, monkeypatch, capsys):
+    assert bench.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
     monkeypatch.chdir(tmp_path)
     bench.main(["--suite", "gemm"])
     assert list(tmp_path.iterdir()) == []
@@ -94,7 +94,7 @@ def test_failures_end_the_command_with_an_error(monkeypatch):
         (["--evidence", "out", "nosuch"], "--evidence: no stage 'nosuch', need some of probe, gemm, tests,"),
     ],
 )
-def test_words_that_mean_nothing_are_refused(tmp_path, monkeypatch, words, message, capsys):
+def test_wrong_arguments_are_refused(tmp_path, monkeypatch, words, message, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         bench.main(words)
@@ -102,49 +102,23 @@ def test_words_that_mean_nothing_are_refused(tmp_path, monkeypatch, words, messa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_help_names_no_rival(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--help"])
-    text = capsys.readouterr().out
-    assert "against compiled dense" in text
-    assert not re.search("torchao|semi-structured", text)
-
-
-@pytest.mark.parametrize("gpu", list(roofline.GPUS))
-def test_prediction_prints_all_tables(gpu, capsys):
-    bench.main(["--predict", gpu])
-    text = capsys.readouterr().out
-    assert text.startswith(f"S_model on {gpu.upper()}, predicted and not measured")
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 3 * 2 + 2 * len(bench.WIDTHS) + 3 * len(bench.WIDTHS) + 4
-    assert all(name in text for name in ("124M", "350M", "774M", "1558M"))
-
-
-@pytest.mark.parametrize(
-    ("name", "folder"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"), ("Tesla T4", "tesla-t4")]
-)
-def test_results_folder_is_the_gpus_name(name, folder):
-    assert bench.slug(name) == folder
-
-
 def test_docs_and_results_hold_what_the_roofline_predicts(capsys):
     bench.main(["--predict"])
     text = capsys.readouterr().out
     assert (ROOT / "results" / "roofline.md").read_text() == text, "python bench.py --predict > results/roofline.md"
-    h200 = text[text.index("S_model on H200") : text.index("S_model on B200")]
+    bench.main(["--predict", "h200"])
+    h200 = capsys.readouterr().out
+    assert h200 in text
     steps = h200[h200.index("| size |") :].strip()
     assert len(steps.splitlines()) == 6
     assert steps in (ROOT / "docs" / "bench.md").read_text(), f"docs/bench.md should hold:\n{steps}"
 
 
 def test_the_docs_hold_the_table_of_every_gpu_that_was_measured():
-    """And a bench.md holds the summary of its bench.json."""
     for path in (ROOT / "results").glob("*/bench.json"):
         text = bench.summary(json.loads(path.read_text()))
         assert path.with_suffix(".md").read_text() == text + "\n"
-        assert text in (ROOT / "docs" / "bench.md").read_text(), (
-            f"docs/bench.md should hold the table of {path}:\n{text}"
-        )
+        assert text in (ROOT / "docs" / "bench.md").read_text(), f"docs/bench.md lacks the table of {path}:\n{text}"
 
 
 def test_the_summary_answers_and_has_a_line_for_each_way():
@@ -156,14 +130,10 @@ def test_the_summary_answers_and_has_a_line_for_each_way():
     step |= {"graphs": way | {"s": {"median": 0.9, "min": 0.8, "max": 1}}}
     step |= {"dense": {"peak_gib": 8.0}, "sparse": {"peak_gib": 10.0}}
     gemm = {"name": "z", "d": 64, "tokens": 128, "dense_us": 2000.0, "best_us": 1000.0, "ratio": 2.0}
-    rows = {
-        "ffn": [layer, {"case": [1], "reason": "OOM"}],
-        "e2e": [step],
-        "gemm": [gemm, gemm | {"ratio": None, "reason": "no"}],
-    }
-    answer, _, _, _, *lines = bench.summary(
-        {"suites": {name: {"rows": found} for name, found in rows.items()}}
-    ).splitlines()
+    rows = {"ffn": [layer, {"case": [1], "reason": "OOM"}], "e2e": [step]}
+    rows |= {"gemm": [gemm, gemm | {"ratio": None, "reason": "no"}]}
+    suites = {name: {"rows": of_suite} for name, of_suite in rows.items()}
+    answer, _, _, _, *lines = bench.summary({"suites": suites}).splitlines()
     assert answer == (
         "2:4 against compiled dense: feed-forward layers 1.25 to 1.25 times as fast, "
         "optimizer steps 0.90 to 2.00 times as fast."
@@ -191,31 +161,3 @@ def test_the_kernels_suite_says_what_it_needs():
         done = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True)
         assert done.returncode == 1
         assert re.search(message, done.stderr), done.stderr
-
-
-@pytest.mark.slow
-def test_layers_and_gemms_are_measured_on_a_fake_gpu(tmp_path):
-    """tests/fake_cuda.py makes this process believe in one H200."""
-    pytest.importorskip("triton", reason="Triton is not installed: the make-believe GPU runs its kernels")
-    script = tmp_path / "toy_bench.py"
-    script.write_text("""
-import dataclasses, sys
-import bench
-from benchmarks import suites
-
-settings_of = bench.settings_of
-bench.settings_of = lambda *asked: dataclasses.replace(settings_of(*asked), scale="toy")
-suites.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
-for suite in ("gemm", "ffn"):
-    bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", sys.argv[1]])
-""")
-    command = [sys.executable, "tests/fake_cuda.py", str(script), str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    suites = json.loads((tmp_path / "out" / "bench.json").read_text())["suites"]
-    assert [row["chosen"] for row in suites["gemm"]["rows"]] == [True] * 6
-    layer = suites["ffn"]["rows"][0]
-    assert all("ms" in layer["variants"][name] for name in ("dense", "auto")), layer["variants"]
-    assert layer["plan"].count("cusparselt") == 6
-    assert suites["ffn"]["environment"]["device_name"] == "NVIDIA H200"

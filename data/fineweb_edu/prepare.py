@@ -2,8 +2,8 @@
 
 Text     about 9.7e6 web pages, <|endoftext|> after each. train about 1e10 tokens (20 GB), val 0.05 % of the pages.
 Cost     a download and a cache of `datasets` of tens of GB each; tokenizing uses every core.
-         Or --input FILE ... for text on disk: plain or .xz, a line holding only <|endoftext|> between documents; with
-         --val FILE if you have one. That needs no network and no `datasets`, and little memory however long the text.
+         --input FILE ... reads text from disk instead, plain or .xz, with lines of only <|endoftext|> between
+         documents; --val FILE adds validation text. This needs no network, no `datasets` and little memory.
 Source   HuggingFaceFW/fineweb-edu, sample-10BT, on the Hugging Face hub (ODC-By 1.0).
 """
 

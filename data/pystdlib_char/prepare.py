@@ -1,10 +1,10 @@
 """pystdlib_char: the Python standard library's own source as characters. The default data set: nothing to download.
 
-Text     the .py files of the running Python's standard library, about 10 MB, in the order of their paths. Left out:
-         tests, whatever is installed or vendored, generated tables, files that describe the machine. Characters other
-         than tab, newline and printable ASCII (a few hundred) are dropped, so the vocabulary is 97 on every Python.
-Split    by file: every tenth one is validation text.
-Cost     about a second, 20 MB of disk. The text depends on the Python version: compare losses only where meta.json has
+Text     the .py files of the running Python's standard library, about 10 MB, in the order of their paths, without
+         tests, installed or vendored packages, generated tables, and files that describe the machine. Characters other
+         than tab, newline and printable ASCII (a few hundred) are dropped, so the vocabulary has 97 on every Python.
+Split    by file: every tenth file is validation text.
+Cost     about a second, 20 MB of disk. The text depends on the Python version: compare losses only if meta.json has
          the same sha256.
 Licence  Python Software Foundation License.
 """
@@ -25,11 +25,11 @@ LEFT_OUT = {
     *("encodings", "pydoc_data"),  # generated: 1.4 MB of character maps, 0.7 MB of escaped manual
     *("sitecustomize.py", "usercustomize.py"),
 }
-LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")  # of this machine
+LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")  # these describe the machine
 
 
 def source_files(root):
-    """The .py files of the standard library at `root` that are text to learn from, in the order of their paths."""
+    """The .py files of the standard library at `root` to train on, in the order of their paths."""
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         parts = path.relative_to(root).parts
         if not LEFT_OUT.intersection(parts) and not any(part.startswith(LEFT_OUT_PREFIXES) for part in parts):
@@ -37,7 +37,7 @@ def source_files(root):
 
 
 def clean(data):
-    """Bytes of a source file -> its text in CHARS; a file that lacks its last newline gets one."""
+    """The text of a source file in CHARS. Adds a missing last newline."""
     text = data.translate(None, delete=bytes(set(range(256)) - set(CHARS.encode()))).decode("ascii")
     return text if text.endswith("\n") else text + "\n"
 

@@ -1,8 +1,8 @@
 """shakespeare: tiny shakespeare in GPT-2 tokens, for finetuning.
 
 Text     1.1 MB. The first 90 % is train (301,966 tokens), the rest val (36,059).
-Cost     downloads of 1.1 MB (kept as input.txt; or --file TEXT for any text on disk) and of tiktoken's vocabulary
-         (1.5 MB; without network, TIKTOKEN_CACHE_DIR names a folder that has it), and a second.
+Cost     a download of 1.1 MB (saved as input.txt), tiktoken's vocabulary (1.5 MB) and a second. Without a network,
+         --file TEXT reads any text on disk, and TIKTOKEN_CACHE_DIR names a folder with the vocabulary.
 Source   Andrej Karpathy's char-rnn. Shakespeare's plays are in the public domain.
 """
 

@@ -1,7 +1,7 @@
 """shakespeare_char: tiny shakespeare as characters.
 
 Text     1.1 MB, 65 characters. The first 90 % is train (1,003,854 tokens), the rest val (111,540).
-Cost     a download of 1.1 MB, kept as input.txt, and a second; or --file TEXT for any text on disk, and no network.
+Cost     a download of 1.1 MB (saved as input.txt) and a second. --file TEXT reads any text on disk instead.
 Source   Andrej Karpathy's char-rnn. Shakespeare's plays are in the public domain.
 """
 

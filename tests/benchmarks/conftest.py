@@ -1,23 +1,29 @@
-"""What the tests of the benchmarks share: scripts on the make-believe GPU of tests/fake_cuda.py."""
+"""Fixtures of the benchmarks' tests: no GPU, or the make-believe GPU of tests/tools/fake_cuda.py."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from harness import ROOT
 
 
 @pytest.fixture
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
 def on_fake_gpu(tmp_path):
-    """on_fake_gpu(code) runs Python code as if there were one H200, in a process of its own. That takes seconds, for
-    Triton's interpreter and 0.2 s of warm-up a measurement. The code finds the test's folder as `out`."""
+    """on_fake_gpu(code) runs Python code in a process that believes in one H200; `out` is the test's folder. That takes
+    seconds: kernels run in Triton's interpreter, and each measurement warms up for 0.2 s."""
     pytest.importorskip("triton", reason="Triton is not installed: the make-believe GPU runs its kernels")
 
     def run(code: str) -> subprocess.CompletedProcess:
         script = tmp_path / "script.py"
         script.write_text(f"out = {str(tmp_path)!r}\n{code}")
-        command = [sys.executable, "tests/fake_cuda.py", str(script)]
+        command = [sys.executable, "tests/tools/fake_cuda.py", str(script)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr

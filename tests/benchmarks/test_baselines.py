@@ -1,4 +1,4 @@
-"""The baselines of the paper's tables give what they stand for. tests/test_kernels.py compares them bit for bit."""
+"""The baselines compute what the paper describes. tests/test_kernels.py compares them with their specifications."""
 
 import itertools
 

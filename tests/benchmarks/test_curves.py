@@ -1,4 +1,4 @@
-"""Short runs side by side, at toy size on a CPU."""
+"""Short runs of several methods, at toy size on a CPU."""
 
 import json
 import subprocess
@@ -13,9 +13,8 @@ from benchmarks import curves
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     data = make_dataset(tmp_path / "data")
-    monkeypatch.setattr(
-        curves, "SETTINGS", {**SETTINGS, "dataset": str(data), "max_iters": 4, "dense_start": 3, "log_interval": 1}
-    )
+    changes = {"dataset": str(data), "max_iters": 4, "dense_start": 3, "log_interval": 1}
+    monkeypatch.setattr(curves, "SETTINGS", SETTINGS | changes)
     monkeypatch.setattr(curves, "dataset", lambda: str(data))
     monkeypatch.setattr(curves, "WRITE_S", 0.2)
     monkeypatch.setattr(curves, "RUNS", {name: curves.RUNS[name] for name in ("dense", "fst from CUDA graphs")})
@@ -49,7 +48,7 @@ def test_a_run_that_is_killed_is_a_failure(toy, monkeypatch):
     assert json.loads(toy.read_text())["runs"]["dense"]["exit"] == -9
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path):
+def test_a_line_that_is_being_written_is_left_out_and_the_books_are_used(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     (tmp_path / "run.log").write_text("a\n")
@@ -57,9 +56,6 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     process = subprocess.Popen(["true"])
     process.wait()
     assert curves.read(folder, process)["rows"] == [{"iter": 0, "phase": "sparse"}]
-
-
-def test_the_books_are_read_where_they_were_brought_along(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "BOOKS", tmp_path)
     (tmp_path / "train.bin").touch()
     assert curves.dataset() == str(tmp_path)

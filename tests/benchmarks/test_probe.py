@@ -1,4 +1,4 @@
-"""The probe: its parts on the make-believe GPU, and what it writes if one of them fails."""
+"""The parts of the probe on the make-believe GPU, and a part that fails."""
 
 import json
 

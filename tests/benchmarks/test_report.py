@@ -1,4 +1,4 @@
-"""The page of a GPU's evidence is made of the files beside it, and README and docs/bench.md have its numbers."""
+"""A GPU's page, README and docs/bench.md have the numbers of its evidence files."""
 
 import json
 import re
@@ -17,50 +17,49 @@ def test_the_page_is_that_of_the_files(folder):
     assert (folder / "README.md").read_text() == report.page(folder), "run python -m benchmarks.report again"
 
 
-def steps(how: str) -> list[str]:
-    rows = json.loads((ROOT / "results" / "h200" / "evidence" / "step.json").read_text())["rows"]
-    return [report.with_spread(row[how]["s"]) for row in sorted(rows, key=lambda row: int(row["size"][:-1]))]
+@pytest.fixture(scope="module")
+def docs() -> str:
+    return (ROOT / "docs" / "bench.md").read_text()
 
 
-def test_the_docs_steps_are_those_of_the_files():
-    text = (ROOT / "docs" / "bench.md").read_text()
+def measured(stage: str) -> dict:
+    return json.loads((ROOT / "results" / "h200" / "evidence" / f"{stage}.json").read_text())
+
+
+def steps(way: str) -> list[str]:
+    rows = sorted(measured("step")["rows"], key=lambda row: int(row["size"][:-1]))
+    return [report.with_spread(row[way]["s"]) for row in rows]
+
+
+def test_the_docs_steps_are_those_of_the_files(docs):
     small, medium, large = steps("graphs")
     for size, s in (("124M", small), ("774M", medium), ("1558M", large)):
-        assert f"| optimizer step of {size}, from CUDA graphs | {s}," in text
-    assert f"{steps('compiled')[1]}, {steps('compiled')[2]}, {steps('compiled')[0]} |" in text
+        assert f"| optimizer step of {size}, from CUDA graphs | {s}," in docs
+    assert f"{steps('compiled')[1]}, {steps('compiled')[2]}, {steps('compiled')[0]} |" in docs
     page = (ROOT / "results" / "h200" / "README.md").read_text()
-    for first, second in re.findall(r"([\d,]+) tokens/s against ([\d,]+)", text):
+    for first, second in re.findall(r"([\d,]+) tokens/s against ([\d,]+)", docs):
         assert f"{second} / {first}" in page
-    (share, times), *_ = re.findall(r"replaces (\d+) % of dense's GPU time and makes that part ([\d.]+) times", text)
+    (share, times), *_ = re.findall(r"replaces (\d+) % of dense's GPU time and makes that part ([\d.]+) times", docs)
     assert f"774M: 2:4 replaces {share}% of dense's GPU time and makes it {times} times as fast" in page
 
 
 def test_the_readmes_steps_are_those_of_the_files():
     small, medium, large = (s.partition(" ")[0] for s in steps("graphs"))
     spread = steps("graphs")[1].partition("(")[2].rstrip(")")
-    wanted = (
-        f"774M is {medium} times as fast as compiled dense ({spread}), of 1558M {large} times, of 124M {small} times"
-    )
-    assert wanted in " ".join((ROOT / "README.md").read_text().split())
+    sentence = f"774M is {medium} times as fast as compiled dense ({spread}), of 1558M {large} times, of 124M {small}"
+    assert f"{sentence} times" in " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_the_docs_layers_are_those_of_the_files():
-    rows = json.loads((ROOT / "results" / "h200" / "evidence" / "ffn.json").read_text())["suites"]["ffn"]["rows"]
-    found = {row["d"]: report.s_of_micro_steps(row, 4) for row in rows if row.get("activation") == "gelu"}
-    numbers = " / ".join(f"{found[d]:.2f}" for d in (1280, 1600, 4096))
-    text = (ROOT / "docs" / "bench.md").read_text()
-    assert f"packed every 4th time (computed from the line above and the time of packing) | {numbers} |" in text
-    each = {row["d"]: row["s"]["auto"]["median"] for row in rows if row.get("activation") == "gelu"}
-    numbers = " / ".join(f"{each[d]:.2f}" for d in (1280, 1600, 4096))
-    assert f"weights packed each time by a slow host, d = 1280 / 1600 / 4096 | {numbers} |" in text
-
-
-def test_the_docs_packing_is_that_of_the_probe():
-    host = json.loads((ROOT / "results" / "h200" / "evidence" / "probe.json").read_text())["host"]
+def test_the_docs_layers_and_packing_are_those_of_the_files(docs):
+    rows = {row["d"]: row for row in measured("ffn")["suites"]["ffn"]["rows"] if row.get("activation") == "gelu"}
+    rows = [rows[d] for d in (1280, 1600, 4096)]
+    fourth = " / ".join(f"{report.s_of_micro_steps(row, 4):.2f}" for row in rows)
+    assert f"packed every 4th time (computed from the line above and the time of packing) | {fourth} |" in docs
+    each = " / ".join(f"{row['s']['auto']['median']:.2f}" for row in rows)
+    assert f"weights packed each time by a slow host, d = 1280 / 1600 / 4096 | {each} |" in docs
+    host = measured("probe")["host"]
     ours, library = host["our MVUE and packing 5120x16384 us"], host["compress 5120x16384 us"]
-    assert (
-        f"| {library / ours:.1f} ({ours:.0f} us against {library:.0f} us) |" in (ROOT / "docs" / "bench.md").read_text()
-    )
+    assert f"| {library / ours:.1f} ({ours:.0f} us against {library:.0f} us) |" in docs
 
 
 def test_packing_less_often_takes_less():

@@ -1,4 +1,4 @@
-"""S_model reproduces a table worked out by hand, and every count in it is one that a reader can redo."""
+"""S_model reproduces a table that was computed by hand, and counts that a reader can redo."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_times_of_the_table():
     assert sum(flops.values()) == 48 * 16384 * 768**2 == pytest.approx(0.464e12, rel=1e-3)
     assert roofline.gemm_seconds(NOTED, flops) == pytest.approx(0.587e-3, rel=1e-3)
     assert roofline.activation_bytes(3072, 16384, "gelu", recompute=False) == 40 * 768 * 16384
-    assert roofline.activation_bytes(3072, 16384, "gelu") == 56 * 768 * 16384  # 16 more to have A again
+    assert roofline.activation_bytes(3072, 16384, "gelu") == 56 * 768 * 16384  # 16 more to recompute A
     assert roofline.mvue_bytes(768, 3072, 16384, "gelu") == 7.625 * 768 * 16384
     assert roofline.activation_bytes(3072, 16384, "gelu", fused=True) == 48 * 768 * 16384  # written beside dZ
     assert roofline.pack_bytes(8 * 768**2) == pytest.approx(51 * 768**2, rel=0.04)
@@ -85,8 +85,8 @@ def test_longer_sequences_gain_less_and_accumulation_gains_more():
 
 
 def test_nothing_but_gemms_is_the_ratio_itself():
-    """On a GPU of unlimited bandwidth only FLOPs count: those of the whole step are the model's own count, but for
-    attention, which that count does not halve for causality, and which is slower here."""
+    """With unlimited bandwidth only FLOPs count. The step has those of GPT.flops_per_token, except that here
+    attention is halved for causality and has a lower rate."""
     fast = GPU(1e12, float("inf"))
     assert roofline.s_model(fast, 768, 3072, 1024, ratio=1.7) == pytest.approx(1.7)
     config = GPTConfig(vocab_size=64, block_size=32, bias=False, **PRESETS["124M"])

@@ -1,4 +1,4 @@
-"""The suites at toy sizes: everything that can run without a GPU does."""
+"""The suites at toy sizes on the CPU."""
 
 import json
 from dataclasses import replace
@@ -16,17 +16,13 @@ from sparse24 import sparse_linears
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, scale="toy", repetitions=2)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 SPREAD = {"median", "min", "max"}
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Every plan comes with a report as a GPU makes it: each 2:4 GEMM at 2 TFLOP/s, dense at 1, the last not chosen."""
+    """Plans come with a report as on a GPU: each 2:4 GEMM at 2 TFLOP/s, dense at 1, and dw2 not chosen."""
 
     def plan_ffn(config, tokens, **options):
         plan, report = original(config, tokens, **options)
@@ -45,8 +41,7 @@ def layer(kind: str, settings=SETTINGS, case=("gelu", 64, 32, 2)) -> dict:
     return suites.layer_row(kind, case, settings)
 
 
-@pytest.mark.parametrize("kind", ["ffn", "block"])
-@pytest.mark.parametrize("activation", ["gelu", "geglu"])
+@pytest.mark.parametrize(("kind", "activation"), [("ffn", "gelu"), ("ffn", "geglu"), ("block", "geglu")])
 def test_layer_row_has_dense_and_sparse(kind, activation):
     row = layer(kind, case=next(case for case in suites.layer_grid("ffn", SETTINGS) if case[0] == activation))
     assert (row["d"], row["d_ff"], row["tokens"]) == (192, 768 if activation == "gelu" else 512, 64)
@@ -59,9 +54,9 @@ def test_layer_row_has_dense_and_sparse(kind, activation):
 
 
 def test_a_layer_pays_for_its_packing_and_its_share_of_the_mask_search(monkeypatch):
-    """dense 10 ms; sparse 4 ms, its packing 2 ms and its mask search 40 ms, one step in 40: S = 10 / (4 + 2 + 1)."""
-    asked = iter([[[10.0] * 2, [4.0] * 2], [[2.0] * 2], [[40.0] * 2]])
-    monkeypatch.setattr(suites, "time_ms", lambda *_: next(asked))
+    """Dense 10 ms; sparse 4 ms, packing 2 ms, mask search 40 ms in one step of 40: S = 10 / (4 + 2 + 1)."""
+    answers = iter([[[10.0] * 2, [4.0] * 2], [[2.0] * 2], [[40.0] * 2]])
+    monkeypatch.setattr(suites, "time_ms", lambda *_: next(answers))
     row = layer("ffn")
     assert row["s"]["auto"]["median"] == pytest.approx(10 / 7)
     assert row["variants"]["auto"]["ms"]["median"] == pytest.approx(7)
@@ -85,20 +80,17 @@ def test_a_plan_without_rows_has_no_model():
     assert suites.describe(None, None) == "layer by layer"
 
 
-def test_gemm_rows(timed):
+def test_gemm_rows_have_rates_or_a_reason(request):
+    rows = suites.gemm_rows((64, 128), SETTINGS)
+    assert {(row["reason"], row["dense_tflops"]) for row in rows} == {("not timed here", None)}
+    request.getfixturevalue("timed")
     rows = suites.gemm_rows((64, 128), SETTINGS)
     assert [row["name"] for row in rows] == list(ffn_plan.GEMMS)
     assert all(row["dense_tflops"] == pytest.approx(1) and row["best_tflops"] == pytest.approx(2) for row in rows)
 
 
-def test_untimed_gemms_say_so():
-    rows = suites.gemm_rows((64, 128), SETTINGS)
-    assert {row["reason"] for row in rows} == {"not timed here"}
-    assert rows[0]["dense_tflops"] is None
-
-
 @pytest.mark.parametrize("scale", ["quick", "default", "full"])
-def test_grids_hold_what_they_promise(scale):
+def test_grids_have_the_papers_shapes(scale):
     settings = Settings(CPU, scale)
     layers = suites.layer_grid("ffn", settings) + suites.layer_grid("block", settings)
     assert {case[0] for case in suites.layer_grid("ffn", settings)} == {"gelu", "geglu"}
@@ -138,3 +130,24 @@ def test_attention_of_a_block_stays_dense(monkeypatch):
     dense, sparse = modules
     assert sparse_linears(dense) == []
     assert sparse_linears(sparse) == [sparse.mlp.c_fc, sparse.mlp.c_proj]
+
+
+@pytest.mark.slow
+def test_bench_measures_gemms_and_layers_on_the_fake_gpu(tmp_path, on_fake_gpu):
+    on_fake_gpu("""
+import dataclasses
+import bench
+from benchmarks import suites
+
+settings_of = bench.settings_of
+bench.settings_of = lambda *args: dataclasses.replace(settings_of(*args), scale="toy")
+suites.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
+for suite in ("gemm", "ffn"):
+    bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", out])
+""")
+    measured = json.loads((tmp_path / "bench.json").read_text())["suites"]
+    assert [row["chosen"] for row in measured["gemm"]["rows"]] == [True] * 6
+    row = measured["ffn"]["rows"][0]
+    assert all("ms" in row["variants"][name] for name in ("dense", "auto")), row["variants"]
+    assert row["plan"].count("cusparselt") == 6
+    assert measured["ffn"]["environment"]["device_name"] == "NVIDIA H200"

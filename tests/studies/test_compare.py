@@ -1,4 +1,4 @@
-"""studies.compare: it runs what is missing, shares runs between studies, and its tables are of the last rows."""
+"""studies.compare: it runs unfinished variants, shares runs between studies, and reads the last rows."""
 
 import json
 import math
@@ -16,7 +16,7 @@ TINY = "n_layer=1 n_head=2 n_embd=16 block_size=8 batch_size=4 max_iters=4 lr_de
 
 @pytest.fixture
 def fake_training(monkeypatch, write_run):
-    """Replace train.py. A run's loss is its position in `started` plus its seed. Returns the list of started runs."""
+    """Replace train.py. A run's loss is its position in `started` plus 100 times its seed. Returns `started`."""
     started = []
 
     def train(folder, given, max_iters, **environment):
@@ -56,12 +56,12 @@ def test_real_runs_are_skipped_when_finished_and_put_into_a_table_and_a_figure(t
     words = ["methods", f"--dataset={data}", "--seeds=1", f"--out_dir={tmp_path / 'out'}", f"--results={results}"]
     compare.main(words)
     found = json.loads((results / "methods-tiny.json").read_text())
-    root = tmp_path / "out" / "cpu-tiny"
-    folders = [root / "sparse=none-seed1", root / "mask_interval=2_sparse=fst-seed1"]
+    folders = [
+        tmp_path / "out" / "cpu-tiny" / name for name in ("sparse=none-seed1", "mask_interval=2_sparse=fst-seed1")
+    ]
     assert [compare.read_config(folder)["sparse"] for folder in folders] == ["none", "fst"]
     losses = [compare.runs.last_row(folder)["val_loss"] for folder in folders]
     assert found["val_loss"] == {v: [loss] for v, loss in zip(variants, losses, strict=True)}
-    assert all(0 < loss < 3.5 for loss in losses)
     assert found["environment"]["torch"]
     assert "`python -m studies.compare methods --dataset=tiny --seeds=1`" in capsys.readouterr().out
     assert (results / "methods-tiny.png").read_bytes().startswith(b"\x89PNG")
@@ -95,8 +95,8 @@ def test_runs_go_seed_by_seed_and_are_shared_between_labels_and_studies(tmp_path
 def test_only_runs_a_part_and_the_table_has_all_that_is_finished(tmp_path, fake_training, capsys):
     variants = {"a": "sparse=none", "b": FST, "c": "sparse=ste"}
     args = arguments(tmp_path, "methods", "--seeds=1", "--jobs=1")
-    for args.only, labels in ((["fst"], []), (["a"], ["a"]), (["c"], ["a", "c"])):
-        assert list(compare.run_and_read(variants, args)) == labels
+    for args.only, finished in ((["fst"], []), (["a"], ["a"]), (["c"], ["a", "c"])):
+        assert list(compare.run_and_read(variants, args)) == finished
     assert "seeds are missing: b" in capsys.readouterr().out
     args.seeds, args.table_only = 2, True
     assert compare.run_and_read(variants, args) == {}
@@ -150,8 +150,7 @@ def test_equal_cost_runs_as_many_steps_as_cost_the_same(tmp_path, data, fake_tra
     counts = {int(run["max_iters"]) for run in fake_training if run["sparse"] == "fst" and "ffn_ratio" not in run}
     assert counts == {found["steps"][name]["fst"] for name in ("FLOPs", "time")}
     assert all(run["max_iters"] == run["lr_decay_iters"] and run["warmup_iters"] == "100" for run in fake_training)
-    assert len(fake_training) == 2 * (2 * 8 - 1)  # the dense run is one
-    assert found["val_loss"]["time"]["dense"] == found["val_loss"]["FLOPs"]["dense"]
+    assert len(fake_training) == 2 * (2 * 8 - 1)  # both criteria share the dense run
     assert "predicted step-time ratios of GPT-2 774M on H200, 2:4 GEMMs 1.5 x dense" in "\n".join(lines)
     [row] = [line for line in lines if line.startswith("| fst |")]
     cells = [cell.strip() for cell in row.split("|")]
@@ -185,7 +184,7 @@ def test_flip_rates_are_means_over_windows_and_mu_is_paired_by_seed(tmp_path, mo
     monkeypatch.setattr(compare, "is_finished", lambda folder, wanted: compare.runs.is_finished(folder, 311))
     found, lines = compare.flip_rate(arguments(tmp_path, "flip_rate", "--seeds=2"))
     assert found["flip_rate"]["dense"][0] == [t0 - 0.5 for t0 in compare.WINDOWS]
-    assert "| lambda 0, mu | " + " | ".join(["2.50 (2.00 to 3.00)"] * len(compare.WINDOWS)) + " |" in lines
+    assert "| lambda 0, mu | " + " | ".join(["2.50 (2.00 to 3.00)"] * 4) + " |" in lines
     assert math.isclose(float(lines[2].split("|")[2]), 1.5 * 149.5)
     with pytest.raises(ValueError, match="flip_rate: the dense runs are not finished"):
         compare.flip_rate(arguments(tmp_path / "other", "flip_rate", "--table_only"))
@@ -211,13 +210,9 @@ def test_files_are_named_by_study_dataset_and_preset(tmp_path, words, name, comm
     args = arguments(tmp_path, *words)
     assert compare.result_name(args) == name
     assert compare.command_of(args) == f"python -m studies.compare {command}"
+    decay = "6e-5" if args.preset == "gpu" else "2e-3"
+    assert f"masked_decay={decay}" in next(v for v in compare.study_of(args).variants.values() if "masked_decay" in v)
     assert args.jobs == (1 if args.preset == "gpu" else 2)
-
-
-@pytest.mark.parametrize(("words", "decay"), [(["methods"], "2e-3"), (["methods", "--preset=gpu"], "6e-5")])
-def test_the_decay_factor_is_the_presets(tmp_path, words, decay):
-    variants = compare.study_of(arguments(tmp_path, *words)).variants
-    assert grids.words(variants["fst"])["masked_decay"] == decay
 
 
 def test_the_commits_of_all_runs_are_named(tmp_path, write_run):
@@ -227,7 +222,7 @@ def test_the_commits_of_all_runs_are_named(tmp_path, write_run):
     assert found == {"environment": {"commit": "1"}, "commits": {"dense": ["1"], "fst": ["1", "2-dirty"]}}
 
 
-def test_texts_are_put_together_pair_by_pair(tmp_path, capsys):
+def test_texts_are_pooled_pair_by_pair(tmp_path, capsys):
     losses = {
         "a_char": {"dense": [1.0, 1.2], "half": [1.3, 1.3], "fst": [1.1, 1.2], "alone": [0.0, 0.0]},
         "b_char": {"dense": [2.0, 2.0], "half": [2.2, 2.4], "fst": [2.1, 2.2]},
@@ -246,20 +241,17 @@ def test_texts_are_put_together_pair_by_pair(tmp_path, capsys):
     assert (tmp_path / "methods-texts.png").stat().st_size > 1000
 
 
-def test_the_interval_by_seed_is_of_each_seeds_mean_over_the_texts():
-    """Differences 1, 2, 3 on one text and 3, 4, 8 on another: means 2, 3, 5.5."""
+def test_the_interval_by_seed_uses_means_over_the_texts():
     assert compare.by_seed(paired([1.0, 2.0, 3.0, 3.0, 4.0, 8.0], [0.0] * 6), 2) == paired([2.0, 3.0, 5.5], [0.0] * 3)
 
 
-@pytest.mark.parametrize(
-    ("seeds", "message"),
-    [
-        ({"a_char": 2, "b_char": 3}, "a_char, b_char have unequal numbers of seeds; run them with equal --seeds"),
-        ({"b_char": 3}, "no .*methods-a_char.json yet; run: python -m studies.compare methods --dataset=a_char"),
-    ],
-)
-def test_texts_that_do_not_go_together_are_refused(tmp_path, seeds, message):
-    for text, count in seeds.items():
-        (tmp_path / f"methods-{text}.json").write_text(json.dumps({"val_loss": {"dense": [1.0] * count}}))
-    with pytest.raises(SystemExit, match=message):
-        compare.main(["methods", "--texts", "a_char", "b_char", f"--results={tmp_path}"])
+def test_texts_that_cannot_be_pooled_are_refused(tmp_path):
+    words = ["methods", "--texts", "a_char", "b_char", f"--results={tmp_path}"]
+    (tmp_path / "methods-b_char.json").write_text(json.dumps({"val_loss": {"dense": [1.0] * 3}}))
+    with pytest.raises(
+        SystemExit, match=r"no .*a_char.json yet; run: python -m studies.compare methods --dataset=a_char"
+    ):
+        compare.main(words)
+    (tmp_path / "methods-a_char.json").write_text(json.dumps({"val_loss": {"dense": [1.0] * 2}}))
+    with pytest.raises(SystemExit, match="a_char, b_char have unequal numbers of seeds; run them with equal --seeds"):
+        compare.main(words)

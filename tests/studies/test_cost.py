@@ -1,4 +1,4 @@
-"""What a step of a variant costs: FLOPs by hand, times by the roofline."""
+"""The cost of a step: FLOPs by hand, times by the roofline."""
 
 import pytest
 
@@ -24,50 +24,37 @@ def test_flops_by_hand():
     assert share("sparse=fst dense_finetune=0") == pytest.approx(1 - ffn / 2 / total)
     assert share(FST) == pytest.approx(1 - 5 / 6 * ffn / 2 / total)
     assert share(f"{FST} dense_pretrain=0.5") == pytest.approx(1 - 1 / 3 * ffn / 2 / total)
-    assert share("sparse=ste") == pytest.approx(1 - 4 * gemm / 2 / total)
-    assert share("sparse=sr_ste") == pytest.approx(1 - 2 * gemm / 2 / total)
-    assert share("sparse=bi_mask") == pytest.approx(1 - 4 * gemm / 2 / total)
-    assert share("sparse=s_ste") == pytest.approx(1 - 4 * gemm / 2 / total)
+    for name, sparse_gemms in (("ste", 4), ("sr_ste", 2), ("bi_mask", 4), ("s_ste", 4)):
+        assert share(f"sparse={name}") == pytest.approx(1 - sparse_gemms * gemm / 2 / total), name
     assert share("sparse=s_ste ffn_ratio=8") == pytest.approx((total + ffn - 8 * gemm / 2) / total)
     assert cost.flops_of(CPU, 50257) - total == 6 * 64 * (50304 - 65)  # the vocabulary is padded
-
-
-def test_a_cost_that_is_not_known_before_is_refused():
     with pytest.raises(ValueError, match="equal cost needs a dense phase of known length"):
         cost.flops_of(f"{CPU} sparse=step", 65)
 
 
 def test_predicted_times_are_rooflines():
-    p = PRESETS["774M"]
-    shape = (roofline.GPUS["h200"], p["n_layer"], 1280)
-    batch = {"batch_size": 16, "accumulation": 32}
-    dense = roofline.train_step(*shape, 5120, 50304, 1024, **batch)["ms"]
-    wide = roofline.train_step(*shape, 10240, 50304, 1024, **batch)["ms"]
-    assert cost.predicted_ms("sparse=none", 1.5) == dense
-    assert cost.predicted_ms("sparse=none ffn_ratio=8", 1.5) == wide
-    all_six = roofline.train_step(*shape, 10240, 50304, 1024, **batch, sparse={"ratio": 1.5, "mask_interval": 40})["ms"]
-    found = cost.predicted_ms(f"{FST} ffn_ratio=8", 1.5)
-    assert found == pytest.approx(wide / 6 + all_six * 5 / 6)
-    four = {"ratio": dict.fromkeys(("z", "y", "dw1", "dw2"), 2.0), "mask_interval": 1, "mvue": True}
-    soft = roofline.train_step(*shape, 5120, 50304, 1024, **batch, sparse=four)["ms"]
+    p, card = PRESETS["774M"], roofline.GPUS["h200"]
+
+    def step(d_ff, activation="gelu", **sparse):
+        shape = (card, p["n_layer"], 1280, d_ff, 50304, 1024, 16, activation, 32)
+        return roofline.train_step(*shape, sparse=sparse or None)["ms"]
+
+    gated = GPTConfig(**p, activation="swiglu").d_ff
+    assert cost.predicted_ms("sparse=none activation=swiglu", 1.5) == step(gated, "swiglu")
+    assert cost.predicted_ms("sparse=none", 1.5) == step(5120)
+    assert cost.predicted_ms("sparse=none ffn_ratio=8", 1.5) == step(10240)
+    fst = step(10240) / 6 + step(10240, ratio=1.5, mask_interval=40) * 5 / 6
+    assert cost.predicted_ms(f"{FST} ffn_ratio=8", 1.5) == pytest.approx(fst)
+    soft = step(5120, ratio=dict.fromkeys(("z", "y", "dw1", "dw2"), 2.0), mask_interval=1, mvue=True)
     assert cost.predicted_ms("sparse=s_ste_straight", 2.0) == pytest.approx(soft)
-    jacobian = 32 * 36 * 2 * 1280 * 5120 * 12 / roofline.GPUS["h200"].bandwidth * 1e3  # two fp32 read, one written
+    jacobian = 32 * 36 * 2 * 1280 * 5120 * 12 / card.bandwidth * 1e3  # two fp32 reads, one write
     assert cost.predicted_ms("sparse=s_ste", 2.0) == pytest.approx(soft + jacobian)
-    two = {"ratio": dict.fromkeys(("z", "y"), 2.0), "mask_interval": 1, "mvue": False}
-    row = roofline.train_step(*shape, 5120, 50304, 1024, **batch, sparse=two)["ms"]
+    row = step(5120, ratio=dict.fromkeys(("z", "y"), 2.0), mask_interval=1, mvue=False)
     assert cost.predicted_ms("sparse=sr_ste", 2.0) == pytest.approx(row)
 
 
-def test_predicted_times_know_the_activation():
-    p = PRESETS["774M"]
-    width = GPTConfig(**p, activation="swiglu").d_ff
-    shape = (roofline.GPUS["h200"], p["n_layer"], 1280, width, 50304, 1024, 16)
-    gated = roofline.train_step(*shape, activation="swiglu", accumulation=32)["ms"]
-    assert cost.predicted_ms("sparse=none activation=swiglu", 1.5) == gated
-
-
 def test_step_times_are_read_from_a_run_by_phase(tmp_path, write_run):
-    """8 tokens a step: 4000, 5000, 8000 tokens/s are 2, 1.6 and 1 ms; a phase's first row holds its compiling."""
+    """8 tokens a step: 4000, 5000, 8000 tokens/s are 2, 1.6 and 1 ms; the first row of a phase includes compilation."""
     speeds = {"sparse": (1, 4000, 5000, 5000), "dense": (2, 8000, 8000)}
     rows = [{"iter": 0, "phase": phase, "tokens_per_s": v} for phase, values in speeds.items() for v in values]
     config = {"batch_size": 2, "block_size": 2, "gradient_accumulation_steps": 2}

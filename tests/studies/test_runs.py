@@ -1,4 +1,4 @@
-"""The runner: it starts train.py once a run, waits for it to save, and holds a lock as long as it lives."""
+"""The runner: it starts train.py once per run, waits for it to save, and holds a lock meanwhile."""
 
 import signal
 import subprocess
@@ -11,21 +11,13 @@ import pytest
 from studies import runs
 
 
-@pytest.mark.parametrize(
-    ("row", "finished"),
-    [
-        ({"iter": 4, "val_loss": 1.5}, True),
-        ({"iter": 3, "val_loss": 1.5}, False),
-        ({"iter": 4, "val_loss": None}, False),
-        ({"iter": 4}, False),
-    ],
-)
-def test_finished_means_at_the_end_with_a_loss(tmp_path, write_run, row, finished):
+def test_finished_means_at_the_end_with_a_loss(tmp_path, write_run):
     assert not runs.is_finished(tmp_path / "none", 4)
     assert not runs.is_finished(write_run(tmp_path / "empty"), 4)
-    folder = write_run(tmp_path / "run", [{"iter": 0, "val_loss": 9.0}, row])
-    assert runs.last_row(folder) == {"phase": "sparse"} | row
-    assert runs.is_finished(folder, 4) == finished
+    for row in ({"iter": 4, "val_loss": 1.5}, {"iter": 3, "val_loss": 1.5}, {"iter": 4, "val_loss": None}, {"iter": 4}):
+        folder = write_run(tmp_path / "run", [{"iter": 0, "val_loss": 9.0}, row])
+        assert runs.last_row(folder) == {"phase": "sparse"} | row
+        assert runs.is_finished(folder, 4) == (row == {"iter": 4, "val_loss": 1.5})
 
 
 def test_flip_rates_are_those_of_the_measured_steps(tmp_path, write_run):
@@ -36,7 +28,7 @@ def test_flip_rates_are_those_of_the_measured_steps(tmp_path, write_run):
 
 
 def test_a_run_is_started_once_and_goes_on_after_a_stop(tmp_path, write_run, monkeypatch):
-    """A fake train.py is stopped at step 2, ends at step 3 in peace, and then finishes."""
+    """A fake train.py is stopped at step 2, ends at step 3 with status 0, and then finishes."""
     folder, calls, outcomes = tmp_path / "run", [], [2, 3, 4]
 
     def run_child(command, log, **options):
@@ -48,13 +40,13 @@ def test_a_run_is_started_once_and_goes_on_after_a_stop(tmp_path, write_run, mon
         return 0
 
     monkeypatch.setattr(runs, "run_child", run_child)
-    asked = (folder, ["config.py", "--a=1"], 4, ["torchrun", "--standalone"])
-    with pytest.raises(RuntimeError, match=f"stopped; the same command goes on with {folder}"):
-        runs.train(*asked, EXTRA="x")
+    arguments = (folder, ["config.py", "--a=1"], 4, ["torchrun", "--standalone"])
+    with pytest.raises(RuntimeError, match=f"stopped; the same command resumes {folder}"):
+        runs.train(*arguments, EXTRA="x")
     with pytest.raises(RuntimeError, match=r"run ended with status 0, unfinished; the end of .*\n    its last line"):
-        runs.train(*asked, EXTRA="x")
+        runs.train(*arguments, EXTRA="x")
     for _ in range(2):
-        runs.train(*asked, EXTRA="x")
+        runs.train(*arguments, EXTRA="x")
     command = ["torchrun", "--standalone", str(runs.TRAIN), "config.py", "--a=1", f"--out_dir={folder}"]
     assert calls == [(command, "x")] * 3
 
@@ -67,7 +59,7 @@ def test_a_failing_run_shows_its_last_lines_and_its_log(tmp_path):
 
 
 def test_a_run_is_locked_for_other_processes_as_long_as_train_lives(tmp_path, monkeypatch):
-    """train.py inherits the open file, so the lock outlives a study that was killed."""
+    """train.py inherits the lock, which therefore outlives a killed study."""
     take = f"import fcntl; fcntl.flock(open({str(tmp_path / 'lock')!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     (tmp_path / "train.py").write_text(
         "import os, subprocess, sys\n"
@@ -80,12 +72,12 @@ def test_a_run_is_locked_for_other_processes_as_long_as_train_lives(tmp_path, mo
     log = (tmp_path / "log.txt").read_text()
     assert "BlockingIOError" in log
     assert f"'{tmp_path / 'lock'}'" in log.splitlines()[-1]
-    subprocess.run([sys.executable, "-c", take], check=True)  # and is free again
+    subprocess.run([sys.executable, "-c", take], check=True)  # the lock is free now
 
 
 @pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, "saved"), (signal.SIGINT, "ended by itself")])
 def test_a_signal_waits_for_train_to_save(tmp_path, number, end):
-    """SIGTERM is passed on. Ctrl-C reaches train.py from the terminal, and is not sent a second time."""
+    """SIGTERM is passed on. Ctrl-C is not, since the terminal sends it to train.py too."""
     code = (
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved')))\n"
         "signal.signal(signal.SIGINT, lambda *_: sys.exit(print('interrupted')))\n"
@@ -110,7 +102,7 @@ def test_a_signal_waits_for_train_to_save(tmp_path, number, end):
 
 
 def test_other_threads_run_children_too(tmp_path):
-    """Python lets only the main thread set signal handlers; the studies run side by side in threads."""
+    """Only the main thread may set signal handlers; studies run in threads."""
     status = []
     command = ["sh", "-c", "echo hello; exit 3"]
     thread = threading.Thread(target=lambda: status.append(runs.run_child(command, tmp_path / "log.txt")))

@@ -1,4 +1,4 @@
-"""The search for the decay factor: its runs share all but that factor; what it recommends, refuses and writes."""
+"""The search for the decay factor: its runs, its recommendation, its errors and its files."""
 
 import json
 import math
@@ -25,8 +25,8 @@ def words(tmp_path, data):
 
 @pytest.fixture
 def fake_train(monkeypatch, write_run):
-    """fake_train(mu_of) fakes the runs: the dense flip rate falls with the step, a candidate's is mu_of(lambda)
-    of it. Returns the folders' names, in the order of their runs."""
+    """fake_train(mu_of) fakes the runs: a candidate's flip rate is mu_of(lambda) times the dense one, which falls with
+    the step. Returns the list of folders that ran."""
 
     def install(mu_of):
         ran = []
@@ -75,26 +75,21 @@ def test_a_real_search_and_its_second_call(tmp_path, words, capsys):
     configs = [read_config(folder / name) for name in names]
     assert [config["sparse"] for config in configs] == ["none", "fst", "fst"]
     assert [config["masked_decay"] for config in configs[1:]] == [0.0, 0.001]
-    for config in configs:
-        assert (config["seed"], config["max_iters"], config["flip_mask"]) == (1337, 20, "transposable")
+    shared = ("seed", "max_iters", "flip_mask", "learning_rate", "warmup_iters", "lr_decay_iters")
+    assert [[config[key] for key in shared] for config in configs] == [[1337, 20, "transposable", 1e-2, 4, 500]] * 3
     differing = {key for key in configs[1] if configs[1][key] != configs[2][key]}
     assert differing == {"out_dir", "masked_decay"}
-    shared = ("seed", "dataset", "batch_size", "block_size", "learning_rate", "warmup_iters", "lr_decay_iters")
-    assert all(configs[0][key] == configs[1][key] for key in shared)
-    assert configs[1]["lr_decay_iters"] == 500
     rows = [read_metrics(folder / name) for name in names]
     assert all(row["phase"] == "sparse" for row in rows[1])
-    assert rows[0][0]["lr"] == rows[1][0]["lr"]
-    # the initial weights' loss on the first batch: the same but for the pruning, with which it is the same bit for bit
+    # the first batch and the initial weights are the same: the losses differ by the pruning alone
     assert math.isclose(rows[0][0]["train_loss"], rows[1][0]["train_loss"], rel_tol=0.02)
     assert rows[1][0]["train_loss"] == rows[2][0]["train_loss"]
 
     flips = [[row["flip_rate"] for row in run if 16 <= row["iter"] < 20] for run in rows]
     mus = [sum(run) / sum(flips[0]) for run in flips[1:]]
     assert [c["mu"] for c in written["candidates"]] == pytest.approx(mus)
-    assert [c["masked_decay"] for c in written["candidates"]] == [0.0, 0.001]
     assert written["window"] == [16, 20]
-    assert not list(folder.glob("*/*.pt")), "checkpoints of gigabytes that nothing reads"
+    assert not list(folder.glob("*/*.pt"))
     assert written["environment"]["torch"] == configs[0]["environment"]["torch"]
     assert status == (0 if any(0.60 <= mu <= 0.95 for mu in mus) else 1)
 
@@ -112,7 +107,7 @@ def test_a_stopped_search_says_so_and_goes_on_from_its_checkpoint(tmp_path, word
 
     monkeypatch.setattr(search_decay.runs, "run_child", stopped)
     dense = tmp_path / "search" / "dense"
-    assert error_of(words) == f"studies.search_decay: error: stopped; the same command goes on with {dense}"
+    assert error_of(words) == f"studies.search_decay: error: stopped; the same command resumes {dense}"
     assert (dense / "ckpt.pt").exists()
     assert "--init_from=auto" in search_decay.run_words(search_decay.prepare(*search_decay.parse(words)), None)
 
@@ -134,7 +129,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys,
     ("more", "needed"),
     [
         *((f"--{name}=1", f"--{name} cannot be given") for name in ("max_iters", "dense_start", "masked_decay")),
-        ("--out_dir=x", "choose where with --search_dir"),
+        ("--out_dir=x", "choose the parent with --search_dir"),
         ("--sparse=none", "needs a sparse recipe"),
         ("--sparse=step", "dense start fills the warm-up"),
         ("--init_from=gpt2", "starts from scratch"),
@@ -149,15 +144,15 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys,
         ("--dataset=no_such_data", "does not exist"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, words, more, needed):
+def test_impossible_settings_are_refused_before_anything_is_written(tmp_path, words, more, needed):
     message = error_of([*words, more])
     assert message.startswith("studies.search_decay: error: ")
     assert needed in message
     assert not (tmp_path / "search").exists()
 
 
-def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
-    """As every config file does; the search's own settings come later and win, a dense run's recipe becomes fst."""
+def test_a_config_file_may_have_settings_of_the_search(tmp_path, words, capsys):
+    """The search's settings follow the config file's, and a dense recipe becomes fst."""
     config = tmp_path / "run.py"
     config.write_text(
         'out_dir = "x"\nmax_iters = 1000\nmasked_decay = 1e-3\nsparse = "none"\ndense_start = 5\n'
@@ -168,7 +163,6 @@ def test_a_config_file_may_hold_what_the_search_owns(tmp_path, words, capsys):
     out = capsys.readouterr().out
     assert "3 runs x 100 steps = 300 steps of 32 tokens" in out
     assert "30 % of the training run's 1,000 steps" in out
-    assert "recipe fst" in out
     final = settings_of(shlex.split(out.splitlines()[-1]))
     assert (final["sparse"], final["max_iters"], final["dense_start"]) == ("fst", 100, 100)
     assert final["masked_decay"] == 1e-3
@@ -190,7 +184,10 @@ def test_the_dense_run_counts_the_recipes_kind_of_masks_or_the_users(words, caps
     assert {settings_of(line)["flip_mask"] for line in lines} == {mask}
 
 
-def test_another_setting_in_the_same_folder_is_refused_and_named(tmp_path, words, fake_train):
+def test_another_setting_in_the_same_folder_is_refused_once_a_run_has_begun(tmp_path, words, fake_train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(search_decay.runs, "run_child", lambda command, log, **_: log.write_text("no\n") and 1)
+        error_of([*words, "--learning_rate=7e-2"])
     fake_train(lambda decay: 0.8)
     assert search_decay.main(words) == 0
     before = (tmp_path / "search" / "search.json").read_bytes()
@@ -199,21 +196,10 @@ def test_another_setting_in_the_same_folder_is_refused_and_named(tmp_path, words
     assert "max_iters=30 (there 20)" in message
     assert "seed" not in message
     assert (tmp_path / "search" / "search.json").read_bytes() == before
-    assert search_decay.main([*words, "--log_interval=3", "--candidates=0,1e-3,2e-3"]) == 0, "these may change"
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path, words):
-    (tmp_path / "search").mkdir()
-    (tmp_path / "search" / "ckpt.pt").write_text("a run")
-    assert "holds something else than a search" in error_of(words)
-    assert [path.name for path in (tmp_path / "search").iterdir()] == ["ckpt.pt"]
-
-
-def test_no_run_has_begun_so_a_mistake_can_be_corrected(tmp_path, words, fake_train, monkeypatch):
-    monkeypatch.setattr(search_decay.runs, "run_child", lambda command, log, **_: log.write_text("no\n") and 1)
-    error_of([*words, "--learning_rate=5e-2"])
-    fake_train(lambda decay: 0.8)
-    assert search_decay.main(words) == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "ckpt.pt").write_text("a run")
+    assert "holds something else than a search" in error_of([*words, f"--search_dir={tmp_path / 'other'}"])
+    assert search_decay.main([*words, "--log_interval=3", "--candidates=0,1e-3,2e-3"]) == 0  # harmless changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +209,7 @@ def test_no_run_has_begun_so_a_mistake_can_be_corrected(tmp_path, words, fake_tr
 def test_mu_is_a_ratio_of_means():
     dense = {8: 0.002, 10: 0.004}
     result = search_decay.compare({8: 0.001, 10: 0.0035}, dense)
-    assert result["mu"] == pytest.approx(0.75), "not the mean of 0.5 and 0.875"
+    assert result["mu"] == pytest.approx(0.75)  # not the mean of 0.5 and 0.875
     assert (result["mu_smallest"], result["mu_largest"]) == pytest.approx((0.5, 0.875))
     for sparse, reference, message in (
         ({8: 0.001}, dense, "the same steps"),
@@ -260,15 +246,12 @@ def test_recommended_is_the_healthy_one_nearest_to_the_middle(mus, best):
         ({1e-4: 0.5, 1e-3: 1.2}, 3e-3),  # the wrong way round: up
         ({1e-4: 1.2, 4e-4: TARGET**2 / 1.2, 1e-3: 1.2, 1e-2: 0.1}, 2e-4),  # the first crossing of several
         ({1e-3: 1.2, 1.01e-3: 0.5}, None),  # two digits leave nothing new between them
-        ({0.0: 0.5, 1e-4: 1.2}, 3e-4),  # too many flips lead upwards whatever none gives
+        ({0.0: 0.5, 1e-4: 1.2}, 3e-4),  # too many flips: up, whatever mu is at 0
+        ({1e-4: 1.1, 1e-2: 0.0}, 1.3e-4),  # a run without flips
     ],
 )
 def test_the_next_candidate_is_interpolated_or_further_out(mus, proposal):
     assert search_decay.next_candidate(mus) == proposal
-
-
-def test_a_run_without_flips_does_not_spoil_the_interpolation():
-    assert 1e-4 < search_decay.next_candidate({1e-4: 1.1, 1e-2: 0.0}) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -286,74 +269,57 @@ def test_refinement_runs_what_it_proposes_until_one_is_inside(tmp_path, words, f
     assert search_decay.main([*words, "--refine=9"]) == 0
     written = json.loads((tmp_path / "search" / "search.json").read_text())
     new = [c for c in written["candidates"] if c["refined"]]
-    asked = 1 + len(candidates.split(","))
+    first = 1 + len(candidates.split(","))
     assert 1 <= len(new) <= refined
-    assert len(ran) == asked + len(new) == len(set(ran))
-    assert 0.60 <= new[-1]["mu"] <= 0.95 or 0.60 <= new[0]["mu"] <= 0.95
+    assert len(ran) == first + len(new) == len(set(ran))
+    assert any(0.60 <= candidate["mu"] <= 0.95 for candidate in new)
     assert f"--masked_decay={written['masked_decay']:g}" in written["command"]
-    assert search_decay.main([*words, "--refine=0"]) == 0, "the refined ones are remembered"
-    assert len(ran) == asked + len(new)
+    assert search_decay.main([*words, "--refine=0"]) == 0  # the added candidates are remembered
+    assert len(ran) == first + len(new)
 
 
-def test_none_inside_is_said_with_what_to_do_and_still_written(tmp_path, words, fake_train, capsys):
+def test_if_no_candidate_fits_it_gives_advice_and_writes_the_results(tmp_path, words, fake_train, capsys):
     ran = fake_train(lambda decay: 1.3 - decay)
     assert search_decay.main([*words, "--refine=1"]) == 1
     out = capsys.readouterr().out
     assert "no lambda has mu from 0.60 to 0.95; nearest is 0.003 with 1.297" in out
-    assert "--refine=3, which goes on with lambda = 0.009" in out
+    assert "--refine=3, which continues with lambda = 0.009" in out
     assert ran == ["dense", "decay-0", "decay-0.001", "decay-0.003"]
     written = json.loads((tmp_path / "search" / "search.json").read_text())
     assert (written["masked_decay"], written["command"]) == (None, None)
     assert (tmp_path / "search" / "search.png").exists()
 
 
-def test_the_advice_is_the_users_command_with_the_decay_factor(tmp_path, words, fake_train, capsys):
+def test_advice_and_figure(tmp_path, words, fake_train, monkeypatch, capsys):
     fake_train(lambda decay: 1.1 if decay == 0 else 0.8)
-    assert search_decay.main(words) == 0
-    lines = capsys.readouterr().out.splitlines()
-    command = next(line for line in lines if line.startswith("    python train.py"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert search_decay.main(words) == 0
+    assert not (tmp_path / "search" / "search.png").exists()
+    out = capsys.readouterr().out
+    assert "pip install matplotlib" in out
+    command = next(line for line in out.splitlines() if line.startswith("    python train.py"))
     assert shlex.split(command)[2:] == [*words[: len(TINY) + 1], "--sparse=fst", "--masked_decay=0.001"]
-    assert any(f"--flip_reference={tmp_path / 'search' / 'dense'}" in line for line in lines)
+    assert f"--flip_reference={tmp_path / 'search' / 'dense'}" in out
 
-
-def test_the_figure_shows_each_run_the_band_and_the_window(tmp_path, words, fake_train, monkeypatch):
     pytest.importorskip("matplotlib", reason="search_decay.py draws with matplotlib")
     drawn = []
     monkeypatch.setattr(search_decay, "finish", lambda figure, path: drawn.append(figure))
-    fake_train(lambda decay: 1.1 if decay == 0 else 0.8)
     search_decay.main(words)
     [axes] = drawn[0].axes
-    labels = axes.get_legend_handles_labels()[1]
-    expected = ["dense", "λ = 0, μ = 1.10", "λ = 0.001, μ = 0.80 (recommended)", "healthy: 0.60 to 0.95 of dense"]
-    assert set(labels) == {*expected, "window"}
+    expected = {"dense", "λ = 0, μ = 1.10", "λ = 0.001, μ = 0.80 (recommended)", "healthy: 0.60 to 0.95 of dense"}
+    assert set(axes.get_legend_handles_labels()[1]) == {*expected, "window"}
     assert axes.get_yscale() == "log"
-    dense = axes.lines[labels.index("dense") - labels.index("dense")]
-    band = axes.collections[0].get_paths()[0].vertices
-    first = [y for x, y in band if x == 0]
-    assert min(first) == pytest.approx(0.60 * dense.get_ydata()[0])
-    assert max(first) == pytest.approx(0.95 * dense.get_ydata()[0])
-    assert axes.patches[-1].get_extents().width > 0
+    first = [y for x, y in axes.collections[0].get_paths()[0].vertices if x == 0]  # the band at step 0
+    dense = axes.lines[0].get_ydata()[0]
+    assert (min(first), max(first)) == pytest.approx((0.60 * dense, 0.95 * dense))
 
 
-def test_without_matplotlib_the_search_still_ends_well(tmp_path, words, fake_train, monkeypatch, capsys):
-    fake_train(lambda decay: 0.8)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert search_decay.main(words) == 0
-    assert "pip install matplotlib" in capsys.readouterr().out
-    assert (tmp_path / "search" / "search.json").exists()
-    assert not (tmp_path / "search" / "search.png").exists()
-
-
-def test_own_options_do_not_hide_a_setting_of_train():
-    args, rest = search_decay.parse([])
-    assert rest == []
-    names = set(search_decay.setting_names(search_decay.train_defaults()))
-    assert not vars(args).keys() & names
-    assert set(search_decay.OWNED) <= names
-
-
-def test_defaults_are_train_s():
+def test_defaults_are_train_s_and_options_do_not_hide_a_setting():
     defaults = search_decay.train_defaults()
+    names = set(search_decay.setting_names(defaults))
+    assert not vars(search_decay.parse([])[0]).keys() & names
+    assert set(search_decay.OWNED) <= names
     expected = {name: vars(train)[name] for name in search_decay.setting_names(vars(train))}
     assert {name: defaults[name] for name in search_decay.setting_names(defaults)} == expected
     assert search_decay.configure(defaults, ["--compile=None"]) == {"compile": None}

@@ -418,6 +418,7 @@ def test_where_graphs_are_replayed_gradients_are_added_up_in_tensors_that_stay(r
     assert differences(*(read_state(tmp_path / name)["model"] for name in ("default", "graphs"))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++, which is not installed")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link against a torch whose path has a space")

@@ -1,4 +1,4 @@
-"""Sample text from a checkpoint, in the phase it was saved in: 2:4 sparse weights, or dense ones after the switch.
+"""Sample text from a checkpoint. The weights are 2:4 sparse or dense, as they were when it was saved.
 
 python sample.py --out_dir=out-demo --start="def " --num_samples=2
 python sample.py --out_dir=out-demo --start=FILE:prompt.txt
@@ -17,22 +17,22 @@ from runtime import checkpoint
 from runtime.loader import DATA_FOLDER, load_meta, load_tokenizer
 
 # ---- settings ----
-out_dir = "out"  # the run's folder
-ckpt = "ckpt.pt"  # which of its checkpoints: ckpt.pt, ckpt_best.pt, ckpt_prev.pt
-init_from = "resume"  # resume (the checkpoint), or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+out_dir = "out"  # folder of the run
+ckpt = "ckpt.pt"  # checkpoint in that folder: ckpt.pt, ckpt_best.pt, ckpt_prev.pt
+init_from = "resume"  # resume (load the checkpoint), or gpt2, gpt2-medium, gpt2-large, gpt2-xl
 start = "\n"  # the prompt; FILE:prompt.txt reads it from a file
 num_samples = 3
 max_new_tokens = 500  # tokens per sample
-temperature = 0.8  # 1 = the model's own probabilities; 0 = always the likeliest token
-top_k: int | None = 200  # sample among the k likeliest tokens; None = among all
+temperature = 0.8  # 1 = the model's probabilities; 0 = always the likeliest token
+top_k: int | None = 200  # sample among the k likeliest tokens; None = among all tokens
 seed = 1337
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"  # auto (bfloat16 on GPUs that have it, else float32), float32, bfloat16, float16
+dtype = "auto"  # auto (bfloat16 on GPUs that support it, else float32), float32, bfloat16, float16
 # ---- end of settings ----
 
 
 def load_model() -> tuple[GPT, dict]:
-    """The model in eval mode on the CPU, and the meta.json of its dataset."""
+    """The model, on the CPU, and the meta.json of its dataset."""
     if init_from != "resume":
         return GPT.from_pretrained(init_from), {"tokenizer": "gpt2", "vocab_size": 50257}
     path = Path(out_dir) / ckpt
@@ -42,10 +42,12 @@ def load_model() -> tuple[GPT, dict]:
     model.load_state_dict(state["model"])
     meta = load_meta(DATA_FOLDER / config["dataset"])
     if meta["vocab_size"] > model.config.vocab_size:
-        sizes = f"now has {meta['vocab_size']} tokens, the checkpoint {model.config.vocab_size}"
-        raise ValueError(f"dataset {config['dataset']} {sizes}; prepare the data that it was trained on")
-    phases = [layer.sparse for layer in sparse24.sparse_linears(model)]
-    print(f"{path}: iteration {state['iter_num']}, {sum(phases)} of {len(phases)} sparse linears in the 2:4 phase")
+        sizes = f"now has {meta['vocab_size']} tokens, but the checkpoint has {model.config.vocab_size}"
+        raise ValueError(f"dataset {config['dataset']} {sizes}; prepare the dataset that the run was trained on")
+    is_sparse = [layer.sparse for layer in sparse24.sparse_linears(model)]
+    print(
+        f"{path}: iteration {state['iter_num']}, {sum(is_sparse)} of {len(is_sparse)} sparse linears in the 2:4 phase"
+    )
     return model, meta
 
 
@@ -60,13 +62,13 @@ def main() -> None:
             raise ValueError("start is empty, need at least one character; the default is a newline")
     except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
         sys.exit(f"sample.py: error: {error}")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    on_gpu = name.startswith("cuda")
-    kind = ("bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32") if dtype == "auto" else dtype
-    model = model.to(name).eval()
-    generator = torch.Generator(name).manual_seed(seed)
-    autocast = torch.autocast(torch.device(name).type, getattr(torch, kind), enabled=kind != "float32")
-    idx = torch.tensor([tokens], device=name)
+    run_device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    has_bfloat16 = run_device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    run_dtype = ("bfloat16" if has_bfloat16 else "float32") if dtype == "auto" else dtype
+    model = model.to(run_device).eval()
+    generator = torch.Generator(run_device).manual_seed(seed)
+    autocast = torch.autocast(torch.device(run_device).type, getattr(torch, run_dtype), enabled=run_dtype != "float32")
+    idx = torch.tensor([tokens], device=run_device)
     for _ in range(num_samples):
         with autocast:
             out = model.generate(idx, max_new_tokens, temperature=temperature, top_k=top_k, generator=generator)

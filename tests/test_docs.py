@@ -1,4 +1,4 @@
-"""README and docs/ tell the truth: the settings are train.py's, links lead somewhere, tables are those of the results.
+"""README and docs/ against the repository: settings, links, names of files, tables of the results.
 
 python tests/test_docs.py > docs/settings.md       after a setting has changed
 """
@@ -16,16 +16,13 @@ from configurator import read_comments, setting_names
 
 ROOT = Path(train.__file__).parent
 
-PAGES = [
-    path.relative_to(ROOT)
-    for folder in (".", "data", "docs", "methods", "results")
-    for path in (ROOT / folder).glob("*.md")
-]
+FOLDERS = (".", "data", "docs", "methods", "results")
+PAGES = [path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).glob("*.md")]
 TABLES = [
     *("convergence", "methods", "methods-6seeds", "methods-texts", "methods-unseen-texts", "equal_cost", "table7"),
     *("phases", "quality", "quality-6seeds", "decay", "flip_rate", "kernels"),
 ]
-TO_BE_MADE = ("methods/mine.py", "methods/random_mask.py", "data/mine", "data/NAME")
+EXAMPLES = ("methods/mine.py", "methods/random_mask.py", "data/mine", "data/NAME")
 INTRODUCTION = """# Settings
 
 Give a setting as `--name=value`, or in a config file, which is Python; a later one wins. Unknown names and wrong types
@@ -37,21 +34,21 @@ are refused. The message for a setting that was removed says what replaces it. `
 
 
 def settings_page() -> str:
-    """docs/settings.md, as train.py's source has the settings."""
+    """The text of docs/settings.md, made from the settings in train.py."""
     names = setting_names(vars(train))
-    notes, rows, shown = read_comments(train.__file__, names), [], ""
+    comments, rows, last_heading = read_comments(train.__file__, names), [], ""
     source = (ROOT / "train.py").read_text()
     for name in names:
-        heading, comment = notes[name]
-        if heading != shown:
+        heading, comment = comments[name]
+        if heading != last_heading:
             rows.append(f"| **{heading}** | | |")
-        shown = heading
+        last_heading = heading
         default = re.search(rf"^{name}\b[^=\n]*= ([^#\n]+)", source, re.MULTILINE)[1].strip()
         rows.append(f"| `{name}` | `{default}` | {comment} |".replace("|  |", "| |"))
     return INTRODUCTION + "\n".join(rows) + "\n"
 
 
-def test_docs_list_every_setting_as_train_has_it():
+def test_settings_page_is_up_to_date():
     assert (ROOT / "docs" / "settings.md").read_text() == settings_page(), (
         "run python tests/test_docs.py > docs/settings.md"
     )
@@ -62,24 +59,22 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_to_files(page):
+def test_links_point_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         if "://" not in target:
             assert (ROOT / page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parts[0] != "results"], ids=str)
-def test_files_that_a_page_names_are_there(page):
-    """`gemm24/choose.py`, tests/test_sparse24.py: a name with a folder, of a file or a pattern."""
-    text = (ROOT / page).read_text()
-    for name in re.findall(
-        r"\b(?:config|data|docs|gemm24|methods|runtime|benchmarks|studies|tests|results)/[\w./\\*-]*\w", text
-    ):
-        assert list(ROOT.glob(name.replace("\\", ""))) or name in TO_BE_MADE, name
+def test_files_that_a_page_names_exist(page):
+    """A name has a folder, and may be a pattern: `gemm24/choose.py`, tests/test_sparse24*.py."""
+    folders = "config|data|docs|gemm24|methods|runtime|benchmarks|studies|tests|results"
+    for name in re.findall(rf"\b(?:{folders})/[\w./\\*-]*\w", (ROOT / page).read_text()):
+        assert list(ROOT.glob(name.replace("\\", ""))) or name in EXAMPLES, name
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_are_those_of_the_results(name):
+def test_results_readme_has_the_tables_of_the_results(name):
     table = (ROOT / "results" / f"{name}.md").read_text().split("\n\n")[2]
     assert table.startswith("|")
     assert table in (ROOT / "results" / "README.md").read_text()

@@ -540,7 +540,7 @@ def test_activation_refuses_what_it_would_misread():
             kernels.activation(randn(4, 4), name)
 
 
-@pytest.mark.parametrize("activation", ["gelu", slow("relu2"), slow("geglu"), "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", slow("relu2"), slow("geglu"), slow("swiglu")])
 @pytest.mark.parametrize(
     ("order", "d_ff", "tokens"), [slow("sm90", 64, 192), slow("sm80", 128, 64), ("masked", 32, 136)]
 )

@@ -1,6 +1,7 @@
-"""The repo's shape: imports point down, importing needs neither GPU nor Triton, tests mirror the tree."""
+"""The structure of the repository: directions of imports, test files that mirror the tree, config files."""
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -14,10 +15,10 @@ from configurator import configure, setting_names
 from model import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-# A file imports only from what stands to its left.
+# Modules and folders. Each imports only from groups to its left, and from itself.
 ORDER = "configurator kernels | sparse24 | gemm24 | methods model | runtime | benchmarks | train bench sample studies"
 FOLDERS = [".", *(name for name in ORDER.split() if (ROOT / name).is_dir())]
-# Test files that belong to no module, all names of the form test_<name>.py or test_<name>_<part>.py.
+# Test files test_<name>.py that belong to no module
 BELONG_TO_NO_MODULE = {"structure", "docs", "two_files", "guard", "data", "gpu", "readme"}
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
@@ -34,16 +35,13 @@ def imported(path: Path) -> set[str]:
 
 
 def test_imports_point_left():
-    place = {name: depth for depth, names in enumerate(ORDER.split("|")) for name in names.split()}
-    files = list(ROOT.glob("*.py"))
-    files += [path for name in place for path in (ROOT / name).glob("*.py")]
-    for path in files:
-        room = path.relative_to(ROOT).with_suffix("").parts[0]
-        assert room in place, f"{path}: a new file needs its place in ORDER"
+    depth = {name: number for number, names in enumerate(ORDER.split("|")) for name in names.split()}
+    for path in [*ROOT.glob("*.py"), *(path for name in depth for path in (ROOT / name).glob("*.py"))]:
+        importer = path.relative_to(ROOT).with_suffix("").parts[0]
+        assert importer in depth, f"{path}: add the new file to ORDER"
         for name in imported(path):
-            other = name.split(".")[0]
-            allowed = other == room or place[other] < place[room]
-            assert allowed, f"{path} imports {name}, which does not stand to its left"
+            target = name.split(".")[0]
+            assert target == importer or depth[target] < depth[importer], f"{path} imports {name}, not to its left"
 
 
 def test_imports_inside_a_folder_run_one_way():
@@ -51,31 +49,32 @@ def test_imports_inside_a_folder_run_one_way():
     for folder in folders:
         modules = {f"{folder.name}.{path.stem}": path for path in folder.glob("*.py")}
         graph = {name: imported(path) & modules.keys() for name, path in modules.items()}
-        assert list(graphlib.TopologicalSorter(graph).static_order()), folder  # CycleError names a circle
+        assert list(graphlib.TopologicalSorter(graph).static_order()), folder  # CycleError names a cycle
 
 
+@functools.cache
 def modules(folder: Path) -> set[str]:
-    """Names of the folder's modules, without an `__init__.py` that holds nothing but its docstring."""
+    """Names of the folder's modules. An `__init__.py` counts only if it has more than a docstring."""
     parsed = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
     return {name for name, tree in parsed.items() if name != "__init__" or len(tree.body) > 1}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_module_has_its_test_file(folder):
-    wanted = {f"test_{name}.py" for name in modules(ROOT / folder)}
-    assert not wanted - {path.name for path in (ROOT / "tests" / folder).glob("*.py")}
+    expected = {f"test_{name}.py" for name in modules(ROOT / folder)}
+    assert not expected - {path.name for path in (ROOT / "tests" / folder).glob("*.py")}
 
 
 def test_every_test_file_is_named_after_a_module_of_its_folder():
-    """The folder is the one that tests/ mirrors, or tests/ itself for the tools of the tests."""
+    """The module is in the folder that the test folder mirrors, or, for helpers of the tests, in the test folder."""
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.parent.relative_to(ROOT / "tests")
         names = modules(ROOT / folder) | modules(path.parent) | BELONG_TO_NO_MODULE
-        beginnings = tuple(f"test_{name}_" for name in names)
-        assert f"{path.stem}_".startswith(beginnings), f"{path} is named after no module"
+        prefixes = tuple(f"test_{name}_" for name in names)
+        assert f"{path.stem}_".startswith(prefixes), f"{path} is named after no module"
 
 
-def test_both_halves_of_make_test_together_are_all_tests():
+def test_the_two_halves_of_make_test_are_all_tests():
     makefile = (ROOT / "Makefile").read_text()
     assert "\ntwo_halves = $(call side_by_side,$(1) $(2),$(1) tests $(2:%=--ignore=%))\n" in makefile
     assert re.findall(r"^\t\$\(call (\w+),-m ([^,]+),", makefile, re.MULTILINE) == [
@@ -86,8 +85,7 @@ def test_both_halves_of_make_test_together_are_all_tests():
 
 def test_model_imports_without_triton_and_optional_packages():
     hidden = ["triton", "matplotlib", "wandb", "datasets", "tiktoken", "transformers"]
-    ours = "train, sample, gemm24.plan, runtime.plot"
-    code = f"import sys\nfor n in {hidden}: sys.modules[n] = None\nimport {ours}"
+    code = f"import sys\nfor n in {hidden}: sys.modules[n] = None\nimport train, sample, gemm24.plan, runtime.plot"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -113,7 +111,7 @@ def test_config_names_only_settings_and_says_what_it_reproduces_and_costs(path):
     ],
 )
 def test_gpt2_configs_are_the_papers(name, size, decay):
-    """Table 1's decay factors, and the schedule of the paper's runs."""
+    """The decay factors of Table 1, and the schedule of the paper's runs."""
     config = vars(train) | configure(vars(train), [str(ROOT / "config" / f"{name}.py")])
     assert {key: config[key] for key in PRESETS[size]} == PRESETS[size]
     assert config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"] == 524288

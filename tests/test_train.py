@@ -392,6 +392,7 @@ def test_cuda_graphs_accumulate_gradients_in_fixed_tensors(run, tmp_path, monkey
     assert differences(*(read_state(tmp_path / name)["model"] for name in ("default", "graphs"))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++, which is not installed")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link against a torch whose path has a space")

@@ -1,4 +1,4 @@
-"""sparse24.py and kernels.py, copied into an empty folder, are all that 2:4 layers need in another project."""
+"""Another project can use 2:4 layers with copies of two files, sparse24.py and kernels.py."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import ROOT
 
-# What another project would do. It trains an MLP with 2:4 layers on one batch, and prints the losses.
+# Another project's script. It trains an MLP with 2:4 layers on one batch and prints the first and the last loss.
 PROJECT = """
 import torch
 import sparse24
@@ -37,14 +37,14 @@ assert [type(module) for module in model] == [torch.nn.Linear, torch.nn.GELU, to
 torch.testing.assert_close(model(x), pruned)
 print(losses[0], losses[-1])
 """
-# Before it: the folder is the only place of modules that are not installed.
+# Checks that this repository's modules cannot be imported
 ALONE = f"import sys; assert {str(ROOT)!r} not in sys.path"
 WITHOUT_TRITON = "sys.modules['triton'] = None"
 COMPARE = "assert sparse24.kernel_mismatches(torch.device('cpu')) == []; assert 'gemm24' not in sys.modules"
 
 
 def run_alone(folder, *code: str, **environment) -> list[str]:
-    """The lines that the code prints in a folder with the two files and nothing else."""
+    """Run the code in a folder with only the two files. Returns the lines that it prints."""
     for name in ("sparse24.py", "kernels.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "project.py").write_text("\n".join(code))

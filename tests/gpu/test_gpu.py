@@ -1,6 +1,6 @@
-"""What only a CUDA GPU can show: `python -m pytest -m gpu`. The operators give the same numbers there as on the CPU.
+"""Tests that need a CUDA GPU: `python -m pytest -m gpu`. Operators give the same numbers there as on the CPU.
 
-On a GPU tests/test_kernels.py is marked gpu too, and runs the compiled kernels instead of the interpreted ones.
+If there is a GPU, tests/test_kernels.py is marked gpu too, and tests the compiled kernels instead of interpreted ones.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ pytestmark = [
 
 
 def run_script(*words, **environment):
-    """A Python process in the repository, which must succeed; returns its standard output."""
-    environment = os.environ | environment
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    """Run Python in the repository. It must succeed. Returns its standard output."""
+    command, environment = [sys.executable, *words], os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_the_kernels_serve_where_they_can():
+def test_kernels_are_on_if_the_gpu_supports_them():
     device = torch.device("cuda", torch.cuda.current_device())
-    able = torch.cuda.get_device_capability() >= (8, 0)
+    supported = torch.cuda.get_device_capability() >= (8, 0)
     status = sparse24.use_kernels(device)
-    assert status == "on" if able else status.startswith("off: the kernels")
+    assert status == "on" if supported else status.startswith("off: the kernels")
     code = "import sparse24; print(sparse24.use_kernels('cuda:0'))"
     assert run_script("-c", code, NANO24_KERNELS="0") == "off: NANO24_KERNELS=0\n"
 
@@ -69,19 +69,20 @@ def test_layer_gradients_equal_the_cpus(tokens):
         torch.testing.assert_close(p.grad.cpu(), grad)
 
 
-VARIANTS = [
-    *((name, {}) for name in sparse24.recipe_names()),
-    ("s_ste", {"fp8": True}),
-]
+def small_model(sparse, recipe=None):
+    args = {"block_size": 64, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64}
+    return GPT(GPTConfig(**args, sparse=sparse), recipe).cuda()
+
+
+VARIANTS = [*((name, {}) for name in sparse24.recipe_names()), ("s_ste", {"fp8": True})]
 
 
 @pytest.mark.parametrize(("name", "change"), VARIANTS, ids=str)
 def test_every_method_trains_compiled_in_bf16(name, change):
-    """Loss falls; its layers, masks and optimizer steps are those of the CPU in float32, as far as bf16 goes."""
+    """The loss falls, and the masks at the end are the masks of the weights."""
     torch.manual_seed(0)
     recipe = dataclasses.replace(sparse24.get_recipe(name), **change)
-    args = {"block_size": 64, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64, "sparse": name}
-    model = GPT(GPTConfig(**args), recipe).cuda()
+    model = small_model(name, recipe)
     net = torch.compile(model, fullgraph=True)
     method = {"masked_decay": recipe.masked_decay, "decay_on": recipe.decay_on, "optimizer": recipe.optimizer}
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cuda", **method)
@@ -100,14 +101,13 @@ def test_every_method_trains_compiled_in_bf16(name, change):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     for layer in layers:
-        kept = sparse24.mask_index(layer.weight.detach().cpu(), recipe.virtual_mask)
-        assert sparse24.flip_rate(layer.index.cpu(), kept) == 0
+        expected = sparse24.mask_index(layer.weight.detach().cpu(), recipe.virtual_mask)
+        assert sparse24.flip_rate(layer.index.cpu(), expected) == 0
 
 
 def test_compiled_model_trains_in_bf16_and_sees_new_seeds():
     torch.manual_seed(0)
-    args = {"block_size": 64, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64}
-    model = GPT(GPTConfig(**args, sparse="fst")).cuda()
+    model = small_model("fst")
     net = torch.compile(model, fullgraph=True)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cuda", 1e-4)
     idx = torch.randint(64, (4, 64), device="cuda")
@@ -124,7 +124,7 @@ def test_compiled_model_trains_in_bf16_and_sees_new_seeds():
     for seed in (2, 1):
         backward(seed, 0)
         gradients.append(weight.grad.clone())
-    assert not torch.equal(*gradients), "other draws give another weight gradient"
+    assert not torch.equal(*gradients), "the weight gradient does not depend on the seed"
     for step in range(40):
         losses.append(backward(1, step))
         optimizer.step()
@@ -132,7 +132,7 @@ def test_compiled_model_trains_in_bf16_and_sees_new_seeds():
 
 
 def test_training_on_the_kernels_is_training_on_the_twins(monkeypatch):
-    """Three steps of a small model: masks and MVUE draws the same, weights within AdamW's rounding."""
+    """Three steps of a small model with the same masks and MVUE draws. The weights differ by AdamW's rounding only."""
     device, runs = torch.device("cuda", torch.cuda.current_device()), []
     if sparse24.kernel_status(device) != "on":
         pytest.skip(f"CUDA backend: {sparse24.kernel_status(device)}")
@@ -164,7 +164,7 @@ def test_bench_measures(tmp_path):
 
 
 def test_bench_compares_layers(tmp_path):
-    """The first case of each suite is measured whatever the budget; a failure makes the exit status 1."""
+    """The first case of each suite is measured even if the budget is too small. A failure makes the exit status 1."""
     words = ("--suite=all", "--quick", "--budget=1", "--repetitions=3", "--sizes", "124M", *SMALL_BENCH)
     run_script("bench.py", *words, str(tmp_path))
     suites = json.loads((tmp_path / "bench.json").read_text())["suites"]
@@ -187,21 +187,22 @@ def test_deterministic_run_resumes_bit_for_bit(tmp_path, compile):
 @pytest.mark.parametrize("name", ["none", "fst", "sr_ste", "s_ste"])
 @pytest.mark.parametrize("compile", [True, False])
 def test_shards_on_one_gpu_train_as_a_copy_does(tmp_path, name, compile):
-    """FSDP2 over NCCL with one rank: weights gathered in bf16, freed, packed or pruned again in the backward; saved in
-    a thread from pinned memory, resumed."""
+    """FSDP2 over NCCL with one rank, stopped and resumed. FSDP gathers the weights in bf16 and frees them after the
+    forward, so the backward packs or prunes them again. A thread saves from pinned memory."""
     data = make_dataset(tmp_path / "data")
     changes = {"sparse": name, "n_embd": 64, "dtype": "bfloat16", "device": "cuda", "compile": compile, "dropout": 0.0}
     changes |= {"masked_decay": 2e-3, "mask_interval": 1 if name in ("sr_ste", "s_ste") else 5, "dense_start": 20}
     settings = {**SETTINGS, **changes, "max_iters": 24, "dataset": data}
     rows = {}
-    for how in ("ddp", "fsdp"):
+    for parallel in ("ddp", "fsdp"):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py"]
         for length in (12, 24):
-            run_script(*torchrun, *to_words(tmp_path / how, settings | {"parallel": how, "max_iters": length}))
-        rows[how] = read_rows(tmp_path / how)
-        weights = [t for name, t in read_state(tmp_path / how)["model"].items() if name.endswith("weight")]
+            run_settings = settings | {"parallel": parallel, "max_iters": length}
+            run_script(*torchrun, *to_words(tmp_path / parallel, run_settings))
+        rows[parallel] = read_rows(tmp_path / parallel)
+        weights = [t for name, t in read_state(tmp_path / parallel)["model"].items() if name.endswith("weight")]
         assert all(t.dtype == torch.float32 for t in weights)
-    losses = {how: [row["train_loss"] for row in found if row["train_loss"]] for how, found in rows.items()}
+    losses = {name: [row["train_loss"] for row in run_rows if row["train_loss"]] for name, run_rows in rows.items()}
     assert len(losses["fsdp"]) == 24
     assert losses["fsdp"] == pytest.approx(losses["ddp"], abs=0.02)
     assert losses["fsdp"][-1] < losses["fsdp"][0] - 0.3

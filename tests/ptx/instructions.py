@@ -1,12 +1,12 @@
-"""The results of PTX instructions: a table from a name to a function of numpy arrays, one element per thread.
+"""A table of PTX instructions: each name has a function of numpy arrays with one element per thread.
 
-Registers hold bits: unsigned integers of their width, or bool for predicates. An instruction's type says how to read
-them (`decode`) and how its result becomes bits again (`encode`): "f32" as float32; "bf16" as float32, which holds each
-of its values; packed "bf16x2" as two rows, the low half first. So np.add serves s32 and f32 alike.
+Registers hold bits: unsigned integers of their width, or bool for predicates. The type of an instruction says how to
+convert bits to values (`decode`) and the result to bits (`encode`): "f32" and "bf16" are float32 arrays, and a packed
+"bf16x2" is two rows, the low half first. Therefore np.add implements both s32 and f32.
 
 Results follow the PTX ISA 8.7. Floats round to nearest even and keep subnormals, except under .ftz. A NaN result is the
-canonical one (0x7fffffff, in 16 bits 0x7fff), and min and max order -0 below +0. The table has what Triton 3.6 emits
-for this repository's kernels. Anything else raises Unknown, so that no instruction is guessed at.
+canonical NaN (0x7fffffff, or 0x7fff in 16 bits). For min and max, -0 is smaller than +0. The table has the instructions
+that Triton 3.6 emits for the kernels of this repository. Any other instruction raises Unknown.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 
 
 class Unknown(ValueError):
-    """An instruction or type that this table does not have."""
+    """An instruction or a type that is not in the table."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ class Unknown(ValueError):
 
 
 def width(type_name: str) -> int:
-    """Bits of a type, 1 for a predicate."""
+    """Number of bits of a type, 1 for a predicate."""
     if type_name == "pred":
         return 1
     digits = re.fullmatch(r"[a-z]+(8|16|32|64)(x2)?", type_name)
@@ -46,14 +46,11 @@ def _is_float(type_name: str) -> bool:
     return type_name.startswith(("f", "bf"))
 
 
-def _halves(bits: np.ndarray) -> np.ndarray:
-    return np.stack([bits.astype(np.uint16), (bits >> np.uint32(16)).astype(np.uint16)])
-
-
 def decode(bits: np.ndarray, type_name: str) -> np.ndarray:
-    """The values that these bits mean as a type of their width."""
+    """The values of these bits, read as a type of the same width."""
     if type_name.endswith("x2"):
-        return decode(_halves(bits), type_name[:-2])
+        halves = np.stack([bits.astype(np.uint16), (bits >> np.uint32(16)).astype(np.uint16)])
+        return decode(halves, type_name[:-2])
     if type_name == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if type_name in ("f16", "f32"):
@@ -62,7 +59,7 @@ def decode(bits: np.ndarray, type_name: str) -> np.ndarray:
 
 
 def encode(values: np.ndarray, type_name: str) -> np.ndarray:
-    """The bits of values as a type. Floats are rounded to nearest even, and each NaN becomes the canonical one."""
+    """The bits of values, written as a type. Floats round to nearest even. A NaN becomes the canonical NaN."""
     if type_name.endswith("x2"):
         low, high = encode(values, type_name[:-2]).astype(np.uint32)
         return low | high << np.uint32(16)
@@ -77,13 +74,14 @@ def encode(values: np.ndarray, type_name: str) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Functions that numpy does not have
+# Functions that numpy lacks
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a * b + c in float32, rounded once.
 
-    The product is exact in float64. Their sum is rounded to odd there, which makes rounding it to float32 a single one.
+    The product is exact in float64. The sum is rounded to odd in float64, so that rounding it to float32 gives the same
+    result as rounding the exact sum.
     """
     product, c = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + c
@@ -95,7 +93,7 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """max.NaN: NaN if either is, and +0 of two zeros if one is."""
+    """max.NaN: NaN if an operand is NaN, and +0 is larger than -0."""
     return np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))
 
 
@@ -104,7 +102,7 @@ def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def flush(x: np.ndarray) -> np.ndarray:
-    """float32 with subnormals replaced by zeros of their sign, as .ftz does."""
+    """Replace subnormals of float32 by zeros of the same sign, as .ftz does."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
@@ -117,7 +115,7 @@ def _reciprocal(x: np.ndarray) -> np.ndarray:
 
 
 def nudge(x: np.ndarray, ulps: np.ndarray) -> np.ndarray:
-    """float32 moved by so many units in the last place; zeros and what is not finite stay."""
+    """Change float32 values by `ulps` units in the last place, except zeros, infinities and NaNs."""
     moved = (x.view(np.int32) + np.asarray(ulps, np.int32)).view(np.float32)
     return np.where(np.isfinite(x) & (x != 0), flush(moved), x)
 
@@ -128,7 +126,7 @@ def _shift_left(x: np.ndarray, amount: np.ndarray) -> np.ndarray:
 
 
 def _shift_right(x: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """Shift right. Zeros come in for an unsigned type and the sign for a signed one, also beyond the width."""
+    """Shift in zeros for an unsigned type and copies of the sign for a signed one, also beyond the width."""
     limit = 8 * x.dtype.itemsize
     shifted = x >> np.minimum(amount, limit - 1).astype(x.dtype)
     return shifted if x.dtype.kind == "i" else np.where(amount < limit, shifted, x.dtype.type(0))
@@ -144,14 +142,14 @@ def _widen(x: np.ndarray) -> np.ndarray:
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Integers, rounded towards zero. A division by zero has no defined result: all bits are set."""
+    """Integer division, rounded towards zero. PTX leaves a division by zero undefined; here it sets all bits."""
     a, b = a.astype(np.int64), b.astype(np.int64)
     quotient = np.abs(a) // np.where(b == 0, 1, np.abs(b)) * (np.sign(a) * np.sign(b))
     return np.where(b == 0, -1, quotient)
 
 
 def _permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """prmt: each nibble of the selector names one of the eight bytes of (b, a); its bit 3 asks for the byte's sign."""
+    """prmt: each nibble of the selector selects one of the eight bytes of (b, a), or if bit 3 is set, its sign."""
     both, result = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.uint32(0)
     for i in range(4):
         nibble = selector >> np.uint32(4 * i) & np.uint32(15)
@@ -162,29 +160,29 @@ def _permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.nda
 
 
 def _logic3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """lop3: of each bit, bit number 4a + 2b + c of the table."""
+    """lop3: for each bit position, the result is bit 4a + 2b + c of the table."""
     result = np.uint32(0)
     for i in range(8):
-        chosen = (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-        result = result | np.where(table >> np.uint32(i) & np.uint32(1), chosen, np.uint32(0))
+        is_entry = (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+        result = result | np.where(table >> np.uint32(i) & np.uint32(1), is_entry, np.uint32(0))
     return result
 
 
 def _extract_bits(x: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """bfe: `length` bits (1 to 32) from `position` (0 to 31) on, of a signed type with the highest one repeated."""
+    """bfe: `length` bits (1 to 32) from `position` (0 to 31) on. A signed type repeats the highest of them."""
     if not ((position < 32) & (length >= 1) & (length <= 32)).all():
         raise Unknown("bfe of no bits, or from beyond the register")
-    wide = _widen(x)  # its sign, or zeros, lie above the register
+    wide = _widen(x)  # adds zeros, or copies of the sign, above bit 31
     gap = (64 - length).astype(wide.dtype)
     return (wide >> position.astype(wide.dtype) << gap >> gap).astype(x.dtype)
 
 
-def _unordered(compare: Callable) -> Callable:
-    return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
+def _is_nan(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.isnan(a) | np.isnan(b)
 
 
-def _not_equal_ordered(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a != b) & ~np.isnan(a) & ~np.isnan(b)
+def _or_nan(compare: Callable) -> Callable:
+    return lambda a, b: compare(a, b) | _is_nan(a, b)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def _not_equal_ordered(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Operation(NamedTuple):
-    """A function, the types of its operands and of its result: "t" is the instruction's, "w" one twice as wide."""
+    """A function and the types of its operands and result. "t" is the instruction's type, "w" is twice as wide."""
 
     function: Callable
     operands: tuple[str, ...]
@@ -243,13 +241,13 @@ _ORDER = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater
 _INTEGER_COMPARISONS = _ORDER | {"eq": np.equal, "ne": np.not_equal}
 _FLOAT_COMPARISONS = (
     _ORDER
-    | {"eq": np.equal, "ne": _not_equal_ordered, "neu": np.not_equal}
-    | {f"{name}u": _unordered(compare) for name, compare in (_ORDER | {"equ": np.equal}).items()}
-    | {"num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b)}
+    | {"eq": np.equal, "ne": lambda a, b: (a != b) & ~_is_nan(a, b), "neu": np.not_equal}
+    | {f"{name}u": _or_nan(compare) for name, compare in (_ORDER | {"eq": np.equal}).items()}
+    | {"num": lambda a, b: ~_is_nan(a, b), "nan": _is_nan}
 )
 _CONVERSIONS = re.compile(r"(cvt(?:\.rn)?)\.(\w+)\.(\w+)")
 
-# The largest error of the approximate instructions, in units in the last place.
+# The largest error of the approximate instructions in units in the last place
 APPROXIMATE_ULPS = {"ex2.approx.ftz.f32": 2, "rcp.approx.ftz.f32": 1}
 
 
@@ -263,7 +261,7 @@ def _conversion(name: str, to: str, source: str) -> Operation:
 
 @functools.cache
 def find(opcode: str) -> Operation:
-    """The operation of a full name such as "max.NaN.bf16x2", its types filled in. Raises Unknown."""
+    """The operation for a full name such as "max.NaN.bf16x2", with its types filled in. Raises Unknown."""
     if conversion := _CONVERSIONS.fullmatch(opcode):
         return _conversion(*conversion.groups())
     name, _, kind = opcode.rpartition(".")
@@ -272,7 +270,7 @@ def find(opcode: str) -> Operation:
         function = comparisons.get(name.removeprefix("setp."))
         operation = function and _operation(function, result="pred")
     elif name == "selp":
-        kind = f"b{width(kind)}"  # it moves bits
+        kind = f"b{width(kind)}"  # it copies bits
         operation = _operation(lambda a, b, condition: np.where(condition, a, b), "t t pred")
     else:
         operation = (_FLOAT if _is_float(kind) else _INTEGER).get(name)

@@ -1,21 +1,21 @@
-"""An interpreter of PTX: it runs what Triton compiles for an NVIDIA GPU on the CPU.
+"""A PTX interpreter. It runs on the CPU what Triton compiles for an NVIDIA GPU.
 
-Triton's own interpreter executes a kernel's Python. This one executes the compiler's result, inline assembly included.
-`interpreted` sends every Triton launch through it, and `run` takes the text of one kernel. All threads of a launch go
-through the program in lockstep, one numpy array per register, one instruction at a time.
+Triton's own interpreter executes the Python code of a kernel. This one executes the compiler's output, with inline
+assembly. `interpreted` sends every Triton launch through it, and `run` executes the text of one kernel. All threads of
+a launch execute one instruction at a time in lockstep. A register is a numpy array with one element per thread.
 
 Modelled:
-- The instructions of instructions.py and of Launch, to the bit; any other is a Fault. ex2.approx and rcp.approx are
-  rounded to nearest, or are wrong by as much as the PTX ISA allows (`errors`).
-- Global memory: the bytes that the argument tensors span, and the tensors whose addresses an int64 argument lists. An
-  access beyond them or a misaligned one is a Fault, and so are two threads that write different values to one byte. A
-  launch that faults leaves its tensors as they were.
-- Shared memory: each program has its own, which starts as random bits. The same checks hold between two barriers.
-- Registers: one that was never written reads as random bits, new ones each time, as LLVM's undefined values may.
-- Forward branches. All threads of a program must reach a barrier together, and all of a warp a shuffle.
+- The instructions of instructions.py and of Launch, bit for bit. Any other instruction is a Fault. ex2.approx and
+  rcp.approx round to nearest, or have the largest error that the PTX ISA allows (`errors`).
+- Global memory: the bytes of the argument tensors, and of the tensors whose addresses an int64 argument lists. An
+  access outside of them is a Fault, and so are a misaligned access and two threads that write different values to one
+  byte. A launch that faults does not change its tensors.
+- Shared memory: each program has a separate one, which starts with random bits. The same checks hold between barriers.
+- Registers: reading a register that was never written gives new random bits each time, as LLVM's undefined values may.
+- Forward branches. All threads of a program must reach a barrier together, and all threads of a warp a shuffle.
 
-Not modelled: time, caches, ptxas's translation into machine code, loops, 2-D grids, and any order of threads but
-lockstep. So a thread that reads what another one writes without a barrier between them is not found.
+Not modelled: time, caches, ptxas, loops, 2-D grids, and any thread order except lockstep. So the interpreter does not
+notice a missing barrier between a write and another thread's read.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from ptx.memory import Fault, Memory, regions_of
 
 class Instruction(NamedTuple):
     text: str
-    source: str  # file and line of the kernel, where the compiler says so
-    guard: str | None  # the predicate register that it depends on
+    source: str  # file and line of the kernel, or "?" if the PTX does not say
+    guard: str | None  # the predicate register that enables it
     negated: bool
     opcode: str
     operands: tuple[str, ...]
@@ -88,7 +88,7 @@ def _parse_statement(program: Program, text: str, source: str) -> None:
 
 
 def _vector(operand: str) -> list[str]:
-    """The registers of "{%r1, %r2}", or the one that stands alone."""
+    """The registers of "{%r1, %r2}" or of a single name."""
     return [name.strip() for name in operand.strip("{} ").split(",")]
 
 
@@ -103,7 +103,7 @@ def _immediate(text: str, kind: str) -> np.ndarray:
 
 
 class Launch:
-    """All threads of one launch. A mask says which of them execute an instruction; None means all of them."""
+    """All threads of one launch. A mask says which threads execute an instruction; None means all threads."""
 
     def __init__(self, program, programs: int, threads: int, shared: int, numbers: list, memory: Memory, errors):
         self.program, self.numbers, self.memory, self.errors = program, numbers, memory, errors
@@ -111,12 +111,12 @@ class Launch:
         self.random = np.random.default_rng(0)
         self.cta = np.repeat(np.arange(programs, dtype=np.uint32), threads)
         self.registers = {"%ctaid.x": self.cta, "%tid.x": np.tile(np.arange(threads, dtype=np.uint32), programs)}
-        # The shared memory of program c begins at address c << 32, of which the program sees the low half.
+        # The shared memory of program c begins at address c << 32. The program sees the low 32 bits of an address.
         contents = self.random.integers(0, 256, (programs, shared), np.uint8)
         self.shared = Memory([(cta << 32, content) for cta, content in enumerate(contents)])
 
     def run(self) -> None:
-        active, waiting = None, {}  # {number of an instruction: the threads that branched to it}
+        active, waiting = None, {}  # waiting: number of an instruction -> the threads that branched to it
         for number, instruction in enumerate(self.program.instructions):
             if number in waiting:
                 active = self.all_of(active) | waiting.pop(number)
@@ -140,7 +140,7 @@ class Launch:
         return np.ones(self.n, bool) if mask is None else mask
 
     def guarded(self, instruction: Instruction, active: np.ndarray | None) -> np.ndarray | None:
-        """The threads that are active and fulfil the instruction's predicate."""
+        """The active threads for which the instruction's predicate holds."""
         if instruction.guard is None:
             return active
         mask = (self.read(instruction.guard, "pred") ^ instruction.negated) & self.all_of(active)
@@ -153,7 +153,7 @@ class Launch:
         else:
             self.compute(instruction.opcode, instruction.operands, mask)
 
-    # Registers
+    # ---- registers ----
 
     def type_of(self, register: str) -> str:
         declared = self.program.registers
@@ -164,14 +164,14 @@ class Launch:
         return declared[register]
 
     def bits(self, register: str) -> np.ndarray:
-        """Its bits, or new random ones if nothing was written to it."""
+        """The bits of a register, or new random bits if it was never written."""
         if register in self.registers:
             return self.registers[register]
         kind = self.type_of(register)
         return self.random.integers(0, 2 ** width(kind), self.n, bits_dtype(kind))
 
     def read(self, operand: str, kind: str) -> np.ndarray:
-        """Values of a register, or one of an immediate, as a type."""
+        """A register's values, or an immediate's single value, read as a type."""
         if operand == "global_smem":
             return np.array(0, bits_dtype(kind))
         if operand[0] in "-0123456789":
@@ -182,11 +182,11 @@ class Launch:
         return decode(bits.astype(bits_dtype(kind), copy=False), kind)
 
     def read_all(self, operand: str, kind: str) -> np.ndarray:
-        """The same with an element for each thread, of an immediate too."""
+        """As `read`, but an immediate too has one element per thread."""
         return np.broadcast_to(self.read(operand, kind), self.n)
 
     def write(self, register: str, bits: np.ndarray, kind: str, mask: np.ndarray | None) -> None:
-        """Write bits of a type; a wider register gets them with zeros, or signs if the type is signed."""
+        """Write bits of a type. A wider register is extended with zeros, or with signs if the type is signed."""
         if register == "_":
             return
         dtype = bits_dtype(self.type_of(register))
@@ -197,7 +197,7 @@ class Launch:
             bits if mask is None else np.where(mask, bits, self.bits(register)), self.n
         )
 
-    # Arithmetic
+    # ---- arithmetic ----
 
     def compute(self, opcode: str, operands: tuple[str, ...], mask: np.ndarray | None) -> None:
         operation = instructions.find(opcode)
@@ -218,7 +218,7 @@ class Launch:
         return np.array({"low": -most, "high": most}[self.errors])
 
     def move(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
-        """mov: a copy, or registers packed into a wider one, or that unpacked; the first has the lowest bits."""
+        """mov: copy a register, pack registers into a wider one, or unpack one. The first part has the lowest bits."""
         (kind,), (target, source) = modifiers, operands
         kind = kind if kind == "pred" else f"b{width(kind)}"
         targets, sources = _vector(target), _vector(source)
@@ -235,7 +235,7 @@ class Launch:
         else:
             self.write(target, self.read(source, kind), kind, mask)
 
-    # Memory
+    # ---- memory ----
 
     def address(self, operand: str, space: str) -> np.ndarray:
         base, offset = _ADDRESS.fullmatch(operand).groups(default="0")
@@ -244,7 +244,7 @@ class Launch:
         return address if space == "global" else address | self.cta.astype(np.uint64) << np.uint64(32)
 
     def access(self, modifiers: list[str]) -> tuple[str, Memory, int, str]:
-        """Space, its memory, the number of elements and their type."""
+        """Name of the address space, its memory, the number of elements, their type."""
         form = re.fullmatch(r"(global|shared)\.(?:v([24])\.)?(\w+)", ".".join(modifiers))
         if form is None:
             raise Fault("only ld and st of .global and .shared memory, with no other modifiers, are modelled")
@@ -263,10 +263,10 @@ class Launch:
             self.write(name, self.spread(values, threads), kind, mask)
 
     def spread(self, values: np.ndarray, threads: np.ndarray) -> np.ndarray:
-        """An array over all threads that has these values at `threads`, and zeros."""
-        everywhere = np.zeros(self.n, values.dtype)
-        everywhere[threads] = values
-        return everywhere
+        """An array over all threads with these values at `threads` and zeros elsewhere."""
+        result = np.zeros(self.n, values.dtype)
+        result[threads] = values
+        return result
 
     def load_parameter(self, kind: str, register: str, parameter: str, mask: np.ndarray | None) -> None:
         number = self.numbers[self.program.parameters[parameter.strip("[] ")]]
@@ -279,13 +279,13 @@ class Launch:
         elements = [self.read_all(name, f"b{width(kind)}")[threads] for name in _vector(operands[1])]
         memory.store(self.address(operands[0], space)[threads], elements, threads)
 
-    # Between threads
+    # ---- communication between threads ----
 
     def together(self, mask: np.ndarray | None, size: int) -> None:
-        """All threads of each group of this size execute the instruction, or none."""
+        """Raise Fault unless in each group of `size` threads either all or none execute the instruction."""
         groups = self.all_of(mask).reshape(-1, size)
         if (groups.any(1) != groups.all(1)).any():
-            raise Fault(f"some of {size} threads that have to execute it together do not")
+            raise Fault(f"only some of {size} threads execute it, but they must do so together")
 
     def barrier(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
         if (modifiers, operands) != (["sync"], ("0",)):
@@ -294,7 +294,7 @@ class Launch:
         self.shared.barrier()
 
     def shuffle(self, modifiers: list[str], operands: tuple[str, ...], mask: np.ndarray | None) -> None:
-        """shfl.sync.bfly: the value of the thread whose number differs by exclusive or."""
+        """shfl.sync.bfly: read the value of the thread with number (this thread's) XOR `lanes`."""
         register, source, lanes, clamp, members = operands
         self.together(mask, 32)
         if modifiers != ["sync", "bfly", "b32"] or clamp != "31" or (self.read(members, "b32") != 0xFFFFFFFF).any():
@@ -303,10 +303,10 @@ class Launch:
         self.write(register, values[np.arange(self.n) ^ int(lanes)], "b32", mask)
 
     def matrix_elements(self, modifiers: list[str], operand: str, mask: np.ndarray | None) -> list[list[np.ndarray]]:
-        """ldmatrix and stmatrix: of each 8x8 matrix of 16-bit elements, the addresses of a thread's two.
+        """For ldmatrix and stmatrix: the addresses of a thread's two elements in each 8x8 matrix of 16-bit elements.
 
-        Thread 8 i + r of a warp gives the address of row r of matrix i, 16 bytes. Thread t holds the elements
-        (t / 4, 2 (t % 4)) and the one to its right; with .trans, of the transposed matrix.
+        Thread 8 i + r of a warp has the address of row r of matrix i (16 bytes). Thread t holds the elements
+        (t / 4, 2 (t % 4)) and (t / 4, 2 (t % 4) + 1) of a matrix, or with .trans of the transposed matrix.
         """
         if modifiers[:3] != ["sync", "aligned", "m8n8"] or modifiers[-2:] != ["shared", "b16"]:
             raise Fault("only ldmatrix and stmatrix .sync.aligned.m8n8.shared.b16 are modelled")
@@ -314,8 +314,8 @@ class Launch:
         rows, thread = self.address(operand, "shared"), np.arange(self.n)
         warp, lane = thread // 32 * 32, thread % 32
         count = int(modifiers[3].removeprefix("x"))
-        giving = np.flatnonzero(self.all_of(mask) & (lane < 8 * count))
-        self.shared.offset(rows[giving], 16, giving)
+        addressing = np.flatnonzero(self.all_of(mask) & (lane < 8 * count))
+        self.shared.offset(rows[addressing], 16, addressing)  # checks the rows
         places = [(lane // 4, 2 * (lane % 4) + half) for half in range(2)]
         if "trans" in modifiers:
             places = [(column, row) for row, column in places]
@@ -354,9 +354,9 @@ _SPECIAL = {
 def run(ptx: str, programs: int, threads: int, shared: int, arguments: list, errors: str | None = None) -> None:
     """Launch a kernel: `programs` programs of `threads` threads and `shared` bytes of shared memory each.
 
-    arguments: tensors, or numbers, in the order of the kernel's parameters. errors: None rounds ex2.approx and
-    rcp.approx correctly; "low", "high" and "random" make them as wrong as they may be, below, above or either. Raises
-    Fault, with the instruction, for what a GPU would not run or is not modelled.
+    arguments: tensors or numbers, in the order of the kernel's parameters. errors: None rounds ex2.approx and
+    rcp.approx to nearest; "low", "high" and "random" give them the largest error that is allowed, below, above or
+    either. Raises Fault, which names the instruction, if a GPU would refuse the launch or the interpreter lacks it.
     """
     program = parse(ptx)
     if len(arguments) != len(program.parameters) or errors not in (None, "low", "high", "random"):
@@ -372,12 +372,12 @@ def run(ptx: str, programs: int, threads: int, shared: int, arguments: list, err
 
 @contextlib.contextmanager
 def interpreted(arch: int, errors: str | None = None):
-    """Within it Triton compiles every kernel for sm_`arch`, and `run` runs it on tensors of the CPU."""
+    """A context in which Triton compiles every kernel for sm_`arch` and `run` executes it on CPU tensors."""
 
     def launch(compiled, grid, arguments):
         (programs,) = grid
         passed = [arguments[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
-        scratch = [0, 0]  # of Triton itself, for kernels that ask for it
+        scratch = [0, 0]  # Triton's scratch pointers, which these kernels do not use
         metadata = compiled.metadata
         run(compiled.asm["ptx"], programs, 32 * metadata.num_warps, metadata.shared, [*passed, *scratch], errors)
 

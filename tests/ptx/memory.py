@@ -8,7 +8,7 @@ import torch
 
 
 class Fault(RuntimeError):
-    """A launch that a GPU would not run, or would not run to a defined result."""
+    """A launch that a GPU would refuse, or whose result is undefined."""
 
 
 class Memory:
@@ -18,7 +18,7 @@ class Memory:
         regions = [(0, np.empty(0, np.uint8)), *sorted(regions, key=lambda region: region[0])]
         self.starts = np.array([start for start, _ in regions], np.uint64)
         self.sizes = np.array([len(content) for _, content in regions], np.uint64)
-        # In `data` a region's offset is its address modulo 16: an aligned access is one element of a wider view.
+        # Modulo 16, a region's offset in `data` is its address, so an aligned access is one element of a wider view.
         offsets, end = [], 0
         for start, content in regions:
             offsets.append(end + start % 16)
@@ -35,7 +35,7 @@ class Memory:
         return self.data[int(self.offsets[region]) :][: int(self.sizes[region])]
 
     def offset(self, address: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
-        """Offsets in `data` at which accesses of `size` bytes by these threads begin."""
+        """Offsets in `data` for accesses of `size` bytes by these threads. Raises Fault if one is not allowed."""
         misaligned = address % np.uint64(size) != 0
         if misaligned.any():
             raise Fault(f"misaligned: thread {threads[misaligned][0]} needs an address that is a multiple of {size}")
@@ -44,43 +44,41 @@ class Memory:
         outside = inside + np.uint64(size) > self.sizes[region]
         if outside.any():
             first = np.flatnonzero(outside)[0]
-            raise Fault(
-                f"out of bounds: {outside.sum()} threads, first thread {threads[first]}, at byte {inside[first]} of "
-                f"{self.sizes[region[first]]}"
-            )
+            place = f"at byte {inside[first]} of {self.sizes[region[first]]}"
+            raise Fault(f"out of bounds: {outside.sum()} threads, first thread {threads[first]}, {place}")
         return (self.offsets[region] + inside).astype(np.int64)
 
     def load(self, address: np.ndarray, dtype: np.dtype, count: int, threads: np.ndarray) -> list[np.ndarray]:
-        """`count` consecutive elements, each an array over the threads."""
+        """Load `count` consecutive elements per thread. Returns an array over the threads for each."""
         element = self.offset(address, dtype.itemsize * count, threads) // dtype.itemsize
         return [self.data.view(dtype)[element + i] for i in range(count)]
 
     def store(self, address: np.ndarray, elements: list[np.ndarray], threads: np.ndarray) -> None:
-        """Write consecutive elements, each an array over the threads."""
+        """Store consecutive elements per thread, given as an array over the threads for each."""
         size = elements[0].dtype.itemsize
         offset, view = self.offset(address, size * len(elements), threads), self.data.view(elements[0].dtype)
         for i, values in enumerate(elements):
-            element, at = offset // size + i, (offset + i * size)[:, None] + np.arange(size)
-            earlier = self.writer[at]
-            overwritten = ((earlier >= 0) & (earlier != threads[:, None])).any(1) & (view[element] != values)
-            view[element], self.writer[at] = values, threads[:, None]
-            lost = overwritten | (view[element] != values)  # by an earlier instruction's thread, or by this one's
-            if lost.any():
-                raise Fault(f"two threads write different values to one address, one of them {threads[lost][0]}")
+            element, byte = offset // size + i, (offset + i * size)[:, None] + np.arange(size)
+            earlier = self.writer[byte]
+            overwrites = ((earlier >= 0) & (earlier != threads[:, None])).any(1) & (view[element] != values)
+            view[element], self.writer[byte] = values, threads[:, None]
+            conflict = overwrites | (view[element] != values)  # with an earlier instruction, or within this one
+            if conflict.any():
+                raise Fault(f"two threads write different values to one address, one of them {threads[conflict][0]}")
 
     def barrier(self) -> None:
-        """From here on threads may overwrite what others wrote before."""
+        """After a barrier, threads may overwrite the values of other threads."""
         self.writer.fill(-1)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses of a tensor's first byte and of the one behind its last, strides included."""
+    """Address of the first byte of a (strided) tensor, and the address after its last byte."""
     elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.itemsize * (tensor.numel() > 0)
 
 
 def _pointed_to(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors whose addresses an int64 one of these lists: kernels.adamw_ passes its operands so."""
+    """The tensors whose addresses are listed in one of the int64 tensors, as kernels.adamw_ passes its operands."""
     tables = [tensor for tensor in tensors if tensor.dtype == torch.int64 and tensor.dim() > 0]
     addresses = {address for table in tables for address in table.flatten().tolist()}
     if not addresses:
@@ -90,7 +88,7 @@ def _pointed_to(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def regions_of(tensors: list[torch.Tensor]) -> list[tuple[int, np.ndarray]]:
-    """The memory of tensors, and of those they point to, as disjoint (address, bytes). The bytes are not a copy."""
+    """The memory of the tensors, and of tensors that they point to, as disjoint (address, bytes), without a copy."""
     merged: list[list[int]] = []
     for start, end in sorted(_span(tensor) for tensor in tensors + _pointed_to(tensors)):
         if merged and start < merged[-1][1]:

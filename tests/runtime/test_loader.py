@@ -97,3 +97,36 @@ def test_data_that_vanishes_or_shrinks_ends_the_run_by_name(attempt, tmp_path, m
     assert done.returncode == 1
     assert re.match(r"train\.py: error: dataset: \S+train\.bin (was deleted during|had \d+ tokens when)", done.stderr)
     assert read_state(tmp_path / "out")["iter_num"] == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random sampling, the tokenizer, meta.json
+
+
+def test_random_windows_are_shifted_by_one_and_a_function_of_the_key(tmp_path):
+    split = tokens(tmp_path, 100)
+
+    def windows(count, *key):
+        return split.windows(split.random_starts(count, *key), torch.device("cpu"))
+
+    x, y = windows(6, 1, 2, 3)
+    assert x.shape == y.shape == (6, 8)
+    assert torch.equal(x + 1, y)
+    assert torch.equal(x, windows(6, 1, 2, 3)[0])
+    assert not torch.equal(x, windows(6, 1, 2, 4)[0])
+    starts = torch.cat([windows(64, 9, k)[0][:, 0] for k in range(40)])
+    assert starts.min() == 0
+    assert starts.max() == 91  # the last window ends with the last token as target
+
+
+def test_char_tokenizer_round_trip():
+    encode, decode = loader.load_tokenizer({"tokenizer": "char", "chars": "\nabcdefghij"})
+    assert decode(encode("a\nbad\n")) == "a\nbad\n"
+    assert encode("\nab") == [0, 1, 2]
+
+
+def test_meta_that_belongs_to_other_files_is_refused(tmp_path):
+    np.zeros(10, dtype="<u2").tofile(tmp_path / "train.bin")
+    (tmp_path / "meta.json").write_text('{"tokenizer": "char", "vocab_size": 5, "train_tokens": 11}')
+    with pytest.raises(ValueError, match=r"counts 11 tokens in train.bin, which holds 10; prepare the dataset again"):
+        loader.load_meta(tmp_path)

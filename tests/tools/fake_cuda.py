@@ -1,17 +1,17 @@
-"""A make-believe CUDA GPU, for machines without one: it checks on a CPU what a real GPU would refuse.
+"""A fake CUDA GPU for machines without one. It runs on the CPU and refuses what a real GPU refuses.
 
-    python tests/tools/fake_cuda.py train.py --device=cuda ...     run a script as if there were one H200
+    python tests/tools/fake_cuda.py train.py --device=cuda ...     run a script as if the machine had one H200
 
-GPU tensors are CPU tensors whose storage is marked. Ops that mix the two devices raise an error, as do arguments that
-torch.cuda refuses, and waiting for the GPU where that is forbidden: in a capture of a CUDA graph, and under
-torch.cuda.set_sync_debug_mode("error"). Triton kernels run in Triton's interpreter, or where that takes seconds their
-launch is checked and their PyTorch twin computes. cuSPARSELt is emulated. torch.compile returns what it is given.
+A GPU tensor is a CPU tensor with a mark on its storage. Ops that mix the two devices raise an error, and so do
+arguments that torch.cuda refuses. Waiting for the GPU raises an error during the capture of a CUDA graph and under
+torch.cuda.set_sync_debug_mode("error"). Triton kernels run in Triton's interpreter. If that would take seconds, only
+the launch is checked and the PyTorch twin computes the result. cuSPARSELt is emulated. torch.compile does nothing.
 
-The clock of CUDA events counts ops, so that what is chosen by time is the same on every machine: an op takes 10 us, a
-2:4 GEMM 5 us. FAKE_CUSPARSELT says how the library lays out what it compresses: "sm90" (the default) is the order that
-layout.py expects on this GPU, "reversed" is another order, "padded" appends 16 bytes a row.
+CUDA events count ops instead of time, so that choices by time are the same on every machine: an op takes 10 us, a
+2:4 GEMM 5 us. FAKE_CUSPARSELT selects the layout of compressed matrices: "sm90" (the default) is the order that
+layout.py expects on this GPU, "reversed" is another order, "padded" appends 16 bytes per row.
 
-It changes torch for good, hence a process of its own.
+The changes to torch cannot be undone, so a script needs its own process.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a real GPU has no part in this
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hide a real GPU
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -44,7 +44,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CARD = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=150754820096, L2_cache_size=62914560
 )
-ALGORITHMS = 3  # cuSPARSELt has ids 0 to 2; higher ones raise
+ALGORITHMS = 3  # cuSPARSELt accepts the ids 0 to 2
 LAYOUT = os.environ.get("FAKE_CUSPARSELT", "sm90")
 if LAYOUT not in ("sm90", "reversed", "padded"):
     raise ValueError(f"FAKE_CUSPARSELT={LAYOUT!r}, need sm90, reversed or padded")
@@ -53,8 +53,8 @@ STATE = SimpleNamespace(
     clock_us=0.0,  # time of the GPU
     capturing=None,  # the CUDA graph that is being captured
     sync_debug_mode=0,  # 2 is "error"
-    launch_only=False,  # Triton checks the launch of a kernel, and does not run it
-    unmasked=False,  # see `unmasked`
+    launch_only=False,  # check the launch of a Triton kernel, but do not run it
+    unmasked=False,  # see unmasked()
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,13 +68,13 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def place(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
-    """Mark the tensor's storage as memory of the GPU or the CPU. Returns the tensor."""
+    """Mark the tensor's storage as GPU or CPU memory. Returns the tensor."""
     tensor.untyped_storage().on_gpu = gpu
     return tensor
 
 
 def is_gpu(device) -> bool:
-    """Return if this names the GPU. Raises RuntimeError for a GPU that is not there."""
+    """True if `device` is the GPU. Raises RuntimeError for a second GPU."""
     device = torch.device(device)
     if device.type == "cuda" and device.index not in (None, 0):
         raise RuntimeError("CUDA error: invalid device ordinal")
@@ -83,7 +83,7 @@ def is_gpu(device) -> bool:
 
 @contextlib.contextmanager
 def unmasked():
-    """Within this, GPU tensors are CPU tensors again, and no op is checked."""
+    """A context in which GPU tensors are plain CPU tensors and no op is checked."""
     before, STATE.unmasked = STATE.unmasked, True
     try:
         yield
@@ -92,14 +92,14 @@ def unmasked():
 
 
 def captured(compute, out):
-    """`out`, what `compute()` gave on the GPU. A graph that is being captured computes it at each of its replays."""
+    """Returns `out`, the result of compute(). If a graph is being captured, each replay computes it again."""
     if STATE.capturing is not None:
         STATE.capturing.steps.append((compute, out))
     return out
 
 
 def wait_for_gpu(what: str) -> None:
-    """The host waits here. Raises RuntimeError where that is forbidden."""
+    """The host waits for the GPU here. Raises RuntimeError if that is forbidden now."""
     if STATE.capturing is not None:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
     if STATE.sync_debug_mode == 2:
@@ -107,10 +107,10 @@ def wait_for_gpu(what: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Every op that is called: its devices, whether it waits, and where its results are
+# Every op: check its devices and whether it waits, and place its results
 
 _WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2")
-_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # by CPU indices too
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # these accept CPU indices
 
 
 class Ops(TorchDispatchMode):
@@ -119,7 +119,7 @@ class Ops(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if STATE.unmasked:
             return func(*args, **kwargs)
-        if namespace == "nano24":  # what it is made of goes through here
+        if namespace == "nano24":  # the ops inside it are dispatched here one by one
             with self:
                 kernel = OPDEFS[func._schema.name]._init_fn
                 return by_twin(kernel, TWINS[name])(*args, **kwargs) if name in TWINS else kernel(*args, **kwargs)
@@ -128,7 +128,9 @@ class Ops(TorchDispatchMode):
         if not any(gpu):
             return func(*args, **kwargs)
         if name == "copy_":
-            self.check_copy(*gpu, *args[2:], **kwargs)
+            to_gpu, from_gpu = gpu
+            if to_gpu != from_gpu and not (kwargs.get("non_blocking") or any(args[2:])):
+                wait_for_gpu("copy between the devices")
         else:
             self.check_devices(name, tensors, gpu)
         if name in _WAITING or (name == "index" and any(x.dtype == torch.bool for x in tensors[1:])):
@@ -142,16 +144,11 @@ class Ops(TorchDispatchMode):
         return out if func.is_view else captured(functools.partial(func, *args, **kwargs), out)
 
     @staticmethod
-    def check_copy(to_gpu: bool, from_gpu: bool, non_blocking: bool = False) -> None:
-        if to_gpu != from_gpu and not non_blocking:
-            wait_for_gpu("copy between the devices")
-
-    @staticmethod
     def check_devices(name: str, tensors: list[torch.Tensor], gpu: list[bool]) -> None:
-        """All on the GPU, but for numbers and the indices of a GPU tensor."""
-        strangers = [x for x, known in zip(tensors, gpu, strict=True) if not known and x.dim() > 0]
-        if strangers and not (name in _INDEXING and gpu[0]):
-            shapes = [tuple(x.shape) for x in strangers]
+        """All tensors must be on the GPU, except numbers and the indices of a GPU tensor."""
+        on_cpu = [x for x, is_on_gpu in zip(tensors, gpu, strict=True) if not is_on_gpu and x.dim() > 0]
+        if on_cpu and not (name in _INDEXING and gpu[0]):
+            shapes = [tuple(x.shape) for x in on_cpu]
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! {name}"
                 f" got CPU tensors of shapes {shapes}"
@@ -163,20 +160,20 @@ class Ops(TorchDispatchMode):
 
 
 def _to(tensor: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch.Tensor:
-    """torch.Tensor.to"""
+    """Replaces torch.Tensor.to."""
     if args and isinstance(args[0], torch.Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-    dtype, here = dtype or tensor.dtype, on_gpu(tensor)
+    dtype, source_gpu = dtype or tensor.dtype, on_gpu(tensor)
     if device is not None and device.type not in ("cpu", "cuda"):
         return _cpu_tensor_to(tensor, device, dtype)
-    there = here if device is None else is_gpu(device)
-    if here == there:
+    target_gpu = source_gpu if device is None else is_gpu(device)
+    if source_gpu == target_gpu:
         return _cpu_tensor_to(tensor, dtype=dtype, copy=copy)
     if not non_blocking:
         wait_for_gpu("copy between the devices")
     with unmasked():
-        return place(_cpu_tensor_to(tensor, dtype=dtype, copy=True), there)
+        return place(_cpu_tensor_to(tensor, dtype=dtype, copy=True), target_gpu)
 
 
 def _on_cpu_only(method, message: str):
@@ -198,7 +195,7 @@ def _keeps_place(method):
 
 
 def _takes_device(function, device_of_default):
-    """A function that makes a tensor on the `device` that it is given; else on device_of_default(its arguments)."""
+    """Wrap a function that makes a tensor. Without a `device` argument the device is device_of_default(*args)."""
 
     @functools.wraps(function)
     def made(*args, device=None, pin_memory=False, **kwargs):
@@ -214,7 +211,7 @@ def _takes_device(function, device_of_default):
 
 
 def _default_device(*_) -> torch.device:
-    """That of the innermost `with torch.device(...)`."""
+    """The device of the innermost `with torch.device(...)`."""
     contexts = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
     return contexts[-1].device if contexts else CPU
 
@@ -245,8 +242,8 @@ def change_tensors() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# torch.cuda, autocast, torch.compile, the profiler. Functions of torch.cuda that check their arguments stay, and what
-# they call is changed.
+# torch.cuda, autocast, torch.compile, the profiler. Functions of torch.cuda that check their arguments remain; the
+# functions that they call are replaced.
 
 
 class Event:
@@ -261,7 +258,7 @@ class Event:
 
 
 class CUDAGraph:
-    """A capture runs what it captures, and notes it; a replay computes it again, into the same memory."""
+    """A capture runs the ops and records them. A replay computes them again, into the same memory."""
 
     us = None
 
@@ -289,21 +286,13 @@ def capture(graph: CUDAGraph):
         STATE.capturing = None
 
 
-def _set_device(index: int) -> None:
-    is_gpu(torch.device("cuda", index))
-
-
 def _synchronize() -> None:
-    if STATE.capturing:  # the debug mode says nothing of waiting that was asked for
+    if STATE.capturing:  # the debug mode allows explicit waiting
         wait_for_gpu("cudaDeviceSynchronize")
 
 
-def _set_sync_debug_mode(mode: int) -> None:
-    STATE.sync_debug_mode = mode
-
-
 class Autocast(torch.autocast):
-    """The GPU's autocast is the CPU's: the two differ in a few ops that no model here calls."""
+    """Uses the CPU's autocast rules. They differ from the GPU's in a few ops that no model here calls."""
 
     def __init__(self, device_type: str, *args, **kwargs):
         super().__init__(_autocast_type(device_type), *args, **kwargs)
@@ -317,14 +306,6 @@ def _by_device_type(function):
     return lambda device_type: function(_autocast_type(device_type))
 
 
-def _compile(net=None, **options):
-    return net if net is not None else lambda function: function
-
-
-def _profile(activities, **options):
-    return _cpu_profile(activities=[ProfilerActivity.CPU], **options)
-
-
 def change_cuda() -> None:
     cuda = torch.cuda
     cuda.is_available = cuda.is_initialized = lambda: True
@@ -333,19 +314,20 @@ def change_cuda() -> None:
     cuda._get_device_properties = lambda index: CARD
     cuda._exchange_device = cuda._maybe_exchange_device = lambda index: 0
     torch._C._cuda_getDevice = lambda: 0
-    torch._C._cuda_setDevice = _set_device
+    torch._C._cuda_setDevice = lambda index: is_gpu(torch.device("cuda", index))
     torch._C._cuda_synchronize = _synchronize
-    torch._C._cuda_set_sync_debug_mode = _set_sync_debug_mode
+    torch._C._cuda_set_sync_debug_mode = functools.partial(setattr, STATE, "sync_debug_mode")
     cuda.graphs._cuda_isCurrentStreamCapturing = lambda: STATE.capturing
     cuda.Event, cuda.CUDAGraph, cuda.graph = Event, CUDAGraph, capture
     cuda.current_stream = cuda.set_stream = lambda stream=None: None
     cuda.empty_cache = lambda: None
     cuda.memory_allocated = cuda.max_memory_allocated = cuda.reset_peak_memory_stats = lambda device=None: 0
-    cuda.manual_seed_all = lambda seed: None  # its numbers are the CPU generator's
+    cuda.manual_seed_all = lambda seed: None  # GPU tensors use the CPU's generator
     torch.autocast = torch.amp.autocast = Autocast
     torch.is_autocast_enabled = _by_device_type(torch.is_autocast_enabled)
     torch.get_autocast_dtype = _by_device_type(torch.get_autocast_dtype)
-    torch.compile, torch.profiler.profile = _compile, _profile
+    torch.compile = lambda net=None, **options: net if net is not None else lambda function: function
+    torch.profiler.profile = lambda activities, **options: _cpu_profile(activities=[ProfilerActivity.CPU], **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,14 +340,14 @@ def _needs_gpu(function: str, *tensors: torch.Tensor | None) -> None:
 
 
 def _compress(x: torch.Tensor) -> torch.Tensor:
-    """torch._cslt_compress. A group with less than two non-zeros keeps its first zeros too."""
+    """Replaces torch._cslt_compress. A group with fewer than two non-zeros also keeps its first zeros."""
     _needs_gpu("_cslt_compress", x)
     rows, columns = x.shape
     groups = (x != 0).view(rows, columns // 4, 4)
     missing = 2 - groups.sum(-1, keepdim=True)
-    kept = groups | (~groups & ((~groups).cumsum(-1) <= missing))
+    mask = groups | (~groups & ((~groups).cumsum(-1) <= missing))
     with unmasked():
-        packed = layout.pack24(x, kept.view(rows, columns), "sm90")
+        packed = layout.pack24(x, mask.view(rows, columns), "sm90")
         if LAYOUT == "reversed":
             metadata = layout.packed_parts(packed, rows, columns)[1]
             metadata.copy_(metadata.flip(0))
@@ -377,7 +359,7 @@ def _compress(x: torch.Tensor) -> torch.Tensor:
 def _sparse_mm(
     compressed_A, dense_B, bias=None, alpha=None, out_dtype=None, transpose_result=False, alg_id=0, split_k=1
 ) -> torch.Tensor:
-    """torch._cslt_sparse_mm"""
+    """Replaces torch._cslt_sparse_mm."""
     _needs_gpu("_cslt_sparse_mm", compressed_A, dense_B, bias)
     if compressed_A.dim() != 2:
         raise RuntimeError("compressed_A.dim() == 2 INTERNAL ASSERT FAILED")
@@ -401,7 +383,7 @@ def _sparse_mm(
 
 
 def _launch(launch):
-    """Triton's launch of a kernel."""
+    """Wrap the launch of a kernel in Triton's interpreter."""
 
     @functools.wraps(launch)
     def checked(self, *args, **kwargs):
@@ -417,7 +399,7 @@ def _launch(launch):
     return checked
 
 
-# Kernels that take the interpreter seconds; tests/test_kernels.py shows that they are what these twins are.
+# Operators whose kernels take seconds in the interpreter. tests/test_kernels.py compares each kernel with its twin.
 TWINS = {
     operator.__name__: operator.torch
     for operator in (
@@ -428,7 +410,7 @@ TWINS = {
 
 
 def by_twin(kernel, twin):
-    """The kernel with its launch checked only; its twin computes what it returns or writes."""
+    """Check the kernel's launch only, and let its twin compute the results."""
 
     @functools.wraps(kernel)
     def launched(*args, **kwargs):
@@ -439,9 +421,9 @@ def by_twin(kernel, twin):
             STATE.launch_only = False
         with unmasked():
             filled = twin(*args, **kwargs)
-            for mine, theirs in zip(tree_leaves(unfilled), tree_leaves(filled), strict=True):
-                if isinstance(mine, torch.Tensor):
-                    mine.copy_(theirs)
+            for empty, result in zip(tree_leaves(unfilled), tree_leaves(filled), strict=True):
+                if isinstance(empty, torch.Tensor):
+                    empty.copy_(result)
         return captured(functools.partial(twin, *args, **kwargs), unfilled)
 
     return launched
@@ -453,12 +435,12 @@ def change_libraries() -> None:
     torch.backends.cusparselt.is_available = lambda: True
     torch.backends.cusparselt.version = lambda: 800
     torch._cslt_compress, torch._cslt_sparse_mm = _compress, _sparse_mm
-    cusparselt.available = lambda: "the make-believe GPU has PyTorch's op alone"
+    cusparselt.available = lambda: "the fake GPU has only PyTorch's op"
     GridExecutor.__call__ = _launch(GridExecutor.__call__)
 
 
 def install() -> None:
-    """From here on, this process has a GPU."""
+    """Give this process a GPU."""
     change_tensors()
     change_cuda()
     change_libraries()

@@ -1,6 +1,6 @@
-"""train.py on the make-believe GPU of fake_cuda.py, and what that refuses as a real one does.
+"""train.py on the fake GPU of fake_cuda.py, and operations that it refuses as a real GPU does.
 
-Each run is a process of its own, and takes seconds: Triton's interpreter, and 0.2 s of warm-up for each measurement.
+Each run is a separate process and takes seconds: it imports torch, interprets Triton kernels and times GEMMs.
 """
 
 import json
@@ -11,9 +11,9 @@ import sys
 import pytest
 from harness import ROOT, make_dataset, read_rows, read_state, run_here, to_words
 
-pytest.importorskip("triton", reason="Triton is not installed: the make-believe GPU runs its kernels")
+pytest.importorskip("triton", reason="Triton is not installed, and the fake GPU needs it")
 
-# Two sparse steps with a refresh after the second, one more, one dense step; saves at 2, 3 and 4.
+# Three sparse steps, with a mask refresh after the second, and one dense step; checkpoints at 2, 3 and 4.
 SETTINGS = {
     "n_layer": 1, "n_head": 2, "n_embd": 64, "block_size": 32, "batch_size": 2, "gradient_accumulation_steps": 1,
     "max_iters": 4, "lr_decay_iters": 4, "warmup_iters": 1, "learning_rate": 3e-3, "min_lr": 3e-4,
@@ -28,7 +28,7 @@ def dataset(tmp_path_factory):
 
 
 def run_on_fake_gpu(cache, script, *words, **environment) -> subprocess.CompletedProcess:
-    """cache: folder of the verdicts on GEMMs, which are not to reach the user's."""
+    """Run a script on the fake GPU. cache: folder for measured GEMM choices, in place of the user's cache."""
     command = [sys.executable, "tests/tools/fake_cuda.py", str(script), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache), **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -36,9 +36,9 @@ def run_on_fake_gpu(cache, script, *words, **environment) -> subprocess.Complete
 
 @pytest.mark.slow
 def test_train_on_the_fake_gpu_has_the_losses_of_the_cpu(tmp_path, dataset):
-    """Logits of about 1 are rounded to bfloat16, by 2^-9 = 2e-3 at most. A loss is the mean over 64 tokens of about
-    independent errors, so it moves by 2e-4, and 1e-3 is five times that. Without pruning a loss here moves by 1e-2,
-    without MVUE by 4e-3."""
+    """Rounding logits of about 1 to bfloat16 changes them by 2^-9 = 2e-3 at most. A loss averages about independent
+    errors over 64 tokens, so it changes by 2e-4; the tolerance 1e-3 is five times that. Without pruning the loss would
+    change by 1e-2, without MVUE by 4e-3."""
     settings = SETTINGS | {"dataset": dataset}
     out = tmp_path / "gpu"
     done = run_on_fake_gpu(tmp_path, "train.py", *to_words(out, settings | {"device": "cuda"}))
@@ -61,7 +61,7 @@ def test_train_on_the_fake_gpu_has_the_losses_of_the_cpu(tmp_path, dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["reversed", "padded"])
-def test_train_falls_back_where_the_library_packs_in_another_way(tmp_path, dataset, layout):
+def test_train_falls_back_if_the_library_packs_in_another_layout(tmp_path, dataset, layout):
     settings = SETTINGS | {"dataset": dataset, "device": "cuda", "max_iters": 2, "dense_start": 2}
     environment = {"FAKE_CUSPARSELT": layout, "NANO24_KERNELS": "0"}
     done = run_on_fake_gpu(tmp_path, "train.py", *to_words(tmp_path / "out", settings), **environment)
@@ -70,7 +70,7 @@ def test_train_falls_back_where_the_library_packs_in_another_way(tmp_path, datas
     assert read_state(tmp_path / "out")["iter_num"] == 2
 
 
-# name -> (code, how the error that it raises begins; "" for none). x is a tensor and graph a CUDA graph of the GPU.
+# name -> (code, the beginning of the error that it raises, or "" for none). x is a GPU tensor, graph a CUDA graph.
 CHECKS = {
     "set_device needs an index": ("torch.cuda.set_device('cuda')", "ValueError: Expected a torch.device with a spec"),
     "set_device takes an index": ("torch.cuda.set_device(torch.device('cuda', 0))", ""),
@@ -107,22 +107,22 @@ def forbid_waiting():
     torch.cuda.set_sync_debug_mode("error")
 
 
-answers = {}
+errors = {}
 for name, code in json.load(open(sys.argv[1])).items():
     x, graph = torch.ones(4, 4, device="cuda"), torch.cuda.CUDAGraph()
     try:
         exec(code)
-        answers[name] = ""
+        errors[name] = ""
     except Exception as error:
-        answers[name] = f"{type(error).__name__}: {error}"
+        errors[name] = f"{type(error).__name__}: {error}"
     torch.cuda.set_sync_debug_mode("default")
-print(json.dumps(answers))
+print(json.dumps(errors))
 """
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """The error that each of CHECKS raised. All of them run in one process."""
+def errors(tmp_path_factory):
+    """The error that each of CHECKS raised. They run in one process."""
     folder = tmp_path_factory.mktemp("checks")
     (folder / "check.py").write_text(CHECK)
     (folder / "codes.json").write_text(json.dumps({name: code for name, (code, _) in CHECKS.items()}))
@@ -132,7 +132,7 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_fake_gpu_refuses_what_a_real_one_does(answers, name):
+def test_the_fake_gpu_refuses_what_a_real_one_does(errors, name):
     expected = CHECKS[name][1]
-    assert answers[name].startswith(expected)
-    assert expected or not answers[name]
+    assert errors[name].startswith(expected)
+    assert expected or not errors[name]

@@ -36,13 +36,18 @@ def default_switch(monkeypatch):
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """CPU tensors go to the kernels. A list of the launchers that were called."""
+def on_kernels(monkeypatch):
+    """CPU tensors go to the kernels."""
     if torch.cuda.is_available():
         pytest.skip("CUDA backend: here the kernels are compiled, not interpreted; tests/gpu/ goes through dispatch")
     kernels.use_patterns(sparse24.PATTERNS)
     monkeypatch.setattr(sparse24, "_kernels", kernels)
     monkeypatch.setattr(sparse24, "_STATUS", {CPU: "on"})
+
+
+@pytest.fixture
+def launched(on_kernels, monkeypatch):
+    """As on_kernels. A list of the launchers that were called."""
     calls = []
 
     def counted(name, launch):
@@ -326,7 +331,7 @@ def test_parameters_without_gradient_do_not_change(launched):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [24, 22])
-def test_a_compiled_layer_runs_the_kernels_and_reads_new_seeds(launched, tokens):
+def test_a_compiled_layer_runs_the_kernels_and_reads_new_seeds(on_kernels, tokens):
     torch.manual_seed(0)
     layer = Sparse24Linear(16, 32, recipe="fst")
     x, dz = torch.randn(tokens, 16), torch.randn(tokens, 32)

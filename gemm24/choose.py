@@ -1,12 +1,12 @@
-"""Which backend multiplies each 2:4 GEMM of a run: nothing is trusted, everything is measured.
+"""Chooses the backend of each 2:4 GEMM of a run by measuring it. Nothing is trusted.
 
-trust    we pack a library's operands ourselves only if its own compress makes the same bytes, several times over
-check    an algorithm must give the dense result, and the same bits each time (libraries have shipped ones that do not)
-choice   the fastest sound one is taken where it beats the dense GEMM on the same pruned matrix by more than the noise
-cache    rows are saved by shape, layout, dtype, versions, device and driver; a choice read back is checked again
+trust    We pack the library's operands ourselves only if its own compress makes the same bytes, several times.
+check    An algorithm must give the dense result, and the same bits each time. Libraries have shipped some that do not.
+choice   The fastest sound algorithm is taken if it beats the dense GEMM on the same pruned matrix by more than noise.
+cache    Rows are saved by shape, layout, dtype, versions, device and driver. A choice that is read back is checked.
 
-A failure steps down: our packers, the library's compress, another algorithm, the dense GEMM. Each step is a line of the
-report that is printed at the start and saved with the run.
+After a failure the next in this order is tried: our packers, the library's compress, another algorithm, the dense GEMM.
+The report, which is printed at the start and saved with the run, has a line for each failure.
 """
 
 import functools
@@ -26,9 +26,9 @@ from gemm24.matmul import Choice, Gemm, matmul24
 from gemm24.operands import mvue24_pack, pack_matrix, pack_weight_
 from sparse24 import expand_index, transposable_index
 
-MODES = ("auto", "dense", "masked", "cusparselt", "emulated")  # what `spmm` may be set to
-LAST_WITH_CUTLASS = "8751ec3"  # the commit after which the backend "cutlass" was removed
-_NOTES = {  # on the modes that measure nothing
+MODES = ("auto", "dense", "masked", "cusparselt", "emulated")  # the values of the setting `spmm`
+_CUTLASS = "removed after commit 8751ec3"
+_NOTES = {  # the modes that measure nothing
     "dense": "no 2:4 GEMMs: pruned matrices are multiplied, layer by layer (spmm=dense)",
     "masked": "no 2:4 GEMMs: pruned matrices are multiplied, by the fused feed-forward layer (spmm=masked)",
     "emulated": "2:4 GEMMs are emulated, to test layouts",
@@ -36,27 +36,25 @@ _NOTES = {  # on the modes that measure nothing
 
 
 def check_mode(mode: str) -> None:
-    """Raises ValueError for what the setting `spmm` cannot be."""
+    """Raises ValueError if the setting `spmm` has no such value."""
     if mode == "cutlass":
-        raise ValueError(
-            f"spmm='cutlass' was removed after commit {LAST_WITH_CUTLASS}: Ampere has cuSPARSELt too; use spmm='auto'"
-        )
+        raise ValueError(f"spmm='cutlass' was {_CUTLASS}: Ampere has cuSPARSELt too; use spmm='auto'")
     if mode not in MODES:
         raise ValueError(f"spmm={mode!r}, need one of {', '.join(MODES)}")
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """The type and the first line of an error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-ALGORITHMS = 64  # ids of cuSPARSELt's algorithms that are tried; it does not say how many there are
+ALGORITHMS = 64  # number of cuSPARSELt algorithm ids to try; the library does not say how many it has
+_NO_MORE = 16  # stop after this many ids in a row that raise: the library has no more algorithms
 _REPEATS = 4  # runs of a GEMM that must agree bit for bit
 _NO_CAPTURE = "cannot be captured in a CUDA graph"
-_WARM_UP = 0.2  # seconds under load before anything is timed: clocks and temperature are then those of a run
-_NO_MORE = 16  # algorithm ids in a row that raise: the library has no more
-_FORMAT = 1  # of a row and of how it is measured: raise it, and earlier rows are measured anew
-_FIELDS = {"key", "chosen", "dense_us", "best_us", "ratio", "reason", "faults", *Choice._fields}  # that a row needs
+_WARM_UP = 0.2  # seconds under load before timing, so that clocks and temperature are as in a run
+_FORMAT = 1  # version of a row and of its measurement; raise it to measure all earlier rows anew
+_FIELDS = {"key", "chosen", "dense_us", "best_us", "ratio", "reason", "faults", *Choice._fields}  # every row has them
 
 
 def random_24(rows: int, columns: int, device, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -69,9 +67,8 @@ def random_24(rows: int, columns: int, device, dtype=torch.bfloat16, seed: int =
 
 
 def packed_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pruned matrices and their operands as each of our packers writes them: of a weight, its transpose, a gradient.
-
-    All shapes are multiples of 128. Each GEMM finds out at its own shape whether odd shapes are packed alike."""
+    """Pairs of a pruned matrix and its operand from one of our packers. The packers write weights, their transposes and
+    gradients. All shapes are multiples of 128; _Trial compares the bytes again at the shape of each GEMM."""
     pairs = []
     for seed, shape in enumerate([(256, 512), (512, 256), (384, 128)]):
         generator = torch.Generator().manual_seed(seed)
@@ -88,7 +85,7 @@ def packed_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor,
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why cuSPARSELt cannot be used, or None."""
+    """The reason why cuSPARSELt cannot be used, or None."""
     if device.type != "cuda" or torch.version.hip:
         return "needs an NVIDIA GPU"
     if not torch.backends.cusparselt.is_available():
@@ -99,8 +96,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def trusted_order(device: torch.device) -> tuple[str, str]:
-    """(the order in which cuSPARSELt's operands are packed, one line on why): the first one in which all our packers
-    write, byte for byte and repeatedly, what its own compress makes; else "library"."""
+    """(order in which to pack cuSPARSELt's operands, one line that says why). It is the first order in which all our
+    packers write the same bytes as the library's compress, several times; "library" if there is none."""
     wrong = []
     for order in ("sm90", "sm80"):
         try:
@@ -116,14 +113,15 @@ def trusted_order(device: torch.device) -> tuple[str, str]:
 
 
 def close_to(d: torch.Tensor, reference: torch.Tensor) -> bool:
-    """Whether a 16-bit GEMM's result is right: each element within one rounding to bfloat16 of the float32 reference,
-    2^-7 of it, plus 2^-6 of the RMS for what partial sums lose. Misplaced elements are off by about the RMS."""
+    """Return whether the result of a 16-bit GEMM is right. Each element may differ from the float32 reference by one
+    rounding to bfloat16, 2^-7 of it, plus 2^-6 of the RMS for partial sums. A misplaced element differs by about the
+    RMS."""
     slack = 2**-6 * torch.linalg.vector_norm(reference, dtype=torch.float64) / reference.numel() ** 0.5
     return bool(((d.float() - reference).abs() <= 2**-7 * reference.abs() + slack).all())  # False for NaN
 
 
 def fault_of(call: Callable[[], torch.Tensor], reference: torch.Tensor) -> str | None:
-    """What is wrong with a GEMM: it raises, its result is not right, or not the same each time. None if it is sound."""
+    """Return the fault of a GEMM, or None: it raises, its result is wrong, or it differs from run to run."""
     try:
         first = call()
         if first.shape != reference.shape or not close_to(first, reference):
@@ -136,11 +134,11 @@ def fault_of(call: Callable[[], torch.Tensor], reference: torch.Tensor) -> str |
 
 
 def fault_in_graph(call: Callable[[], torch.Tensor], reference: torch.Tensor) -> str | None:
-    """What is wrong with a GEMM that is replayed from a CUDA graph; None if it is sound."""
+    """Return the fault of a GEMM that is replayed from a CUDA graph, or None."""
     results = []
     try:
         replay = _captured(lambda: results.append(call()))
-        for _ in range(2):  # the call between replays reuses the memory of whatever the first call left behind
+        for _ in range(2):  # the eager call between the replays reuses memory that the first call has freed
             results[0].fill_(math.nan)
             replay()
             if not close_to(results[0], reference):
@@ -152,9 +150,10 @@ def fault_in_graph(call: Callable[[], torch.Tensor], reference: torch.Tensor) ->
 
 
 def time_interleaved(calls: Sequence[Callable], repetitions: int, graph=False, device=None) -> list[list[float]]:
-    """Microseconds per call, `repetitions` of each, taken in turns. On CUDA a sample is as many calls as take about
-    2 ms, begun on an idle GPU: the host's time counts where it is longer, and cannot hide behind the call before.
-    graph: replay them as CUDA graphs instead, so that it does not count."""
+    """Microseconds per call: `repetitions` samples of each call, taken in turns.
+
+    On CUDA a sample is a number of calls that takes about 2 ms. It starts on an idle GPU, so that the host's time
+    counts where it is longer. graph: replay CUDA graphs instead, where the host's time does not count."""
     if not (torch.cuda.is_available() if device is None else device.type == "cuda"):
         turns = [[_host_us(call, 1) for call in calls] for _ in range(repetitions)]
         return [list(times) for times in zip(*turns, strict=True)]
@@ -193,7 +192,7 @@ def _host_us(call: Callable, count: int, finish: Callable = lambda: None) -> flo
 
 
 def enqueue_us(call: Callable, device: torch.device) -> float:
-    """Microseconds that the host takes to enqueue one call, the least of five. On a CPU the time of the whole call."""
+    """Microseconds that the host takes to enqueue one call, the least of five. On a CPU, the time of the call."""
     times = []
     for _ in range(5):
         if device.type == "cuda":
@@ -209,86 +208,80 @@ def _captured(body: Callable[[], None]) -> Callable[[], None]:
     try:
         with torch.cuda.graph(graph):
             body()
-    finally:  # a capture that fails leaves its own stream current
+    finally:  # a failed capture leaves its own stream current
         torch.cuda.set_stream(stream)
     return graph.replay
 
 
 def wins(sparse_us: Sequence[float], dense_us: Sequence[float]) -> bool:
-    """Whether sparse is faster by more than the noise: its upper quartile lies below dense's lower one."""
+    """Return whether sparse is faster by more than the noise: its upper quartile is below the lower one of dense."""
     return statistics.quantiles(sparse_us, n=4)[2] < statistics.quantiles(dense_us, n=4)[0]
 
 
 @dataclass
 class Report:
-    """What was chosen for each GEMM, and the measurements behind it: a row for each GEMM, and the times of a layer.
-
-    A run saves its report in its out_dir. A cache that all runs share is a report too, with the rows of many runs."""
+    """The choice for each GEMM and its measurements. A run saves its report in its out_dir. The cache that runs share
+    is a report too, with the rows of many runs."""
 
     choices: dict[str, Choice]
-    rows: list[dict]
+    rows: list[dict]  # one per GEMM
     notes: list[str]
-    layer: dict | None = None  # plan.time_ways: the times of one layer, dense and by the choices
+    layer: dict | None = None  # times of one whole layer, dense and by the choices, from plan.time_ways
 
     @classmethod
     def read(cls, path: Path | None) -> "Report":
-        """The rows and layer times that were saved at `path`. A file that cannot be used gives an empty report, with a
-        note that says why: it costs measuring again, never the run."""
+        """The rows and layer times saved at `path`. A file that cannot be read gives an empty report with a note. The
+        GEMMs are then measured again, and the run goes on."""
+        notes = []
         try:
-            found = json.loads(path.read_text()) if path and path.exists() else {"rows": [], "whole": None}
-            rows, layer = found["rows"], found["whole"]
+            saved = json.loads(path.read_text()) if path and path.exists() else {"rows": [], "whole": None}
+            rows, layer = saved["rows"], saved["whole"]
             if not all(row.keys() >= _FIELDS for row in rows):
                 raise ValueError("its rows have another form")
-            present = [row for row in rows if "cutlass" not in row["key"]]
+            usable = [row for row in rows if "cutlass" not in row["key"]]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             return cls({}, [], [f"{path} cannot be read ({reason(error)}): GEMMs are measured anew"])
-        if len(present) == len(rows):
-            return cls({}, rows, [], layer)
-        removed = f"the backend cutlass, which was removed after commit {LAST_WITH_CUTLASS}"
-        return cls({}, present, [f"{path} has verdicts on {removed}: those GEMMs are measured anew"], layer)
+        if len(usable) < len(rows):
+            notes = [f"{path} has verdicts on the backend cutlass, which was {_CUTLASS}: those GEMMs are measured anew"]
+        return cls({}, usable, notes, layer)
 
     def save(self, path: Path) -> None:
-        """Write atomically. Rows that ran out of memory are left out, because a later start may have room."""
+        """Write atomically. Rows that ran out of memory are left out: a later run may have room."""
         rows = [row for row in self.rows if not ran_out_of_memory(row)]
         write_json(path, {"notes": self.notes, "rows": rows, "whole": self.layer})
 
     def pays(self) -> bool:
-        """Whether a 2:4 layer was faster than a dense one; where no layer was timed, whether any of its GEMMs was."""
+        """Return whether a 2:4 layer was faster than a dense one. If no layer was timed, whether any GEMM was."""
         if self.layer:
             us = {way: median for way, (median, _, _) in self.layer["us"].items()}
             return us[self.layer["taken"]] < us["dense"]
         return any(row["chosen"] for row in self.rows)
 
     def text(self) -> str:
-        """A table, one line a GEMM, below what was found out about the backends."""
+        """The notes, and a table with one line per GEMM."""
         lines = list(self.notes)
         if self.rows:
             lines.append("2:4 GEMM        m      n      k   dense us  sparse us  ratio  chosen")
         for r in self.rows:
             best = f"{r['best_us']:9.1f}  {r['ratio']:5.2f}" if r["best_us"] else "        -      -"
-            how = f"{r['backend']} {r['alg_id']}/{r['split_k']}" if r["chosen"] else f"dense: {r['reason']}"
-            lines.append(f"{r['name']:<9} {r['m']:>7} {r['n']:>6} {r['k']:>6}  {r['dense_us']:9.1f}  {best}  {how}")
+            verdict = f"{r['backend']} {r['alg_id']}/{r['split_k']}" if r["chosen"] else f"dense: {r['reason']}"
+            lines.append(f"{r['name']:<9} {r['m']:>7} {r['n']:>6} {r['k']:>6}  {r['dense_us']:9.1f}  {best}  {verdict}")
         if self.layer:
-            ways = ", ".join(f"{way} {us[0] / 1000:.3f} ms" for way, us in self.layer["us"].items())
-            lines.append(f"one layer, forward and backward: {ways}; taken: {self.layer['taken']}")
-            lines += self._host_note()
+            us, taken = self.layer["us"], self.layer["taken"]
+            ways = ", ".join(f"{way} {median / 1000:.3f} ms" for way, (median, _, _) in us.items())
+            lines.append(f"one layer, forward and backward: {ways}; taken: {taken}")
+            host_us = self.layer.get("host_us", {}).get(taken, 0)  # reports of earlier versions have none
+            if host_us > us[taken][0]:
+                lines.append(
+                    f"the host takes {host_us / 1000:.3f} ms to enqueue that layer, longer than the GPU takes: "
+                    "--compile_mode=reduce-overhead replays CUDA graphs instead"
+                )
         return "\n".join(lines)
-
-    def _host_note(self) -> list[str]:
-        """Advice where the host takes longer to enqueue a layer than the GPU takes to compute it."""
-        taken, host_us = self.layer["taken"], self.layer.get("host_us", {})
-        gpu_us = self.layer["us"][taken][0]
-        if host_us.get(taken, 0) <= gpu_us:
-            return []
-        return [
-            f"the host takes {host_us[taken] / 1000:.3f} ms to enqueue that layer, longer than the GPU takes: "
-            "--compile_mode=reduce-overhead replays CUDA graphs instead"
-        ]
 
 
 def _add_to_cache(cache: Path | None, row: dict, notes: list[str]) -> Path | None:
-    """Add a row to those that are there now, since another run may have written meanwhile. Returns the cache, or None
-    after a note where it cannot be written."""
+    """Add a row to the cache, which is read again because another run may have written to it. Returns the cache, or
+    None after a note if it cannot be written."""
     if cache is None or ran_out_of_memory(row):
         return cache
     try:
@@ -302,7 +295,7 @@ def _add_to_cache(cache: Path | None, row: dict, notes: list[str]) -> Path | Non
 
 
 class _Trial:
-    """One GEMM on random operands: its sound algorithms, and what was wrong with the others."""
+    """One GEMM on random operands: its sound algorithms, and the faults of the others."""
 
     def __init__(self, gemm: Gemm, order: str, device: torch.device, graph: bool):
         self.gemm, self.order = gemm, order
@@ -324,20 +317,21 @@ class _Trial:
         return matmul24(self.a, self.b, self.bias, self.gemm.m, self.gemm.transposed, Choice())
 
     def is_sound(self, choice: Choice) -> bool:
-        """Run it as often as it takes to trust it."""
+        """Run an algorithm until it can be trusted or shows a fault."""
         gemm = self.gemm
         try:
-            if not gemm.fresh and choice.order in ORDERS:  # a weight is packed together with its transpose
+            if not gemm.fresh and choice.order in ORDERS:  # a weight is packed with its transpose, which must fit too
                 check_packable("transposed weight", gemm.k, gemm.m, choice.order)
             if choice.order not in self.operands:
                 self.operands[choice.order] = self._pack(choice.order)
         except (RuntimeError, ValueError) as error:
             self.faults[choice] = f"raises {reason(error)}"
             return False
-        operand, converted = self.operands[choice.order], gemm.fresh and choice.order == "library"
+        # The converter packs a gradient in each call, so its time counts. Our own packers pack while they draw MVUE.
+        operand, convert = self.operands[choice.order], gemm.fresh and choice.order == "library"
 
-        def call():  # the converter's time counts for gradients, which it packs in each call; our packers draw MVUE too
-            a = compress24(self.a) if converted else operand
+        def call():
+            a = compress24(self.a) if convert else operand
             return matmul24(a, self.b, self.bias, gemm.m, gemm.transposed, choice)
 
         fault = fault_of(call, self.reference) or (fault_in_graph(call, self.reference) if self.captured else None)
@@ -349,15 +343,15 @@ class _Trial:
         return fault is None
 
     def _pack(self, order: str) -> torch.Tensor:
-        """The operand. Raises ValueError where our packer writes other bytes than the library's compress at this shape.
-        A library may pad or order small or ragged shapes in another way than the rest."""
+        """The packed A. Raises ValueError if our packer writes other bytes than the library's compress at this shape:
+        the library may pad or order small or ragged shapes in another way."""
         operand = pack_matrix(self.a, order)
         if order != "library" and not torch.equal(operand, compress24(self.a)):
             raise ValueError(f"order {order} is not what the library's compress writes at this shape")
         return operand
 
     def _check_context(self, choice: Choice) -> None:
-        """Raises RuntimeError where an algorithm left the GPU in a state in which nothing more can be run."""
+        """Raises RuntimeError if an algorithm has broken the CUDA context, so that nothing more can run."""
         if self.a.is_cuda:
             try:
                 torch.cuda.synchronize()
@@ -382,7 +376,7 @@ class _Trial:
                 break
 
     def finalists(self) -> list[Choice]:
-        """The three fastest sound algorithms; where the sum is long, also with the sum split."""
+        """The three fastest sound algorithms. If K is long, splits of the sum compete too."""
         self._try_algorithms(self.order)
         if not self.sound and self.order != "library":
             self._try_algorithms("library")
@@ -393,24 +387,25 @@ class _Trial:
         return self._fastest() if any(split) else best
 
     def measure(self, forced: bool) -> dict:
-        """A row of the report, in plain JSON types; times in microseconds. forced: choose 2:4 even if it is slower."""
+        """A row of the report, in JSON types; times in microseconds. forced: choose 2:4 even if it is slower."""
         finalists = self.finalists()
         dense_us, *sparse_us = self.time([self.dense, *(self.sound[choice] for choice in finalists)], 15)
-        row = {**self.gemm._asdict(), "dense_us": statistics.median(dense_us), "dense_spread_us": _spread(dense_us)}
+        row = {**self.gemm._asdict(), "dense_us": statistics.median(dense_us)}
+        row["dense_spread_us"] = [min(dense_us), max(dense_us)]
         row |= {"best_us": None, "best_spread_us": None, "ratio": None, "chosen": False, **Choice()._asdict()}
         row["faults"] = {_label(choice): fault for choice, fault in self.faults.items()}
         row["algorithms_us"] = {_label(choice): us for choice, us in self.us.items()}
         row["reason"] = next(iter(row["faults"].values()), "no algorithm")
         if finalists:
             us, choice = min(zip(sparse_us, finalists, strict=True), key=lambda pair: statistics.median(pair[0]))
-            row |= {"best_us": statistics.median(us), "best_spread_us": _spread(us), **choice._asdict()}
+            row |= {"best_us": statistics.median(us), "best_spread_us": [min(us), max(us)], **choice._asdict()}
             row |= {"ratio": row["dense_us"] / row["best_us"], "chosen": forced or wins(us, dense_us)}
             row["reason"] = "" if row["chosen"] else "not faster by more than the noise"
-        self.sound.clear()  # its closures hold the trial, and gigabytes with it
+        self.sound.clear()  # its closures hold the trial, and so gigabytes of operands
         return row
 
     def fault_now(self, choice: Choice) -> str | None:
-        """The present fault of an algorithm that was chosen earlier; None if it is sound."""
+        """The fault that an algorithm chosen earlier has today, or None."""
         self.is_sound(choice)
         self.sound.clear()
         return self.faults.get(choice)
@@ -424,10 +419,6 @@ def _choice_of(row: dict) -> Choice:
     return Choice(*(row[field] for field in Choice._fields)) if row["chosen"] else Choice()
 
 
-def _spread(times: Sequence[float]) -> list[float]:
-    return [min(times), max(times)]
-
-
 def choose(
     gemms: dict[str, Gemm],
     device: torch.device,
@@ -438,13 +429,12 @@ def choose(
     cache: Path | None = None,
     known: Sequence[dict] = (),
 ) -> Report:
-    """Decide how each GEMM of a run is multiplied.
+    """Choose how each GEMM of a run is multiplied.
 
-    mode: "auto" takes, per GEMM, the fastest sound algorithm where it beats the dense GEMM by more than the noise;
-    "cusparselt" takes its fastest everywhere; "masked", "dense" and "emulated" measure nothing. graph: whether the run
-    replays CUDA graphs, so that host time does not count. cache: a file of earlier rows that runs share. known: the
-    rows of a run that is resumed, which go before those of the cache.
-    Raises ValueError where "cusparselt" is asked for and cannot do it.
+    mode: "auto" takes for each GEMM the fastest sound algorithm if it beats the dense GEMM by more than the noise;
+    "cusparselt" takes the fastest even if it is slower; "masked", "dense" and "emulated" measure nothing. graph: the
+    run replays CUDA graphs, so host time does not count. cache: file of rows that runs share. known: rows of the run
+    that is resumed; they win over those of the cache. Raises ValueError if "cusparselt" cannot multiply a GEMM.
     """
     check_mode(mode)
     if mode in _NOTES:
@@ -458,31 +448,31 @@ def choose(
     saved = Report.read(cache)
     notes = [f"cusparselt: {why}", *saved.notes]
     earlier = {row["key"]: row for row in (*saved.rows, *known)}
-    measured, reused, rows = {}, 0, []  # measured: by key, since two GEMMs of one shape share a row
+    by_key, reused, rows = {}, 0, []  # two GEMMs of one shape have one key and share a row
     for name, gemm in gemms.items():
         settings = [str(dtype), mode, {"cusparselt": order}, graph, *_machine(device)]
         key = json.dumps([_FORMAT, gemm[1:], *settings])
-        if key not in measured:
+        if key not in by_key:
             row, trial = earlier.get(key), functools.partial(_Trial, gemm, order, device, graph)
             if row and row["chosen"] and (fault := trial().fault_now(_choice_of(row))):
                 notes.append(f"{name}: {_choice_of(row)} was chosen earlier but now {fault}")
                 row = None
             reused += row is not None
-            measured[key] = row or {**trial().measure(forced=mode != "auto"), "key": key}
-            cache = cache if row else _add_to_cache(cache, measured[key], notes)
-        rows.append({**measured[key], "name": name})
+            by_key[key] = row or {**trial().measure(forced=mode != "auto"), "key": key}
+            cache = cache if row else _add_to_cache(cache, by_key[key], notes)
+        rows.append({**by_key[key], "name": name})
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if reused:
-        where = f"{reused} of {len(measured)} GEMMs as measured earlier, see {cache or 'the run'}"
-        notes.append(f"{where}: delete it to measure anew")
+        source = cache or "the run"
+        notes.append(f"{reused} of {len(by_key)} GEMMs as measured earlier, see {source}: delete it to measure anew")
     if failed := [row for row in rows if mode != "auto" and not row["chosen"]]:
         raise ValueError(f"spmm={mode!r}: {failed[0]['name']}: {failed[0]['reason']}; use spmm='auto'")
     return Report({row["name"]: _choice_of(row) for row in rows}, rows, notes)
 
 
 def _emulated(gemm: Gemm) -> Choice:
-    """The emulated GEMM in order sm90, or the dense one where an operand or its transpose does not fit that order."""
+    """The emulated GEMM in order sm90, or the dense one if an operand or its transpose does not fit that order."""
     return Choice("emulated", "sm90") if gemm.m % 64 == gemm.k % 64 == gemm.n % 8 == 0 else Choice()
 
 
@@ -492,7 +482,7 @@ def ran_out_of_memory(row: dict) -> bool:
 
 
 def _machine(device: torch.device) -> list:
-    """What a verdict depends on besides the GEMM."""
+    """The device, versions and driver that a verdict holds for."""
     if device.type != "cuda":
         return [str(device), torch.__version__]
     driver = Path("/proc/driver/nvidia/version")

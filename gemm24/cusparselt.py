@@ -1,20 +1,19 @@
-"""Cached cuSPARSELt plans, by ctypes. torch._cslt_sparse_mm builds and destroys a plan in each call.
+"""Calls cuSPARSELt by ctypes, with cached plans. torch._cslt_sparse_mm builds and destroys a plan in each call.
 
-A plan is the library's prepared GEMM D = A B with a 2:4 A: descriptors of three matrices, an algorithm, and the kernel
-that was picked. Building one costs the host 0.05 to 0.5 ms, which a short GEMM cannot hide; `matmul` builds it on the
-first call of a problem and afterwards calls only `cusparseLtMatmul`.
+A plan is the library's prepared GEMM D = A B with a 2:4 A: descriptors of three matrices, an algorithm and its kernel.
+Building one takes the host 0.05 to 0.5 ms, which a short GEMM cannot hide. `matmul` builds the plan at the first call
+of a problem; later calls run `cusparseLtMatmul` alone.
 
-key        shape, dtypes, layouts, algorithm, split, device and thread. The library's handle belongs to one device and
-           may serve one thread at a time, and autograd runs the backward pass in another thread. A thread that has the
-           number of one that ended takes over its handle and plans.
-lifetime   plans and handles live until the process ends. The library's structs point at each other, so each is built
-           in the place where it stays.
-streams    a running GEMM writes D and its workspace; the plan is const. So streams and CUDA graphs may share one. Each
-           call allocates its workspace from PyTorch's allocator, as PyTorch's op does: the allocator keeps streams
-           apart, and memory that is allocated during a capture belongs to the graph as long as the graph lives.
-bias       is not supported. It is a pointer in the descriptor, and NVIDIA does not say whether a plan reads it again.
+key        Shape, dtypes, layouts, algorithm, split, device and thread. A handle belongs to one device and serves one
+           thread at a time, and autograd runs the backward pass in a thread of its own. Python may give a new thread
+           the number of a thread that ended; the new one then takes over its handle and plans.
+lifetime   Plans and handles live until the process ends. Structs point at each other, so none may move.
+streams    A running GEMM writes D and its workspace, and only reads the plan, so streams and CUDA graphs may share a
+           plan. Each call gets its workspace from PyTorch's allocator, which keeps streams apart. Memory that is
+           allocated during a capture belongs to the graph as long as the graph lives.
+bias       Not supported: the descriptor holds a pointer to it, and NVIDIA does not say when a plan reads that.
 
-Values and struct sizes are those of cusparseLt.h 0.8.0; 0.7.1 has the same functions and values, and larger structs.
+Constants and struct sizes are from cusparseLt.h 0.8.0. In 0.7.1 functions and constants are equal, structs larger.
 """
 
 import ctypes
@@ -25,9 +24,9 @@ from typing import NamedTuple
 import torch
 
 LIBRARY = "libcusparseLt.so.0"  # PyTorch's CUDA builds have loaded it already
-OLDEST = (0, 7)  # major and minor version whose header was read
-STRUCT_BYTES = 2048  # enough for every opaque struct, which has 512 bytes in 0.8.0 and 1024 in 0.7.1
-ALIGNMENT = 16  # bytes, of the structs and of the matrices
+OLDEST = (0, 7)  # oldest supported version, major and minor
+STRUCT_BYTES = 2048  # enough for every opaque struct: 512 bytes in 0.8.0, 1024 in 0.7.1
+ALIGNMENT = 16  # of structs and matrices, in bytes
 CUDA_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 ORDER_COL, ORDER_ROW = 1, 2  # cusparseOrder_t
 NON_TRANSPOSE, TRANSPOSE = 0, 1  # cusparseOperation_t
@@ -37,7 +36,7 @@ ALG_DEFAULT = 0  # cusparseLtMatmulAlg_t
 ALG_CONFIG_ID, SPLIT_K = 0, 3  # cusparseLtMatmulAlgAttribute_t
 
 _P, _I64, _U32, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int, ctypes.c_size_t
-_FUNCTIONS = {  # name after cusparseLt -> types of the arguments; each returns a cusparseStatus_t
+_FUNCTIONS = {  # name without cusparseLt -> types of the arguments; each returns a cusparseStatus_t
     "GetProperty": (_INT, _P),
     "Init": (_P,),
     "DenseDescriptorInit": (_P, _P, _I64, _I64, _I64, _U32, _INT, _INT),
@@ -49,7 +48,7 @@ _FUNCTIONS = {  # name after cusparseLt -> types of the arguments; each returns 
     "MatmulGetWorkspace": (_P, _P, _P),
     "Matmul": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _P, ctypes.c_int32),
 }
-_ZERO, _ONE = ctypes.c_float(0.0), ctypes.c_float(1.0)  # alpha and beta, read on the host
+_ZERO, _ONE = ctypes.c_float(0.0), ctypes.c_float(1.0)  # beta and alpha, in host memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The library
@@ -57,7 +56,7 @@ _ZERO, _ONE = ctypes.c_float(0.0), ctypes.c_float(1.0)  # alpha and beta, read o
 
 @functools.cache
 def _load() -> ctypes.CDLL:
-    """The library, with the types of its functions. Raises OSError, AttributeError or RuntimeError without one."""
+    """The library, with its functions typed. Raises OSError, AttributeError or RuntimeError if it is missing or old."""
     library = ctypes.CDLL(LIBRARY)
     library.cusparseLtGetErrorName.argtypes, library.cusparseLtGetErrorName.restype = (_INT,), ctypes.c_char_p
     for name, types in _FUNCTIONS.items():
@@ -73,7 +72,7 @@ def _load() -> ctypes.CDLL:
 
 @functools.cache
 def available() -> str | None:
-    """None if the library can be loaded and has every function that is called here, else one line that says why not."""
+    """None if the library can be loaded and has all functions that we call, else one line that says why not."""
     try:
         _load()
     except (OSError, AttributeError, RuntimeError) as error:
@@ -82,16 +81,16 @@ def available() -> str | None:
 
 
 def _call(name: str, *args) -> None:
-    """Calls cusparseLt<name>. Raises RuntimeError on every status but success."""
+    """Call cusparseLt<name>. Raises RuntimeError if its status is not success."""
     library = _load()
     status = getattr(library, f"cusparseLt{name}")(*args)
     if status:
-        said = library.cusparseLtGetErrorName(status).decode()
-        raise RuntimeError(f"cusparseLt{name} failed with status {status}, {said}")
+        status_name = library.cusparseLtGetErrorName(status).decode()
+        raise RuntimeError(f"cusparseLt{name} failed with status {status}, {status_name}")
 
 
 def _struct() -> ctypes.Array:
-    """An opaque struct, aligned. Whoever holds it must not move it."""
+    """Aligned memory for an opaque struct, which must not be moved."""
     memory = ctypes.create_string_buffer(STRUCT_BYTES + ALIGNMENT)
     return (ctypes.c_char * STRUCT_BYTES).from_buffer(memory, -ctypes.addressof(memory) % ALIGNMENT)
 
@@ -101,10 +100,10 @@ def _struct() -> ctypes.Array:
 
 
 class Problem(NamedTuple):
-    """The shapes, types and layouts that descriptors are made from: D (m, n) = A (m, k) B (k, n).
+    """Shapes, types and layouts of a GEMM, D (m, n) = A (m, k) B (k, n).
 
-    column_major: B is the transpose of a contiguous (n, k). transposed: D^T is written, a contiguous (n, m).
-    device: the CUDA device's index. thread: threading.get_ident() of the caller."""
+    column_major: B is the transpose of a contiguous (n, k). transposed: D^T is written, a contiguous (n, m). device:
+    index of the CUDA device. thread: threading.get_ident() of the caller."""
 
     m: int
     n: int
@@ -117,7 +116,7 @@ class Problem(NamedTuple):
 
 
 class _Plan:
-    """The structs of a problem and algorithm, built in order. Raises RuntimeError where the library refuses one."""
+    """The structs of a problem and algorithm. Raises RuntimeError if the library refuses one."""
 
     def __init__(self, problem: Problem, alg_id: int, split_k: int):
         self.handle = _handle(problem.device, problem.thread)
@@ -133,7 +132,7 @@ class _Plan:
         self.workspace_bytes = size.value
 
     def _describe(self, p: Problem) -> None:
-        """The descriptors that torch._cslt_sparse_mm makes: all row-major, but D column-major where D^T is wanted."""
+        """Make the descriptors that torch._cslt_sparse_mm makes: row-major, but D is column-major to write D^T."""
         kind = CUDA_TYPES[p.dtype]
         a = (p.m, p.k, p.k, ALIGNMENT, kind, ORDER_ROW, SPARSITY_50_PERCENT)
         b = (p.n, p.k, p.k) if p.column_major else (p.k, p.n, p.n)
@@ -151,28 +150,19 @@ class _Plan:
         _call("MatmulAlgSetAttribute", self.handle, self.selection, attribute, ctypes.byref(value), size)
 
 
-_handles: dict[tuple[int, int], ctypes.Array] = {}  # (device, thread) -> cusparseLtHandle_t
-_plans: dict[tuple[Problem, int, int], _Plan] = {}  # (problem, alg_id, split_k) -> plan
-
-
+@functools.cache
 def _handle(device: int, thread: int) -> ctypes.Array:
-    """The library's handle for this device, which must be current, and thread."""
-    if (device, thread) not in _handles:
-        handle = _struct()
-        _call("Init", handle)
-        _handles[device, thread] = handle
-    return _handles[device, thread]
+    """The library's handle for this device and thread. The device must be the current one."""
+    handle = _struct()
+    _call("Init", handle)
+    return handle
 
 
-def _plan(problem: Problem, alg_id: int, split_k: int) -> _Plan:
-    key = problem, alg_id, split_k
-    if key not in _plans:
-        _plans[key] = _Plan(*key)
-    return _plans[key]
+_plan = functools.cache(_Plan)  # (problem, alg_id, split_k) -> plan
 
 
 def _current_stream(device: torch.device) -> int:
-    """The cudaStream_t that PyTorch works on, as a number. Tests replace it: it needs a GPU."""
+    """PyTorch's current cudaStream_t, as a number. It needs a GPU, so tests replace it."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
@@ -185,15 +175,15 @@ def matmul(
 ) -> torch.Tensor:
     """D = A B: (rows, n), or with `transposed` a contiguous (n, rows) that holds D^T; in b's dtype.
 
-    a: packed (rows, k) operand as cuSPARSELt's compress writes it. b: (k, n) of the same dtype, bfloat16 or float16,
-    contiguous or the transpose of a contiguous (n, k). matmul24 has checked both. Raises RuntimeError where the library
-    refuses a problem.
+    a: packed (rows, k) operand in the layout of cuSPARSELt's compress. b: (k, n), bfloat16 or float16 as a, contiguous
+    or the transpose of a contiguous (n, k). The caller, matmul24_cusparselt, has checked both. Raises RuntimeError if
+    the library refuses the problem.
     """
     k, n = b.shape
     column_major = b.stride() != (n, 1)
     problem = Problem(rows, n, k, b.dtype, column_major, transposed, b.get_device(), threading.get_ident())
     d = b.new_empty((n, rows) if transposed else (rows, n))
-    with torch.cuda.device_of(b):  # does nothing for tests' tensors on a CPU
+    with torch.cuda.device_of(b):  # does nothing for the CPU tensors of the tests
         plan = _plan(problem, alg_id, split_k)
         workspace = b.new_empty(plan.workspace_bytes, dtype=torch.uint8)
         stream = ctypes.c_void_p(_current_stream(b.device))

@@ -1,17 +1,19 @@
-"""The feed-forward layer of a 2:4 model as one autograd function, its hidden layer feature-major (the paper's section
-5.2, taken further): the six GEMMs read and write each tensor as it lies, so that nothing of size d_ff is ever
-transposed. X, Y (T, d) token-major; Z, A (d_ff, T) feature-major, gated Z (2 d_ff, T); C() a 2:4 operand.
+"""The feed-forward layer of a 2:4 model as one autograd function.
+
+Its hidden layer is feature-major, which takes the paper's section 5.2 further: each GEMM reads and writes its tensors
+in the layout that they have, so that no tensor of size d_ff is transposed. X, Y (T, d) are token-major. Z, A (d_ff, T)
+are feature-major; gated Z is (2 d_ff, T). C() is a packed 2:4 operand.
 
     forward    Z  = C(W1) X^T + b1        A = f(Z)        Y = (C(W2) A)^T + b2                              Eq. 2
-    backward   A is recomputed from Z: keeping it would take 2 bytes of d_ff * tokens a layer
+    backward   A is recomputed from Z, which saves 2 * d_ff * tokens bytes per layer
                dA = C(W2^T) dY^T          dZ = dA f'(Z), drawn and packed in the same pass                  Eq. 3, 7
                dX = (C(W1^T) dZ)^T        dW1 = C(MVUE(dZ)) X        dW2 = C(MVUE(dY^T)) A^T                Eq. 4-6
                db1, db2: sums over tokens of the unpruned dZ, dY
 
-A plan (plan.py) says how each GEMM is multiplied: by a 2:4 kernel, or as a dense GEMM on the same pruned matrix. It is
-for one number of tokens. Other inputs, the dense phase and modules without a plan take the layers one by one, as
-nn.Linear would. `pack_weights` makes the weights' operands once per optimizer step. Under FSDP a weight is freed after
-use (`prune_again`), so it is packed in the forward and again in the backward.
+A plan (plan.py) says for each GEMM whether a 2:4 kernel multiplies it, or a dense GEMM on the same pruned matrix. It
+holds for one number of tokens. Other inputs, the dense phase and modules without a plan go layer by layer.
+`pack_weights` packs the weights once per optimizer step. Under FSDP a weight is freed after use (`prune_again`), so it
+is packed in the forward and again in the backward.
 """
 
 from typing import NamedTuple
@@ -28,7 +30,7 @@ from sparse24 import AUTOCAST, Sparse24Linear, through_soft
 
 
 class FFNPlan(NamedTuple):
-    """How the FFNs of a model multiply: for `tokens` tokens per call, in `dtype`."""
+    """How the FFNs of a model multiply, for `tokens` tokens per call, in `dtype`."""
 
     activation: str
     tokens: int
@@ -43,21 +45,21 @@ class FFNPlan(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """Tokens of zeros that are added: packed operands come in 64 columns, groups of MVUE in four."""
+        """Number of zero tokens to append: packed operands need a multiple of 64 columns, MVUE one of four."""
         packed = any(choice.order != "masked" for choice in self[4:])
         return -self.tokens % (64 if packed else 4)
 
     @property
     def orders(self) -> tuple[tuple[str, str], tuple[str, str]]:
-        """For W1 and W2: the order of the forward's operand, and that of the input gradient's."""
+        """(order in the forward, order in the input gradient) of W1 and of W2."""
         return (self.z.order, self.dx.order), (self.y.order, self.da.order)
 
 
 class _SparseFFN(torch.autograd.Function):
-    """See the top of this file. w1 and w2 receive gradients only; their operands w1_24, ... multiply.
+    """The equations at the top of this file. w1 and w2 only receive gradients; their operands w1_24, ... multiply.
 
-    mask: None if the weights are packed already. Else the kind of their masks, and w1_24 and w2_24 hold their index
-    matrices. gradient: a recipe's weight_gradient, which takes the gradient of beta S(W) to W."""
+    mask: None if the weights are packed already. Else the kind of their masks, and w1_24 and w2_24 hold the index
+    matrices. gradient: the recipe's weight_gradient, by which through_soft maps the gradient of beta S(W) to W."""
 
     @staticmethod
     def forward(
@@ -74,10 +76,10 @@ class _SparseFFN(torch.autograd.Function):
         a = operands.activation(z, plan.activation)
         y = matmul24(w2_24, a, b2, d_model, True, plan.y)
         ctx.plan, ctx.mask, ctx.gradient, ctx.w1_dtype, ctx.w2_dtype = plan, mask, gradient, w1.dtype, w2.dtype
-        # Copies of the seeds: the next micro-step may write them before this one's backward.
+        # Save copies of the seeds: the next micro-step may overwrite them before this one's backward.
         seeds = (seed1.clone(), seed2.clone()) if plan.mvue else (None, None)
-        through = (w1, w2, beta1, beta2) if gradient != "straight" else (None,) * 4
-        ctx.save_for_backward(x, z, *seeds, *through, *for_backward)
+        soft_weights = (w1, w2, beta1, beta2) if gradient != "straight" else (None,) * 4
+        ctx.save_for_backward(x, z, *seeds, *soft_weights, *for_backward)
         return y
 
     @staticmethod
@@ -103,12 +105,12 @@ class _SparseFFN(torch.autograd.Function):
                 a = operands.activation(z, plan.activation, recompute=True)
                 dw2 = matmul24(dy_24, a.t(), None, dy.shape[1], False, plan.dw2).to(ctx.w2_dtype)
                 dw2 = through_soft(dw2, w2, beta2, ctx.gradient)
-            a = dy_24 = None  # freed before the large tensors of the other half are made
+            a = dy_24 = None  # frees them before the other half allocates its large tensors
         if needs_x or needs_w1 or needs_b1:
             da = matmul24(w2_t_24, dy.t(), None, ctx.d_ff, False, plan.da)
             if plan.mvue and needs_w1:
-                drawing = (seed1, plan.activation, plan.dw1.order, needs_b1)
-                dz, dz_24, db1 = operands.activation_backward_mvue24_pack(z, da, *drawing)
+                options = (seed1, plan.activation, plan.dw1.order, needs_b1)
+                dz, dz_24, db1 = operands.activation_backward_mvue24_pack(z, da, *options)
             else:
                 dz = dz_24 = operands.activation_backward(z, da, plan.activation)
                 db1 = dz.sum(1) if needs_b1 else None
@@ -125,14 +127,14 @@ class _SparseFFN(torch.autograd.Function):
 
 
 def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: nn.Module) -> bool:
-    """Whether this call goes by the plan: both layers in their sparse phase, as many tokens, computed in its dtype."""
+    """Return whether this call follows the plan: both layers are in their sparse phase, tokens and dtype match."""
     if plan is None or not getattr(c_fc, "sparse", False) or not getattr(c_proj, "sparse", False):
         return False
     return x.numel() == plan.tokens * x.shape[-1] and _dtype(x) == plan.dtype
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes here."""
+    """The dtype in which a linear layer computes under the current autocast."""
     enabled = x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if enabled and x.dtype != torch.float64 else x.dtype
 
@@ -140,7 +142,7 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
 def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, plan: FFNPlan) -> torch.Tensor:
     """c_proj(activation(c_fc(x))) by the plan. x: (..., d) with plan.tokens tokens; returns (..., d) in plan.dtype.
 
-    Needs `pack_weights` since the weights or masks last changed: RuntimeError otherwise, except inside torch.compile.
+    Raises RuntimeError if weights or masks changed since `pack_weights`. Code compiled by torch.compile cannot check.
     """
     mask = c_fc.recipe.mask if c_fc.prune_again else None
     compiling, weights = torch.compiler.is_compiling(), []
@@ -159,36 +161,35 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
     state = (c_fc.seed, c_proj.seed, c_fc.scale, c_proj.scale)
     constants = (plan, mask, c_fc.recipe.weight_gradient)
     y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *weights, *state, *constants)
-    return (y[: plan.tokens] if plan.padding else y).view(shape)  # a slice would cost the backward a copy of dY
+    return (y[: plan.tokens] if plan.padding else y).view(shape)  # a needless slice makes the backward copy dY
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The weights' operands: buffers of the layers, written in place, so that compiled code and CUDA graphs stay valid
+# The weights' operands. They are buffers of the layers, written in place so that compiled code and CUDA graphs see them
 
 
-_BUFFERS = ("w_24", "packed", "packed_t")  # those of operands.empty_operands
+_BUFFERS = ("w_24", "packed", "packed_t")  # as operands.empty_operands returns them
 
 
 def _source(layer: Sparse24Linear, orders: tuple[str, str], dtype: torch.dtype) -> tuple:
-    """(the kind of memory, the mask, the weight) that the operands are made from. It changes with every in-place change
-    of the weight or the mask."""
+    """Identifies (the memory, the mask, the weight) of a layer's operands, to find stale ones. Each in-place change of
+    the weight or the mask changes it."""
     w, index = layer.weight, layer.index
-    versions = (0 if t.is_inference() else t._version for t in (index, w))  # inference tensors have none
+    versions = (0 if t.is_inference() else t._version for t in (index, w))  # inference tensors have no version
     return (orders, dtype, w.device, w.dtype, id(w)), *zip((id(index), id(w)), versions, strict=True)
 
 
 def planned_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that can follow a plan: those with `plan`, `activation`, and 2:4 layers `c_fc` and `c_proj`."""
-    modules = (m for m in model.modules() if hasattr(m, "plan") and hasattr(m, "activation"))
-    return [
-        m for m in modules if all(isinstance(getattr(m, name, None), Sparse24Linear) for name in ("c_fc", "c_proj"))
-    ]
+    """The modules that can follow a plan: with `plan`, `activation`, and 2:4 layers `c_fc` and `c_proj`."""
+    modules = [m for m in model.modules() if hasattr(m, "plan") and hasattr(m, "activation")]
+    linears = ("c_fc", "c_proj")
+    return [m for m in modules if all(isinstance(getattr(m, name, None), Sparse24Linear) for name in linears)]
 
 
 @torch.no_grad()
 def pack_weights(model: nn.Module) -> None:
-    """Make the operands of all planned FFNs from their weights and masks: once per optimizer step, after the masks'
-    refresh. In the dense phase, and without a plan, free them. No synchronisation."""
+    """Write the operands of all planned FFNs from their weights and masks: once per optimizer step, after the refresh
+    of the masks. In the dense phase and without a plan, free them. Does not synchronise."""
     for ffn in planned_modules(model):
         plan, orders = ffn.plan, (None, None)
         if plan is not None and ffn.c_fc.sparse and ffn.c_proj.sparse and not ffn.c_fc.prune_again:
@@ -198,7 +199,7 @@ def pack_weights(model: nn.Module) -> None:
 
 
 def _pack_layer(layer: Sparse24Linear, orders: tuple[str, str] | None, dtype: torch.dtype | None) -> None:
-    """Write the buffers of the layer that GEMMs in these orders read. Without orders, free them."""
+    """Write the layer's buffers that GEMMs in these orders read. Without orders, free them."""
     if orders is None:
         for name in _BUFFERS:
             layer._buffers.pop(name, None)
@@ -216,8 +217,8 @@ def _pack_layer(layer: Sparse24Linear, orders: tuple[str, str] | None, dtype: to
 
 
 def _operand(w, index, beta, mask: str, orders: tuple[str | None, str | None], dtype: torch.dtype) -> torch.Tensor:
-    """One operand in new memory, for weights that are packed where they multiply: orders (order, None) asks for the
-    forward's, (None, order) for the input gradient's. "masked" is the pruned weight (out, in) in both cases."""
+    """One operand in new memory, for weights that are packed in each pass. orders: (order, None) for the forward,
+    (None, order) for the input gradient. Order "masked" gives the pruned weight (out, in) for both."""
     w_24, packed, packed_t = buffers = operands.empty_operands(w, mask, orders, dtype)
     operands.write_operands(buffers, w.detach(), index, beta, mask, orders)
     return w_24 if "masked" in orders else packed if orders[1] is None else packed_t
@@ -233,8 +234,8 @@ def _pack_in_backward(
     dtype: torch.dtype,
     dy: torch.Tensor,
 ) -> torch.Tensor:
-    """The input gradient's operand, packed in the backward. Opaque to torch.compile, which would otherwise pack it in
-    the forward and keep it. `dy` is unused: it only makes the op run in the backward."""
+    """The input gradient's operand, packed in the backward. It is opaque to torch.compile, which would otherwise pack
+    it in the forward and keep it. `dy` is unused; it only makes the op run in the backward."""
     return _operand(w, index, beta, mask, (None, order), dtype)
 
 

@@ -1,14 +1,14 @@
-"""How a packed 2:4 operand lies in memory.
+"""The memory layout of a packed 2:4 operand.
 
-The packed operand of a (rows, columns) matrix keeps two elements of every group of four along its columns. It is one
-buffer of 9/16 of the dense size, as cuSPARSELt takes it for 16-bit types:
+The operand of a (rows, columns) matrix keeps two elements of every group of four along the columns. It is one buffer of
+9/16 of the dense size, in the layout that cuSPARSELt reads for 16-bit types:
     values     (rows, columns/2) row-major: the two kept elements of each group, in order
     metadata   rows * columns / 8 bytes: a nibble for each group, low index | high index << 2
 
 The order of the nibbles depends on the GPU: `sm80` is cuSPARSELt's order on Ampere (compute capability 8.x), `sm90` the
-one on Hopper. NVIDIA does not document them. They are written here as they were read in open code, and choose.py
-compares them with the library's bytes before any is used. Two further names say how an operand is made:
-    library    by cuSPARSELt's own converter, in an order that we need not know
+one on Hopper. NVIDIA does not document them. Our formulas come from open-source code, and choose.py compares them with
+the library's bytes before a run uses one. There are two more orders:
+    library    packed by cuSPARSELt's own converter, in an order that we need not know
     masked     not packed: the dense (rows, columns) matrix with zeros
 """
 
@@ -32,12 +32,12 @@ def check_packable(function: str, rows: int, columns: int, order: str) -> None:
 
 
 def nibble_positions(rows: int, columns: int, order: str, device=None) -> torch.Tensor:
-    """Where the metadata of each group of four lies: int64 (rows, columns/4), in nibbles from the metadata's start.
+    """The position of each group's metadata, in nibbles from the start of the metadata: int64 (rows, columns/4).
 
-    sm90  64-row panels of 8*columns bytes; in them 256 B for 32 columns, 64 B for 16 rows, 8 B for the rows p and p+8;
-          group q of the eight is byte 2(q%4) + q/4, row p its low nibble and row p+8 its high one.
-    sm80  128x64 tiles of 512 words of 16 bits, down the columns first; a word is 16 columns of one row, and 32x32
-          sub-tiles hold theirs in the order 8(r%8) + 4(r/16) + 2(c16%2) + r/8%2.
+    sm90  Panels of 64 rows, 8*columns bytes each. A panel has 256 B per 32 columns, in them 64 B per 16 rows, in them
+          8 B per pair of rows p and p+8. Group q of the eight is in byte 2(q%4) + q/4; row p is the low nibble.
+    sm80  Tiles of 128x64 elements, 512 words of 16 bits each, down the columns first. A word holds 16 columns of one
+          row. Inside a 32x32 sub-tile, words are in the order 8(r%8) + 4(r/16) + 2(c16%2) + r/8%2.
     """
     check_packable("nibble_positions", rows, columns, order)
     r, q = torch.arange(rows, device=device)[:, None], torch.arange(columns // 4, device=device)[None, :]
@@ -63,7 +63,7 @@ def packed_parts(packed: torch.Tensor, rows: int, columns: int) -> tuple[torch.T
 def pack24(x: torch.Tensor, mask: torch.Tensor, order: str) -> torch.Tensor:
     """Pack x (rows, columns), 16-bit, under a mask with two True in every group of four. Returns 1-D, of x's dtype.
 
-    Raises ValueError where the shape does not fit the order, or where a group does not keep two.
+    Raises ValueError if the shape does not fit the order, or if a group does not keep two.
     """
     rows, columns = x.shape
     check_packable("pack24", rows, columns, order)
@@ -86,9 +86,9 @@ def _(x, mask, order):
 
 
 def unpack24(packed: torch.Tensor, rows: int, columns: int, order: str) -> torch.Tensor:
-    """The dense (rows, columns) matrix of a packed operand, with zeros where nothing was kept.
+    """The dense (rows, columns) matrix of a packed operand, zero where an element was pruned.
 
-    Raises ValueError where the shape does not fit, or where a nibble is none of the six that name two of four.
+    Raises ValueError if the shape does not fit, or if a nibble is none of the six pairs.
     """
     check_packable("unpack24", rows, columns, order)
     values, metadata = packed_parts(packed, rows, columns)
@@ -103,9 +103,9 @@ def unpack24(packed: torch.Tensor, rows: int, columns: int, order: str) -> torch
 
 @torch.library.custom_op("nano24::compress24", mutates_args=())
 def compress24(x: torch.Tensor) -> torch.Tensor:
-    """The packed operand of a pruned matrix x (rows, columns), 16-bit, contiguous, by cuSPARSELt's own converter.
+    """Pack a pruned matrix x (rows, columns), 16-bit and contiguous, by cuSPARSELt's own converter.
 
-    Returns 1-D, of x's dtype. The converter may add padding, so it may have more than 9/16 of x's elements.
+    Returns 1-D, of x's dtype. The converter may add padding, so the operand may exceed 9/16 of x's elements.
     """
     if not x.is_contiguous() or x.dim() != 2:
         raise ValueError(f"compress24: {tuple(x.shape)} with strides {tuple(x.stride())}, need a contiguous matrix")
@@ -118,7 +118,7 @@ def _(x):
 
 
 def operand_shape(rows: int, columns: int, order: str, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
-    """The shape of the operand of a (rows, columns) matrix in any of the orders."""
+    """The shape of the operand of a (rows, columns) matrix in any order."""
     if order == "masked":
         return rows, columns
     return (_library_size(rows, columns, dtype, device) if order == "library" else rows * columns * 9 // 16,)
@@ -128,11 +128,11 @@ def _library_size(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
     return _ask_library(rows, columns, dtype, device)
 
 
-# This is torch.compiler.assume_constant_result, which would import the compiler, and Triton with it.
+# As torch.compiler.assume_constant_result does, but without importing the compiler and Triton.
 _library_size._dynamo_marked_constant = True
 
 
 @functools.cache
 def _ask_library(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    with _disable_current_modes():  # a real call, also while a compiler traces
+    with _disable_current_modes():  # makes a real call while a compiler traces, too
         return torch._cslt_compress(torch.zeros(rows, columns, dtype=dtype, device=device)).numel()

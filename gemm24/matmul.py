@@ -1,7 +1,6 @@
 """2:4 matrix products: D = A B (+ bias) with a packed A (layout.py), by the backend that choose.py chose for the shape.
 
-Whichever backend is chosen multiplies the same numbers. Each vendor call is a custom op with its fake beside it, so
-that torch.compile sees through it.
+All backends multiply the same numbers. Each vendor call is a custom op with its fake beside it, for torch.compile.
 """
 
 from typing import NamedTuple
@@ -14,9 +13,11 @@ from gemm24.layout import unpack24
 
 
 class Gemm(NamedTuple):
-    """A GEMM of a run: D = A B with a 2:4 A (m, k) and B (k, n). `b_column_major`: B is the transpose of a contiguous
-    (n, k); `transposed`: the contiguous (n, m) of D^T is returned; `bias`: one number per row of A is added; `fresh`: A
-    is a gradient, which is packed for each call, where a weight is packed once per step."""
+    """A GEMM of a run, D = A B with a 2:4 A (m, k) and B (k, n).
+
+    b_column_major: B is the transpose of a contiguous (n, k). transposed: the result is D^T, a contiguous (n, m). bias:
+    one number per row of A is added. fresh: A is a gradient and packed in each call; a weight is packed once per step.
+    """
 
     name: str
     m: int
@@ -35,15 +36,15 @@ class Choice(NamedTuple):
     """How one GEMM is multiplied. The default is a dense GEMM on the pruned matrix."""
 
     backend: str = "masked"  # one of MATMULS
-    order: str = "masked"  # how A lies: masked, library, or a key of ORDERS (layout.py)
+    order: str = "masked"  # the layout of A: masked, library, or a key of ORDERS (layout.py)
     alg_id: int = 0
     split_k: int = 1
 
 
 def _check(function: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rows: int, padded=False) -> None:
-    """Raises ValueError on operands that a vendor's call would misread: they look at shapes, not at strides.
+    """Raises ValueError for operands that a vendor's call would misread, since it ignores strides.
 
-    padded: the library's own converter may have made `a` longer than 9/16 of the matrix."""
+    padded: allow an `a` of more than 9/16 of the matrix, which the library's own converter may make."""
     k, n = b.shape if b.dim() == 2 else (0, 0)
     if b.dim() != 2 or tuple(b.stride()) not in ((n, 1), (1, k)):
         raise ValueError(
@@ -79,18 +80,17 @@ def matmul24_cusparselt(
     alg_id: int,
     split_k: int,
 ) -> torch.Tensor:
-    """D = A B + bias by cuSPARSELt. a: as its compress writes it, or our packers in the order that it accepts.
+    """D = A B + bias by cuSPARSELt. a: packed by its compress, or by our packers in an order that it accepts.
 
-    Without a bias the library is called directly, with cached plans. PyTorch's op builds and destroys a plan in each
-    call, which takes the host longer than most of these GEMMs take the GPU. It serves for biases, and where the library
-    cannot be called."""
+    Without a bias the library is called directly, with cached plans. PyTorch's op serves for biases, and where the
+    library cannot be called. It builds a plan in each call, which takes longer than most of these GEMMs."""
     _check("matmul24_cusparselt", a, b, bias, rows, padded=True)
     if bias is None and cusparselt.available() is None:
         return cusparselt.matmul(a, b, rows, transposed, alg_id, split_k)
     options = {"bias": bias, "transpose_result": transposed, "alg_id": alg_id}
     if split_k > 1:
         options["split_k"] = split_k
-    return torch._cslt_sparse_mm(a.view(rows, -1), b, **options)  # new releases need a 2-D A, old ones take it
+    return torch._cslt_sparse_mm(a.view(rows, -1), b, **options)  # new releases of PyTorch need a 2-D A
 
 
 @matmul24_cusparselt.register_fake
@@ -102,7 +102,7 @@ def _(a, b, bias, rows, transposed, alg_id, split_k):
 def matmul24_emulated(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rows: int, transposed: bool, order: str
 ) -> torch.Tensor:
-    """D = A B + bias on any machine: it unpacks the same bytes that a GPU's library would read, and multiplies."""
+    """D = A B + bias on any machine. It unpacks the bytes that a GPU's library would read, and multiplies."""
     _check("matmul24_emulated", a, b, bias, rows)
     return _matmul_masked(unpack24(a, rows, b.shape[0], order), b, bias, transposed)
 
@@ -121,11 +121,11 @@ def _matmul_masked(a, b, bias, transposed: bool) -> torch.Tensor:
 def matmul24(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rows: int, transposed: bool, choice: Choice
 ) -> torch.Tensor:
-    """D = A B (+ bias per row of A): (rows, n), or with `transposed` the contiguous (n, rows) of D^T.
+    """D = A B (+ bias per row of A): (rows, n), or with `transposed` D^T as a contiguous (n, rows).
 
-    a: a packed operand in choice.order, or for "masked" the pruned matrix (rows, k) itself, any strides. b: (k, n),
-    contiguous or the transpose of a contiguous (n, k). bias: (rows,) of b's dtype. Raises ValueError on operands that a
-    backend would misread.
+    a: packed operand in choice.order, or for "masked" the pruned matrix (rows, k), any strides. b: (k, n), contiguous
+    or the transpose of a contiguous (n, k). bias: (rows,) of b's dtype. Raises ValueError for operands that a backend
+    would misread.
     """
     if choice.backend == "masked":
         return _matmul_masked(a, b, bias, transposed)

@@ -1,8 +1,7 @@
-"""The work of the fused feed-forward layer between its GEMMs: activations, and writing operands in packed 2:4 layouts.
+"""The operators of the fused feed-forward layer between its GEMMs: activations and the packing of 2:4 operands.
 
-Each operator is a specification in plain PyTorch, and has a Triton kernel of the same name in kernels.py, as in
-sparse24.py. The hidden layer is feature-major, (d_ff, tokens), as ffn.py's GEMMs write it (section 5.2). `order` names
-a packed layout of layout.py.
+Each operator is a specification in plain PyTorch and has a Triton kernel of the same name in kernels.py. The hidden
+layer is feature-major, (d_ff, tokens), as ffn.py's GEMMs write it (section 5.2). `order` names a layout of layout.py.
 """
 
 import math
@@ -30,12 +29,12 @@ from sparse24 import (
 
 
 def _glu(h: torch.Tensor, nonlinearity) -> torch.Tensor:
-    """nonlinearity(gate) * up; the gate is the first half of h's features and up the second: row blocks of c_fc."""
+    """nonlinearity(gate) * up; gate is the first half of h's features, up the second."""
     gate, up = h.chunk(2, dim=-1)  # (B, T, d_ff) each
     return nonlinearity(gate) * up
 
 
-ACTIVATIONS = {  # name -> the activation of token-major h, (B, T, d_ff), gated (B, T, 2 d_ff)
+ACTIVATIONS = {  # name -> function of token-major h, (B, T, d_ff), gated (B, T, 2 d_ff)
     "gelu": F.gelu,  # exact, by erf; not the tanh approximation
     "relu2": lambda h: F.relu(h).square(),
     "geglu": lambda h: _glu(h, F.gelu),
@@ -50,7 +49,7 @@ def _check_activation(function: str, activation: str) -> None:
 
 
 def _gate_and_up(function: str, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The nonlinearity's argument and, of gated activations, the other factor, in the dtype of the arithmetic."""
+    """(argument of the nonlinearity, other factor or None if not gated), in the dtype of the arithmetic."""
     _check_activation(function, activation)
     if activation in GATED and (z.dim() == 0 or z.shape[0] % 2):
         raise ValueError(f"{function}: z {tuple(z.shape)}, {activation} needs (2 d_ff, tokens): gate and up, stacked")
@@ -75,12 +74,12 @@ def _takes_activation(z, activation: str, recompute: bool = False) -> bool:
 
 @kernel("activation", takes=_takes_activation)
 def activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
-    """A = f(Z), or f(gate) * up where Z holds the rows of gate and up one after the other.
+    """A = f(Z), or f(gate) * up where the rows of Z are those of gate and then those of up.
 
     z: (d_ff, tokens), gated (2 d_ff, tokens). activation: gelu (exact, by erf), relu2, geglu, swiglu. Computed in
-    float32 (float64 for float64) and rounded once. Returns (d_ff, tokens). recompute: True in the backward, where it
-    makes the call differ from the forward's, as kernels.activation explains; the result is the same. Raises ValueError
-    for another activation or, gated, an odd number of rows.
+    float32 (float64 for float64) and rounded once. recompute: True in the backward; the result is the same, but
+    torch.compile does not merge the two calls (see kernels.activation). Returns (d_ff, tokens). Raises ValueError for
+    another activation, or for an odd number of rows if gated.
     """
     gate, up = _gate_and_up("activation", z, activation)
     value, _ = _nonlinearity(gate, activation)
@@ -93,7 +92,7 @@ def _takes_activation_backward(z, da, activation: str) -> bool:
 
 @kernel("activation_backward", takes=_takes_activation_backward)
 def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> torch.Tensor:
-    """dZ of `activation`, in z's shape and dtype. da: (d_ff, tokens); another shape raises ValueError too."""
+    """dZ of `activation`, in z's shape and dtype. da: (d_ff, tokens). Raises ValueError as `activation` does."""
     gate, up = _gate_and_up("activation_backward", z, activation)
     if da.shape != gate.shape:
         raise ValueError(f"activation_backward: da {tuple(da.shape)}, need {tuple(gate.shape)} for z {tuple(z.shape)}")
@@ -104,21 +103,21 @@ def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradients: drawn by MVUE and packed, with the activation's backward before it
+# Gradients: drawn by MVUE and packed, in one pass with the activation's backward
 
 
 def _fits_kernel(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: bool, halves: int = 1) -> bool:
-    """True if x is bfloat16, and a kernel can draw it and write it in this order."""
+    """Return whether a kernel can draw x and write it in this order."""
     if x.dtype != torch.bfloat16 or order not in ("masked", *ORDERS):
         return False
-    import kernels  # there is Triton where this is asked
+    import kernels  # Triton is installed: `kernel` asks only where the kernels are on
 
     row_multiple, token_multiple = kernels.multiples(order, token_major, halves)
     return rows % row_multiple == 0 and tokens % token_multiple == 0
 
 
 def _token_sums(x: torch.Tensor, bias: bool) -> torch.Tensor:
-    """The bias gradient of dz = x (rows, tokens), in float32 (float64 for float64); empty where none is asked for."""
+    """The bias gradient of dz = x (rows, tokens), in float32 (float64 for float64); empty without bias."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.sum(1, dtype=dtype) if bias else x.new_empty(0, dtype=dtype)
 
@@ -128,7 +127,7 @@ def _takes_pack(x, seed, order: str, token_major: bool = False, bias: bool = Fal
 
 
 def _mvue24_then_pack(x, seed, order: str, token_major: bool = False, bias: bool = False):
-    """`mvue24_pack` in two steps, the first by its kernel where it can."""
+    """`mvue24_pack` in two steps, drawing and packing, each by a kernel if possible."""
     if order == "library":
         masked, sums = mvue24_pack(x, seed, "masked", token_major, bias)
         return compress24(masked.contiguous()), sums
@@ -144,8 +143,8 @@ def mvue24_pack(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MVUE of x (rows, tokens), or with token_major of the transpose of x (tokens, rows), packed in `order`.
 
-    Returns (the packed operand, 1-D, 16-bit, or for "masked" (rows, tokens); with `bias` the float32 sums (rows,) of x
-    over tokens before the pruning, else an empty tensor). Raises ValueError where the shape does not fit the order.
+    Returns (operand, sums). operand: 1-D and 16-bit, or (rows, tokens) for "masked". sums: with `bias` the float32 sums
+    (rows,) of the unpruned x over tokens, else empty. Raises ValueError if the shape does not fit the order.
     """
     x = x.t() if token_major else x
     values, mask = mvue24_with_mask(x, seed)
@@ -159,7 +158,7 @@ def _takes_backward_pack(z, da, seed, activation: str, order: str, bias: bool = 
 
 
 def _backward_then_pack(z, da, seed, activation: str, order: str, bias: bool = False):
-    """`activation_backward_mvue24_pack` in two steps, each by its kernel where it can."""
+    """`activation_backward_mvue24_pack` in two steps, each by its kernel if possible."""
     if order == "library":
         dz, masked, sums = activation_backward_mvue24_pack(z, da, seed, activation, "masked", bias)
         return dz, compress24(masked.contiguous()), sums
@@ -172,7 +171,7 @@ def _backward_then_pack(z, da, seed, activation: str, order: str, bias: bool = F
 def activation_backward_mvue24_pack(
     z: torch.Tensor, da: torch.Tensor, seed, activation: str, order: str, bias: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dz of `activation_backward`, and what `mvue24_pack` returns of that dz."""
+    """(dz of `activation_backward`, and operand and sums of `mvue24_pack` for that dz)."""
     _check_activation("activation_backward_mvue24_pack", activation)
     dz = activation_backward.torch(z, da, activation)
     return dz, *mvue24_pack.torch(dz, seed, order, False, bias)
@@ -192,22 +191,21 @@ def _takes_weight(packed, packed_t, w, index, order: str, metadata: bool = True)
 @torch.no_grad()
 @kernel("pack_weight_", takes=_takes_weight)
 def pack_weight_(packed, packed_t, w, index, order: str, metadata: bool = True) -> None:
-    """Write the packed operands of w (out, in) under its mask, and of the transpose, into two 16-bit buffers of 9/16 of
-    w's elements; one may be None and is not written.
+    """Write the operands of w (out, in) and of its transpose, pruned by the mask of `index`, into two buffers.
 
-    index: uint8 (out/4, in/4) of transposable_index, or (out, in/4) of pair_index with packed_t=None, since a row-wise
-    mask is not 2:4 along the outputs. metadata=False: the index is the one of the last call, so that the values alone
-    need writing; the specification writes both. Raises ValueError where a shape does not fit.
+    packed, packed_t: 16-bit, 9/16 of w's elements. One of them may be None. index: uint8 (out/4, in/4) of
+    transposable_index, or (out, in/4) of pair_index with packed_t=None, since a row-wise mask is not 2:4 along the
+    outputs. metadata=False: the mask has not changed since the last call, so the kernel writes values only; the
+    specification writes both. Raises ValueError if a shape does not fit.
     """
     mask = (expand_pairs if index.shape[0] == w.shape[0] else expand_index)(index)
-    for buffer, x, kept in ((packed, w, mask), (packed_t, w.t(), mask.t())):
-        if buffer is None:
-            continue
-        buffer.copy_(pack24(x.to(buffer.dtype).contiguous(), kept.contiguous(), order))
+    for buffer, x, x_mask in ((packed, w, mask), (packed_t, w.t(), mask.t())):
+        if buffer is not None:
+            buffer.copy_(pack24(x.to(buffer.dtype).contiguous(), x_mask.contiguous(), order))
 
 
 def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
-    """A pruned matrix x (rows, columns), two non-zeros in each group of four, as an operand in `order`."""
+    """The operand in `order` of a pruned matrix x (rows, columns), two non-zeros in each group of four."""
     if order == "masked":
         return x
     if order == "library":
@@ -218,14 +216,14 @@ def pack_matrix(x: torch.Tensor, order: str) -> torch.Tensor:
 
 
 def empty_operands(w: torch.Tensor, mask: str, orders, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    """Memory for `write_operands`: (w_24, packed, packed_t), the pruned weight (out, in), and the packed operands of it
-    and of its transpose. None stands for one that no GEMM reads.
+    """Memory for `write_operands`: (w_24, packed, packed_t), the pruned weight (out, in), its operand, and the operand
+    of its transpose. A buffer that no GEMM reads is None.
 
-    w: (out, in). mask: as Recipe.mask. orders: of the forward's operand and of the input gradient's, or None.
+    w: (out, in). mask: as Recipe.mask. orders: (order in the forward, order in the input gradient), each may be None.
     """
     order, order_t = orders
     rows, columns = w.shape
-    # Dense GEMMs read w_24, and so do all packers but the one of transposable masks.
+    # Dense GEMMs read w_24, and so do all packers except ours for transposable masks.
     needs_w_24 = mask != "transposable" or not {*orders} <= {None, *ORDERS}
     needed = (needs_w_24, order not in (None, "masked"), order_t not in (None, "masked"))
     shapes = ((rows, columns, "masked"), (rows, columns, order), (columns, rows, order_t))
@@ -238,18 +236,19 @@ def empty_operands(w: torch.Tensor, mask: str, orders, dtype: torch.dtype) -> tu
 def write_operands(buffers, w, index, beta, mask: str, orders, metadata: bool = True) -> None:
     """Write the operands of a layer's weight w (out, in) into the three buffers of `empty_operands`.
 
-    index, beta: the layer's. metadata=False: the mask is that of the last call, so that the values alone are written.
+    index, beta: as the layer holds them. metadata=False: the mask has not changed since the last call, so that only the
+    values are written.
     """
     (w_24, packed, packed_t), (order, order_t) = buffers, orders
     if w_24 is not None:
         w_24.copy_(prune(w, index, beta, mask))
-    ours = {*orders} & {*ORDERS}  # one at most, since one GPU reads one order
-    if ours and mask == "transposable":
+    our_order = {*orders} & {*ORDERS}  # at most one, since a GPU reads one order
+    if our_order and mask == "transposable":
         by_kernel = (packed if order in ORDERS else None, packed_t if order_t in ORDERS else None)
-        pack_weight_(*by_kernel, w, index, *ours, metadata=metadata)
-    elif ours:
+        pack_weight_(*by_kernel, w, index, *our_order, metadata=metadata)
+    elif our_order:
         pairs = index if mask == "row" else pair_index(w_24)
-        pack_weight_(packed, None, w_24, pairs, *ours, metadata=metadata or mask != "row")
+        pack_weight_(packed, None, w_24, pairs, *our_order, metadata=metadata or mask != "row")
     if order == "library":
         packed.copy_(compress24(w_24))
     if order_t == "library":
@@ -257,7 +256,7 @@ def write_operands(buffers, w, index, beta, mask: str, orders, metadata: bool = 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The self-test of the operators above, a part of sparse24.use_kernels
+# The self-test of the operators above, which sparse24.use_kernels runs
 
 
 def _compare_kernels(device: torch.device) -> dict[str, bool]:
@@ -282,7 +281,7 @@ def _compare_kernels(device: torch.device) -> dict[str, bool]:
         packs_alike = torch.equal(packed, mvue24_pack.torch(dz, seed, "sm90")[0])
         equal[f"{name} backward, packed"] = packs_alike and same_numbers(dz, expected, rtol=2**-7, atol=1e-5)
         da = z[: len(z) // 2] if name in GATED else z
-        # The two may round apart by one unit of bfloat16; 1e-6 is for the polynomial of GELU.
+        # The two may differ by one rounding to bfloat16; 1e-6 is for the polynomial of GELU.
         equal[name] = same_numbers(kernels.activation(z, name), activation.torch(z, name), rtol=2**-7, atol=1e-6)
         got, expected = kernels.activation_backward(z, da, name), activation_backward.torch(z, da, name)
         equal[f"{name} backward"] = same_numbers(got, expected, rtol=2**-7, atol=1e-5)
@@ -291,5 +290,5 @@ def _compare_kernels(device: torch.device) -> dict[str, bool]:
 
 SELF_TESTS.append(_compare_kernels)
 
-# Names of the last release for two specifications.
+# Former names of two specifications
 activation_ref, activation_backward_ref = activation.torch, activation_backward.torch

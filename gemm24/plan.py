@@ -1,4 +1,4 @@
-"""The plan of a model's feed-forward layers: which GEMMs they have, how each is multiplied, and whether that pays."""
+"""Plans a model's feed-forward layers: their GEMMs, how each is multiplied, and whether a whole layer gets faster."""
 
 import copy
 import functools
@@ -21,8 +21,8 @@ GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
 def ffn_gemms(
     d_model: int, d_ff: int, tokens: int, activation: str, bias: bool, mvue: bool, transposable: bool = True
 ) -> dict[str, Gemm]:
-    """The GEMMs of an FFN that may be sparse, by name: the forward's z and y; with transposable masks da and dx; with
-    MVUE dw1 and dw2."""
+    """The GEMMs of an FFN that may be 2:4, by name: z and y; da and dx if masks are transposable; dw1 and dw2 by MVUE.
+    The number of tokens is padded to a multiple of 64."""
     hidden, t = d_ff * (2 if activation in GATED else 1), tokens + -tokens % 64
     gemms = [
         Gemm("z", hidden, t, d_model, True, False, bias),
@@ -48,12 +48,12 @@ def plan_ffn(
     known: Sequence[dict] = (),
     transposable: bool = True,
 ) -> tuple[FFNPlan | None, Report]:
-    """Choose how the FFNs of a model multiply. config: a GPTConfig (n_embd, d_ff, activation, bias). graph, cache,
-    known: as choose.choose's. transposable: whether the masks are. If not, the pruned weights are 2:4 in the forward
-    alone, and da and dx multiply them as dense matrices.
+    """Choose how the FFNs of a model multiply.
 
-    Returns (None, report) where the layers are to be taken one by one: with spmm="dense", and with "auto" where no 2:4
-    GEMM wins. Raises ValueError for a mode that is unknown, or asked for and impossible.
+    config: a GPTConfig (n_embd, d_ff, activation, bias). graph, cache, known: as in `choose`. transposable: if the
+    masks are not, weights are 2:4 in the forward alone, and da and dx multiply them as dense matrices.
+    Returns (plan, report). The plan is None if the model goes layer by layer: with spmm="dense", and with "auto" if no
+    2:4 GEMM wins. Raises ValueError for an unknown mode, or if "cusparselt" cannot multiply here.
     """
     gemms = ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, mvue, transposable)
     report = choose(gemms, device, spmm, dtype=dtype, graph=graph, cache=cache, known=known)
@@ -64,10 +64,10 @@ def plan_ffn(
 
 
 def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
-    """Give every FFN of the model the plan, and pack their weights. None takes it back, and frees what was packed.
+    """Give every FFN of the model the plan and pack its weights. None removes the plan and frees the packed weights.
 
-    Raises ValueError where the plan is for another activation, draws MVUE where the layers' recipe does not, or is for
-    masks that are 2:4 where theirs are not; and for a recipe that one function cannot compute (`Recipe.fused`).
+    Raises ValueError if the plan does not fit the layers' activation, MVUE or masks, or if one function cannot compute
+    their recipe (`Recipe.fused`).
     """
     modules = planned_modules(model)
     for ffn in modules if plan is not None else ():
@@ -90,16 +90,16 @@ def set_plan(model: nn.Module, plan: FFNPlan | None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether it pays
+# Does it pay?
 
 
 def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_steps: int = 1) -> dict:
-    """The time of an FFN, forward and backward, taking turns: "dense"; "layers", the 2:4 layers one by one; "plan".
+    """Time an FFN, forward and backward, in three ways: "dense"; "layers", its 2:4 layers one by one; and "plan".
 
-    Each GEMM was timed alone. This times all of them with everything between, and for the plan also its share of one
-    packing per `micro_steps` calls. mlp: one of the model's, which is copied. compile_mode: torch.compile's, or None.
-    Returns {"us": {way: [median, smallest, largest]}, "host_us": {way: time of the host to enqueue it}, "taken": the
-    way for sparse steps}: the plan if it is faster than the layers by more than the noise, else the layers.
+    `choose` has timed each GEMM alone. This times the whole layer; the plan also pays for one packing per `micro_steps`
+    calls. mlp: an MLP of the model, which is copied. compile_mode: as in torch.compile, or None for eager.
+    Returns {"us": {way: [median, smallest, largest]}, "host_us": {way: time of the host to enqueue it}, "taken": "plan"
+    if that is faster than the layers by more than the noise, else "layers"}.
     """
     if mlp not in planned_modules(mlp):
         raise ValueError("time_ways: this layer has no 2:4 linears c_fc and c_proj; give one that has")
@@ -111,15 +111,15 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
         set_plan(layer, plan if way == "plan" else None)
         net = torch.compile(layer, mode=compile_mode) if compile_mode else layer
         calls[way] = forward_backward(net, layer, x.requires_grad_(), dy, plan.dtype)
-    # Time the GPU alone, by CUDA graphs, because in training the host runs ahead of it. What reduce-overhead compiles
-    # replays graphs already.
+    # In training the host runs ahead of the GPU, so time the GPU alone, by CUDA graphs. With reduce-overhead the
+    # compiled layer replays graphs already.
     graph = device.type == "cuda" and compile_mode in (None, "default")
     *samples, packing = _times([*calls.values(), functools.partial(pack_weights, layer)], graph, device)
     host_us = {way: enqueue_us(call, device) for way, call in calls.items()}
     times = dict(zip(calls, samples, strict=True))
     times["plan"] = [us + statistics.median(packing) / micro_steps for us in times["plan"]]
     taken = "plan" if wins(times["plan"], times["layers"]) else "layers"
-    del calls, layer, net  # the run does not need three more layers and their compiled code
+    del calls, layer, net  # frees three layers and their compiled code, which the run does not need
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -129,7 +129,7 @@ def time_ways(mlp: nn.Module, plan: FFNPlan, compile_mode: str | None, micro_ste
 
 
 def _times(calls: list[Callable], graph: bool, device: torch.device) -> list[list[float]]:
-    """Microseconds of each call, from CUDA graphs if asked and if they can be captured."""
+    """Samples in microseconds of each call; with graph from CUDA graphs, unless a call cannot be captured."""
     try:
         return time_interleaved(calls, 9, graph, device)
     except RuntimeError as error:
@@ -140,7 +140,7 @@ def _times(calls: list[Callable], graph: bool, device: torch.device) -> list[lis
 
 
 def forward_backward(net, module: nn.Module, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> Callable:
-    """One forward and backward of `net`, which is `module` or its compiled form, under autocast; to be timed."""
+    """A function to time: one forward and backward under autocast of `net`, which is `module` or its compiled form."""
 
     def call() -> None:
         with torch.autocast(x.device.type, dtype):

@@ -1,4 +1,4 @@
-"""MLPs of two sparse layers and plans for them, which the tests of gemm24/ffn.py and gemm24/plan.py multiply by."""
+"""Helpers of tests/gemm24/: matrices with 2:4 masks, and MLPs with two sparse layers and plans for them."""
 
 import copy
 
@@ -8,17 +8,23 @@ from gemm24.ffn import FFNPlan
 from gemm24.matmul import Choice
 from gemm24.plan import GEMMS, set_plan
 from model import GATED, MLP, GPTConfig
-from sparse24 import RECIPES, seed_draws, sparse_linears, sparsify
+from sparse24 import RECIPES, mask24, seed_draws, sparse_linears, sparsify
 
 D, D_FF = 128, 256
-ORDERS = ("masked", "sm80", "sm90", "library")
-# The emulated backend multiplies what it unpacks from the same bytes that a GPU's library would read.
+SHAPES = [("sm80", 128, 64), ("sm80", 256, 192), ("sm90", 64, 64), ("sm90", 192, 128), ("sm90", 64, 256)]
+# The emulated backend unpacks the bytes that a GPU's library would read, and multiplies.
 CHOICES = {order: Choice("emulated", order) for order in ("sm80", "sm90")}
 CHOICES |= {"masked": Choice(), "library": Choice("cusparselt", "library")}
 
 
+def matrix_and_mask(rows: int, columns: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random dense matrix, and a 2:4 mask that is independent of it."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)).to(dtype)
+    return x, mask24(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)))
+
+
 def make_mlp(activation="gelu", bias=True, recipe=RECIPES["fst"], dtype=torch.float32, d=D, d_ff=D_FF) -> MLP:
-    """An MLP of these widths with both linears sparse; biases away from zero."""
+    """An MLP with both linears sparse and random biases."""
     torch.manual_seed(3)
     ratio = d_ff / d * (1.5 if activation in GATED else 1)
     mlp = MLP(GPTConfig(n_embd=d, n_head=1, n_layer=1, activation=activation, bias=bias, ffn_ratio=ratio))
@@ -31,13 +37,13 @@ def make_mlp(activation="gelu", bias=True, recipe=RECIPES["fst"], dtype=torch.fl
 
 
 def make_plan(mlp, tokens, dtype=torch.float32, order="masked", gemms=GEMMS, **fields) -> FFNPlan:
-    """A plan whose `gemms` multiply operands in this order, and the others dense matrices."""
+    """A plan in which `gemms` read operands in this order and the others are dense."""
     choices = {name: CHOICES[order] if name in gemms else Choice() for name in GEMMS}
     return FFNPlan(mlp.activation, tokens, dtype, mlp.c_fc.recipe.mvue, **choices)._replace(**fields)
 
 
 def planned(mlp, *args, **options):
-    """A copy of the MLP that follows the plan of `make_plan`."""
+    """A copy of the MLP that follows make_plan(...)."""
     mlp = copy.deepcopy(mlp)
     set_plan(mlp, make_plan(mlp, *args, **options))
     return mlp
@@ -54,7 +60,7 @@ def run(mlp, x, dy, forward=None) -> dict[str, torch.Tensor]:
 
 
 def make_data(tokens, dtype=torch.float32, batch=1):
-    """(x, dy) of so many tokens."""
+    """(x, dy) with this number of tokens."""
     generator = torch.Generator().manual_seed(tokens)
     return [torch.randn(batch, tokens // batch, D, generator=generator).to(dtype) for _ in range(2)]
 
@@ -67,7 +73,7 @@ def assert_equal(got: dict, expected: dict) -> None:
 
 
 def assert_close(got: dict, expected: dict) -> None:
-    """The same numbers, of float64."""
+    """Equal within float64 rounding."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: name + text)

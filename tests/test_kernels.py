@@ -1,8 +1,8 @@
-"""The kernels against their twins: on the GPU if there is one, else in the Triton interpreter on the CPU. With
-NANO24_PTX=90 or 80 they are compiled for that architecture, and the compiler's result is interpreted (tests/ptx/).
+"""Each kernel compared with its PyTorch specification, on a GPU if there is one, else in the Triton interpreter. With
+NANO24_PTX=90 or 80, kernels are compiled for that architecture and their PTX is interpreted (tests/ptx/).
 
-Equal means bit for bit (NaN anywhere is NaN, and -0 is 0). Where the order of a sum or a polynomial matters, the bound
-is derived beside the comparison.
+Equal means the same bits, except that any NaN equals any NaN, and -0 equals 0. If the order of a sum or a polynomial
+matters, the bound is derived beside the comparison.
 """
 
 import inspect
@@ -20,13 +20,13 @@ import sparse24
 from benchmarks import baselines
 from gemm24 import operands
 from gemm24.layout import pack24, unpack24
-from gemm24.operands import ACTIVATIONS, activation_backward_ref, activation_ref
-from sparse24 import adamw_scalars, expand_index, expand_pairs, mvue24_kept_ref, mvue24_ref, transposable_index_ref
+from gemm24.operands import ACTIVATIONS
+from sparse24 import adamw_scalars, expand_index, expand_pairs, mvue24_ref, mvue24_with_mask, transposable_index_ref
 
-PTX = os.environ.get("NANO24_PTX")  # the architecture
+PTX = os.environ.get("NANO24_PTX")  # compute capability, 90 or 80
 DEVICE = "cuda" if torch.cuda.is_available() and not PTX else "cpu"
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning"),  # numpy's
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning"),  # from numpy
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
 kernels.use_patterns(sparse24.PATTERNS)
@@ -54,7 +54,7 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def awkward(*shape, seed=0, dtype=torch.float32, finite=False):
-    """Random data with zeros, ties, subnormals, huge beside tiny values and, unless `finite`, inf and NaN."""
+    """Random numbers with zeros, ties, subnormals, very large and small values and, unless `finite`, inf and NaN."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator)
     kind = torch.randint(0, 60, shape, generator=generator)
@@ -83,7 +83,6 @@ def assert_same_bits(got, expected):
 
 
 def assert_same_pack(got, expected):
-    """Equal values, and metadata of the same bits."""
     values = len(expected) * 8 // 9
     assert_equal(got[:values], expected[:values])
     assert_same_bits(got[values:], expected[values:])
@@ -105,11 +104,11 @@ def test_launchers_take_the_arguments_of_their_specifications(name):
     assert [(p.name, p.default) for p in ours.values()] == [
         (p.name, p.default)
         for p in theirs.values()
-        if p.name != "u"  # uniforms of one's own: the specification alone
+        if p.name != "u"  # only the specification takes the caller's uniforms
     ]
 
 
-def test_launchers_take_any_number_of_leading_dimensions_and_seeds_that_are_numbers():
+def test_launchers_take_leading_dimensions_and_integer_seeds():
     for x in (awkward(8), awkward(2, 5, 12), awkward(3, 2, 4, 8).transpose(0, 2)):
         assert torch.equal(kernels.pair_index(x), sparse24.pair_index_ref(x[None])[0])
         assert_equal(kernels.soft_threshold24(x), sparse24.soft_threshold24_ref(x[None])[0])
@@ -118,7 +117,7 @@ def test_launchers_take_any_number_of_leading_dimensions_and_seeds_that_are_numb
     torch.testing.assert_close(kernels.sste_scale(x), sparse24.sste_scale_ref(x), rtol=1e-6, atol=0)
 
 
-def test_tables_are_of_the_patterns_that_were_given(monkeypatch):
+def test_tables_hold_the_patterns(monkeypatch):
     with pytest.raises(ValueError, match="use_patterns: a process has one order of patterns"):
         kernels.use_patterns(sparse24.PATTERNS.flip(0))
     bits, nibbles = kernels._table(torch.device("cpu"))
@@ -126,10 +125,10 @@ def test_tables_are_of_the_patterns_that_were_given(monkeypatch):
     assert torch.equal(entries.bool().view(90, 4, 4), sparse24.PATTERNS)
     for line in range(8):  # four rows, then four columns
         nibble = (nibbles >> 4 * line) & 15
-        kept = torch.stack((nibble & 3, nibble >> 2), dim=1).long()
+        pairs = torch.stack((nibble & 3, nibble >> 2), dim=1).long()
         mask = sparse24.PATTERNS[:, line] if line < 4 else sparse24.PATTERNS[:, :, line - 4]
-        assert torch.equal(torch.zeros(90, 4).scatter(1, kept, 1).bool(), mask)
-        assert (kept[:, 0] < kept[:, 1]).all()
+        assert torch.equal(torch.zeros(90, 4).scatter(1, pairs, 1).bool(), mask)
+        assert (pairs[:, 0] < pairs[:, 1]).all()
     monkeypatch.setattr(kernels, "_TABLES", {})
     with pytest.raises(RuntimeError, match=r"call kernels.use_patterns\(sparse24.PATTERNS\) first"):
         kernels._table(torch.device("cpu"))
@@ -140,7 +139,7 @@ def test_tables_are_of_the_patterns_that_were_given(monkeypatch):
 
 
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same matrix in memory in four ways."""
+    """The same matrix in four memory layouts."""
     rows, columns = x.shape
     wide = torch.zeros(rows, columns + 3, dtype=x.dtype, device=x.device)
     spread = torch.zeros(2 * rows, 2 * columns, dtype=x.dtype, device=x.device)
@@ -161,7 +160,7 @@ BY_GROUPS = [(1, 4), (20, 36), (33, 140)]
         *((name, shape) for name in ("pair_index", "soft_threshold24") for shape in BY_GROUPS),
     ],
 )
-def test_launcher_equals_its_twin(name, shape, dtype):
+def test_mask_kernels_equal_their_specifications(name, shape, dtype):
     w = awkward(*shape, dtype=dtype)
     for layout, view in layouts(w).items():
         got = getattr(kernels, name)(view)
@@ -169,18 +168,20 @@ def test_launcher_equals_its_twin(name, shape, dtype):
         assert got.is_contiguous(), layout
 
 
-def test_search_breaks_ties_as_its_twin_does():
+def test_search_finds_every_pattern_and_breaks_ties_as_specified():
+    w = sparse24.PATTERNS.float().view(9, 10, 4, 4).transpose(1, 2).reshape(36, 40).to(DEVICE) + 1
+    assert torch.equal(kernels.transposable_index(w).flatten().cpu(), torch.arange(90, dtype=torch.uint8))
     patterns = torch.randint(0, 2**16, (64, 32), generator=torch.Generator().manual_seed(0))
     bits = (patterns[..., None] >> torch.arange(16)) & 1  # (64, 32, 16): blocks of zeros and ones
     w = bits.view(64, 32, 4, 4).transpose(1, 2).reshape(256, 128).float().to(DEVICE)
     index = kernels.transposable_index(w)
     assert torch.equal(index, transposable_index_ref(w))
-    kept = (w * expand_index(index)).view(64, 4, 32, 4).sum((1, 3))
+    norms = (w * expand_index(index)).view(64, 4, 32, 4).sum((1, 3))
     scores = bits.float() @ sparse24.PATTERNS.flatten(1).t().float()
-    assert torch.equal(kept.cpu(), scores.amax(-1))
+    assert torch.equal(norms.cpu(), scores.amax(-1))
 
 
-def test_pair_index_of_every_order_tie_and_value_that_is_not_finite():
+def test_pair_index_of_all_orders_ties_inf_and_nan():
     values = [0.0, -1.0, 1.0, 2.0, -3.0, math.inf, -math.inf, math.nan]
     w = torch.tensor(list(itertools.product(values, repeat=4)), device=DEVICE)
     assert torch.equal(kernels.pair_index(w), sparse24.pair_index_ref(w))
@@ -192,17 +193,12 @@ def test_soft_threshold_scale(dtype):
     soft, scale = sparse24.soft_threshold24_ref(w), kernels.sste_scale(w)
     exact = (w.double() * soft.double()).sum() / soft.double().square().sum()
     assert scale.dtype == torch.float32
-    assert abs(scale.double() / exact - 1) < 1024 * 2**-24  # the positive terms of one program, added in float32
+    assert abs(scale.double() / exact - 1) < 1024 * 2**-24  # one program sums at most 1024 positive terms in float32
     assert kernels.sste_scale(torch.ones(4, 8, dtype=dtype, device=DEVICE)) == 1  # S(w) = 0
 
 
-def test_search_finds_every_pattern():
-    w = sparse24.PATTERNS.float().view(9, 10, 4, 4).transpose(1, 2).reshape(36, 40).to(DEVICE) + 1
-    assert torch.equal(kernels.transposable_index(w).flatten().cpu(), torch.arange(90, dtype=torch.uint8))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_approximation_equals_its_twin(dtype):
+def test_two_approximation_equals_its_specification(dtype):
     for w in (awkward(20, 36, dtype=dtype), awkward(36, 64, dtype=dtype).t()):
         assert torch.equal(baselines.transposable_mask_2approx(w), sparse24.transposable_mask_2approx(w))
 
@@ -230,25 +226,25 @@ def expected_packs(w, index, order):
     [("sm80", 128, 128), slow("sm80", 256, 128), ("sm90", 64, 64), ("sm90", 64, 192), ("sm90", 192, 64)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_weight_pack_equals_its_twin(order, rows, columns, dtype):
+def test_weight_pack_equals_its_specification(order, rows, columns, dtype):
     w, index = awkward(rows, columns + 64, dtype=dtype)[:, :columns], random_index(rows, columns)
-    old, packs = index.clone(), empty_packs(rows, columns)
+    index_before, packs = index.clone(), empty_packs(rows, columns)
     kernels.pack_weight_(*packs, w, index, order)
-    assert torch.equal(index, old)
+    assert torch.equal(index, index_before)
     for got, expected in zip(packs, expected_packs(w, index, order), strict=True):
         assert_same_pack(got, expected)
 
 
 @pytest.mark.parametrize("order", [slow("sm80"), "sm90"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_weight_pack_of_one_form_is_that_of_both(order, transposed):
+def test_weight_pack_may_write_one_buffer_alone(order, transposed):
     w, index = randn(256, 128), random_index(256, 128)
     pack = empty_packs(256, 128)[0]
     kernels.pack_weight_(*((None, pack) if transposed else (pack, None)), w, index, order)
     assert_same_bits(pack, expected_packs(w, index, order)[transposed])
 
 
-def test_weight_pack_of_values_alone_leaves_the_metadata():
+def test_weight_pack_without_metadata_writes_values_alone():
     index, (packed, packed_t) = random_index(64, 128), empty_packs(64, 128)
     kernels.pack_weight_(packed, packed_t, randn(64, 128), index, "sm90")
     w = randn(64, 128, seed=1)
@@ -258,7 +254,7 @@ def test_weight_pack_of_values_alone_leaves_the_metadata():
 
 
 @pytest.mark.parametrize(("order", "rows", "columns"), [("sm80", 128, 64), ("sm90", 64, 128)])
-def test_weight_pack_of_a_row_wise_mask_equals_its_twin(order, rows, columns):
+def test_weight_pack_of_a_row_wise_mask_equals_its_specification(order, rows, columns):
     w = awkward(rows, columns, dtype=BF16)
     index = torch.randint(0, 6, (rows, columns // 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     index, packed = index.to(DEVICE), empty_packs(rows, columns)[0]
@@ -266,7 +262,7 @@ def test_weight_pack_of_a_row_wise_mask_equals_its_twin(order, rows, columns):
     assert_same_pack(packed, pack24(w, expand_pairs(index), order))
 
 
-def test_weight_pack_refuses_what_it_would_misread():
+def test_weight_pack_refuses_wrong_arguments():
     index, w, (packed, packed_t) = random_index(64, 64), randn(64, 64), empty_packs(64, 64)
     for changes, message in (
         ({"order": "sm70"}, "metadata order 'sm70' is unknown, need sm80 or sm90"),
@@ -295,35 +291,35 @@ MVUE_SHAPES = [(1, 4), (20, 36), (33, 140), (64, 264), (48, 8), (32, 12)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(32, 8), *map(slow, MVUE_SHAPES)])  # (32, 8) is read in words if it is bfloat16
-def test_mvue_equals_its_twin(shape, dtype):
+@pytest.mark.parametrize("shape", [(32, 8), *map(slow, MVUE_SHAPES)])  # bfloat16 (32, 8) is read in words
+def test_mvue_equals_its_specification(shape, dtype):
     x = awkward(*shape, dtype=dtype)
     for seed in (0, -(2**40) - 3):
         for name, view in layouts(x).items():
             got = kernels.mvue24(view, seed_tensor(seed))
             assert_equal(got, mvue24_ref(x, seed))
-            tokens_first = dtype == torch.bfloat16 and name == "transposed" and shape == (64, 264)  # written as rows
-            expected = got.contiguous() if tokens_first else torch.empty_like(view)
-            assert shape[0] == 1 or got.stride() == expected.stride(), name  # of one row it means nothing
+            by_rows = dtype == torch.bfloat16 and name == "transposed" and shape == (64, 264)  # written row-major
+            expected = got.contiguous() if by_rows else torch.empty_like(view)
+            assert shape[0] == 1 or got.stride() == expected.stride(), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mvue_of_all_small_groups(dtype):
-    """All groups of {0, 1, -3}^4 and of dominant, infinite and subnormal elements, under many uniforms."""
+    """All groups in {0, 1, -3}^4, and groups with dominant, infinite and subnormal elements, for many uniforms."""
     groups = list(itertools.product([0.0, 1.0, -3.0], repeat=4))
     for values in ((1e-10, math.inf, 1, 1), (1e-45, 0, 1e-45, 0), (1, math.nan, 0, 2), (1e30, 1, 1, 1e-30)):
         groups += itertools.permutations(values)
     groups += [(0.0,) * 4] * (-len(groups) % 8)
     x = torch.tensor(groups, dtype=torch.float32).flatten()[None].repeat(32, 1).to(dtype).to(DEVICE)
     for seed in range(2):
-        got, (expected, kept) = kernels.mvue24(x, seed_tensor(seed)), mvue24_kept_ref(x, seed)
+        got, (expected, mask) = kernels.mvue24(x, seed_tensor(seed)), mvue24_with_mask(x, seed)
         assert_equal(got, expected)
-        assert (kept.view(32, -1, 4).sum(-1) == 2).all()
+        assert (mask.view(32, -1, 4).sum(-1) == 2).all()
 
 
-def fitted_to_the_draw(u: torch.Tensor) -> dict[str, torch.Tensor]:
-    """float32 groups on which, under the uniforms u, the comparisons of the draw are decided by rounding alone."""
+def groups_at_the_boundary(u: torch.Tensor) -> dict[str, torch.Tensor]:
+    """float32 groups for which, with the uniforms u, rounding decides the comparisons of the draw."""
     generator = torch.Generator().manual_seed(1)
     r1, r2, h = (torch.rand(u.shape, generator=generator).to(u.device) for _ in range(3))
     h += 1
@@ -336,17 +332,17 @@ def fitted_to_the_draw(u: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_mvue_where_rounding_decides():
-    """Each guard of the draw matters only on such groups: without it an element of probability one is dropped."""
-    for name, x in fitted_to_the_draw(sparse24.group_uniforms(32, 64, 0, DEVICE)).items():
-        values, kept = mvue24_kept_ref(x, 0)
+    """Without the guards of the draw, such groups would lose an element of probability one."""
+    for name, x in groups_at_the_boundary(sparse24.group_uniforms(32, 64, 0, DEVICE)).items():
+        values, mask = mvue24_with_mask(x, 0)
         assert_equal(kernels.mvue24(x, seed_tensor(0)), values)
         groups = x.view(32, 64, 4)
         largest = groups.abs() == groups.abs().amax(-1, keepdim=True)
-        assert kept.view(32, 64, 4)[largest].all(), name
+        assert mask.view(32, 64, 4)[largest].all(), name
 
 
-def test_mvue_reads_words_only_where_they_are_full_and_aligned(monkeypatch):
-    monkeypatch.setattr(kernels, "_launch_words", None)  # a launch would fail
+def test_mvue_reads_words_only_if_they_are_full_and_aligned(monkeypatch):
+    monkeypatch.setattr(kernels, "_launch_words", None)  # calling it would fail
     inside_a_word = randn(64 * 8 + 1, dtype=BF16)[1:]
     for x in (
         randn(32, 12, dtype=BF16),
@@ -378,16 +374,15 @@ def test_philox_uses_all_64_bits_of_counter_and_seed():
     assert torch.equal(out.cpu(), torch.stack(expected, dim=-1))
 
 
-def assert_operand(got, values, kept, order):
-    """`got` is the masked dense matrix, or its pack in this order."""
+def assert_operand(got, values, mask, order):
     if order == "masked":
         assert_equal(got, values)
     else:
-        assert_same_bits(got, pack24(values, kept, order))
+        assert_same_bits(got, pack24(values, mask, order))
 
 
 def assert_sums(sums, x):
-    """Row sums in float32, in any order: within n additions' rounding of the sum of magnitudes."""
+    """Row sums in float32, in any order: each addition rounds by at most 2^-24 of the sum of magnitudes."""
     exact = x.double()
     assert sums.dtype == torch.float32
     assert ((sums - exact.sum(1)).abs() <= x.shape[1] * 2**-24 * exact.abs().sum(1)).all()
@@ -399,30 +394,30 @@ MVUE_PACKS += [("masked", 64, 40), slow("masked", 128, 256)]
 
 @pytest.mark.parametrize("token_major", [False, True])
 @pytest.mark.parametrize(("order", "rows", "columns"), MVUE_PACKS)
-def test_mvue_pack_equals_its_twins(order, rows, columns, token_major):
+def test_mvue_pack_equals_its_specification(order, rows, columns, token_major):
     x = awkward(rows, columns, dtype=BF16, finite=True)
-    given = x.t().contiguous() if token_major else x
-    packed, sums = kernels.mvue24_pack(given, seed_tensor(7), order, token_major, True)
-    assert_operand(packed, *mvue24_kept_ref(x, 7), order)
+    argument = x.t().contiguous() if token_major else x
+    packed, sums = kernels.mvue24_pack(argument, seed_tensor(7), order, token_major, True)
+    assert_operand(packed, *mvue24_with_mask(x, 7), order)
     assert_sums(sums, x)
-    without_sums, nothing = kernels.mvue24_pack(given, seed_tensor(7), order, token_major, False)
+    without_sums, empty = kernels.mvue24_pack(argument, seed_tensor(7), order, token_major, False)
     assert_same_bits(without_sums, packed)
-    assert nothing.shape == (0,)
+    assert empty.shape == (0,)
 
 
 @pytest.mark.parametrize("token_major", [False, True])
-def test_mvue_pack_keeps_overflow_visible(token_major):
+def test_mvue_pack_keeps_inf_and_nan(token_major):
     x = awkward(64, 64, dtype=BF16)
-    given = x.t().contiguous() if token_major else x
-    packed, _ = kernels.mvue24_pack(given, seed_tensor(7), "sm90", token_major, False)
+    argument = x.t().contiguous() if token_major else x
+    packed, _ = kernels.mvue24_pack(argument, seed_tensor(7), "sm90", token_major, False)
     dense = unpack24(packed, 64, 64, "sm90")
     assert_equal(dense, mvue24_ref(x, 7))
-    bad = ~x.isfinite().view(64, 16, 4).all(-1)
-    assert bad.any()
-    assert torch.equal(bad, ~dense.isfinite().view(64, 16, 4).all(-1))
+    not_finite = ~x.isfinite().view(64, 16, 4).all(-1)
+    assert not_finite.any()
+    assert torch.equal(not_finite, ~dense.isfinite().view(64, 16, 4).all(-1))
 
 
-def test_mvue_pack_refuses_what_it_would_misread():
+def test_mvue_pack_refuses_wrong_arguments():
     for x, order in (
         (randn(64, 64), "sm90"),
         (randn(96, 64, dtype=BF16), "sm90"),
@@ -445,31 +440,32 @@ def z_and_da(activation, d_ff, tokens, dtype, scale=3.0):
 
 
 def half_unit(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bound on what rounding x to dtype changes; in float32, where several operations round, eight times that."""
+    """A bound on the error of rounding x to dtype; eight times that in float32, where several operations round."""
     info = torch.finfo(dtype)
     return (8 if dtype == torch.float32 else 1) * (info.eps / 2 * x.abs() + info.smallest_normal)
 
 
 def exact(z, da, activation):
     """a and dz in float64."""
-    return activation_ref(z.double(), activation), activation_backward_ref(z.double(), da.double(), activation)
+    z, da = z.double(), da.double()
+    return operands.activation.torch(z, activation), operands.activation_backward.torch(z, da, activation)
 
 
-# GELU: Abramowitz and Stegun's 7.5e-8 is the error of Phi(-|z|), and |z| times it that of f, while |z| < 5.5; beyond,
-# the tail itself is below 2e-8. float32 roundings and the GPU's approximate exponential and reciprocal (2^-22) of terms
-# up to 1 come on top.
+# GELU: Abramowitz and Stegun's polynomial for Phi(-|z|) has an error of 7.5e-8, which f multiplies by |z|. For
+# |z| > 5.5 the tail itself is below 2e-8. Rounding to float32 adds to that, as do the GPU's approximate exponential and
+# reciprocal (2^-22) of terms up to 1.
 POLYNOMIAL = 5e-7
-# SwiGLU in float32: an error of the sigmoid s changes the slope s (1 + z (1 - s)) by |1 + z (1 - 2 s)| times as much,
-# |z| - 1 where s is near 1. There the sum 1 + e rounds by 2^-24, and a GPU's reciprocal is off by one ulp, 2^-24 (the
-# exponential by two, but e is small). The largest |z| here is 12.3: 11.3 * 2^-23 = 1.35e-6, of which half_unit allows
-# 4.8e-7. Where s is smaller, |1 + z (1 - 2 s)| is too.
+# SwiGLU in float32: the slope s (1 + z (1 - s)) multiplies an error of the sigmoid s by |1 + z (1 - 2 s)|, which is
+# |z| - 1 if s is near 1, and less if s is smaller. Near 1, the sum 1 + e rounds by 2^-24 and a GPU's reciprocal errs by
+# one ulp, 2^-24. (Its exponential errs by two, but e is small.) The largest |z| here is 12.3, so the error is at most
+# 11.3 * 2^-23 = 1.35e-6, of which half_unit allows 4.8e-7.
 SWIGLU = 1e-6
 
 
 @pytest.mark.parametrize("activation", operands.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 7), slow((24, 130)), slow((64, 64))])
-def test_activation_is_the_exact_one_within_rounding(activation, dtype, shape):
+def test_activation_is_exact_within_rounding(activation, dtype, shape):
     z, da = z_and_da(activation, *shape, dtype)
     expected, expected_dz = exact(z, da, activation)
     gated = activation in operands.GATED
@@ -486,19 +482,18 @@ def test_activation_is_the_exact_one_within_rounding(activation, dtype, shape):
     assert_equal(baselines.activation_backward_by_token(z, da, activation), dz)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="interpreter backend: a GPU's exponential is itself approximate")
-def test_gelu_polynomial_is_as_good_as_it_says():
+@pytest.mark.skipif(DEVICE == "cuda", reason="interpreter backend: a GPU's exponential is approximate")
+def test_the_error_of_the_gelu_polynomial():
     z = torch.linspace(-6, 6, 4000).view(1, -1)
     value, slope = kernels.activation(z, "gelu"), kernels.activation_backward(z, torch.ones_like(z), "gelu")
     expected, expected_slope = exact(z, torch.ones_like(z), "gelu")
     assert ((value - expected).abs() - 2**-23 * expected.abs()).max() < 3e-7
     assert (slope - expected_slope).abs().max() < 3e-7
-    assert (slope - expected_slope)[:, 2000:].abs().mean() < 5e-8  # the polynomial's error has no sign
+    assert (slope - expected_slope)[:, 2000:].abs().mean() < 5e-8
 
 
 @pytest.mark.parametrize("activation", operands.ACTIVATIONS)
-def test_activation_is_no_worse_than_pytorchs(activation):
-    """Its error is at most twice that of torch's bfloat16 operators, at the worst element."""
+def test_the_largest_error_is_at_most_twice_that_of_pytorch(activation):
     z, da = z_and_da(activation, 64, 64, BF16)
     leaf = z.clone().requires_grad_()
     theirs = ACTIVATIONS[activation](leaf.t()).t()
@@ -513,20 +508,20 @@ def test_activation_is_no_worse_than_pytorchs(activation):
 
 
 @pytest.mark.parametrize("activation", operands.ACTIVATIONS)
-def test_activation_at_the_ends_of_the_range(activation):
+def test_activation_of_extreme_numbers(activation):
     z = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 30.0, -30.0, 100.0, -100.0, 3e38, -3e38, math.inf, -math.inf, math.nan])
     halves = 2 if activation in operands.GATED else 1
     z = z.repeat(halves, 1).to(DEVICE)
     da = torch.ones(1, z.shape[1], device=DEVICE)
     for got, expected in (
-        (kernels.activation(z, activation), activation_ref(z, activation)),
-        (kernels.activation_backward(z, da, activation), activation_backward_ref(z, da, activation)),
+        (kernels.activation(z, activation), operands.activation.torch(z, activation)),
+        (kernels.activation_backward(z, da, activation), operands.activation_backward.torch(z, da, activation)),
     ):
         assert torch.equal(got.isnan(), expected.isnan())
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-def test_activation_refuses_what_it_would_misread():
+def test_activation_refuses_wrong_arguments():
     for z, da, message in (
         (randn(8, 8).t()[:, ::2], None, "need contiguous feature-major"),
         (randn(3, 8), None, r"need contiguous feature-major z \(2 d_ff, tokens\)"),
@@ -536,7 +531,7 @@ def test_activation_refuses_what_it_would_misread():
         with pytest.raises(ValueError, match=message):
             kernels.activation(z, "geglu") if da is None else kernels.activation_backward(z, da, "geglu")
     for name in ("selu", "reglu"):
-        with pytest.raises(kernels.triton.TritonError):  # operands.activation says it in a ValueError
+        with pytest.raises(kernels.triton.TritonError):  # operands.activation raises a ValueError before
             kernels.activation(randn(4, 4), name)
 
 
@@ -544,22 +539,22 @@ def test_activation_refuses_what_it_would_misread():
 @pytest.mark.parametrize(
     ("order", "d_ff", "tokens"), [slow("sm90", 64, 192), slow("sm80", 128, 64), ("masked", 32, 136)]
 )
-def test_fused_backward_is_its_parts(activation, order, d_ff, tokens):
+def test_fused_backward_equals_its_parts(activation, order, d_ff, tokens):
     z, da = z_and_da(activation, d_ff, tokens, BF16)
     dz, packed, sums = kernels.activation_backward_mvue24_pack(z, da, seed_tensor(-9), activation, order, True)
     assert_equal(dz, kernels.activation_backward(z, da, activation))
-    assert_operand(packed, *mvue24_kept_ref(dz, -9), order)
+    assert_operand(packed, *mvue24_with_mask(dz, -9), order)
     assert_sums(sums, dz)
-    _, without_sums, nothing = kernels.activation_backward_mvue24_pack(z, da, seed_tensor(-9), activation, order, False)
+    _, without_sums, empty = kernels.activation_backward_mvue24_pack(z, da, seed_tensor(-9), activation, order, False)
     assert_same_bits(without_sums, packed)
-    assert nothing.shape == (0,)
+    assert empty.shape == (0,)
 
 
 @pytest.mark.parametrize(
     ("activation", "d_ff", "order"),
     [("gelu", 16, "masked"), ("geglu", 16, "masked"), ("geglu", 16, "sm90"), ("gelu", 64, "sm80")],
 )
-def test_fused_backward_refuses_what_it_would_misread(activation, d_ff, order):
+def test_fused_backward_refuses_wrong_arguments(activation, d_ff, order):
     z, da = z_and_da(activation, d_ff, 64, BF16)
     with pytest.raises(ValueError, match=rf"mvue24 \({order}\): .* need bfloat16, multiples of"):
         kernels.activation_backward_mvue24_pack(z, da, seed_tensor(0), activation, order, False)
@@ -593,14 +588,14 @@ def test_adamw_is_torchs(decay_on_weight):
         factor = decay * (lr if decay_on_weight else 1)
         scalars = [adamw_scalars(step, **options, weight_decay=wd, masked_decay=factor) for wd in weight_decays]
         kernels.adamw_(ours, grads, m, v, indices, scalars, decay_on_weight)
-        for got, expected, g, kept in zip(ours, theirs, grads, before, strict=True):
-            # the update is at most lr in size, known to some float32 roundings; p itself rounds twice a step
+        for got, expected, g, g_before in zip(ours, theirs, grads, before, strict=True):
+            # The update is at most lr, with some roundings to float32. p itself rounds twice per step.
             bound = step * (2 * 2**-24 * expected.detach().abs().clamp(min=1) + 16 * 2**-24 * lr)
             assert ((got.double() - expected.detach()).abs() <= bound).all()
-            assert torch.equal(g, kept)
+            assert torch.equal(g, g_before)
 
 
-def test_adamw_refuses_what_it_would_misread():
+def test_adamw_refuses_wrong_arguments():
     p = randn(4, 4)
     for grad in (randn(4, 4, dtype=BF16), randn(4, 8)[:, ::2], randn(3), randn(17)[1:]):
         with pytest.raises(ValueError, match=r"adamw_: .* need contiguous float32 on"):
@@ -608,7 +603,7 @@ def test_adamw_refuses_what_it_would_misread():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# torch's view of the custom ops
+# Custom ops
 
 
 def op_calls():

@@ -1,8 +1,8 @@
 /* A stand-in for libcusparseLt on a CPU: the functions that gemm24/cusparselt.py calls, with NVIDIA's signatures.
  *
- * It writes one line per call into a log, refuses what a test tells it to, and multiplies bfloat16 matrices. The sparse
- * operand is read as a dense (m, k) matrix. Structs hold pointers to each other, as NVIDIA's may, so a struct that was
- * moved or freed shows as a wrong result.
+ * It logs one line per call, refuses the function that a test names, and multiplies bfloat16 matrices. It reads the
+ * sparse operand as a dense (m, k) matrix. Structs point at each other, as NVIDIA's may, so that a struct that was moved
+ * or freed gives a wrong result.
  */
 #include <stdarg.h>
 #include <stddef.h>
@@ -106,7 +106,6 @@ int cusparseLtMatmulGetWorkspace(const Handle *handle, const Plan *plan, size_t 
 
 static float number(const Matrix *m, const void *data, int64_t row, int64_t col) {
     int64_t i = m->order == 2 ? row * m->ld + col : col * m->ld + row;
-    if (m->type == 0) return ((const float *)data)[i];
     uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -117,8 +116,7 @@ static void store(const Matrix *m, void *data, int64_t row, int64_t col, float v
     int64_t i = m->order == 2 ? row * m->ld + col : col * m->ld + row;
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    if (m->type == 0) ((float *)data)[i] = value;
-    else ((uint16_t *)data)[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    ((uint16_t *)data)[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 int cusparseLtMatmul(const Handle *handle, const Plan *plan, const float *alpha, const void *a, const void *b,

@@ -1,4 +1,4 @@
-"""gemm24/cusparselt.py against a stand-in for NVIDIA's library, compiled from cusparselt_stub.c."""
+"""gemm24/cusparselt.py with a stand-in for NVIDIA's library, compiled from cusparselt_stub.c."""
 
 import ctypes
 import gc
@@ -30,22 +30,20 @@ def stub_path(tmp_path_factory):
 
 
 def forget() -> None:
-    """Another library may be there now."""
-    cusparselt._load.cache_clear()
-    cusparselt.available.cache_clear()
+    """Empty the caches: the test has changed the library."""
+    for cached in (cusparselt._load, cusparselt.available, cusparselt._handle, cusparselt._plan):
+        cached.cache_clear()
 
 
 @pytest.fixture
 def stub(stub_path, monkeypatch):
-    """The stand-in, loaded instead of NVIDIA's library, with empty caches and one stream."""
+    """The stand-in instead of NVIDIA's library, with empty caches and one stream."""
     library = ctypes.CDLL(str(stub_path))
     library.stub_log.restype = ctypes.c_char_p
     library.stub_clear()
     library.stub_version(0, 8)
     library.stub_workspace(ctypes.c_size_t(4096))
     monkeypatch.setattr(cusparselt, "LIBRARY", str(stub_path))
-    monkeypatch.setattr(cusparselt, "_handles", {})
-    monkeypatch.setattr(cusparselt, "_plans", {})
     monkeypatch.setattr(cusparselt, "_current_stream", lambda device: STREAM)
     forget()
     yield library
@@ -53,27 +51,27 @@ def stub(stub_path, monkeypatch):
 
 
 def calls(stub, name: str = "") -> list[str]:
-    """The stand-in's log since the last time, of one function or of all."""
+    """The stand-in's log since the last call, of one function or of all."""
     lines = stub.stub_log().decode().splitlines()
     stub.stub_clear()
     return [line for line in lines if not name or line.split()[0] == name]
 
 
 def operands(column_major: bool = False, dtype=torch.bfloat16, k: int = K, n: int = N):
-    """(A as the stand-in reads it, dense but flat; B)."""
+    """A, which the stand-in reads as a flat dense matrix, and B."""
     generator = torch.Generator().manual_seed(k + n)
     a = torch.randn(ROWS, k, generator=generator).to(dtype)
     b = torch.randn(*((n, k) if column_major else (k, n)), generator=generator).to(dtype)
     return a.flatten(), b.t() if column_major else b
 
 
-def reference(a, b, transposed: bool) -> torch.Tensor:
-    d = a.view(ROWS, -1).float() @ b.float()
-    return d.t() if transposed else d
+def assert_product(d, a, b, transposed: bool = False) -> None:
+    expected = a.view(ROWS, -1).float() @ b.float()
+    torch.testing.assert_close(d.float(), expected.t() if transposed else expected, rtol=2**-8, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the library is told
+# Descriptors
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -98,12 +96,8 @@ def test_descriptors_and_result_of_each_layout(stub, column_major, transposed):
     ]
     assert d.is_contiguous()
     assert d.dtype == torch.bfloat16
-    torch.testing.assert_close(d.float(), reference(a, b, transposed), rtol=2**-8, atol=1e-3)
-
-
-def test_a_sum_that_is_not_split_sets_no_split(stub):
-    a, b = operands()
-    cusparselt.matmul(a, b, ROWS, False, 0, 1)
+    assert_product(d, a, b, transposed)
+    cusparselt.matmul(a, b, ROWS, transposed, 0, 1)  # sets no split
     assert calls(stub, "MatmulAlgSetAttribute") == ["MatmulAlgSetAttribute 0 = 0"]
 
 
@@ -116,7 +110,7 @@ def test_matrices_have_the_type_of_the_operands(stub, dtype, code):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is kept
+# Cached plans and handles
 
 
 def test_one_plan_serves_all_calls_of_a_problem(stub):
@@ -124,7 +118,7 @@ def test_one_plan_serves_all_calls_of_a_problem(stub):
     results = [cusparselt.matmul(a, b, ROWS, False, 3, 1)]
     calls(stub)
     for _ in range(3):
-        gc.collect()  # structs that nobody holds would be gone, and the stand-in's pointers with them
+        gc.collect()  # would free structs without a reference, to which the stand-in has pointers
         results.append(cusparselt.matmul(a.clone(), b.clone(), ROWS, False, 3, 1))
     assert calls(stub) == [f"Matmul alg 3 stream {STREAM:#x}"] * 3
     assert all(torch.equal(d, results[0]) for d in results)
@@ -148,14 +142,13 @@ def test_each_thread_has_its_own_handle_and_plans(stub):
     a, b = operands()
     cusparselt.matmul(a, b, ROWS, False, 0, 1)
     calls(stub)
-    found = []
-    thread = threading.Thread(target=lambda: found.append(cusparselt.matmul(a, b, ROWS, False, 0, 1)))
+    results = []
+    thread = threading.Thread(target=lambda: results.append(cusparselt.matmul(a, b, ROWS, False, 0, 1)))
     thread.start()
     thread.join()
     lines = [line.split()[0] for line in calls(stub)]
     assert lines.count("Init") == lines.count("MatmulPlanInit") == 1
-    torch.testing.assert_close(found[0].float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
-    assert len({handle for _, handle in cusparselt._handles}) == 2
+    assert_product(results[0], a, b)
 
 
 def test_each_device_has_its_own_handle(stub):
@@ -166,22 +159,20 @@ def test_each_device_has_its_own_handle(stub):
     assert cusparselt._plan(first, 0, 1).handle is not cusparselt._plan(second, 0, 1).handle
 
 
-def test_the_stream_is_that_of_each_call(stub, monkeypatch):
-    """Streams share a plan: what a GEMM writes besides D is its workspace, and that is each call's own."""
+def test_streams_share_a_plan(stub, monkeypatch):
     a, b = operands()
     for stream in (0x10, 0x20):
         monkeypatch.setattr(cusparselt, "_current_stream", lambda device, stream=stream: stream)
         cusparselt.matmul(a, b, ROWS, False, 0, 1)
     lines = calls(stub)
-    assert [line for line in lines if line.startswith("Matmul ")] == [
-        f"Matmul alg 0 stream {s}" for s in ("0x10", "0x20")
-    ]
+    launches = [line for line in lines if line.startswith("Matmul ")]
+    assert launches == ["Matmul alg 0 stream 0x10", "Matmul alg 0 stream 0x20"]
     assert sum(line.startswith("MatmulPlanInit") for line in lines) == 1
 
 
 @pytest.mark.parametrize("size", [0, 4096, 1 << 20])
-def test_the_workspace_has_the_size_that_is_asked_for(stub, monkeypatch, size):
-    """The stand-in writes all of it, and refuses a pointer where it wants none. It is freed after the call."""
+def test_each_call_allocates_a_workspace_of_the_plans_size(stub, monkeypatch, size):
+    """The stand-in writes all of it, and refuses a pointer if the size is 0."""
     stub.stub_workspace(ctypes.c_size_t(size))
     a, b = operands()
     sizes, allocate = [], torch.Tensor.new_empty
@@ -193,24 +184,22 @@ def test_the_workspace_has_the_size_that_is_asked_for(stub, monkeypatch, size):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", spy)
     for _ in range(2):
-        d = cusparselt.matmul(a, b, ROWS, False, 0, 1)
-        torch.testing.assert_close(d.float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
+        assert_product(cusparselt.matmul(a, b, ROWS, False, 0, 1), a, b)
     assert sizes == [size, size]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What goes wrong
+# Errors, and PyTorch's op instead
 
 
 @pytest.mark.parametrize("name", ALL_FUNCTIONS)
-def test_a_status_is_an_error_and_nothing_broken_is_kept(stub, name):
+def test_a_status_is_an_error_and_nothing_broken_is_cached(stub, name):
     a, b = operands()
     stub.stub_refuse(name.encode(), 10)
     with pytest.raises(RuntimeError, match=f"cusparseLt{name} failed with status 10, CUSPARSE_STATUS_NOT_SUPPORTED"):
         cusparselt.matmul(a, b, ROWS, False, 0, 2)
     stub.stub_clear()
-    d = cusparselt.matmul(a, b, ROWS, False, 0, 2)
-    torch.testing.assert_close(d.float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
+    assert_product(cusparselt.matmul(a, b, ROWS, False, 0, 2), a, b)
 
 
 def test_available_says_why_not(stub, monkeypatch, tmp_path):
@@ -227,17 +216,12 @@ def test_available_says_why_not(stub, monkeypatch, tmp_path):
     assert "none.so" in cusparselt.available()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As the backend of a run
-
-
-def test_pytorchs_op_serves_biases_and_where_there_is_no_library(stub, monkeypatch):
+def test_pytorchs_op_serves_for_a_bias_and_without_a_library(stub, monkeypatch):
     monkeypatch.setattr(matmul, "_check", lambda *args, **options: None)
     (a, b), bias, by_torch = operands(), torch.arange(ROWS).bfloat16(), []
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda a, b, **options: by_torch.append(options) or b.clone())
     choice = Choice("cusparselt", "sm90", 5, 2)
-    d = matmul24(a, b, None, ROWS, False, choice)
-    torch.testing.assert_close(d.float(), reference(a, b, False), rtol=2**-8, atol=1e-3)
+    assert_product(matmul24(a, b, None, ROWS, False, choice), a, b)
     assert not by_torch
     assert calls(stub, "MatmulPlanInit") == ["MatmulPlanInit alg 5 split 2"]
     matmul24(a, b, bias, ROWS, False, choice)

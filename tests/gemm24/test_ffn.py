@@ -1,6 +1,6 @@
-"""ffn.py: the sparse FFN as one function, against autograd on the pruned matrices and against the layers one by one.
+"""gemm24/ffn.py: the FFN as one function, compared with autograd on the pruned matrices and with its separate layers.
 
-Equal bits between packed operands and dense GEMMs on pruned matrices mean that every layout and transposition is right.
+If packed operands and dense GEMMs on pruned matrices give the same bits, every layout and transposition is right.
 """
 
 import copy
@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from planned_mlp import D_FF, ORDERS, D, assert_close, assert_equal, make_data, make_mlp, make_plan, planned, run
+from planned_mlp import CHOICES, D_FF, D, assert_close, assert_equal, make_data, make_mlp, make_plan, planned, run
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -20,11 +20,12 @@ from gemm24.ffn import pack_weights, sparse_ffn, takes_plan
 from gemm24.layout import unpack24
 from gemm24.plan import GEMMS, plan_ffn, set_plan
 from model import ACTIVATIONS, GPT, MLP, GPTConfig
-from sparse24 import RECIPES, MaskedDecayAdamW, densify, get_recipe, refresh_masks, seed_draws, sparse_linears, sparsify
+from sparse24 import RECIPES, MaskedDecayAdamW, densify, get_recipe, refresh_masks, seed_draws, sparse_linears
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 STE = RECIPES["ste"]
 EVERY = [(name, bias) for name in ACTIVATIONS for bias in (True, False)]
+PACKED = ("sm80", "sm90", "library")
 FORWARD = ("z", "y", "dw1", "dw2")  # the 2:4 GEMMs under row-wise masks
 
 pytestmark = pytest.mark.usefixtures("cslt")
@@ -38,7 +39,6 @@ pytestmark = pytest.mark.usefixtures("cslt")
 )
 @pytest.mark.parametrize(("activation", "bias"), EVERY)
 def test_without_mvue_it_is_autograd_on_the_pruned_matrices(activation, bias, tokens):
-    """In float64, and with nn.functional's own activations. An odd number of tokens is padded with zeros, exactly."""
     mlp = make_mlp(activation, bias, STE, torch.float64)
     x, dy = make_data(tokens, torch.float64)
 
@@ -54,19 +54,19 @@ def test_without_mvue_it_is_autograd_on_the_pruned_matrices(activation, bias, to
 
 
 @pytest.mark.parametrize(("activation", "bias"), EVERY)
-def test_with_mvue_it_draws_what_the_layers_draw(activation, bias):
+def test_with_mvue_it_draws_as_the_layers_do(activation, bias):
     mlp = make_mlp(activation, bias, dtype=torch.float64)
     x, dy = make_data(96, torch.float64, batch=3)
     got = run(planned(mlp, 96, torch.float64), x, dy)
     assert_close(got, run(mlp, x, dy))
     without = run(planned(make_mlp(activation, bias, STE, torch.float64), 96, torch.float64), x, dy)
     assert not torch.allclose(without["c_fc.weight"], got["c_fc.weight"], rtol=1e-3)
-    if bias:  # from the unpruned gradients
+    if bias:  # bias gradients are sums of unpruned gradients
         torch.testing.assert_close(without["c_fc.bias"], got["c_fc.bias"])
 
 
-@pytest.mark.parametrize("name", ["sr_ste", "step", "s_ste"])
-def test_row_wise_and_soft_methods_compute_by_a_plan_as_their_layers_do(name):
+@pytest.mark.parametrize("name", ["sr_ste", "step"])
+def test_row_wise_methods_compute_as_their_layers_do(name):
     mlp = make_mlp(recipe=get_recipe(name), dtype=torch.float64)
     x, dy = make_data(96, torch.float64, batch=3)
     assert_close(run(planned(mlp, 96, torch.float64), x, dy), run(mlp, x, dy))
@@ -75,7 +75,7 @@ def test_row_wise_and_soft_methods_compute_by_a_plan_as_their_layers_do(name):
 @pytest.mark.parametrize("prune_again", [False, True])
 @pytest.mark.parametrize("gradient", ["straight", "true"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_soft_weights_get_the_gradient_that_the_layers_give(activation, gradient, prune_again):
+def test_soft_weights_get_the_gradient_of_their_layers(activation, gradient, prune_again):
     recipe = dataclasses.replace(RECIPES["s_ste"], weight_gradient=gradient)
     mlp = make_mlp(activation, True, recipe, torch.float64)
     mlp.c_fc.prune_again = mlp.c_proj.prune_again = prune_again
@@ -89,8 +89,8 @@ def test_soft_weights_get_the_gradient_that_the_layers_give(activation, gradient
 
 @pytest.mark.parametrize("order", ["masked", "sm80", "sm90"])
 @pytest.mark.parametrize("recipe", ["fst", "sr_ste", "s_ste"])
-def test_weights_packed_where_they_multiply_are_those_packed_before(recipe, order):
-    """As under FSDP: nothing stays packed, and calls without pack_weights in between see the weights as they are."""
+def test_weights_packed_in_each_pass_give_the_bits_of_weights_packed_once(recipe, order):
+    """As under FSDP: nothing stays packed, and no pack_weights is needed after a change."""
     packed = make_mlp(recipe=recipe)
     gemms = GEMMS if recipe == "fst" else FORWARD if packed.c_fc.recipe.mvue else ("z", "y")
     repacked = copy.deepcopy(packed)
@@ -102,8 +102,7 @@ def test_weights_packed_where_they_multiply_are_those_packed_before(recipe, orde
             assert_equal(run(repacked, x, dy.to(BF16)), run(packed, x, dy.to(BF16)))
         assert all(repacked.c_fc._buffers.get(name) is None for name in ("w_24", "packed", "packed_t"))
         for mlp in (packed, repacked):
-            with torch.no_grad():
-                mlp.c_fc.weight.mul_(0.5)
+            step(mlp)
         pack_weights(packed)
 
 
@@ -116,7 +115,7 @@ def test_layers_that_prune_again_give_the_same_gradients(recipe):
     assert_equal(run(repacked, x, dy), run(mlp, x, dy))
 
 
-def test_another_seed_is_another_draw_and_the_seed_may_change_before_the_backward():
+def test_the_seed_decides_the_draw_and_may_change_before_the_backward():
     mlp = planned(make_mlp(dtype=torch.float64), 64, torch.float64)
     x, dy = make_data(64, torch.float64)
     first = run(mlp, x, dy)
@@ -137,19 +136,24 @@ def test_another_seed_is_another_draw_and_the_seed_may_change_before_the_backwar
 # The layouts, through the packed bytes
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
+def assert_bits_of_pruned_matrices(mlp, tokens, *args, **choices):
+    """The plan of make_plan(mlp, tokens, BF16, ...) computes the same bits as dense GEMMs on pruned matrices."""
+    x, dy = make_data(tokens, BF16)
+    packed = planned(mlp, tokens, BF16, *args, **choices)
+    assert_equal(run(packed, x, dy), run(planned(mlp, tokens, BF16), x, dy))
+    return packed
+
+
+@pytest.mark.parametrize("order", PACKED)
 @pytest.mark.parametrize(("activation", "bias"), EVERY)
 def test_packed_operands_give_the_bits_of_the_pruned_matrices(activation, bias, order):
-    mlp = make_mlp(activation, bias, dtype=BF16)
-    x, dy = make_data(128, BF16)
-    packed = planned(mlp, 128, BF16, order)
-    assert (packed.c_fc.w_24 is None) == (order != "library")  # a converter reads the pruned matrix
-    assert_equal(run(packed, x, dy), run(planned(mlp, 128, BF16), x, dy))
+    packed = assert_bits_of_pruned_matrices(make_mlp(activation, bias, dtype=BF16), 128, order)
+    assert (packed.c_fc.w_24 is None) == (order != "library")  # the library's converter reads the pruned matrix
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
+@pytest.mark.parametrize("order", PACKED)
 @pytest.mark.parametrize("name", ["sr_ste", "s_ste"])
-def test_row_wise_and_soft_operands_are_packed_for_the_forward_and_follow_the_weights(name, order):
+def test_row_wise_and_soft_operands_are_packed_for_the_forward_alone(name, order):
     mlp = make_mlp(recipe=get_recipe(name))
     x, dy = make_data(64, BF16)
     packed = planned(mlp, 64, BF16, order, FORWARD if get_recipe(name).mvue else ("z", "y"))
@@ -173,7 +177,7 @@ def test_row_wise_and_soft_operands_are_packed_for_the_forward_and_follow_the_we
     ("tokens", "gemms"), [*((n, GEMMS) for n in (100, 37, 1)), (12, ("dw1",)), (12, ("dw2",))], ids=str
 )
 def test_packed_operands_of_an_odd_number_of_tokens(tokens, gemms):
-    """Padded to 64, where MVUE draws other numbers than without: so against the unpacked plan, padded by hand."""
+    """They are padded to 64, which changes MVUE's draws, so compare with an unpacked plan that is padded by hand."""
     mlp = make_mlp("geglu", dtype=BF16)
     x, dy = make_data(tokens, BF16)
     packed = planned(mlp, tokens, BF16, "sm90", gemms)
@@ -186,24 +190,16 @@ def test_packed_operands_of_an_odd_number_of_tokens(tokens, gemms):
 @pytest.mark.parametrize("gemms", [*GEMMS, "z+y", "dx+dw2", "z+dx", "y+da"])
 @pytest.mark.parametrize("order", ["sm90", "library"])
 def test_any_of_the_gemms_may_be_dense(gemms, order):
-    """Forward and backward of a layer then need different operands of one weight."""
-    mlp = make_mlp("swiglu", dtype=BF16)
-    x, dy = make_data(64, BF16)
-    got = run(planned(mlp, 64, BF16, order, gemms.split("+")), x, dy)
-    assert_equal(got, run(planned(mlp, 64, BF16), x, dy))
+    assert_bits_of_pruned_matrices(make_mlp("swiglu", dtype=BF16), 64, order, gemms.split("+"))
 
 
 @pytest.mark.parametrize(("z", "dx"), [("sm80", "library"), ("library", "sm80")])
 def test_two_packers_may_share_a_weight(z, dx):
-    mlp = make_mlp(dtype=BF16)
-    x, dy = make_data(64, BF16)
-    choices = {"z": make_plan(mlp, 64, BF16, z).z, "dx": make_plan(mlp, 64, BF16, dx).dx}
-    assert_equal(run(planned(mlp, 64, BF16, **choices), x, dy), run(planned(mlp, 64, BF16), x, dy))
+    assert_bits_of_pruned_matrices(make_mlp(dtype=BF16), 64, z=CHOICES[z], dx=CHOICES[dx])
 
 
 @pytest.mark.parametrize("order", ["masked", "sm90"])
 def test_gradients_may_come_in_any_strides(order):
-    """y.sum() hands on one number, expanded; a transposed loss columns."""
     mlp = planned(make_mlp(dtype=BF16), 64, BF16, order)
     x, dy = make_data(64, BF16)
     for strided in (torch.ones((), dtype=dy.dtype).expand_as(dy), dy.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -211,20 +207,16 @@ def test_gradients_may_come_in_any_strides(order):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights are packed once per step, and never stale
+# Weights are packed once per step, and stale operands are refused
 
 
-def change_weight(mlp):
-    mlp.c_fc.weight.data.mul_(2)
+def step(mlp):
+    """As an optimizer, change a weight in place."""
     with torch.no_grad():
         mlp.c_fc.weight.mul_(2)
 
 
-def load(mlp):
-    mlp.load_state_dict(mlp.state_dict())
-
-
-@pytest.mark.parametrize("change", [change_weight, load, refresh_masks])
+@pytest.mark.parametrize("change", [step, lambda mlp: mlp.load_state_dict(mlp.state_dict()), refresh_masks])
 @pytest.mark.parametrize("order", ["masked", "sm90", "library"])
 def test_stale_operands_are_refused_until_they_are_packed_again(order, change):
     mlp = planned(make_mlp(dtype=BF16), 64, BF16, order)
@@ -241,8 +233,8 @@ def test_stale_operands_are_refused_until_they_are_packed_again(order, change):
 def test_stale_operands_of_either_layer_are_refused(name, part):
     mlp = planned(make_mlp(), 64)
     layer = getattr(mlp, name)
-    before = layer.weight  # held, so that another weight gets another id
-    if part == "another weight":  # of as many changes
+    before = layer.weight  # a reference, so that another weight gets another id
+    if part == "another weight":  # with the same version
         layer.weight = torch.nn.Parameter(-before.detach())
         while layer.weight._version < before._version:
             layer.weight.detach().add_(0)
@@ -250,6 +242,9 @@ def test_stale_operands_of_either_layer_are_refused(name, part):
         getattr(layer, part).detach().add_(0)
     with pytest.raises(RuntimeError, match="call pack_weights"):
         mlp(torch.randn(64, D))
+    unpacked = make_mlp()
+    with pytest.raises(RuntimeError, match="call pack_weights"):
+        sparse_ffn(torch.randn(8, D), unpacked.c_fc, unpacked.c_proj, make_plan(unpacked, 8))
 
 
 @pytest.mark.parametrize("first", ["sm90", pytest.param("sm80", marks=pytest.mark.slow), "library", "masked"])
@@ -264,17 +259,17 @@ def test_a_plan_may_follow_another(first, then):
     assert_equal(run(mlp, x, dy), expected)
 
 
-def test_metadata_is_written_for_another_mask_order_or_buffer_alone(monkeypatch):
+def test_metadata_is_written_if_mask_order_or_buffer_changed(monkeypatch):
     calls, pack = [], operands.pack_weight_
 
     def spy(packed, packed_t, w, index, order, metadata):
-        """Leaves metadata as it was where it need not be written, as the kernel does and the specification does not."""
+        """With metadata=False, leaves metadata as the kernel does and the specification does not."""
         calls.append(metadata)
-        before = [blob[w.numel() // 2 :].clone() for blob in (packed, packed_t)]
+        before = [buffer[w.numel() // 2 :].clone() for buffer in (packed, packed_t)]
         pack(packed, packed_t, w, index, order)
-        for blob, tail in zip((packed, packed_t), before, strict=True):
+        for buffer, old_metadata in zip((packed, packed_t), before, strict=True):
             if not metadata:
-                blob[w.numel() // 2 :] = tail
+                buffer[w.numel() // 2 :] = old_metadata
 
     monkeypatch.setattr(operands, "pack_weight_", spy)
     mlp = make_mlp(dtype=BF16)
@@ -284,29 +279,32 @@ def test_metadata_is_written_for_another_mask_order_or_buffer_alone(monkeypatch)
         set_plan(mlp, make_plan(mlp, 64, BF16, order))
         assert_equal(run(mlp, x, dy), expected)
     assert calls == [True] * 6
-    with torch.no_grad():
-        mlp.c_fc.weight.mul_(2)
+    step(mlp)
     pack_weights(mlp)
     refresh_masks(mlp)
     pack_weights(mlp)
     assert calls[6:] == [False, False, True, True]
-    set_plan(mlp, make_plan(mlp, 64, torch.float16, "sm90"))  # other buffers, nothing in them
+    set_plan(mlp, make_plan(mlp, 64, torch.float16, "sm90"))  # new, empty buffers
     assert calls[10:] == [True, True]
 
 
-def test_operands_stay_in_place_and_go_with_the_sparse_phase():
+def buffers(mlp) -> set[str]:
+    return {"w_24", "packed", "packed_t"} & {*mlp.c_fc._buffers, *mlp.c_proj._buffers}
+
+
+def test_operands_stay_in_place_and_are_freed_after_the_sparse_phase():
     mlp = planned(make_mlp(dtype=BF16), 64, BF16, "sm90")
-    where = mlp.c_fc.packed.data_ptr()
+    address = mlp.c_fc.packed.data_ptr()
     assert "packed" not in str(mlp.state_dict().keys())
     pack_weights(mlp)
-    assert mlp.c_fc.packed.data_ptr() == where
+    assert mlp.c_fc.packed.data_ptr() == address
     x, dy = make_data(64, BF16)
     for layer in sparse_linears(mlp):
         layer.sparse = False
     assert not takes_plan(mlp.plan, x, mlp.c_fc, mlp.c_proj)
     dense = run(mlp, x, dy)
     pack_weights(mlp)
-    assert not {"w_24", "packed", "packed_t"} & {*mlp.c_fc._buffers, *mlp.c_proj._buffers}
+    assert not buffers(mlp)
     assert_equal(run(mlp, x, dy), dense)
     for layer in sparse_linears(mlp):
         layer.sparse = True
@@ -318,19 +316,19 @@ def test_operands_stay_in_place_and_go_with_the_sparse_phase():
 
 @pytest.mark.parametrize("order", ["masked", "sm90", "library"])
 @pytest.mark.parametrize("one_dense_layer", [False, True])
-def test_operands_are_freed_with_the_plan_or_a_sparse_phase(order, one_dense_layer):
+def test_operands_are_freed_without_a_plan_or_with_one_dense_layer(order, one_dense_layer):
     mlp = planned(make_mlp(dtype=BF16), 64, BF16, order)
-    assert {"w_24", "packed", "packed_t"} <= {*mlp.c_fc._buffers}
+    assert len(buffers(mlp)) == 3
     if one_dense_layer:
         mlp.c_proj.sparse = False
         pack_weights(mlp)
     else:
         set_plan(mlp, None)
-    assert not {"w_24", "packed", "packed_t"} & {*mlp.c_fc._buffers, *mlp.c_proj._buffers}
+    assert not buffers(mlp)
 
 
-def test_a_model_that_is_cast_is_packed_anew():
-    """A cast would change the metadata of a packed buffer as if it were numbers."""
+def test_a_model_that_was_cast_is_packed_again():
+    """A cast converts the metadata of a packed buffer as if it were numbers."""
     mlp = planned(make_mlp(bias=False), 64, BF16, "sm90")
     mlp.to(torch.float64)
     with pytest.raises(RuntimeError, match="call pack_weights"):
@@ -342,10 +340,10 @@ def test_a_model_that_is_cast_is_packed_anew():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where it is used
+# Use in a model
 
 
-def test_other_calls_than_the_plans_take_the_layers_one_by_one():
+def test_a_plan_holds_for_its_tokens_and_dtype_in_the_sparse_phase():
     mlp = make_mlp()
     plan, x = make_plan(mlp, 64), torch.randn(2, 32, D)
     takes = lambda plan, x: takes_plan(plan, x, mlp.c_fc, mlp.c_proj)  # noqa: E731
@@ -356,18 +354,12 @@ def test_other_calls_than_the_plans_take_the_layers_one_by_one():
     with torch.autocast("cpu", BF16):
         assert not takes(plan, x)
         assert takes(plan._replace(dtype=BF16), x)
-        assert takes(plan._replace(dtype=torch.float64), x.double())  # autocast leaves float64 as it is
+        assert takes(plan._replace(dtype=torch.float64), x.double())  # autocast does not change float64
         assert not takes(plan._replace(dtype=BF16), x.double())
     mlp.c_proj.sparse = False
     assert not takes(plan, x)
     densify(mlp)
     assert not takes(plan, x)
-
-
-def test_an_ffn_without_operands_is_refused():
-    mlp = make_mlp()
-    with pytest.raises(RuntimeError, match="call pack_weights"):
-        sparse_ffn(torch.randn(8, D), mlp.c_fc, mlp.c_proj, make_plan(mlp, 8))
 
 
 def test_autocast_multiplies_in_its_dtype_and_keeps_master_gradients():
@@ -382,7 +374,7 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_master_gradients():
     assert_equal(got, {name: tensor.to(got[name].dtype) for name, tensor in expected.items()})
 
 
-def test_gradients_accumulate_and_only_those_asked_for_are_made():
+def test_gradients_accumulate_and_frozen_parameters_get_none():
     mlp = planned(make_mlp(dtype=torch.float64), 64, torch.float64)
     x, dy = make_data(64, torch.float64)
     once = run(mlp, x, dy)
@@ -393,8 +385,8 @@ def test_gradients_accumulate_and_only_those_asked_for_are_made():
             p.requires_grad_(name not in frozen)
         got = run(mlp, x, dy)
         assert [name for name in got if got[name] is None] == frozen
-        asked = {name: tensor for name, tensor in got.items() if tensor is not None}
-        assert_close(asked, {name: once[name] for name in asked})
+        got = {name: tensor for name, tensor in got.items() if tensor is not None}
+        assert_close(got, {name: once[name] for name in got})
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
@@ -403,7 +395,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert_equal(run(mlp, x, dy, lambda x: checkpoint(mlp, x, use_reentrant=False)), run(mlp, x, dy))
 
 
-def test_evaluation_draws_nothing_and_changes_nothing():
+def test_evaluation_changes_no_state():
     mlp = planned(make_mlp(), 64)
     x, _ = make_data(64)
     state = copy.deepcopy(mlp.state_dict())
@@ -413,10 +405,7 @@ def test_evaluation_draws_nothing_and_changes_nothing():
         assert torch.equal(mlp(x), y)
     assert torch.equal(mlp(x), y)
     assert all(torch.equal(tensor, state[name]) for name, tensor in mlp.state_dict().items() if torch.is_tensor(tensor))
-
-
-def test_a_model_of_inference_tensors_follows_a_plan():
-    with torch.inference_mode():
+    with torch.inference_mode():  # a model of inference tensors follows a plan too
         mlp = planned(make_mlp(), 64)
         x, _ = make_data(64)
         y = mlp(x)
@@ -424,7 +413,7 @@ def test_a_model_of_inference_tensors_follows_a_plan():
         torch.testing.assert_close(y, mlp(x))
 
 
-def test_dropout_falls_on_the_output_of_a_plan():
+def test_dropout_is_applied_to_the_output():
     mlp = planned(make_mlp(), 64)
     mlp.dropout.p = 0.5
     x, _ = make_data(64)
@@ -435,7 +424,7 @@ def test_dropout_falls_on_the_output_of_a_plan():
     assert (y == 0).any()
 
 
-def test_no_activation_is_kept_for_the_backward():
+def test_no_activation_is_saved_for_the_backward():
     mlp, saved = planned(make_mlp(), 64), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         mlp(torch.randn(64, D, requires_grad=True))
@@ -450,18 +439,17 @@ def test_it_compiles_as_one_graph(order):
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert_equal(run(mlp, x, dy, compiled), run(mlp, x, dy))
-    with torch.no_grad():  # an optimizer step: the code that was compiled reads the operands anew
-        mlp.c_fc.weight.mul_(2)
-        pack_weights(mlp)
+    step(mlp)
+    pack_weights(mlp)  # compiled code must read the new operands
     assert_equal(run(mlp, x, dy, compiled), run(mlp, x, dy))
 
 
-specified_activation = operands.activation.torch  # tests replace operands.activation
+specified_activation = operands.activation.torch  # the test below replaces operands.activation
 
 
 @torch.library.custom_op("nano24_tests::activation", mutates_args=())
 def opaque_activation(z: torch.Tensor, activation: str, recompute: bool = False) -> torch.Tensor:
-    """The activation's kernel as the compiler sees it: an op that it cannot look into."""
+    """As the activation's kernel, opaque to the compiler."""
     return specified_activation(z, activation)
 
 
@@ -471,13 +459,13 @@ def _(z, activation, recompute=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [True, False])
-def test_the_compiler_keeps_no_activation(monkeypatch, told):
-    """Two equal calls of an op would be merged, and the first result kept for the backward. `recompute` differs."""
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_compiler_saves_no_activation(monkeypatch, recompute):
+    """It merges equal calls of an op and saves the result for the backward. The argument `recompute` prevents that."""
     equal_calls = lambda z, activation, recompute=False: opaque_activation(z, activation)  # noqa: E731
     mlp = planned(make_mlp(bias=False), 64)
     x, dy = make_data(64)
-    monkeypatch.setattr(operands, "activation", opaque_activation if told else equal_calls)
+    monkeypatch.setattr(operands, "activation", opaque_activation if recompute else equal_calls)
     forwards, backwards = [], []
 
     def graph_of(into):
@@ -496,11 +484,11 @@ def test_the_compiler_keeps_no_activation(monkeypatch, told):
     ((nodes, in_forward),), ((_, in_backward),) = forwards, backwards
     shapes = [tuple(node.meta["val"].shape) for node in nodes[-1].args[0] if hasattr(node, "meta")]
     hidden = sum(shape in ((D_FF, 64), (64, D_FF)) for shape in shapes)
-    assert (in_forward, in_backward, hidden) == ((1, 1, 1) if told else (1, 0, 2))
+    assert (in_forward, in_backward, hidden) == ((1, 1, 1) if recompute else (1, 0, 2))
 
 
-def test_a_gpt_trains_by_its_plan_as_without():
-    """Ten steps with refreshes and the switch to dense: the losses of both ways are those of float64 arithmetic."""
+def test_a_gpt_trains_alike_with_and_without_a_plan():
+    """Ten steps in float64, with refreshes and the switch to dense."""
     config = GPTConfig(block_size=32, vocab_size=17, n_layer=2, n_head=2, n_embd=64, sparse="fst")
 
     def losses(spmm):
@@ -510,32 +498,22 @@ def test_a_gpt_trains_by_its_plan_as_without():
         set_plan(model, plan)
         assert (model.transformer.h[0].mlp.plan is None) == (spmm == "dense")
         optimizer = MaskedDecayAdamW(model.parameters(), model, lr=1e-2, masked_decay=1e-3)
-        out = []
-        for step in range(10):
+        curve = []
+        for iter_num in range(10):
             for layer in sparse_linears(model):
-                layer.sparse = step < 7
-            idx = torch.arange(step, step + 64).remainder(17).view(2, 32)
-            seed_draws(model, 0, step, 0)
+                layer.sparse = iter_num < 7
+            idx = torch.arange(iter_num, iter_num + 64).remainder(17).view(2, 32)
+            seed_draws(model, 0, iter_num, 0)
             loss = model(idx, idx.roll(1, 1))[1]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step % 3 == 2:
+            if iter_num % 3 == 2:
                 refresh_masks(model, measure=False)
             pack_weights(model)
-            out.append(loss.item())
-        return out
+            curve.append(loss.item())
+        return curve
 
     dense, masked = losses("dense"), losses("masked")
     assert dense[-1] < dense[0]
     assert masked == pytest.approx(dense, rel=1e-9)
-
-
-@pytest.mark.parametrize("only", ["c_fc", "c_proj"])
-def test_a_layer_with_one_sparse_linear_gets_no_plan(only):
-    mlp = MLP(GPTConfig(n_embd=D, n_head=1, n_layer=1))
-    plan = make_plan(make_mlp(), 64)
-    sparsify(mlp, RECIPES["fst"], [only])
-    set_plan(mlp, plan)
-    assert mlp.plan is None
-    assert mlp(torch.randn(64, D)).shape == (64, D)

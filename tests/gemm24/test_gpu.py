@@ -1,6 +1,6 @@
-"""What only a CUDA GPU can show of the 2:4 GEMMs: `python -m pytest -m gpu tests/gemm24`.
+"""Tests of the 2:4 GEMMs that need a CUDA GPU: `python -m pytest -m gpu tests/gemm24`.
 
-The tests of cuSPARSELt skip, and say why, where torch has no cuSPARSELt or this GPU cannot use it.
+The tests of cuSPARSELt skip with a reason if torch has no cuSPARSELt or this GPU cannot use it.
 """
 
 import copy
@@ -44,15 +44,16 @@ def device():
 
 @pytest.fixture(scope="module")
 def order(device):
-    """The order in which cuSPARSELt's operands are packed here."""
+    """The order in which this GPU's cuSPARSELt operands are packed."""
     why = unavailable(device, torch.bfloat16)
     if why:
         pytest.skip(f"cusparselt: {why}")
     return trusted_order(device)[0]
 
 
-def first_sound(gemm, order, device):
-    """(choice, operand, b, bias, reference) of the first algorithm that is sound for this GEMM."""
+def first_sound(name, order, device, bias=False):
+    """(gemm, choice, operand, b, bias, reference): the first sound algorithm of an FFN's GEMM, on random operands."""
+    gemm = ffn_gemms(256, 1024, TOKENS, "gelu", bias, True)[name]
     a = random_24(gemm.m, gemm.k, device)
     b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), device=device).bfloat16()
     b = b.t() if gemm.b_column_major else b
@@ -64,11 +65,11 @@ def first_sound(gemm, order, device):
         choice = Choice("cusparselt", order, alg_id)
         call = lambda choice=choice: matmul24(operand, b, bias, gemm.m, gemm.transposed, choice)  # noqa: E731
         if fault_of(call, reference) is None:
-            return choice, operand, b, bias, reference
+            return gemm, choice, operand, b, bias, reference
     return pytest.fail(f"no algorithm is sound for {gemm}")
 
 
-def test_our_packers_write_as_their_specifications_do(device):
+def test_our_packers_write_the_layout(device):
     x = random_24(128, 192, device)
     for order in ("sm80", "sm90"):
         for w_24, packed in (*packed_samples(order, device), (x, pack_matrix(x, order))):
@@ -76,24 +77,21 @@ def test_our_packers_write_as_their_specifications_do(device):
 
 
 def test_cusparselt_reads_the_order_of_this_gpu(device, order):
-    """The bytes as layout.py has them, against the library's own compress. A failure here is no wrong result, only the
-    slower way: its own compress serves."""
+    """If this fails, results are right but packing is slower, since the library's own compress serves."""
     assert order == ("sm90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm80")
 
 
-@pytest.mark.parametrize("gemm", GEMMS)
-def test_each_gemm_of_the_ffn_is_right(device, order, gemm):
-    gemm = ffn_gemms(256, 1024, TOKENS, "gelu", True, True)[gemm]
-    choice, operand, b, bias, reference = first_sound(gemm, order, device)
+@pytest.mark.parametrize("name", GEMMS)
+def test_each_gemm_of_the_ffn_is_right(device, order, name):
+    gemm, choice, operand, b, bias, reference = first_sound(name, order, device, bias=True)
     assert close_to(matmul24(operand, b, bias, gemm.m, gemm.transposed, choice), reference)
-    torch._dynamo.reset()  # one code object, compiled for each of the GEMMs
+    torch._dynamo.reset()  # one code object is compiled for each GEMM
     compiled = torch.compile(matmul24, fullgraph=True)
     assert close_to(compiled(operand, b, bias, gemm.m, gemm.transposed, choice), reference)
 
 
 def test_a_gemm_can_be_captured(device, order):
-    gemm = ffn_gemms(256, 1024, TOKENS, "gelu", False, True)["y"]
-    choice, operand, b, _, reference = first_sound(gemm, order, device)
+    gemm, choice, operand, b, _, reference = first_sound("y", order, device)
     assert fault_in_graph(lambda: matmul24(operand, b, None, gemm.m, gemm.transposed, choice), reference) is None
 
 
@@ -103,45 +101,38 @@ def test_a_gemm_can_be_captured(device, order):
 
 @pytest.fixture(scope="module")
 def planned_gemm(device, order):
-    """(operand, b, choice, reference) of the gradient of W1."""
-    gemm = ffn_gemms(256, 1024, TOKENS, "gelu", False, True)["dw1"]
-    choice, operand, b, _, reference = first_sound(gemm, order, device)
-    return operand, b, choice, reference
+    """(multiply, b, reference): multiply(b) is the gradient of W1 by a cached plan."""
+    gemm, choice, operand, b, _, reference = first_sound("dw1", order, device)
+    return lambda b: cusparselt.matmul(operand, b, gemm.m, False, choice.alg_id), b, reference
 
 
-def multiply_planned(planned_gemm):
-    operand, b, choice, reference = planned_gemm
-    return cusparselt.matmul(operand, b, reference.shape[0], False, choice.alg_id)
-
-
-@pytest.mark.parametrize("gemm", GEMMS)
-def test_a_cached_plan_gives_the_bits_of_pytorchs_op(device, order, gemm):
-    gemm = ffn_gemms(256, 1024, TOKENS, "gelu", False, True)[gemm]
-    choice, operand, b, _, _ = first_sound(gemm, order, device)
+@pytest.mark.parametrize("name", GEMMS)
+def test_a_cached_plan_gives_the_bits_of_pytorchs_op(device, order, name):
+    gemm, choice, operand, b, _, _ = first_sound(name, order, device)
     d = cusparselt.matmul(operand, b, gemm.m, gemm.transposed, choice.alg_id)
     options = {"transpose_result": gemm.transposed, "alg_id": choice.alg_id}
     assert torch.equal(d, torch._cslt_sparse_mm(operand.view(gemm.m, -1), b, **options))
 
 
 def test_streams_may_share_a_plan(planned_gemm, device):
-    streams = [torch.cuda.Stream(device) for _ in range(4)]
-    results = []
+    multiply, b, reference = planned_gemm
+    streams, results = [torch.cuda.Stream(device) for _ in range(4)], []
     torch.cuda.synchronize()
     for i in range(40):
         with torch.cuda.stream(streams[i % 4]):
-            results.append(multiply_planned(planned_gemm))
+            results.append(multiply(b))
     torch.cuda.synchronize()
-    assert all(close_to(d, planned_gemm[3]) for d in results)
+    assert all(close_to(d, reference) for d in results)
 
 
 def test_a_graph_with_a_cached_plan_outlives_other_work(planned_gemm, device):
-    """Memory that was free at the capture is written over before the replay, and B holds other numbers."""
-    operand, b, choice, reference = planned_gemm
+    """Between capture and replay, memory that was free is overwritten and B changes."""
+    multiply, b, reference = planned_gemm
     b = b.clone()
-    multiply_planned((operand, b, choice, reference))
+    multiply(b)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        d = multiply_planned((operand, b, choice, reference))
+        d = multiply(b)
     b.neg_()
     filler = [torch.full((1 << 20,), float("nan"), device=device) for _ in range(16)]
     assert filler[0].isnan().all()
@@ -174,7 +165,7 @@ def best_spmm(device) -> str:
 
 
 def planned(spmm, device):
-    """(model, plan) with this way to multiply; skips where it cannot be had."""
+    """(model, plan) for this spmm; skips if it is impossible here."""
     torch.manual_seed(0)
     model = GPT(CONFIG).to(device)
     try:
@@ -185,62 +176,58 @@ def planned(spmm, device):
     return model, plan
 
 
+def backward(model, device, stride=1) -> torch.Tensor:
+    """One forward and backward. Returns the loss."""
+    idx = (torch.arange(TOKENS, device=device) * stride % 128).view(8, 128)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(idx, idx.roll(1, 1))[1]
+    loss.backward()
+    return loss.detach()
+
+
 def train(model, steps, device):
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda", 1e-4)
     losses = []
     for step in range(steps):
         sparse24.seed_draws(model, 1, step, 0)
-        idx = (torch.arange(TOKENS, device=device) * (step % 7 + 1) % 128).view(8, 128)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(idx, idx.roll(1, 1))[1]
-        loss.backward()
+        losses.append(backward(model, device, step % 7 + 1))
         optimizer.step()
         optimizer.zero_grad()
         if step % 40 == 39:
             sparse24.refresh_masks(model, measure=False)
         pack_weights(model)
-        losses.append(loss.detach())
     return torch.stack(losses).tolist()
 
 
 @pytest.mark.parametrize("spmm", ["emulated", "cusparselt"])
-def test_gradients_agree_with_the_masked_twins(device, spmm):
-    """Both round to bfloat16 in other places: gradients within a fifth of their norm, where a wrong operand
-    gives all of it."""
+def test_gradients_agree_with_dense_gemms_on_pruned_matrices(device, spmm):
+    """The two round differently. A wrong operand would change a gradient by about its norm."""
     gradients = []
     for way in ("masked", spmm):
         model, _ = planned(way, device)
         sparse24.seed_draws(model, 1, 0, 0)
-        idx = torch.arange(TOKENS, device=device).remainder(128).view(8, 128)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(idx, idx.roll(1, 1))[1]
-        loss.backward()
+        backward(model, device)
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in gradients[0].items():
-        # a draw at a boundary that rounding moves changes single entries of the feed-forward weights' gradients
-        slack = 0.2 if ".mlp." in name else 0.02
+        slack = 0.2 if ".mlp." in name else 0.02  # rounding can change single MVUE draws
         assert (grad - gradients[1][name]).norm() <= slack * grad.norm(), name
 
 
-def test_200_steps_agree_with_the_masked_twin(device):
+def test_200_steps_agree_with_dense_gemms_on_pruned_matrices(device):
     curves = [train(planned(way, device)[0], 200, device) for way in ("masked", "cusparselt")]
     assert curves[0][-1] < 0.5 * curves[0][0]
     means = [torch.tensor(curve).view(10, 20).mean(1) for curve in curves]
     torch.testing.assert_close(*means, rtol=0.05, atol=0.02)
 
 
-def test_a_step_waits_for_nothing(device):
-    """Forward, backward, packing and refresh, with the sparse GEMMs where they can be had."""
+def test_a_step_does_not_synchronise(device):
     model, _ = planned(best_spmm(device), device)
-    train(model, 2, device)  # what is made on first use may wait
-    idx = torch.arange(TOKENS, device=device).remainder(128).view(8, 128)
+    train(model, 2, device)  # the first steps may wait, to compile and to plan
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         sparse24.seed_draws(model, 1, 5, 0)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(idx, idx.roll(1, 1))[1]
-        loss.backward()
+        backward(model, device)
         sparse24.refresh_masks(model, measure=False)
         pack_weights(model)
     finally:
@@ -248,7 +235,7 @@ def test_a_step_waits_for_nothing(device):
 
 
 def test_a_captured_ffn_reads_new_weights_and_new_seeds(device):
-    """Forward and backward in one CUDA graph; then an optimizer step and other draws, and the replay follows."""
+    """Forward and backward are one CUDA graph. Its replay must follow an optimizer step and other seeds."""
     model, plan = planned(best_spmm(device), device)
     mlp = model.transformer.h[0].mlp.bfloat16()
     set_plan(mlp, plan)
@@ -285,7 +272,7 @@ def test_a_planned_model_compiles(device, mode):
     for net in (eager, torch.compile(model, mode=mode, fullgraph=True)):
         optimizer = (eager if net is eager else model).configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda", 1e-4)
         curve, module = [], eager if net is eager else model
-        for p in module.parameters():  # as train.py does: what a CUDA graph returns is gone at its next replay
+        for p in module.parameters():  # as train.py does: the next replay overwrites what a CUDA graph returned
             p.grad = torch.zeros_like(p)
         for step in range(6):
             for micro_step in range(2):
@@ -303,12 +290,11 @@ def test_a_planned_model_compiles(device, mode):
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_recomputing_the_activation_saves_its_memory_compiled_too(device, monkeypatch):
-    """The activation is an op that the compiler cannot look into, and of two equal calls it would keep the first."""
+def test_recomputing_the_activation_saves_its_memory_when_compiled(device, monkeypatch):
     model, plan = planned("masked", device)
     needed, activation = [], operands.activation
     for recompute in (True, False):
-        if not recompute:  # the second call is equal to the first, whose result is then kept
+        if not recompute:  # then the compiler merges the two calls and saves the result
             monkeypatch.setattr(operands, "activation", lambda z, name, recompute=False: activation(z, name))
         set_plan(model, plan)
         torch._dynamo.reset()

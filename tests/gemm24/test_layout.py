@@ -1,19 +1,12 @@
-"""layout.py: the packed layouts, against the formulas that they come from and PyTorch's own converter."""
+"""gemm24/layout.py: packed layouts, worked by hand and compared with PyTorch's own converter."""
 
 import pytest
 import torch
+from planned_mlp import SHAPES, matrix_and_mask
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from gemm24.layout import ORDERS, compress24, nibble_positions, operand_shape, pack24, packed_parts, unpack24
-from sparse24 import mask24
-
-SHAPES = [("sm80", 128, 64), ("sm80", 256, 192), ("sm90", 64, 64), ("sm90", 192, 128), ("sm90", 64, 256)]
-
-
-def random_24(rows: int, columns: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)).to(dtype)
-    return x, mask24(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize(("order", "rows", "columns"), SHAPES)
@@ -25,7 +18,7 @@ def test_positions_are_a_permutation(order, rows, columns):
 
 @pytest.mark.parametrize(
     ("order", "rows", "columns", "row", "group", "nibble"),
-    [  # worked by hand
+    [
         ("sm90", 64, 64, 0, 0, 0),
         ("sm90", 64, 64, 8, 0, 1),  # row p+8: the byte's high nibble
         ("sm90", 64, 64, 0, 4, 2),  # q = 4: byte 1
@@ -49,30 +42,29 @@ def test_positions_by_hand(order, rows, columns, row, group, nibble):
     assert nibble_positions(rows, columns, order)[row, group] == nibble
 
 
-def test_sm80_order_inside_a_32x32_block_is_that_of_pytorchs_converter():
-    x, mask = random_24(128, 64, torch.float16)
+def test_sm80_orders_a_32x32_block_as_pytorchs_converter_does():
+    x, mask = matrix_and_mask(128, 64, torch.float16)
     packed = pack24(x, mask, "sm80")
     _, metadata = packed_parts(packed, 128, 64)
-    words = metadata.view(torch.int16).view(-1, 64)  # each 32x32 block is 64 words in a row
+    words = metadata.view(torch.int16).view(-1, 64)  # one row per 32x32 block
     for row in range(0, 128, 32):
         for column in range(0, 64, 32):
             block = torch.where(mask, x, 0)[row : row + 32, column : column + 32].contiguous()
             _, expected = sparse_semi_structured_from_dense_cutlass(block)
-            # 64 words to a 32x32 block, 256 to 128 rows of 32 columns
             assert torch.equal(words[row // 32 + column // 32 * 4], expected.flatten()), (row, column)
 
 
 @pytest.mark.parametrize(("order", "rows", "columns"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_unpack_inverts_pack(order, rows, columns, dtype):
-    x, mask = random_24(rows, columns, dtype)
+    x, mask = matrix_and_mask(rows, columns, dtype)
     packed = pack24(x, mask, order)
     assert packed.shape == (rows * columns * 9 // 16,)
     assert torch.equal(unpack24(packed, rows, columns, order), torch.where(mask, x, 0))
 
 
-def test_zeros_that_are_kept_keep_their_place():
-    x, mask = random_24(64, 64)
+def test_kept_zeros_have_metadata():
+    x, mask = matrix_and_mask(64, 64)
     values, metadata = packed_parts(pack24(torch.zeros_like(x), mask, "sm90"), 64, 64)
     assert not values.any()
     assert torch.equal(metadata, packed_parts(pack24(x, mask, "sm90"), 64, 64)[1])
@@ -81,7 +73,7 @@ def test_zeros_that_are_kept_keep_their_place():
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("rows", "columns"), [(16, 64), (128, 96)])
 def test_shapes_that_do_not_fit_an_order_are_refused(order, rows, columns):
-    x, mask = random_24(rows, columns)
+    x, mask = matrix_and_mask(rows, columns)
     message = rf"24: shape \({rows}, {columns}\), order {order} needs multiples"
     with pytest.raises(ValueError, match=f"pack{message}"):
         pack24(x, mask, order)
@@ -90,7 +82,7 @@ def test_shapes_that_do_not_fit_an_order_are_refused(order, rows, columns):
 
 
 def test_wrong_input_is_named():
-    x, mask = random_24(64, 64)
+    x, mask = matrix_and_mask(64, 64)
     with pytest.raises(ValueError, match="metadata order 'sm70' is unknown, need one of sm80, sm90"):
         pack24(x, mask, "sm70")
     with pytest.raises(ValueError, match="exactly two of every four"):
@@ -105,7 +97,7 @@ def test_wrong_input_is_named():
 
 
 def test_compress_refuses_matrices_that_it_would_misread(cslt):
-    x, mask = random_24(64, 64)
+    x, mask = matrix_and_mask(64, 64)
     masked = torch.where(mask, x, 0)
     for wrong in (masked.t(), masked[None], masked[:, :32]):
         with pytest.raises(ValueError, match="need a contiguous matrix"):
@@ -113,9 +105,9 @@ def test_compress_refuses_matrices_that_it_would_misread(cslt):
     assert torch.equal(compress24(masked), pack24(x, mask, "sm90"))
 
 
-def test_a_converter_that_pads_is_taken_as_it_is(cslt, monkeypatch):
-    """Its operand is longer than 9/16 of the matrix: in eager code, in the fake and to a compiler."""
-    x, mask = random_24(64, 128)
+def test_a_converter_may_pad_its_operand(cslt, monkeypatch):
+    """Eager code, the fake and the compiler must agree on its size."""
+    x, mask = matrix_and_mask(64, 128)
     masked = torch.where(mask, x, 0)
     padded = torch.cat((pack24(x, mask, "sm90").view(64, -1), x.new_zeros(64, 8)), 1)
     monkeypatch.setattr(torch, "_cslt_compress", lambda x: padded)
@@ -126,10 +118,10 @@ def test_a_converter_that_pads_is_taken_as_it_is(cslt, monkeypatch):
     with FakeTensorMode() as mode:
         assert compress24(mode.from_tensor(masked)).shape == packed.shape
     size = torch.compile(lambda: operand_shape(64, 128, "library", x.dtype, x.device)[0] + x[0, 0], backend="eager")
-    assert torch.equal(size(), packed.numel() + x[0, 0])  # the compiler takes it for a constant
+    assert torch.equal(size(), packed.numel() + x[0, 0])
 
 
 def test_ops_have_fakes_that_fit(cslt):
-    x, mask = random_24(128, 64)
+    x, mask = matrix_and_mask(128, 64)
     for op, args in ((torch.ops.nano24.pack24, (x, mask, "sm90")), (torch.ops.nano24.compress24, (x * mask,))):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

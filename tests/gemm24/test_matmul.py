@@ -1,33 +1,26 @@
-"""matmul.py: each backend against the dense product, and the arguments that reach the vendor's calls."""
+"""gemm24/matmul.py: each backend compared with the dense product, and the arguments of the vendor's calls."""
 
 import pytest
 import torch
+from planned_mlp import SHAPES, matrix_and_mask
 
 from gemm24 import cusparselt
 from gemm24.layout import pack24
 from gemm24.matmul import Choice, matmul24
-from sparse24 import mask24
-
-SHAPES = [("sm80", 128, 64), ("sm80", 256, 192), ("sm90", 64, 64), ("sm90", 192, 128), ("sm90", 64, 256)]
 
 
 @pytest.fixture(autouse=True)
 def pytorchs_op_serves(monkeypatch):
-    """A CUDA build of PyTorch brings a library that could be called directly, but not on tensors of a CPU."""
+    """A CUDA build of PyTorch brings the library, which cannot be called on CPU tensors."""
     monkeypatch.setattr(cusparselt, "available", lambda: "not on a CPU")
-
-
-def random_24(rows: int, columns: int, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)).to(dtype)
-    return x, mask24(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("column_major", [False, True])
 @pytest.mark.parametrize(("order", "rows", "columns"), SHAPES)
-def test_emulated_gemm_is_the_dense_one_on_the_unpacked_matrix(order, rows, columns, column_major, bias, transposed):
-    x, mask = random_24(rows, columns)
+def test_emulated_and_masked_gemms_are_dense_products(order, rows, columns, column_major, bias, transposed):
+    x, mask = matrix_and_mask(rows, columns)
     b = torch.randn(40, columns).to(x.dtype).t() if column_major else torch.randn(columns, 40).to(x.dtype)
     vector = torch.randn(rows).to(x.dtype) if bias else None
     d = matmul24(pack24(x, mask, order), b, vector, rows, transposed, Choice("emulated", order))
@@ -40,7 +33,7 @@ def test_emulated_gemm_is_the_dense_one_on_the_unpacked_matrix(order, rows, colu
     torch.testing.assert_close(d.double(), expected, rtol=2**-8, atol=2**-8 * expected.abs().max().item())
 
 
-def test_the_arguments_that_cusparselt_is_called_with(monkeypatch):
+def test_the_arguments_of_cusparselt(monkeypatch):
     calls = []
 
     def spy(*args, **options):
@@ -49,15 +42,15 @@ def test_the_arguments_that_cusparselt_is_called_with(monkeypatch):
         return args[1].new_zeros(shape[::-1] if options["transpose_result"] else shape)
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", spy)
-    x, mask = random_24(128, 64)
+    x, mask = matrix_and_mask(128, 64)
     packed, b, bias = pack24(x, mask, "sm90"), torch.randn(24, 64).to(x.dtype).t(), x.new_zeros(128)
     assert matmul24(packed, b, bias, 128, True, Choice("cusparselt", "sm90", 7, 2)).shape == (24, 128)
-    ((a, given), options) = calls.pop()
+    ((a, b_argument), options) = calls.pop()
     assert a.shape == (128, 36)
-    assert (a.data_ptr(), given.data_ptr(), given.stride()) == (packed.data_ptr(), b.data_ptr(), b.stride())
+    assert (a.data_ptr(), b_argument.data_ptr(), b_argument.stride()) == (packed.data_ptr(), b.data_ptr(), b.stride())
     assert options.pop("bias").shape == (128,)
     assert options == {"transpose_result": True, "alg_id": 7, "split_k": 2}
-    padded = torch.cat((packed.view(128, -1), x.new_zeros(128, 8)), 1).flatten()  # as a converter may write it
+    padded = torch.cat((packed.view(128, -1), x.new_zeros(128, 8)), 1).flatten()  # a converter may pad
     assert matmul24(padded, b, None, 128, False, Choice("cusparselt", "library", 3)).shape == (128, 24)
     (a, _), options = calls.pop()
     assert a.shape == (128, 44)
@@ -77,7 +70,7 @@ WRONG_B = {
 @pytest.mark.parametrize("backend", ["cusparselt", "emulated"])
 def test_operands_that_a_library_would_misread_are_refused(monkeypatch, backend):
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *args, **options: pytest.fail("was called"))
-    x, mask = random_24(128, 64)
+    x, mask = matrix_and_mask(128, 64)
     packed, b, choice = pack24(x, mask, "sm90"), torch.randn(64, 32).to(x.dtype), Choice(backend, "sm90")
     for change in WRONG_B.values():
         with pytest.raises(ValueError, match=f"matmul24_{backend}: B "):
@@ -100,7 +93,7 @@ def test_an_unknown_backend_is_named():
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("column_major", [False, True])
 def test_ops_have_fakes_that_fit(cslt, column_major, transposed):
-    x, mask = random_24(128, 64)
+    x, mask = matrix_and_mask(128, 64)
     b = torch.randn(16, 64).to(x.dtype).t() if column_major else torch.randn(64, 8).to(x.dtype)
     packed, options = pack24(x, mask, "sm90"), {"test_utils": ("test_schema", "test_faketensor")}
     args = (packed, b, x.new_zeros(128), 128, transposed)

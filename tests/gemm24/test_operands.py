@@ -1,4 +1,4 @@
-"""gemm24/operands.py: the specifications. tests/test_kernels.py compares the kernels with them."""
+"""gemm24/operands.py: the specifications, with which tests/test_kernels.py compares the kernels."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_the_token_major_ones_and_autograds_gradients(name):
+def test_activations_and_their_gradients_are_autograds(name):
     z = randn(16, 6, dtype=torch.float64)
     leaf, da = z.t().contiguous().requires_grad_(), randn(8 if name in GATED else 16, 6, seed=1, dtype=torch.float64)
     expected = ACTIVATIONS[name](leaf)
@@ -32,7 +32,7 @@ def test_activations_are_the_token_major_ones_and_autograds_gradients(name):
     torch.testing.assert_close(activation_backward(z, da, name), leaf.grad.t())
 
 
-def test_activations_refuse_what_has_no_meaning():
+def test_activations_refuse_wrong_names_and_shapes():
     message = "activation: activation 'selu' is unknown, need one of gelu, relu2, geglu, swi"
     with pytest.raises(ValueError, match=message):
         activation(randn(4, 4), "selu")
@@ -55,7 +55,7 @@ def test_packed_gradients_hold_the_draws_and_the_sums(token_major):
     torch.testing.assert_close(sums, dz.float().sum(1))
 
 
-def test_a_pruned_matrix_is_packed_as_the_layout_says():
+def test_a_pruned_matrix_is_packed_in_the_layout():
     x = randn(64, 128, dtype=torch.bfloat16)
     mask = expand_pairs(pair_index(x))
     x = torch.where(mask, x, 0)
@@ -64,7 +64,7 @@ def test_a_pruned_matrix_is_packed_as_the_layout_says():
 
 
 @pytest.mark.parametrize("mask", ["transposable", "row", "soft"])
-def test_the_operands_of_a_weight_are_its_pruned_matrix(mask):
+def test_operands_hold_the_pruned_weight(mask):
     w = randn(64, 128)
     index, beta = (transposable_index if mask == "transposable" else pair_index)(w), sste_scale(w)
     orders = ("sm90", "sm90" if mask == "transposable" else "masked")

@@ -1,4 +1,4 @@
-"""plan.py: which GEMMs a feed-forward layer has, which plans fit a model, and what a plan is timed against."""
+"""gemm24/plan.py: the GEMMs of a feed-forward layer, plans that fit a model, and the timing of a layer."""
 
 import copy
 import dataclasses
@@ -13,8 +13,8 @@ from gemm24 import plan as planning
 from gemm24.choose import Report
 from gemm24.matmul import Choice
 from gemm24.plan import GEMMS, FFNPlan, ffn_gemms, plan_ffn, set_plan, time_ways
-from model import GPT, GPTConfig
-from sparse24 import RECIPES, densify, get_recipe
+from model import GPT, MLP, GPTConfig
+from sparse24 import RECIPES, densify, get_recipe, sparsify
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 EMULATED = Choice("emulated", "sm90")
@@ -56,7 +56,7 @@ def test_only_gemms_that_the_masks_allow_are_measured(transposable, mvue, expect
 
 def test_plans_of_the_modes():
     config = make_config(activation="relu2", bias=False)
-    for spmm in ("auto", "dense"):  # nothing wins on a CPU
+    for spmm in ("auto", "dense"):  # on a CPU no 2:4 GEMM wins
         plan, report = plan_ffn(config, 64, CPU, BF16, spmm)
         assert plan is None
         assert set(report.choices.values()) == {Choice()}
@@ -73,22 +73,22 @@ def test_plans_of_the_modes():
             plan_ffn(config, 64, CPU, BF16, spmm)
 
 
-def test_one_sparse_gemm_is_enough_for_a_plan_and_the_question_is_passed_on_whole(monkeypatch, tmp_path):
-    seen, won = [], Choice("cusparselt", "sm90", 3)
+def test_one_sparse_gemm_makes_a_plan_and_options_reach_choose(monkeypatch, tmp_path):
+    calls, sparse = [], Choice("cusparselt", "sm90", 3)
 
     def choose(gemms, device, mode, **options):
-        seen.append((mode, options))
-        return Report({name: won if name == "dx" else Choice() for name in gemms}, [], [])
+        calls.append((mode, options))
+        return Report({name: sparse if name == "dx" else Choice() for name in gemms}, [], [])
 
     monkeypatch.setattr(planning, "choose", choose)
-    question = {"graph": True, "cache": tmp_path, "known": [{"key": "k"}]}
-    plan, _ = plan_ffn(make_config(), 64, CPU, BF16, **question)
-    assert plan[4:] == (Choice(), Choice(), Choice(), won, Choice(), Choice())
-    assert seen == [("auto", {"dtype": BF16, **question})]
+    options = {"graph": True, "cache": tmp_path, "known": [{"key": "k"}]}
+    plan, _ = plan_ffn(make_config(), 64, CPU, BF16, **options)
+    assert plan[4:] == (Choice(), Choice(), Choice(), sparse, Choice(), Choice())
+    assert calls == [("auto", {"dtype": BF16, **options})]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plans that would compute something else, silently
+# Plans that do not fit the model
 
 
 def test_plans_of_another_activation_or_recipe_are_refused():
@@ -99,7 +99,7 @@ def test_plans_of_another_activation_or_recipe_are_refused():
             set_plan(mlp, make_plan(mlp, 64, **fields))
         assert mlp.plan is None
     mlp = make_mlp()
-    mlp.c_fc.recipe = dataclasses.replace(RECIPES["fst"], mvue=False)  # the second layer draws
+    mlp.c_fc.recipe = dataclasses.replace(RECIPES["fst"], mvue=False)  # the second layer keeps MVUE
     with pytest.raises(ValueError, match="set_plan: the plan is for gelu and mvue=False"):
         set_plan(mlp, make_plan(mlp, 64))
 
@@ -113,14 +113,14 @@ def test_recipes_that_one_function_cannot_compute_get_no_plan(recipe):
 
 @pytest.mark.parametrize(("name", "mask"), [("sr_ste", "row"), ("s_ste", "soft")])
 @pytest.mark.parametrize("gemms", [GEMMS, ("da",), ("dx",)])
-def test_one_2_4_input_gradient_is_one_too_many_for_other_masks(name, mask, gemms):
+def test_2_4_input_gradients_need_transposable_masks(name, mask, gemms):
     mlp = make_mlp(recipe=RECIPES[name])
     with pytest.raises(ValueError, match=f"2:4 input gradients, which mask='{mask}' does not; .*transposable=False"):
         set_plan(mlp, make_plan(mlp, 64, order="sm90", gemms=gemms))
     assert mlp.plan is None
 
 
-def test_modules_that_are_not_two_sparse_layers_are_left_alone():
+def test_modules_without_two_sparse_layers_get_no_plan():
     mlp, other = make_mlp(), torch.nn.Module()
     other.plan, other.activation, other.mlp = "mine", "gelu", mlp
     set_plan(other, make_plan(mlp, 64))
@@ -129,16 +129,22 @@ def test_modules_that_are_not_two_sparse_layers_are_left_alone():
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, bias=True))
     set_plan(model, make_plan(mlp, 8))
     assert model.transformer.h[0].mlp.plan is None
+    for only in ("c_fc", "c_proj"):
+        dense = MLP(make_config())
+        sparsify(dense, RECIPES["fst"], [only])
+        set_plan(dense, make_plan(mlp, 64))
+        assert dense.plan is None
+        assert dense(torch.randn(64, D)).shape == (64, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether it pays
+# Timing a layer
 
 
 @pytest.mark.parametrize("fastest", ["dense", "layers", "plan"])
 @pytest.mark.parametrize("micro_steps", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_layer_is_timed_each_way(monkeypatch, fastest, micro_steps):
-    """The fastest takes 1 us, the others 2; and packing 1.5 us, of which the plan pays its share."""
+    """The fastest way takes 1 us, the others 2 us. Packing takes 1.5 us, shared by the plan's micro-steps."""
     mlp, ways = make_mlp(), []
     before = copy.deepcopy(mlp.state_dict())
     for way, function in (("plan", ffn._SparseFFN), ("layers", sparse24._MaskedLinear)):
@@ -149,26 +155,26 @@ def test_a_layer_is_timed_each_way(monkeypatch, fastest, micro_steps):
 
     def clock(calls, repetitions, graph, device):
         assert not graph  # on a CPU there is none
-        out = []
+        samples = []
         for call in calls:
             ways.clear()
             call()
             us = 1.5 if ways[:1] == ["packing"] else 1.0 if (ways or ["dense"])[0] == fastest else 2.0
-            out.append([us + 0.01 * i for i in range(repetitions)])
-        return out
+            samples.append([us + 0.01 * i for i in range(repetitions)])
+        return samples
 
     monkeypatch.setattr(planning, "time_interleaved", clock)
-    found = time_ways(mlp, make_plan(mlp, 64, BF16), None, micro_steps)
-    expected = {way: (1.04 if way == fastest else 2.04) + (1.54 / micro_steps) * (way == "plan") for way in found["us"]}
-    assert list(found["us"]) == ["dense", "layers", "plan"]
-    assert {way: us[0] for way, us in found["us"].items()} == pytest.approx(expected)
-    assert found["us"][fastest][2] - found["us"][fastest][1] == pytest.approx(0.08)
-    assert found["taken"] == ("plan" if fastest == "plan" and micro_steps == 10 else "layers")
-    report = Report({}, [], [], found)
-    assert report.pays() == (expected[found["taken"]] < expected["dense"])
-    assert f"taken: {found['taken']}" in report.text()
-    assert found["host_us"].keys() == found["us"].keys()
-    assert min(found["host_us"].values()) > 0
+    times = time_ways(mlp, make_plan(mlp, 64, BF16), None, micro_steps)
+    expected = {way: (1.04 if way == fastest else 2.04) + (1.54 / micro_steps) * (way == "plan") for way in times["us"]}
+    assert list(times["us"]) == ["dense", "layers", "plan"]
+    assert {way: us[0] for way, us in times["us"].items()} == pytest.approx(expected)
+    assert times["us"][fastest][2] - times["us"][fastest][1] == pytest.approx(0.08)
+    assert times["taken"] == ("plan" if fastest == "plan" and micro_steps == 10 else "layers")
+    report = Report({}, [], [], times)
+    assert report.pays() == (expected[times["taken"]] < expected["dense"])
+    assert f"taken: {times['taken']}" in report.text()
+    assert times["host_us"].keys() == times["us"].keys()
+    assert min(times["host_us"].values()) > 0
     assert mlp.plan is None  # copies were timed
     state = mlp.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items() if torch.is_tensor(tensor))

@@ -1,7 +1,7 @@
 """Dense GPT-2 124M on OpenWebText: the baseline beside train_gpt2_sparse.py, with the paper's schedule.
 
 The paper's dense run reached a validation loss of 2.907 (its Table 5). Data, schedule and model are those of
-train_gpt2_sparse.py. Its time on a GPU is not measured yet. On 8 GPUs:
+train_gpt2_sparse.py. It costs 300k steps, 157 billion tokens; the time on a GPU is not measured yet. On 8 GPUs:
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """

@@ -139,6 +139,9 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
             "use its settings, or another out_dir"
         )
     if s.dense_start < 0 and planned_dense_start(s) != state["dense_start"]:
+        if state["dense_start"] == saved["max_iters"] and planned_dense_start(s) == s.max_iters:
+            state["dense_start"] = s.max_iters  # a run without a dense end is extended
+            return
         raise ValueError(
             f"resume: {path} becomes dense at iteration {state['dense_start']} of {saved['max_iters']}, these "
             f"settings at {planned_dense_start(s)} of {s.max_iters}; choose one with --dense_start=..."
@@ -158,11 +161,12 @@ def announce(s: SimpleNamespace, model, path: Path | None, start: dict, ranks: R
     print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {s.max_iters:,} steps")
     if layers := sparse_linears(model):
         share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
-        first = "Adam's second moments settle" if start["sparse_start"] is None else start["sparse_start"]
+        first = "its optimizer ends that" if start["sparse_start"] is None else f"iteration {start['sparse_start']}"
+        dense = [f"dense until {first}"] if start["sparse_start"] != 0 else []
+        dense += [f"dense from iteration {s.dense_start}"] if s.dense_start < s.max_iters else []
         print(
             f"sparse: {s.sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {s.mask_interval} "
-            f"steps, decay {s.masked_decay:g}, mvue={s.mvue}; dense from iteration {s.dense_start}"
-            + (f" and until {first}" if first else "")
+            f"steps, decay {s.masked_decay:g}, mvue={s.mvue}; {' and '.join(dense) or 'no dense phase'}"
         )
         defaults = {name: getattr(sparse24.get_recipe(s.sparse), name) for name in sparse24.SETTINGS}
         changed = [f"{k}={getattr(s, k)} ({value})" for k, value in defaults.items() if getattr(s, k) != value]

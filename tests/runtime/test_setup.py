@@ -89,6 +89,13 @@ def test_another_max_iters_continues_with_a_chosen_dense_start(run, stopped):
     assert [row["iter"] for row in read_rows(stopped)] == [*range(43)]
 
 
+def test_a_run_without_a_dense_end_is_extended(run, tmp_path):
+    settings = {"sparse": "ste", "masked_decay": 0.0, "mvue": False}
+    assert "no dense phase" in run(tmp_path / "out", **settings, max_iters=2, dense_start=-1)
+    run(tmp_path / "out", **settings, max_iters=4, dense_start=-1)
+    assert [row["phase"] for row in read_rows(tmp_path / "out")] == ["sparse"] * 5
+
+
 @pytest.mark.slow
 def test_overwrite_starts_anew(run, reference, stopped):
     (stopped / "ckpt_best.pt").touch()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = "configurator kernels | sparse24 | gemm24 | methods model | runtime | benchmarks | train bench sample studies"
 FOLDERS = [".", *(name for name in ORDER.split() if (ROOT / name).is_dir())]
 # Test files test_<name>.py that belong to no module
-BELONG_TO_NO_MODULE = {"structure", "docs", "two_files", "guard", "data", "gpu", "readme"}
+BELONG_TO_NO_MODULE = {"structure", "docs", "two_files", "data", "gpu", "readme"}
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
 

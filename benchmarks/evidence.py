@@ -58,7 +58,7 @@ STAGES = {
         "{python} -m pytest -q -n 14 -p no:cacheprovider -m gpu tests/test_kernels.py tests/gemm24/test_gpu.py "
         "--deselect tests/gemm24/test_gpu.py::test_times_are_those_of_the_gpu",
     ),
-    "sweep": Stage(25, 60, "{python} -m benchmarks.sweep {out}/sweep.json"),
+    "sweep": Stage(25, 90, "{python} -m benchmarks.sweep {out}/sweep.json"),
     "kernels": Stage(
         30, 80, "{python} bench.py --suite kernels --measured_only --repetitions 5 --tables 3 --out_dir {out}"
     ),

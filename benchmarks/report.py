@@ -132,9 +132,14 @@ def ffn_text(ffn: dict) -> str:
 WAYS = {"compiled": "launched one by one", "graphs": "CUDA graphs"}
 
 
+def measured(step: dict) -> list[dict]:
+    """The rows without those that could not be measured, which hold a reason."""
+    return [row for row in step["rows"] if "reason" not in row]
+
+
 def step_text(step: dict) -> str:
     cells = []
-    for row in step["rows"]:
+    for row in measured(step):
         profiles = row["dense"], row["sparse"]
         for way in (way for way in WAYS if way in row):
             both = row[way]["dense"], row[way]["sparse"]
@@ -173,7 +178,7 @@ def spent_ms(run: dict) -> dict[str, float]:
 def kinds_text(step: dict) -> str:
     """Table of the GPU's time by kind of kernel, and the share that 2:4 replaces."""
     cells, readings = [], []
-    for row in step["rows"]:
+    for row in measured(step):
         dense, sparse = spent_ms(row["dense"]), spent_ms(row["sparse"])
         for kind in [*(kind for kind, _ in KINDS), "everything else"]:
             before, after = dense.get(kind, 0), sparse.get(kind, 0)

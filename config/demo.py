@@ -1,7 +1,7 @@
 """A sparse pre-training run to watch: a small character-level GPT on the source of Python's standard library.
 
 Reproduces nothing. Costs minutes on a CPU (results/demo/metrics.jsonl). 0.8M parameters, 1000 steps of 768 tokens:
-833 with 2:4 sparse feed-forward layers (fst), the last 167 dense. The decay factor is the one that search_decay.py
+833 with 2:4 sparse feed-forward layers (fst), the last 167 dense. The decay factor is the one that studies.search_decay
 recommends for it (results/search_decay-demo.json).
 """
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu.test_gpu import BENCH_KERNELS, BENCH_LAYERS
 
 import bench
+from benchmarks.evidence import STAGES
 from benchmarks.suites import Settings
 from gemm24 import plan
 
@@ -161,3 +163,15 @@ def test_the_kernels_suite_says_what_it_needs():
         done = subprocess.run(command, cwd=ROOT, env=environment | extra, capture_output=True, text=True)
         assert done.returncode == 1
         assert re.search(message, done.stderr), done.stderr
+
+
+def bench_commands() -> list[list[str]]:
+    """The words of every bench.py command that only a GPU runs."""
+    commands = [stage.command.format(python="python", out="out", verdicts="gemms.json") for stage in STAGES.values()]
+    words = [command.partition("bench.py ")[2].split() for command in commands]
+    return [*filter(None, words), [*BENCH_KERNELS, "--out_dir=out"], [*BENCH_LAYERS, "--out_dir=out"]]
+
+
+@pytest.mark.parametrize("words", bench_commands(), ids=" ".join)
+def test_commands_that_only_a_gpu_runs_have_options_that_are_there(words):
+    assert bench.parse(words).repetitions > 0

@@ -85,3 +85,10 @@ def test_kernels_are_sorted_by_name_and_counted_once():
     expected |= {"gelu (the compiler's)": 0.06, "AdamW (ours)": 0.07, "everything else": 0.12}
     assert found == pytest.approx(expected)
     assert sum(found.values()) == pytest.approx(1.0)
+
+
+def test_a_step_that_could_not_be_measured_is_left_out():
+    step = json.loads((ROOT / "results" / "h200" / "evidence" / "step.json").read_text())
+    failed = {"rows": [*step["rows"], {"size": "1558M", "reason": "OutOfMemoryError: CUDA"}]}
+    assert report.step_text(failed) == report.step_text(step)
+    assert report.kinds_text(failed) == report.kinds_text(step)

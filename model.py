@@ -118,7 +118,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, fan_out, bias=config.bias)
         self.c_proj = nn.Linear(config.d_ff, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
-        self.plan = None  # gemm24.ffn.set_plan sets it: how to compute the whole layer while it is sparse
+        self.plan = None  # gemm24.plan.set_plan sets it: how to compute the whole layer while it is sparse
 
     def forward(self, x):
         if takes_plan(self.plan, x, self.c_fc, self.c_proj):

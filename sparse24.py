@@ -677,7 +677,7 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
         )
     try:
         module = importlib.import_module(f"methods.{recipe}")
-    except (ImportError, SyntaxError, NameError, TypeError) as error:
+    except Exception as error:  # the file is the user's, and so are its mistakes
         raise ValueError(f"methods/{recipe}.py cannot be imported: {type(error).__name__}: {error}") from error
     file_recipe = getattr(module, "RECIPE", None)
     if not isinstance(file_recipe, Recipe) or file_recipe.name != recipe:
@@ -1129,6 +1129,7 @@ def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> 
     torch._foreach_copy_([layer.seed for layer in layers], list(words.unbind()))
 
 
+@torch.no_grad()
 def begin_step(model: nn.Module, seed: int, iter_num: int, begin: bool = False) -> None:
     """Call `begin_step` of every layer in its sparse phase. Call this once per step, before the first `seed_draws`.
     begin: whether this is the first step of a sparse phase."""
@@ -1249,7 +1250,7 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         return True
 
     def update(self) -> None:
-        """Adam's update, without masked decay. If a subclass overrides it, no kernel is used."""
+        """Adam's update, without masked decay. If a subclass overrides it and not `_kernel_step`, no kernel is used."""
         # torch wraps the step of every optimizer class to run hooks. Call the unwrapped one: our step ran the hooks.
         step = torch.optim.AdamW.step
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
@@ -1264,8 +1265,9 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        overrides_update = type(self).update is not MaskedDecayAdamW.update
-        if overrides_update or not self._kernel_step():
+        base = MaskedDecayAdamW  # the kernel does base's update; a subclass with another one may say when it applies
+        other_update = type(self).update is not base.update and type(self)._kernel_step is base._kernel_step
+        if other_update or not self._kernel_step():
             self._apply_masked_decay()
             self.update()
         return loss

@@ -235,6 +235,8 @@ class Report:
         notes = []
         try:
             saved = json.loads(path.read_text()) if path and path.exists() else {"rows": [], "whole": None}
+            if "rows" not in saved:  # the cache of releases up to commit 8751ec3
+                saved = {"rows": [{**row, "key": key} for key, row in saved.items()], "whole": None}
             rows, layer = saved["rows"], saved["whole"]
             if not all(row.keys() >= _FIELDS for row in rows):
                 raise ValueError("its rows have another form")

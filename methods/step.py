@@ -35,6 +35,10 @@ class StepAdamW(MaskedDecayAdamW):
         for (p, group), p.grad in zip(frozen, gradients, strict=True):
             self._preconditioned_step(p, p.grad, group)
 
+    def _kernel_step(self) -> bool:
+        """One kernel does the whole step while no second moments are frozen."""
+        return not self._frozen() and super()._kernel_step()
+
     def _frozen(self) -> list[tuple[torch.Tensor, dict]]:
         """(weight, parameter group) of each layer in its sparse phase."""
         layers = {layer.weight: layer for layer in sparse_linears(self.model)}

@@ -130,10 +130,12 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
 
 
 def clear(out_dir: str | Path) -> None:
-    """Delete all checkpoints in a run's folder, including ckpt_best.pt and numbered ones."""
+    """Delete all checkpoints in a run's folder: also ckpt_best.pt, numbered ones, and shards of earlier releases."""
     for path in Path(out_dir).glob("ckpt*"):
         if re.fullmatch(r"ckpt(_prev|_best|_\d{8,})?\.pt(\.tmp)?", path.name):
             path.unlink()
+        if re.fullmatch(r"ckpt_\d{8,}(\.\d+)?\.shards", path.name):
+            shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def _read(path: Path, mmap: bool = False) -> dict:
     if "shards" in state:
         raise CheckpointError(
             f"{path} was written in shards by an earlier release; convert it with `python checkpoint.py OLD NEW` of "
-            "commit 8751ec3, the last one that can"
+            "commit 8751ec3, the last one that can, then delete the folders ckpt_*.shards"
         )
     return state
 

@@ -61,7 +61,7 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
     end = planned_dense_start(s)
     if s.dense_pretrain and not begin < end:
         raise ValueError(f"dense until iteration {begin} and dense from {end}: no sparse phase; use sparse='none'")
-    if s.dense_pretrain and not begin:
+    if recipe.dense_pretrain_latest and not begin:  # its optimizer needs dense steps
         raise ValueError(f"dense_pretrain={s.dense_pretrain} of max_iters={s.max_iters} is 0 steps; raise one of them")
     if not recipe.fused and s.spmm not in ("auto", "dense"):
         raise ValueError(f"spmm={s.spmm!r} does not support sparse={s.sparse!r}; use --spmm=auto (dense GEMMs)")

@@ -194,7 +194,13 @@ def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
         raise ValueError(f"out_dir={s.out_dir} differs between ranks; put it on a shared file system")
     if path is None:
         return None, None, lock
-    state = checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
+    state = error = None
+    try:
+        state = checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
+    except checkpoint.CheckpointError as refused:
+        error = refused
+    if ranks.maximum(error is not None):  # else the other ranks would wait for this one
+        raise error or checkpoint.CheckpointError(f"{path} cannot be used on another rank; see its error")
     version = state["iter_num"], state["elapsed_s"]
     if ranks.decide(version) != version:
         raise ValueError(f"{path} differs from the checkpoint on rank 0; put out_dir on a shared file system")
@@ -259,6 +265,8 @@ def open_folder(s, path: Path | None, lock, report, ranks: Ranks, device: torch.
     folder = Path(s.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     sign(lock or resources.enter_context(hold(folder)))
+    for leftover in (*folder.glob("ckpt*.tmp"), *folder.glob("*.json*.*.tmp")):  # of a kill in the middle of a write
+        leftover.unlink()
     if path is None:
         checkpoint.clear(folder)
         for stale in ("metrics.jsonl", "spmm.json"):
@@ -287,7 +295,9 @@ def load_weights(model: GPT, saved: dict) -> None:
     """Load the weights and masks of a checkpoint. Each rank copies only its rows of a sharded weight."""
     current = model.state_dict()
     sharded = {name: target for name, target in current.items() if is_dtensor(target)}
-    model.load_state_dict({**saved, **{name: shard_like(saved[name], target) for name, target in sharded.items()}})
+    model.load_state_dict(
+        {**saved, **{name: shard_like(saved[name], target) for name, target in sharded.items() if name in saved}}
+    )
 
 
 def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state: dict | None):

@@ -28,7 +28,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import configure, setting_names, without_removed, write_json
@@ -36,7 +36,7 @@ from runtime.health import HEALTHY, TARGET
 from runtime.loader import DATA_FOLDER, Tokens, load_meta
 from runtime.metrics import read_config, read_metrics, smooth
 from runtime.plot import curve, finish, new_figure
-from sparse24 import Recipe, get_recipe, recipe_of
+from sparse24 import SETTINGS, Recipe, get_recipe, recipe_of
 from studies import runs
 
 OWNED = {  # settings that the search sets itself, and why they are refused on the command line
@@ -148,7 +148,7 @@ def prepare(args: argparse.Namespace, words: list[str]) -> Search:
     data = DATA_FOLDER / settings["dataset"]
     for split in ("train", "val"):
         Tokens(data, split, settings["block_size"], load_meta(data)["vocab_size"])
-    full = settings | asdict(recipe) | added
+    full = settings | {name: getattr(recipe, name) for name in SETTINGS} | added
     full = {name: value for name, value in full.items() if name not in ("name", "out_dir", "masked_decay")}
     search = Search(args, words, added, full, settings["max_iters"])
     if not args.launcher.strip() or not shutil.which(search.launcher[0]):

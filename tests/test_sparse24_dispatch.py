@@ -275,6 +275,20 @@ def test_training_agrees_with_the_specifications(launched, monkeypatch, decay_on
             torch.testing.assert_close(ours["state"][i][key], value, rtol=1e-5, atol=1e-6)
 
 
+def test_step_runs_the_kernel_until_its_moments_are_frozen(launched):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    sparsify(model, "step", ["0", "1"])
+    optimizer = model[0].recipe.optimizer(model.parameters(), model, lr=0.1, masked_decay=0.0)
+    for is_sparse in (False, True):
+        launched.clear()
+        for layer in model:
+            layer.sparse = is_sparse
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert ("adamw_" in launched) == (not is_sparse)
+
+
 def test_options_and_tensors_that_the_kernel_does_not_take_go_to_torch(launched):
     train(1, fused=True)
     assert "adamw_" not in launched

@@ -451,6 +451,14 @@ def test_a_cache_that_cannot_be_read_is_measured_anew(decide, tmp_path, text):
     assert list(tmp_path.iterdir()) == [cache]  # written under another name first
 
 
+def test_the_cache_of_an_earlier_release_is_read(decide, tmp_path):
+    library, cache = Library({(0, 1): 80}), tmp_path / "spmm.json"
+    rows = decide(library, cache=cache).rows
+    cache.write_text(json.dumps({row["key"]: {k: v for k, v in row.items() if k != "key"} for row in rows}))
+    assert Report.read(cache).notes == []
+    assert {row["key"] for row in Report.read(cache).rows} == {row["key"] for row in rows}
+
+
 def test_a_cache_that_cannot_be_written_costs_a_note(decide, tmp_path):
     (tmp_path / "file").write_text("")
     report = decide(Library({(0, 1): 80}), cache=tmp_path / "file" / "spmm.json")

@@ -221,6 +221,8 @@ def test_clear_deletes_the_checkpoints_and_nothing_else(tmp_path):
     ours = ["ckpt.pt", "ckpt.pt.tmp", "ckpt_prev.pt", "ckpt_prev.pt.tmp", "ckpt_best.pt", "ckpt_00000010.pt"]
     for name in (*ours, "ckpt_mine.pt", "metrics.jsonl"):
         (tmp_path / name).touch()
+    (tmp_path / "ckpt_00000010.1.shards").mkdir()
+    (tmp_path / "ckpt_00000010.1.shards" / "0.pt").touch()
     clear(tmp_path)
     assert names(tmp_path) == ["ckpt_mine.pt", "metrics.jsonl"]
 

@@ -117,8 +117,21 @@ def test_ranks_that_read_different_checkpoints_are_refused(refused, stopped, mon
     assert "ckpt.pt differs from the checkpoint on rank 0; put out_dir on a shared file system" in refused(stopped)
 
 
+def test_a_checkpoint_that_another_rank_cannot_use_is_refused_here_too(refused, stopped, monkeypatch):
+    answers = iter([1])
+    monkeypatch.setattr(Ranks, "maximum", lambda self, value: next(answers))
+    assert "ckpt.pt cannot be used on another rank; see its error" in refused(stopped)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The folder, the disk, the ranks
+
+
+def test_temporary_files_of_a_killed_run_are_deleted(run, stopped):
+    for name in ("config.json.12.tmp", "metrics.jsonl.12.tmp", "ckpt_00000008.pt.tmp", "mine.tmp"):
+        (stopped / name).touch()
+    run(stopped, max_iters=11, dense_start=9)
+    assert [path.name for path in stopped.glob("*.tmp")] == ["mine.tmp"]
 
 
 def test_a_second_run_in_the_folder_is_refused(run, refused, stopped):

@@ -290,6 +290,12 @@ def test_if_no_candidate_fits_it_gives_advice_and_writes_the_results(tmp_path, w
     assert (tmp_path / "search" / "search.png").exists()
 
 
+def test_a_method_with_a_layer_of_its_own_is_searched_too(tmp_path, words, fake_train):
+    fake_train(lambda decay: 1.1 if decay == 0 else 0.8)
+    assert search_decay.main([*words, "--sparse=bi_mask"]) == 0
+    assert json.loads((tmp_path / "search" / "search.json").read_text())["masked_decay"] == 1e-3
+
+
 def test_advice_and_figure(tmp_path, words, fake_train, monkeypatch, capsys):
     fake_train(lambda decay: 1.1 if decay == 0 else 0.8)
     with monkeypatch.context() as patch:

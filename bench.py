@@ -27,7 +27,6 @@ import re
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -36,13 +35,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import evidence, kernel_times, roofline, steps, suites
+from benchmarks.machine import attempt, gpu_state, machine, read_json, release
 from benchmarks.machine import device as this_device
-from benchmarks.machine import gpu_state, machine, read_json, release
 from benchmarks.report import table, with_spread
 from benchmarks.steps import PAPER_BATCH, gpt2, predict_step
 from benchmarks.suites import MASK_INTERVAL, WIDTHS, Settings
 from configurator import write_json
-from gemm24 import choose
 from model import PRESETS, GPTConfig
 from runtime.ranks import environment
 from sparse24 import use_kernels
@@ -68,11 +66,8 @@ def suite_rows(suite: str, settings: Settings) -> Iterator[dict]:
             yield {"case": list(case), "reason": "left out: the suite's time was up"}
             continue
         release(settings.device)
-        try:
-            yield from rows_of(case, settings)
-        except Exception as error:  # measure the other cases; `failures` reports this one at the end
-            traceback.print_exc()
-            yield {"case": list(case), "reason": choose.reason(error)}
+        rows = attempt(partial(rows_of, case, settings))  # `failures` reports a failed case at the end
+        yield from rows if isinstance(rows, list) else [{"case": list(case), **rows}]
 
 
 def run_suite(suite: str, settings: Settings, data: dict, path: Path | None) -> None:

@@ -615,7 +615,7 @@ def _activation_kernel(z_ptr, a_ptr, size, ACTIVATION: tl.constexpr, GATED: tl.c
 
 
 def _gated(function: str, z: torch.Tensor, activation: str, da: torch.Tensor | None = None) -> bool:
-    """Whether the activation is gated. Raises ValueError for tensors that the kernels would misread."""
+    """Returns whether the activation is gated. Raises ValueError for tensors that the kernels would misread."""
     halves = 2 if activation.endswith("glu") else 1
     fits = z.dim() == 2 and z.shape[0] % halves == 0 and z.is_contiguous()
     if not fits or (da is not None and (da.shape != (z.shape[0] // halves, z.shape[1]) or not da.is_contiguous())):
@@ -864,7 +864,7 @@ def _load_token_major(
     """A tile of x^T from x (columns, rows) bfloat16, through shared memory, as int32: words[2*hi + qh][0..3] of each
     unit."""
     t = (tile % tile_columns) * (32 * PANELS) + 2 * tl.arange(0, 16 * PANELS)
-    pair = (tile // tile_columns) * (8 * TILE_GROUPS) + tl.arange(0, 8 * TILE_GROUPS)  # of rows, adjacent in memory
+    pair = (tile // tile_columns) * (8 * TILE_GROUPS) + tl.arange(0, 8 * TILE_GROUPS)  # neighbours in memory
     ptr = x_ptr + t.to(tl.int64)[:, None] * (rows // 2) + pair[None, :]
     live = (t < columns)[:, None]
     even = tl.load(ptr) if EVEN else tl.load(ptr, mask=live, other=0)
@@ -1019,7 +1019,7 @@ _ORDERS = {"masked": 0, "sm80": 80, "sm90": 90}  # how MVUE is written: masked d
 
 
 def _takes_words(x: torch.Tensor, token_major: bool) -> bool:
-    """Whether `_launch_words` can read x (rows, columns), or with token_major its transpose, in words."""
+    """Returns whether `_launch_words` can read x (rows, columns), or with token_major its transpose, in words."""
     words = x.dtype == torch.bfloat16 and x.storage_offset() % 2 == 0 and (x.t() if token_major else x).is_contiguous()
     return words and x.shape[0] % _TILES[token_major][0] == 0 and x.shape[1] % 8 == 0
 

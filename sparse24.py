@@ -71,7 +71,7 @@ def kernel(name: str, takes: Callable | None = None, otherwise: Callable | None 
 
 
 def _runs_kernels(*arguments) -> bool:
-    """Whether a kernel may take the floating-point tensors among the arguments. None of them may need a gradient."""
+    """Returns whether a kernel may take the floating-point tensors among the arguments: none may need a gradient."""
     tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return len(tensors) > 0 and all(  # torch 2.11's compiler cannot trace bool() of a list
         _STATUS.get(t.device) == "on"
@@ -202,12 +202,12 @@ def _table(name: str, device: torch.device) -> torch.Tensor:
 
 
 def _in_groups(x: torch.Tensor) -> bool:
-    """Whether the last dimension of x divides into groups of four."""
+    """Returns whether the last dimension of x divides into groups of four."""
     return x.dim() >= 2 and x.shape[-1] % 4 == 0
 
 
 def _in_blocks(w: torch.Tensor) -> bool:
-    """Whether w divides into 4x4 blocks."""
+    """Returns whether w divides into 4x4 blocks."""
     return w.dim() == 2 and w.shape[0] % 4 == 0 and w.shape[1] % 4 == 0
 
 
@@ -635,7 +635,7 @@ class Recipe:
 
     @property
     def fused(self) -> bool:
-        """Whether gemm24/ffn.py can compute a whole FFN of this recipe in one function."""
+        """Returns whether gemm24/ffn.py can compute a whole FFN of this recipe in one function."""
         return self.layer is None and not self.fp8
 
 
@@ -729,7 +729,7 @@ def cut(rows: int, ranks: int) -> list[int]:
 
 
 def fits(rows: int, ranks: int) -> bool:
-    """Whether every 4x4 block of a matrix with this number of rows lies on one rank."""
+    """Returns whether every 4x4 block of a matrix with this number of rows lies on one rank."""
     return cut(rows, ranks)[0] % 4 == 0 or ranks == 1
 
 
@@ -1150,7 +1150,7 @@ def adamw_scalars(step: int, lr, betas, eps, weight_decay, masked_decay) -> tupl
 
 
 def adamw_fits(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether kernels.adamw_ takes all of these: one CUDA device, float32, contiguous, aligned, n divisible by 4."""
+    """Returns whether kernels.adamw_ takes all of these: one CUDA device, float32, contiguous, aligned, by fours."""
     first = tensors[0].detach()
     return _runs_kernels(first) and all(
         type(t) in (torch.Tensor, nn.Parameter)  # no fake tensors
@@ -1256,8 +1256,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
 
     def dense_start_done(self) -> bool:
-        """Whether the sparse phase may begin with the next step. If the recipe has dense_pretrain_latest, train.py
-        calls this at every step, after clipping."""
+        """Returns whether the sparse phase may begin with the next step. train.py calls this at every step, after
+        clipping, if the recipe has dense_pretrain_latest."""
         return False
 
     def step(self, closure=None):
@@ -1285,7 +1285,7 @@ def awkward_matrix(device: torch.device) -> torch.Tensor:
 
 
 def same_numbers(got: torch.Tensor, expected: torch.Tensor, **tolerance) -> bool:
-    """Whether two tensors are equal, counting NaN as equal to NaN. With a tolerance: whether they are allclose."""
+    """Returns whether two tensors are equal, NaN counting as equal to NaN. With a tolerance: if they are allclose."""
     if tolerance:
         return torch.allclose(got.double(), expected.double(), **tolerance)
     return torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))

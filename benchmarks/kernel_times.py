@@ -61,7 +61,7 @@ class Case:
     wide: tuple[int, int]
     make: Callable  # (rows, columns, order, device, **options) -> a function that launches the kernel once
     options: dict = field(default_factory=dict)
-    graph: bool = True  # whether a CUDA graph can hold the launch
+    graph: bool = True  # False if a CUDA graph cannot hold the launch
 
     def launcher(self, rows: int, columns: int, order: str, device: str) -> Callable:
         return self.make(rows, columns, order, device, **self.options)

@@ -72,8 +72,8 @@ def read_json(path: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def attempt(make: Callable[[], dict]) -> dict:
-    """The result of `make`, or {"reason": error}, so that a failure does not stop the rows after it."""
+def attempt(make: Callable[[], dict | list[dict]]) -> dict | list[dict]:
+    """The rows that `make` measures, or {"reason": error}, so that a failure does not stop the rows after it."""
     try:
         return make()
     except Exception as error:  # the caller's command reports it at its end

@@ -33,7 +33,7 @@ SHAPES = [  # (rows, columns): small, odd multiples, the weights of GPT-2, a gra
     *((64, 64), (64, 128), (128, 64), (128, 128), (192, 128), (320, 192), (192, 320), (256, 512), (384, 128)),
     *((768, 3072), (3072, 768), (1280, 5120), (1600, 6400), (6400, 1600), (4096, 16384), (768, 16384)),
 ]
-WIDTH = 8192  # of the GEMM that gives the card's rate
+WIDTH = 8192  # the GEMM that measures the card's rate has this width
 PACKED = ((1280, 5120), (5120, 16384))  # matrices whose packing is timed
 
 

@@ -113,7 +113,7 @@ def trusted_order(device: torch.device) -> tuple[str, str]:
 
 
 def close_to(d: torch.Tensor, reference: torch.Tensor) -> bool:
-    """Return whether the result of a 16-bit GEMM is right. Each element may differ from the float32 reference by one
+    """Returns whether the result of a 16-bit GEMM is right. Each element may differ from the float32 reference by one
     rounding to bfloat16, 2^-7 of it, plus 2^-6 of the RMS for partial sums. A misplaced element differs by about the
     RMS."""
     slack = 2**-6 * torch.linalg.vector_norm(reference, dtype=torch.float64) / reference.numel() ** 0.5
@@ -214,7 +214,7 @@ def _captured(body: Callable[[], None]) -> Callable[[], None]:
 
 
 def wins(sparse_us: Sequence[float], dense_us: Sequence[float]) -> bool:
-    """Return whether sparse is faster by more than the noise: its upper quartile is below the lower one of dense."""
+    """Returns whether sparse is faster by more than the noise: its upper quartile is below the lower one of dense."""
     return statistics.quantiles(sparse_us, n=4)[2] < statistics.quantiles(dense_us, n=4)[0]
 
 
@@ -253,7 +253,7 @@ class Report:
         write_json(path, {"notes": self.notes, "rows": rows, "whole": self.layer})
 
     def pays(self) -> bool:
-        """Return whether a 2:4 layer was faster than a dense one. If no layer was timed, whether any GEMM was."""
+        """Returns whether a 2:4 layer was faster than a dense one. If no layer was timed, whether any GEMM was."""
         if self.layer:
             us = {way: median for way, (median, _, _) in self.layer["us"].items()}
             return us[self.layer["taken"]] < us["dense"]

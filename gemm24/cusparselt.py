@@ -26,7 +26,7 @@ import torch
 LIBRARY = "libcusparseLt.so.0"  # PyTorch's CUDA builds have loaded it already
 OLDEST = (0, 7)  # oldest supported version, major and minor
 STRUCT_BYTES = 2048  # enough for every opaque struct: 512 bytes in 0.8.0, 1024 in 0.7.1
-ALIGNMENT = 16  # of structs and matrices, in bytes
+ALIGNMENT = 16  # structs and matrices begin at multiples of this, in bytes
 CUDA_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 ORDER_COL, ORDER_ROW = 1, 2  # cusparseOrder_t
 NON_TRANSPOSE, TRANSPOSE = 0, 1  # cusparseOperation_t

@@ -127,7 +127,7 @@ class _SparseFFN(torch.autograd.Function):
 
 
 def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: nn.Module) -> bool:
-    """Return whether this call follows the plan: both layers are in their sparse phase, tokens and dtype match."""
+    """Returns whether this call follows the plan: both layers are in their sparse phase, tokens and dtype match."""
     if plan is None or not getattr(c_fc, "sparse", False) or not getattr(c_proj, "sparse", False):
         return False
     return x.numel() == plan.tokens * x.shape[-1] and _dtype(x) == plan.dtype

@@ -107,7 +107,7 @@ def activation_backward(z: torch.Tensor, da: torch.Tensor, activation: str) -> t
 
 
 def _fits_kernel(x: torch.Tensor, rows: int, tokens: int, order: str, token_major: bool, halves: int = 1) -> bool:
-    """Return whether a kernel can draw x and write it in this order."""
+    """Returns whether a kernel can draw x and write it in this order."""
     if x.dtype != torch.bfloat16 or order not in ("masked", *ORDERS):
         return False
     import kernels  # Triton is installed: `kernel` asks only where the kernels are on

@@ -1,1 +1,1 @@
-"""What keeps a run alive and shows it: set-up, ranks, checkpoints, data loading, metrics, health, plots."""
+"""A run from its set-up to its plots: ranks, checkpoints, data loading, metrics, health."""

@@ -161,7 +161,7 @@ def announce(s: SimpleNamespace, model, path: Path | None, start: dict, ranks: R
     print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {s.max_iters:,} steps")
     if layers := sparse_linears(model):
         share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
-        first = "its optimizer ends that" if start["sparse_start"] is None else f"iteration {start['sparse_start']}"
+        first = "its optimizer decides" if start["sparse_start"] is None else f"iteration {start['sparse_start']}"
         dense = [f"dense until {first}"] if start["sparse_start"] != 0 else []
         dense += [f"dense from iteration {s.dense_start}"] if s.dense_start < s.max_iters else []
         print(

@@ -265,7 +265,7 @@ def open_folder(s, path: Path | None, lock, report, ranks: Ranks, device: torch.
     folder = Path(s.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     sign(lock or resources.enter_context(hold(folder)))
-    for leftover in (*folder.glob("ckpt*.tmp"), *folder.glob("*.json*.*.tmp")):  # of a kill in the middle of a write
+    for leftover in (*folder.glob("ckpt*.tmp"), *folder.glob("*.json*.*.tmp")):  # left by a kill
         leftover.unlink()
     if path is None:
         checkpoint.clear(folder)

@@ -10,7 +10,9 @@ script does anything else: `globals().update(configure_or_exit(globals(), sys.ar
 """
 
 import ast
+import contextlib
 import difflib
+import errno
 import json
 import operator
 import os
@@ -19,6 +21,7 @@ import sys
 import tokenize
 import traceback
 import typing
+import warnings
 
 NoneType = type(None)
 NEEDS = {bool: "True or False", int: "an int", float: "a float", str: "a string", NoneType: "None"}
@@ -253,17 +256,35 @@ def read_comments(path, kinds):
 
 
 # ---- small files of a run: its settings and measurements -------------------------------------------------------------
+def sync(file_descriptor):
+    """fsync. On a file system that cannot do it for this kind of file, warn once and go on. Raises OSError otherwise."""
+    try:
+        os.fsync(file_descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+        text = f"fsync is not supported here ({error}); a power failure may lose the newest files"
+        warnings.warn(text, stacklevel=2)
+
+
+def open_new(path):
+    """Open a new file for writing bytes. A file of that name is deleted, and a symbolic link is not followed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return open(path, "xb")
+
+
 def write_small_file(path, text):
     """Write a text file atomically: a kill or a full disk leaves the earlier file. Raises OSError."""
     temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same file
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
+        with open_new(temporary) as file:
+            file.write(text.encode())
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
+        if os.path.lexists(temporary):
             os.unlink(temporary)
 
 

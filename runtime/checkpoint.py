@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from configurator import open_new, sync
+
 NAME, PREVIOUS = "ckpt.pt", "ckpt_prev.pt"
 KEYS = {
     "model",  # state_dict: weights, mask indices, phase
@@ -67,9 +69,10 @@ def _link(path: Path, name: Path) -> bool:
 
 def _copy(path: Path, name: Path) -> None:
     """Make `name` a copy of `path`, atomically."""
-    shutil.copyfile(path, _temporary(name))
-    with open(_temporary(name), "rb+") as file:
-        os.fsync(file.fileno())
+    with open(path, "rb") as source, open_new(_temporary(name)) as file:
+        shutil.copyfileobj(source, file)
+        file.flush()
+        sync(file.fileno())
     os.replace(_temporary(name), name)
 
 
@@ -103,10 +106,10 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
     numbering = name == NAME and (keep_last > 2 or keep_every > 0)
     keep_number = numbering and bool(_numbers_to_keep({iter_num}, iter_num, keep_last, keep_every))
     try:
-        with open(_temporary(path), "wb") as file:
+        with open_new(_temporary(path)) as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if keep_number and not _link(_temporary(path), numbered):
             _copy(_temporary(path), numbered)
         if name == NAME and path.exists() and not _link(path, path.with_name(PREVIOUS)):
@@ -114,7 +117,7 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
         os.replace(_temporary(path), path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # makes the new names durable
+            sync(folder)  # makes the new names durable
         finally:
             os.close(folder)
         if numbering:

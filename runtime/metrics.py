@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from configurator import write_small_file
+from configurator import sync, write_small_file
 
 COLUMNS = {  # the columns of metrics.jsonl and their formats on the console; "" = not shown there
     "iter": "", "phase": "", "train_loss": "loss {:.4f}", "val_loss": "val {:.4f}", "val_loss_24": "",
@@ -89,7 +89,7 @@ class Log:
         """Flush the rows to disk. Call it before saving a checkpoint: all rows before it must survive with it."""
         if self.file:
             self.file.flush()
-            os.fsync(self.file.fileno())
+            sync(self.file.fileno())
 
     def close(self, row: dict, stopping: bool, best_val_loss: float) -> None:
         """Print how the run ended. row: the last one."""

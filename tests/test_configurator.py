@@ -1,5 +1,6 @@
 """configurator: what is accepted, what is refused and in which words, precedence, isolation, help."""
 
+import errno
 import json
 import math
 import os
@@ -297,3 +298,25 @@ def test_a_small_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch)
                 configurator.write_small_file(path, "third")
         assert path.read_text() == "second"
         assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_without_fsync_costs_a_warning_and_a_broken_disk_an_error(tmp_path, monkeypatch, number):
+    def fail(file):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    ends = pytest.raises(OSError, match="refused") if number == errno.EIO else pytest.warns(match="fsync is not supp")
+    with ends:
+        configurator.write_small_file(tmp_path / "file", "text")
+    assert (tmp_path / "file").exists() == (number != errno.EIO)
+
+
+def test_a_temporary_file_does_not_follow_a_symbolic_link(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "config.json"
+    victim.write_text("precious")
+    for target in (victim, tmp_path / "nothing"):
+        (tmp_path / f"config.json.{os.getpid()}.tmp").symlink_to(target)
+        configurator.write_small_file(path, "text")
+    assert (victim.read_text(), path.read_text(), path.is_symlink()) == ("precious", "text", False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "victim"]

@@ -113,6 +113,28 @@ def test_bytes_are_on_disk_before_a_name_points_at_them(tmp_path, monkeypatch):
     ]
 
 
+def test_a_folder_that_cannot_be_synced_costs_a_warning(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def only_files(number):
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError(errno.EINVAL, "Invalid argument")  # vboxsf, CIFS, gocryptfs
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    with pytest.warns(match="fsync is not supported here"):
+        save(tmp_path, small_state(1))
+    assert iteration(tmp_path) == 1
+
+
+def test_a_save_does_not_follow_a_symbolic_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "ckpt.pt.tmp").symlink_to(victim)
+    save(tmp_path, small_state(1))
+    assert (victim.read_text(), names(tmp_path)) == ("precious", ["ckpt.pt", "victim"])
+
+
 @pytest.mark.parametrize(
     ("module", "name", "error"),
     [
@@ -194,10 +216,10 @@ def test_without_hard_links_a_numbered_checkpoint_is_copied(tmp_path, monkeypatc
     for error, expected in ((KeyboardInterrupt(), KeyboardInterrupt), (FULL, CheckpointError)):  # a kill; a full disk
 
         def fail(source, target, error=error):
-            target.write_bytes(source.read_bytes()[:100])
+            target.write(source.read()[:100])
             raise error
 
-        monkeypatch.setattr(shutil, "copyfile", fail)
+        monkeypatch.setattr(shutil, "copyfileobj", fail)
         with pytest.raises(expected):
             save(tmp_path, small_state(40), keep_every=20)
         assert not (tmp_path / "ckpt_00000040.pt").exists()

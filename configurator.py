@@ -257,7 +257,7 @@ def read_comments(path, kinds):
 
 # ---- small files of a run: its settings and measurements -------------------------------------------------------------
 def sync(file_descriptor):
-    """fsync. On a file system that cannot do it for this kind of file, warn once and go on. Raises OSError otherwise."""
+    """fsync. If the file system cannot do it for this kind of file, warn and go on. Raises OSError for other errors."""
     try:
         os.fsync(file_descriptor)
     except OSError as error:

@@ -64,9 +64,7 @@ class Ranks:
 
     def agree(self, facts: dict | None, error: Exception | None = None) -> None:
         """Raise on all ranks if their `facts` differ or if one has an `error`. That rank raises it, others RanksDiffer.
-
-        Call it before any other communication, because ranks that differ may call other collectives.
-        """
+        Call it before any other communication, in which ranks that differ may wait for each other."""
         everyone = [{"error": str(error)} if error else facts] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(everyone, everyone[self.rank], group=self.control)
@@ -137,10 +135,8 @@ def fingerprint(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def _hash_of_bits(tensors: list[torch.Tensor]) -> int:
-    """The sum of all elements, read as integers, times a random odd factor for each row and each column of each tensor.
-
-    So it depends on the order of tensors, rows and columns. It changes with any one bit. The sum wraps around.
-    """
+    """The sum of all elements, read as integers, times random odd factors of their row and column. It wraps around.
+    So it depends on the order of tensors, rows and columns, and changes with any one bit."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     generator, sums = torch.Generator().manual_seed(0), []
     for t in tensors:

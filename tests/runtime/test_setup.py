@@ -169,6 +169,17 @@ def test_a_dataset_that_was_moved_or_prepared_again_is_the_same(run, stopped, ot
     assert run_differences(stopped, reference[0]) == []
 
 
+def test_a_checkpoint_of_an_earlier_release_has_no_data_and_no_starts(run, stopped):
+    state = read_state(stopped)
+    torch.save({key: value for key, value in state.items() if key not in ("data", "starts")}, stopped / "ckpt.pt")
+    text = run(stopped, max_iters=11, dense_start=9)
+    assert "checksum" not in text
+    assert "changed since the last start" not in text
+    after = read_state(stopped)
+    assert after["data"] == state["data"]
+    assert [start["iter_num"] for start in after["starts"]] == [10]
+
+
 def test_the_best_loss_on_other_validation_tokens_is_forgotten(run, stopped, other_data):
     state = read_state(stopped)
     torch.save({**state, "best_val_loss": 0.0}, stopped / "ckpt.pt")

@@ -14,7 +14,7 @@ import sparse24
 from configurator import configure_or_exit, without_removed
 from model import GPT, GPTConfig
 from runtime import checkpoint
-from runtime.loader import DATA_FOLDER, load_meta, load_tokenizer
+from runtime.loader import DATA_FOLDER, load_meta, load_tokenizer, vocabulary_changes
 
 # ---- settings ----
 out_dir = "out"  # folder of the run
@@ -32,7 +32,7 @@ dtype = "auto"  # auto (bfloat16 on GPUs that support it, else float32), float32
 
 
 def load_model() -> tuple[GPT, dict]:
-    """The model, on the CPU, and the meta.json of its dataset."""
+    """The model, on the CPU, and the vocabulary of its dataset: its meta.json, or what the checkpoint stored of it."""
     if init_from != "resume":
         return GPT.from_pretrained(init_from), {"tokenizer": "gpt2", "vocab_size": 50257}
     path = Path(out_dir) / ckpt
@@ -40,7 +40,14 @@ def load_model() -> tuple[GPT, dict]:
     config, model_args = (without_removed(state[key], path) for key in ("config", "model_args"))
     model = GPT(GPTConfig(**model_args), sparse24.recipe_of(config))
     model.load_state_dict(state["model"])
-    meta = load_meta(DATA_FOLDER / config["dataset"])
+    folder = DATA_FOLDER / config["dataset"]
+    meta = state.get("data") or load_meta(folder)  # checkpoints of earlier releases have no `data`
+    try:
+        changes = vocabulary_changes(meta, load_meta(folder)) if (folder / "train.bin").exists() else []
+    except (ValueError, OSError) as error:
+        changes = [str(error)]
+    if changes:
+        print(f"{folder} has changed since the run ({', '.join(changes)}): using the checkpoint's vocabulary")
     if meta["vocab_size"] > model.config.vocab_size:
         sizes = f"now has {meta['vocab_size']} tokens, but the checkpoint has {model.config.vocab_size}"
         raise ValueError(f"dataset {config['dataset']} {sizes}; prepare the dataset that the run was trained on")

@@ -47,6 +47,7 @@ wandb_project = "nano24"
 wandb_run_name = "gpt2"
 # ---- data ----
 dataset = "openwebtext"  # folder under data/ (or a path) with train.bin, val.bin and meta.json
+allow_other_data = False  # resume although the dataset has other tokens than the checkpoint's
 sampling = "random"  # random (windows anywhere, as in nanoGPT) or epoch (each window once an epoch)
 gradient_accumulation_steps = 40  # micro-batches per step, summed over all ranks
 batch_size = 12  # sequences per micro-batch

@@ -37,6 +37,9 @@ KEYS = {
     "skipped",  # [number of steps skipped because of a gradient that is not finite, the last ones in a row]
     "patterns_hash",  # hash of sparse24.PATTERNS, into which mask indices point
 }
+# Checkpoints of earlier releases lack two more keys:
+# data    of the dataset: tokenizer, vocab_size, chars, train_tokens, train_checksum, val_tokens, val_checksum
+# starts  for each start of the run that led to this checkpoint: {iter_num, and what ranks.environment returns}
 
 
 class CheckpointError(RuntimeError):

@@ -130,10 +130,12 @@ class Writer:
 class Saver:
     """Saves every checkpoint_interval steps, at changes of phase, at evaluations, at a stop and at the end."""
 
-    def __init__(self, s, writer: Writer, ranks, phase, guard, log, parts: dict, first_iter: int, best_val_loss: float):
-        """s: train.py's settings. parts: the model, optimizer and scaler by their names in the checkpoint."""
+    def __init__(self, s, writer: Writer, ranks, phase, guard, log, parts: dict, about: dict, start: dict):
+        """s: train.py's settings. parts: the model, optimizer and scaler by their names in the checkpoint.
+        about: `data` and `starts` of the checkpoint. start: the state in which the run starts."""
         self.s, self.writer, self.ranks, self.phase, self.guard, self.log = s, writer, ranks, phase, guard, log
-        self.parts, self.first_iter, self.best_val_loss = parts, first_iter, best_val_loss
+        self.parts, self.about = parts, about
+        self.first_iter, self.best_val_loss = start["iter_num"], start["best_val_loss"]
 
     def save_if_due(self, row: dict, last: bool, stopping: bool) -> None:
         """Call it once per iteration, before the step. last: the run ends here. stopping: because of a signal."""
@@ -159,6 +161,7 @@ class Saver:
         self.log.sync()
         state = {
             **{name: part.state_dict() for name, part in self.parts.items()},
+            **self.about,
             "iter_num": iter_num,
             "best_val_loss": self.best_val_loss,
             "model_args": asdict(self.parts["model"].config),

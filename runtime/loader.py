@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,11 @@ class Tokens:
                 f"set a smaller block_size, or {self.remedy} from more text"
             )
         chunk = 2**20  # larger files than 134M tokens are only sampled here; `windows` checks every window
-        starts = range(0, len(self.data), max(chunk, len(self.data) // 128))
-        self._check(max(int(self.data[start : start + chunk].max()) for start in starts))
+        largest = self.checksum = 0  # the checksum tells other tokens from these after a restart and on other ranks
+        for start in range(0, len(self.data), max(chunk, len(self.data) // 128)):
+            part = self.data[start : start + chunk]
+            largest, self.checksum = max(largest, int(part.max())), zlib.crc32(part, self.checksum)
+        self._check(largest)
 
     def _check(self, largest: int) -> None:
         if largest >= self.vocab_size:
@@ -115,6 +119,21 @@ def load_meta(folder: Path) -> dict:
                 "prepare the dataset again"
             )
     return meta
+
+
+def describe(meta: dict, splits: list[Tokens]) -> dict:
+    """What a checkpoint stores of its dataset: the vocabulary, and the number and checksum of each split's tokens."""
+    data = {name: meta[name] for name in ("tokenizer", "vocab_size", "chars") if name in meta}
+    for split in splits:
+        data |= {f"{split.path.stem}_tokens": len(split.data), f"{split.path.stem}_checksum": f"{split.checksum:08x}"}
+    return data
+
+
+def vocabulary_changes(saved: dict, now: dict) -> list[str]:
+    """How the vocabulary of a dataset differs from the one that a checkpoint stored."""
+    changes = [f"{k}={now[k]} (there {saved[k]})" for k in ("tokenizer", "vocab_size") if now[k] != saved[k]]
+    chars = enumerate(zip(now.get("chars", ""), saved.get("chars", ""), strict=False))
+    return changes + [f"token {i} is {char!r} (there {before!r})" for i, (char, before) in chars if char != before][:1]
 
 
 def load_tokenizer(meta: dict):

@@ -1,6 +1,7 @@
 """The ranks of a run, the lock on its folder, the signals that stop it, and the machine it runs on."""
 
 import fcntl
+import hashlib
 import os
 import platform
 import signal
@@ -18,7 +19,7 @@ from sparse24 import kernel_status, sparse_linears
 
 
 class RanksDiffer(RuntimeError):
-    """Ranks that must hold the same numbers do not."""
+    """Ranks that must hold the same numbers, settings, data or code do not."""
 
 
 @dataclass
@@ -61,6 +62,17 @@ class Ranks:
             dist.broadcast_object_list(objects, src=0, group=self.control)
         return objects[0]
 
+    def agree(self, facts: dict | None, error: Exception | None = None) -> None:
+        """Raise on all ranks if their `facts` differ or if one has an `error`. That rank raises it, others RanksDiffer.
+        Call it before any other communication, in which ranks that differ may wait for each other."""
+        everyone = [{"error": str(error)} if error else facts] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, everyone[self.rank], group=self.control)
+        message = disagreement(everyone)
+        if message:
+            self.leave()
+            raise error or RanksDiffer(message)
+
     def leave(self) -> None:
         """Wait for the other ranks and leave the process group.
 
@@ -75,7 +87,7 @@ class Ranks:
     def check_equal(self, model: torch.nn.Module) -> None:
         """Raise RanksDiffer unless all holders of a shard have the same weights, and all ranks the same masks.
 
-        Compares the sums of their bits, and names the ranks that are in the minority.
+        Compares a hash of their bits, and names the ranks that are in the minority.
         """
         if self.world_size == 1:
             return
@@ -91,23 +103,49 @@ class Ranks:
             )
 
 
+def disagreement(everyone: list[dict]) -> str:
+    """Name the first rank that has an "error" or other facts than rank 0; "" if there is none."""
+    for rank, facts in enumerate(everyone):
+        if "error" in facts:
+            return f"rank {rank} cannot start: {facts['error']}"
+        pairs = [(name, facts.get(name), there) for name, there in everyone[0].items()]
+        differing = [f"{name}={here!r:.200} (on rank 0 {there!r:.200})" for name, here, there in pairs if here != there]
+        if differing:
+            return f"rank {rank} has {', '.join(differing)}; start all ranks alike, with one shared out_dir"
+    return ""
+
+
+def source_hash() -> str:
+    """A hash of the source files of a run."""
+    root = Path(__file__).resolve().parents[1]
+    files = [path for name in (".", "gemm24", "methods", "runtime") for path in sorted((root / name).glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
 def fingerprint(model: torch.nn.Module) -> tuple[int, int]:
-    """(sum of the bits of this rank's weights, sum of the bits of the sparse layers' buffers). Waits for the GPU.
+    """(hash of this rank's weights, hash of the sparse layers' buffers). Waits for the GPU.
 
     Non-persistent buffers are left out: `seed` differs between ranks, and packed operands are copies of the weights.
     """
-    weights = _sum_of_bits([sparse24.local(p.detach()) for p in model.parameters()])
+    weights = _hash_of_bits([sparse24.local(p.detach()) for p in model.parameters()])
     buffers = []
     for layer in sparse_linears(model):
-        # Every permutation has the same sum, but Bi-Mask's index_t depends on the permutation.
         buffers += [b for name, b in layer.named_buffers() if name not in layer._non_persistent_buffers_set]
-    return weights, _sum_of_bits(buffers)
+    return weights, _hash_of_bits(buffers)
 
 
-def _sum_of_bits(tensors: list[torch.Tensor]) -> int:
-    """The sum of the tensors' bits, read as integers. The sum wraps around."""
+def _hash_of_bits(tensors: list[torch.Tensor]) -> int:
+    """The sum of all elements, read as integers, times random odd factors of their row and column. It wraps around.
+    So it depends on the order of tensors, rows and columns, and changes with any one bit."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [t.view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    generator, sums = torch.Generator().manual_seed(0), []
+    for t in tensors:
+        bits = t.view(integers[t.element_size()])
+        bits = bits.flatten(1) if bits.dim() > 1 else bits.reshape(1, -1)
+        factors = [torch.randint(2**62, (size,), generator=generator) * 2 + 1 for size in bits.shape]
+        rows, columns = (factor.to(bits.device) for factor in factors)
+        step = max(1, 2**20 // max(1, len(columns)))  # the products are int64, so a large matrix is read in parts
+        sums.append((torch.cat([(part * columns).sum(1) for part in bits.split(step)]) * rows).sum())
     return int(torch.stack(sums).sum()) if sums else 0
 
 
@@ -201,5 +239,5 @@ def environment(device: torch.device, world_size: int) -> dict:
         triton = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     machine = {"device_name": name, "kernels": kernel_status(device), "world_size": world_size}
-    software = {"commit": commit, "torch": torch.__version__, "triton": triton}
+    software = {"commit": commit, "torch": str(torch.__version__), "triton": triton}
     return software | machine | {"threads": torch.get_num_threads()}

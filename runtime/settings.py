@@ -4,6 +4,7 @@ Nothing is written here. `s` is a namespace of all of train.py's settings.
 """
 
 import importlib.util
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import sparse24
 from configurator import without_removed
 from gemm24 import choose
 from runtime import checkpoint
+from runtime.loader import vocabulary_changes
 from runtime.ranks import Ranks
 from sparse24 import Recipe, kernel_status, sparse_linears
 
@@ -126,8 +128,9 @@ def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
     return None
 
 
-def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
-    """Raise ValueError if settings and checkpoint differ in the model or in the dense end. Drops removed settings."""
+def check_resume(s: SimpleNamespace, state: dict, path: Path, data: dict) -> None:
+    """Raise ValueError if the run differs from the checkpoint in the model, the data or the dense end. Drops removed
+    settings."""
     for key in ("config", "model_args"):
         state[key] = without_removed(state[key], path)
     saved = state["config"]
@@ -138,6 +141,7 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
             f"resume: {path} holds a model with other settings: {', '.join(differing)}; "
             "use its settings, or another out_dir"
         )
+    check_data(s, state, path, data)
     if s.dense_start < 0 and planned_dense_start(s) != state["dense_start"]:
         if state["dense_start"] == saved["max_iters"] and planned_dense_start(s) == s.max_iters:
             state["dense_start"] = s.max_iters  # a run without a dense end is extended
@@ -148,8 +152,30 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path) -> None:
         )
 
 
-def announce(s: SimpleNamespace, model, path: Path | None, start: dict, ranks: Ranks, report) -> None:
-    """Print what is about to run. start: the checkpoint's state, or a new run's. report: on the 2:4 GEMMs, or None."""
+def check_data(s: SimpleNamespace, state: dict, path: Path, data: dict) -> None:
+    """Raise ValueError if the checkpoint was trained on another vocabulary, or on other tokens that are not allowed."""
+    size, model_size = data["vocab_size"], state["model_args"]["vocab_size"]
+    fits = model_size - size in range(64 if size >= 1024 else 1)  # build_model pads large vocabularies
+    saved = state.get("data") or {**data, "vocab_size": size if fits else model_size}  # of an earlier release
+    vocabulary, tokens = vocabulary_changes(saved, data), changes(saved, data)
+    if vocabulary or (tokens and not (s.allow_other_data or s.eval_only)):
+        remedy = "" if vocabulary else ", --allow_other_data=True to continue on these tokens"
+        raise ValueError(
+            f"resume: {path} was trained on other data than those of dataset={s.dataset}: "
+            f"{', '.join(vocabulary or tokens)}; use the model's own dataset{remedy}, or another out_dir"
+        )
+    if any(saved[name] != data[name] for name in ("val_tokens", "val_checksum")):
+        state["best_val_loss"] = math.inf  # a loss on other tokens does not compare
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """["name before -> now"] of the values that differ."""
+    return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+
+
+def announce(s: SimpleNamespace, model, path: Path | None, start: dict, about: dict, ranks: Ranks, report) -> None:
+    """Print what is about to run. start: the checkpoint's state, or a new run's. about: the `data` and `starts` that
+    the next checkpoint will have. report: on the 2:4 GEMMs, or None."""
     parallel = f" by {s.parallel}" if ranks.world_size > 1 else " alone" if s.parallel == "fsdp" else ""
     origin = f"init {'scratch' if s.init_from == 'auto' else s.init_from}"
     origin = f"resuming {path} at iteration {start['iter_num']}" if path else origin
@@ -179,6 +205,9 @@ def announce(s: SimpleNamespace, model, path: Path | None, start: dict, ranks: R
         reason = reason if report.rows else "no 2:4 GEMM can be used, for the reasons above"
         print(f"{reason}: --sparse=none trains at least as fast here")
     saved = start.get("config", vars(s))
-    changed = [f"{name} {saved.get(name)} -> {value}" for name, value in vars(s).items() if saved.get(name) != value]
+    changed = changes(saved, vars(s)) + changes(start.get("data") or about["data"], about["data"])
     if changed:
         print(f"changed since the checkpoint: {', '.join(changed)}")
+    last_start, this_start = (start.get("starts") or about["starts"])[-1], about["starts"][-1]
+    if changed := changes({**last_start, "iter_num": start["iter_num"]}, this_start):
+        print(f"changed since the last start: {', '.join(changed)}")

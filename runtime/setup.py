@@ -26,9 +26,9 @@ from runtime import checkpoint, settings
 from runtime.checkpoint_writer import Saver, Writer
 from runtime.fsdp import shard_like, shard_model
 from runtime.health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
-from runtime.loader import DATA_FOLDER, DataLost, Tokens, load_meta
+from runtime.loader import DATA_FOLDER, DataLost, Tokens, describe, load_meta
 from runtime.metrics import Log, read_metrics
-from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, sign, start_ranks
+from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, sign, source_hash, start_ranks
 from runtime.settings import DTYPES, check_resume, find_start, planned_dense_start
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW, Recipe, is_dtensor, sparse_linears
 
@@ -120,29 +120,22 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     the command line. resources: closes the files that the run opens. Raises one of ERRORS, or ValueError or ImportError
     for a mistake of the user; then nothing has been written.
     """
-    # the settings and the ranks
+    # the settings, the data, and the checkpoint to resume from, on which all ranks must agree
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
-    recipe = settings.resolve_settings(s, overrides)
     ranks = start_ranks(s.device)
-    if s.gradient_accumulation_steps < ranks.world_size:
-        raise ValueError(
-            f"gradient_accumulation_steps={s.gradient_accumulation_steps}, need at least the number of ranks, "
-            f"{ranks.world_size}; raise it, and lower batch_size to keep the tokens per step"
-        )
-    device = settings.pick_device(s, ranks)
-
-    # the data, and the checkpoint to resume from
-    vocab_size = load_meta(DATA_FOLDER / s.dataset)["vocab_size"]
-    data = [Tokens(DATA_FOLDER / s.dataset, split, s.block_size, vocab_size) for split in ("train", "val")]
-    path, state, lock = load_start(s, ranks, resources)
-    s.dense_start = state["dense_start"] if state and s.dense_start < 0 else planned_dense_start(s)
+    facts = error = None
+    try:
+        facts, inputs = load_inputs(s, overrides, ranks, resources)
+    except (*ERRORS, ValueError, ImportError) as mistake:
+        error = mistake
+    ranks.agree(facts, error)
     script.update(vars(s))
+    recipe, device, data, splits, path, state, lock, reference = inputs
     start = state or fresh_state(s, recipe)
 
     # the model, its GEMMs, and the optimizer
-    model, report = place_model(s, state, recipe, vocab_size, ranks, device)
+    model, report = place_model(s, state, recipe, data["vocab_size"], ranks, device)
     optimizer = build_optimizer(s, model, recipe, state)
-    reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
     # All settings are checked now.
     if state and start["iter_num"] >= s.max_iters and not s.eval_only:
         if ranks.master:
@@ -163,8 +156,10 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     peak = peak_flops(device)
     log = Log(s, model, ranks, peak and peak * ranks.world_size, start["elapsed_s"])
     watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, reference)
+    this_start = {"iter_num": start["iter_num"], **environment(device, ranks.world_size)}
+    about = {"data": data, "starts": [*start.get("starts", ()), this_start]}
     if ranks.master and not s.eval_only:
-        open_folder(s, path, lock, report, ranks, device, resources)
+        open_folder(s, path, lock, report, about["starts"], resources)
         log.open(start["iter_num"])
         if state:
             watch.replay(read_metrics(s.out_dir))
@@ -174,38 +169,43 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     writer = Writer(s.out_dir, keep_last=s.keep_last, keep_every=s.keep_every, ranks=ranks)
     guard = StepGuard(s, ranks, writer, *start["skipped"])
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    saver = Saver(s, writer, ranks, phase, guard, log, parts, start["iter_num"], start["best_val_loss"])
+    saver = Saver(s, writer, ranks, phase, guard, log, parts, about, start)
     if ranks.master:
-        settings.announce(s, model, path, start, ranks, report)
+        settings.announce(s, model, path, start, about, ranks, report)
     return Training(
-        settings=s, ranks=ranks, device=device, train_data=data[0], val_data=data[1],
+        settings=s, ranks=ranks, device=device, train_data=splits[0], val_data=splits[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
         linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, static_grads=static_grads,
     )  # fmt: skip
 
 
-def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
-    """(path of the checkpoint to resume from or None, its state or None, the lock on out_dir or None)."""
-    folder, lock = Path(s.out_dir), None
-    if ranks.master and not s.eval_only and (folder / "run.lock").exists():
-        lock = resources.enter_context(hold(folder))  # before reading, because another run may be writing there
-    path = find_start(s, folder)
-    if ranks.decide(path) != path:
-        raise ValueError(f"out_dir={s.out_dir} differs between ranks; put it on a shared file system")
-    if path is None:
-        return None, None, lock
-    state = error = None
-    try:
-        state = checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
-    except checkpoint.CheckpointError as refused:
-        error = refused
-    if ranks.maximum(error is not None):  # else the other ranks would wait for this one
-        raise error or checkpoint.CheckpointError(f"{path} cannot be used on another rank; see its error")
-    version = state["iter_num"], state["elapsed_s"]
-    if ranks.decide(version) != version:
-        raise ValueError(f"{path} differs from the checkpoint on rank 0; put out_dir on a shared file system")
-    check_resume(s, state, path)
-    return path, state, lock
+def load_inputs(s, overrides: dict, ranks: Ranks, resources: contextlib.ExitStack) -> tuple[dict, tuple]:
+    """Check the settings, and load the data and the checkpoint. Returns (facts on which all ranks must agree, inputs).
+
+    Does not communicate, because ranks that were started with other settings would wait for each other.
+    """
+    recipe = settings.resolve_settings(s, overrides)
+    if s.gradient_accumulation_steps < ranks.world_size:
+        raise ValueError(
+            f"gradient_accumulation_steps={s.gradient_accumulation_steps}, need at least the number of ranks, "
+            f"{ranks.world_size}; raise it, and lower batch_size to keep the tokens per step"
+        )
+    device, folder = settings.pick_device(s, ranks), DATA_FOLDER / s.dataset
+    meta = load_meta(folder)
+    splits = [Tokens(folder, split, s.block_size, meta["vocab_size"]) for split in ("train", "val")]
+    data = describe(meta, splits)
+    out_dir, lock = Path(s.out_dir), None
+    if ranks.master and not s.eval_only and (out_dir / "run.lock").exists():
+        lock = resources.enter_context(hold(out_dir))  # before reading, because another run may be writing there
+    path = find_start(s, out_dir)
+    state = path and checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
+    if state:
+        check_resume(s, state, path, data)
+    s.dense_start = state["dense_start"] if state and s.dense_start < 0 else planned_dense_start(s)
+    reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
+    facts = vars(s) | data | {"source": source_hash(), "torch": str(torch.__version__)}
+    facts["checkpoint"] = state and (str(path), state["iter_num"], state["elapsed_s"])
+    return facts, (recipe, device, data, splits, path, state, lock, reference)
 
 
 def fresh_state(s, recipe: Recipe | None) -> dict:
@@ -260,7 +260,7 @@ def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
     return net, ddp
 
 
-def open_folder(s, path: Path | None, lock, report, ranks: Ranks, device: torch.device, resources) -> None:
+def open_folder(s, path: Path | None, lock, report, starts: list[dict], resources) -> None:
     """Lock out_dir, delete a run that is to be overwritten, and write config.json and spmm.json."""
     folder = Path(s.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def open_folder(s, path: Path | None, lock, report, ranks: Ranks, device: torch.
         checkpoint.clear(folder)
         for stale in ("metrics.jsonl", "spmm.json"):
             (folder / stale).unlink(missing_ok=True)
-    write_json(folder / "config.json", {**vars(s), "environment": environment(device, ranks.world_size)})
+    write_json(folder / "config.json", {**vars(s), "environment": starts[-1], "starts": starts})
     if report and report.rows:
         report.save(folder / "spmm.json")
 

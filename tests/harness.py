@@ -385,9 +385,9 @@ def differences(one, other) -> list[str]:
 
 
 def state_differences(one: dict, other: dict) -> list[str]:
-    """`differences` of two checkpoints, without the settings and times."""
-    clocks = ("config", "elapsed_s")
-    return differences(*({key: state[key] for key in state if key not in clocks} for state in (one, other)))
+    """`differences` of two checkpoints, without the settings, times and starts."""
+    ignored = ("config", "elapsed_s", "starts")
+    return differences(*({key: state[key] for key in state if key not in ignored} for state in (one, other)))
 
 
 def row_differences(one: list[dict], other: list[dict]) -> list[str]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,31 @@ def test_wrong_input_gives_one_clear_line(run, words, message):
     assert status != 0
     assert message in stderr
     assert "---" not in stdout
+
+
+@pytest.mark.parametrize("folder_now", ["gone", "not prepared", "as it was", "other", "damaged"])
+def test_the_checkpoints_own_vocabulary_is_used(run, folder_now):
+    folder, save, _ = run
+    save(data={"tokenizer": "char", "vocab_size": len(CHARS), "chars": CHARS, "train_tokens": 9, "train_checksum": "0"})
+    words = ("--start=abc", "--num_samples=1", "--temperature=0")
+    expected = run_sample(folder, *words)[1].split("\n", 1)[1]
+    path = folder / "data" / "meta.json"
+    (folder / "data" / "train.bin").touch()
+    if folder_now in ("gone", "not prepared"):
+        shutil.rmtree(folder / "data")
+    if folder_now == "not prepared":
+        (folder / "data").mkdir()
+    if folder_now == "other":
+        path.write_text(json.dumps({"tokenizer": "char", "vocab_size": len(CHARS), "chars": CHARS.upper()}))
+    if folder_now == "damaged":
+        path.write_text("{")
+    status, stdout, stderr = run_sample(folder, *words)
+    assert status == 0, stderr
+    assert stdout.endswith(expected)
+    named = {"other": "(token 1 is 'A' (there 'a')): using the checkpoint's", "damaged": "meta.json is damaged"}
+    assert ("has changed since the run" in stdout) == (folder_now in named)
+    assert named.get(folder_now, "") in stdout
+    assert "vocabulary has no 'ABC'" in run_sample(folder, "--start=ABC")[2]
 
 
 def test_dataset_with_more_tokens_than_the_model_is_refused(run):

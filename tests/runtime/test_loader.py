@@ -33,6 +33,26 @@ def test_each_epoch_has_every_window_once_in_another_order(tmp_path, count):
         assert any((split.epoch_starts(windows, e * windows, 4) != epochs[e]).any() for e in range(40))
 
 
+def test_the_checksum_depends_on_every_token_and_their_order(tmp_path):
+    checksums = set()
+    for change in (lambda a: a, lambda a: a[::-1], lambda a: np.append(a, 0), lambda a: np.append(a[:-1], 0)):
+        change(np.arange(50)).astype("<u2").tofile(tmp_path / "train.bin")
+        checksums |= {loader.Tokens(tmp_path, "train", 8, 50).checksum for _ in range(2)}
+    assert len(checksums) == 4
+
+
+def test_a_large_file_is_sampled(tmp_path):
+    """Of a file of 200 * 2**20 tokens, 2**20 are read in each stretch of 200 / 128 * 2**20."""
+    path, seen = tmp_path / "train.bin", []
+    for place in (None, 2**20 + 5, 200 * 2**20 // 128 + 5):
+        with open(path, "wb") as file:  # sparse: it needs no space
+            file.truncate(400 * 2**20)
+            file.seek(2 * (place or 0))
+            file.write(b"\1" if place else b"")
+        seen.append(loader.Tokens(tmp_path, "train", 8, 50).checksum)
+    assert [seen[0] == checksum for checksum in seen] == [True, True, False]
+
+
 def test_the_start_of_a_window_depends_only_on_its_number(tmp_path):
     split = tokens(tmp_path, 100)
     starts = split.epoch_starts(60, 0, 7)

@@ -3,17 +3,33 @@
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from harness import ROOT, SETTINGS, differences, launch, pristine_train, read_rows, read_state, run_here
+from harness import (
+    ROOT,
+    SETTINGS,
+    Crew,
+    _run_as_rank,
+    differences,
+    free_port,
+    launch,
+    pristine_train,
+    read_rows,
+    read_state,
+    run_here,
+)
 
+import train
+from configurator import setting_names
 from model import GPT, GPTConfig
 from runtime import setup
-from runtime.ranks import Ranks, StopSignal, outvoted
+from runtime.ranks import Ranks, StopSignal, _hash_of_bits, disagreement, fingerprint, outvoted, source_hash
 from sparse24 import sparse_linears
 
 STEPS = 6
@@ -132,6 +148,37 @@ def test_a_rank_with_another_weight_ends_the_run_before_the_next_save(data, tmp_
     assert read_state(tmp_path / "out")["iter_num"] == 4
 
 
+@pytest.mark.parametrize("name", ["fst", "bi_mask"])
+def test_the_fingerprint_depends_on_the_order_of_rows_columns_and_layers(name):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=2, n_head=2, n_embd=8, bias=True, sparse=name))
+    one, two = (block.mlp.c_fc for block in model.transformer.h)
+    if name == "bi_mask":  # every permutation has the same sum
+        one.permutation.copy_(torch.arange(len(one.permutation)).flip(0))
+    pairs = [(one.weight[0], one.weight[1]), (one.weight[0, :1], one.weight[0, 1:2]), (one.weight, two.weight)]
+    pairs += [(one.index, two.index), (one.index[0], one.index[1]), (one.index[0, :1], one.index[0, 1:2])]
+    pairs += [(a, b) for (key, a), b in zip(one.named_buffers(), two.buffers(), strict=True) if key == "permutation"]
+    with torch.no_grad():
+        one.index.copy_(torch.randperm(one.index.numel()).view_as(one.index))
+        before = fingerprint(model)
+        assert fingerprint(model) == before
+        for a, b in pairs:
+            assert not torch.equal(a, b)
+            for swapped in (True, False):
+                a_before = a.clone()
+                a.copy_(b)
+                b.copy_(a_before)
+                assert (fingerprint(model) != before) == swapped
+
+
+def test_a_large_matrix_is_hashed_in_parts_and_empty_shards_and_scalars_too(monkeypatch):
+    big = torch.arange(3 * 2**20).view(3, 2**20)
+    rows = [_hash_of_bits([big[[i, j, k]]]) for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0))]
+    assert len({*rows}) == 4
+    assert _hash_of_bits([]) == _hash_of_bits([torch.empty(0, 4), torch.empty(0)]) == 0
+    assert _hash_of_bits([torch.tensor(2.0)]) != _hash_of_bits([torch.tensor(3.0)])
+
+
 @pytest.mark.parametrize(
     ("name", "buffers"),
     [("fst", {"index"}), ("bi_mask", {"index", "permutation", "index_t"}), ("s_ste", {"index", "beta"}), ("ste", None)],
@@ -169,13 +216,97 @@ def test_check_equal_sees_one_bit_of_any_weight_or_buffer(monkeypatch, name, buf
     ranks.check_equal(model)
 
 
-def test_fewer_micro_batches_than_ranks_are_refused(data, tmp_path, monkeypatch):
-    with pristine_train():
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """two_ranks(change): train.py takes itself for rank 1 of 2, whose rank 0 has the same facts after `change`."""
+
+    def two_ranks(change):
+        def gather(everyone, facts, group):
+            everyone[:] = [change(facts), facts]
+
         monkeypatch.setattr(setup, "start_ranks", lambda device: Ranks(1, 1, 2))
-        done = run_here(tmp_path / "out", {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": data})
-    assert done.returncode == 1
-    assert "gradient_accumulation_steps=1, need at least the number of ranks, 2" in done.stderr
-    assert not (tmp_path / "out").exists()
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+    return two_ranks
+
+
+def test_fewer_micro_batches_than_ranks_are_refused(refused, two_ranks, tmp_path):
+    two_ranks(lambda facts: facts)
+    said = refused(tmp_path / "out", gradient_accumulation_steps=1)
+    assert "gradient_accumulation_steps=1, need at least the number of ranks, 2" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        *[
+            ({key: 7}, rf"{key}=.* \(on rank 0 7\)")
+            for key in ("seed", "max_iters", "out_dir", "compile", "allow_other_data")
+        ],
+        ({"val_checksum": "0badf00d"}, r"val_checksum='\w{8}' \(on rank 0 '0badf00d'\)"),
+        ({"chars": "xyz"}, r"chars=' !.*' \(on rank 0 'xyz'\)"),
+        ({"source": "1234"}, r"source='\w{12}' \(on rank 0 '1234'\)"),
+        ({"torch": "1.0"}, r"torch='2.*' \(on rank 0 '1.0'\)"),
+        ({"checkpoint": None}, r"checkpoint=\('.*ckpt.pt', 10, [\d.]+\) \(on rank 0 None\)"),
+        ({"error": "no disk"}, "rank 0 cannot start: no disk"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_rank_that_was_started_differently_is_named(refused, two_ranks, stopped, change, named):
+    two_ranks(lambda facts: facts.keys() >= {*setting_names(vars(train))} and facts | change)
+    assert re.search(named, refused(stopped))
+
+
+@pytest.mark.parametrize(
+    ("everyone", "message"),
+    [
+        ([{"seed": 1}] * 3, ""),
+        ([{"seed": 1}, {"seed": 1}, {"seed": 2}], r"rank 2 has seed=2 \(on rank 0 1\); start all ranks alike"),
+        ([{"seed": 1, "t": "a"}, {"seed": 2, "t": "b"}], r"rank 1 has seed=2 .on rank 0 1., t='b' .on rank 0 'a'.;"),
+        ([{"seed": 1}, {"error": "no disk"}, {"seed": 2}], "^rank 1 cannot start: no disk$"),
+        ([{"error": "no disk"}, {"seed": 1}], "^rank 0 cannot start: no disk$"),
+    ],
+)
+def test_the_first_rank_that_differs_is_named(everyone, message):
+    found = disagreement(everyone)
+    assert re.search(message, found)
+    assert bool(message) == bool(found)
+
+
+def test_the_hash_of_the_source_depends_on_every_file_of_a_run(monkeypatch, tmp_path):
+    seen = {source_hash()}
+    monkeypatch.setattr(sys.modules[source_hash.__module__], "__file__", str(tmp_path / "runtime" / "ranks.py"))
+    for name in ("train.py", "gemm24/plan.py", "methods/mine.py", "runtime/ranks.py", "train.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with open(tmp_path / name, "a") as file:
+            file.write("pass\n")
+        seen.add(source_hash())
+    assert len(seen) == 6
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_all_end_with_one_line(data, tmp_path):
+    """Real ranks, which would hang or train together."""
+    other = shutil.copytree(data, tmp_path / "other")
+    tokens = np.fromfile(other / "val.bin", dtype="<u2")
+    tokens[::-1].tofile(other / "val.bin")
+    differing = {
+        "max_iters": 8, "eval_interval": 3, "checkpoint_interval": 3, "gradient_accumulation_steps": 1, "seed": 2,
+        "parallel": "fsdp", "out_dir": tmp_path / "elsewhere", "init_from": "resume", "eval_only": True,
+        "compile": True, "dataset": other, "block_size": 16, "sparse": "none", "n_head": 5, "learning_rate": -1.0,
+    }  # fmt: skip
+    with Crew(2) as crew:
+        for name, value in differing.items():
+            settings = {**SETTINGS, "dataset": data, "max_iters": 4, "out_dir": tmp_path / "out"}
+            port, both = free_port(), (settings, {**settings, name: value})
+            work = [(rank, 2, port, of_rank.pop("out_dir"), of_rank, None) for rank, of_rank in enumerate(both)]
+            for rank, done in crew.pool.map_async(_run_as_rank, work, chunksize=1).get(timeout=60):
+                assert done.returncode == 1
+                assert re.fullmatch(r"train\.py: error: [^\n]+\n", done.stderr), (rank, done.stderr)
+                assert name in done.stderr or (name, rank) == ("n_head", 0)
+            assert [path.name for path in tmp_path.iterdir()] == ["other"]
+        done = crew.run(tmp_path / "out", {**SETTINGS, "dataset": data, "max_iters": 1})
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_world_of_one_agrees_with_itself():

@@ -1,5 +1,6 @@
 """runtime/settings.py: the values of recipes and "auto", and refusals in one line."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from harness import SETTINGS, all_settings, make_dataset, read_state, run_differ
 
 import train
 from configurator import setting_names
-from runtime.settings import planned_dense_start, resolve_settings
+from runtime.settings import check_data, planned_dense_start, resolve_settings
 from sparse24 import RECIPES, get_recipe
 
 
@@ -192,14 +193,43 @@ def test_what_does_not_fit_a_run_that_is_there_is_refused(refused, stopped, chan
     assert re.search(message, refused(stopped, **changes))
 
 
-def test_metrics_alone_and_another_vocabulary_are_refused(refused, stopped, tmp_path):
-    other = make_dataset(tmp_path / "other")
-    meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | {"vocab_size": meta["vocab_size"] + 1}))
-    assert "use the model's own dataset" in refused(stopped, dataset=other)
+def test_metrics_alone_are_refused(refused, stopped):
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         (stopped / name).unlink()
     assert "already holds a run" in refused(stopped, init_from="scratch")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda meta: {"vocab_size": meta["vocab_size"] + 1}, r"vocab_size=25 \(there 24\)"),
+        (lambda meta: {"tokenizer": "gpt2"}, r"tokenizer=gpt2 \(there char\)"),
+        (lambda meta: {"chars": meta["chars"].replace("6", "X")}, r"token 6 is 'X' \(there '6'\)"),
+        (lambda meta: {"chars": meta["chars"][::-1]}, r"token 0 is 'x' \(there ' '\)"),
+    ],
+)
+def test_another_vocabulary_is_always_refused(refused, stopped, tmp_path, change, named):
+    other, state = make_dataset(tmp_path / "other"), read_state(stopped)
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | change(meta)))
+    message = f"ckpt.pt was trained on other data than those of dataset=.*: {named}; use the model's own dataset, or"
+    for allowed in ({"allow_other_data": True}, {"eval_only": True}):
+        assert re.search(message, refused(stopped, dataset=other, **allowed))
+    if "vocab_size" in named:  # a checkpoint of an earlier release has only the size
+        torch.save({key: state[key] for key in state if key != "data"}, stopped / "ckpt.pt")
+        assert re.search(message, refused(stopped, dataset=other))
+
+
+@pytest.mark.parametrize(
+    ("model_size", "size", "refused"),
+    [(50304, 50257, 0), (50257, 50257, 0), (50304, 50240, 1), (1000, 990, 1), (65, 65, 0), (65, 66, 1)],
+)
+def test_the_size_of_an_old_checkpoint_fits_the_vocabularies_that_are_padded_to_it(given, model_size, size, refused):
+    data = {"tokenizer": "gpt2", "vocab_size": size, "val_tokens": 9, "val_checksum": "00000000"}
+    state = {"model_args": {"vocab_size": model_size}, "best_val_loss": 1.0}
+    with pytest.raises(ValueError, match=f"vocab_size={size}") if refused else contextlib.nullcontext():
+        check_data(all_settings(), state, "ckpt.pt", data)
+    assert state["best_val_loss"] == 1.0
 
 
 def test_other_checkpoints_than_the_last_are_not_deleted_without_overwrite(run, refused, tmp_path):

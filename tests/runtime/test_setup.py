@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from harness import DENSE_START, SETTINGS, all_settings, launch, read_rows, read_state, run_differences, stop_at
@@ -28,18 +30,20 @@ ROW |= {"backend": "cusparselt", "order": "sm90", "alg_id": 4, "split_k": 1, "re
 def test_config_json_and_the_checkpoint_hold_all_settings(reference):
     saved = json.loads((reference[0] / "config.json").read_text())
     names = setting_names(vars(train))
-    assert list(saved) == [*names, "environment"]
+    assert list(saved) == [*names, "environment", "starts"]
     resolved = {"device": "cpu", "dtype": "float32", "compile": False, "dense_start": DENSE_START}
     resolved["flip_mask"] = "transposable"
     for name in names:
         default = SETTINGS.get(name, getattr(train, name))
         assert name in ("out_dir", "dataset") or saved[name] == resolved.get(name, default), name
-    environment = saved.pop("environment")
+    environment, starts = saved.pop("environment"), saved.pop("starts")
+    assert environment.pop("iter_num") == 0
     assert environment.keys() == {"commit", "torch", "triton", "device_name", "kernels", "world_size", "threads"}
     assert (environment["torch"], environment["world_size"]) == (torch.__version__, 1)
     assert environment["kernels"] == "off: the kernels need CUDA, this is cpu"
     state = read_state(reference[0])
     assert state["config"] == saved
+    assert state["starts"] == starts == [{"iter_num": 0, **environment}]
     assert (state["iter_num"], state["dense_start"]) == (SETTINGS["max_iters"], DENSE_START)
     assert GPTConfig(**state["model_args"]).n_embd == 32
 
@@ -111,16 +115,78 @@ def test_float16_goes_on_from_float32(run, tmp_path):
     assert "at iteration 3" in run(tmp_path / "out", max_iters=6, dense_start=9, dtype="float16")
 
 
-def test_ranks_that_read_different_checkpoints_are_refused(refused, stopped, monkeypatch):
-    answers = iter([stopped / "ckpt.pt", (2, 0.5)])  # rank 0's path, then its iteration and time
-    monkeypatch.setattr(Ranks, "decide", lambda self, value: next(answers))
-    assert "ckpt.pt differs from the checkpoint on rank 0; put out_dir on a shared file system" in refused(stopped)
+def test_each_start_is_recorded_and_what_changed_since_the_last_one_is_printed(run, stopped, monkeypatch):
+    assert "changed since the last start" not in run(stopped, stop_at(12))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    text = run(stopped, max_iters=15, dense_start=9)
+    assert re.findall("changed since the last start: (.*)", text) == ["threads 1 -> 2"]
+    starts = read_state(stopped)["starts"]
+    assert [(start["iter_num"], start["threads"]) for start in starts] == [(0, 1), (10, 1), (13, 2)]
+    config = json.loads((stopped / "config.json").read_text())
+    assert (config["starts"], config["environment"]) == (starts, starts[-1])
 
 
-def test_a_checkpoint_that_another_rank_cannot_use_is_refused_here_too(refused, stopped, monkeypatch):
-    answers = iter([1])
-    monkeypatch.setattr(Ranks, "maximum", lambda self, value: next(answers))
-    assert "ckpt.pt cannot be used on another rank; see its error" in refused(stopped)
+@pytest.fixture
+def other_data(data, tmp_path):
+    """other_data(change): a folder with the dataset of all runs, after a change of its tokens."""
+
+    def other_data(change):
+        folder = shutil.copytree(data, tmp_path / "other")
+        train, val = (np.fromfile(folder / name, dtype="<u2") for name in ("train.bin", "val.bin"))
+        changes = {"order": (train[::-1], val), "longer": (np.append(train, train[:1]), val), "swapped": (val, train)}
+        changes |= {"val": (train, val[::-1]), "nothing": (train, val)}
+        for name, tokens in zip(("train.bin", "val.bin"), changes[change], strict=True):
+            tokens.tofile(folder / name)
+        return folder
+
+    return other_data
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("order", r"train_checksum \w{8} -> \w{8}"),
+        ("longer", r"train_tokens (\d+) -> \d+, train_checksum .*"),
+        ("swapped", r"train_tokens .* train_checksum .* val_tokens .* val_checksum .*"),
+        ("val", r"val_checksum \w{8} -> \w{8}"),
+    ],
+)
+def test_other_tokens_are_refused_unless_they_are_allowed(run, refused, stopped, other_data, change, named):
+    changes = {"dataset": other_data(change), "max_iters": 11, "dense_start": 9}
+    said = refused(stopped, **changes)
+    assert re.search(
+        f"ckpt.pt was trained on other data than those of dataset=.*: {named}; .* --allow_other_data=True", said
+    )
+    line = f"changed since the checkpoint: .*{named}$"
+    assert re.search(line, run(stopped, **changes, eval_only=True), re.M)
+    assert re.search(line, run(stopped, **changes, allow_other_data=True, eval_interval=0), re.M)
+    assert "train_" not in run(stopped, **{**changes, "max_iters": 12})  # the checkpoint has the new tokens now
+
+
+def test_a_dataset_that_was_moved_or_prepared_again_is_the_same(run, stopped, other_data, reference):
+    text = run(stopped, dataset=other_data("nothing"))
+    assert re.search(r"changed since the checkpoint: out_dir \S+ -> \S+, dataset \S+ -> \S+$", text, re.M)
+    assert run_differences(stopped, reference[0]) == []
+
+
+def test_a_checkpoint_of_an_earlier_release_has_no_data_and_no_starts(run, stopped):
+    state = read_state(stopped)
+    torch.save({key: value for key, value in state.items() if key not in ("data", "starts")}, stopped / "ckpt.pt")
+    text = run(stopped, max_iters=11, dense_start=9)
+    assert "checksum" not in text
+    assert "changed since the last start" not in text
+    after = read_state(stopped)
+    assert after["data"] == state["data"]
+    assert [start["iter_num"] for start in after["starts"]] == [10]
+
+
+def test_the_best_loss_on_other_validation_tokens_is_forgotten(run, stopped, other_data):
+    state = read_state(stopped)
+    torch.save({**state, "best_val_loss": 0.0}, stopped / "ckpt.pt")
+    run(stopped, max_iters=11, dense_start=9)
+    assert read_state(stopped)["best_val_loss"] == 0.0
+    run(stopped, max_iters=12, dense_start=9, dataset=other_data("val"), allow_other_data=True)
+    assert 0 < read_state(stopped)["best_val_loss"] < 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------

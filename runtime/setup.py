@@ -134,7 +134,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     # the data, and the checkpoint to resume from
     vocab_size = load_meta(DATA_FOLDER / s.dataset)["vocab_size"]
     data = [Tokens(DATA_FOLDER / s.dataset, split, s.block_size, vocab_size) for split in ("train", "val")]
-    path, state, lock = load_start(s, ranks, resources)
+    path, state, lock, seen = load_start(s, ranks, resources)
     s.dense_start = state["dense_start"] if state and s.dense_start < 0 else planned_dense_start(s)
     script.update(vars(s))
     start = state or fresh_state(s, recipe)
@@ -163,11 +163,17 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     peak = peak_flops(device)
     log = Log(s, model, ranks, peak and peak * ranks.world_size, start["elapsed_s"])
     watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, reference)
+    error = None
     if ranks.master and not s.eval_only:
-        open_folder(s, path, lock, report, ranks, device, resources)
-        log.open(start["iter_num"])
-        if state:
-            watch.replay(read_metrics(s.out_dir))
+        try:
+            open_folder(s, path, lock, seen, model, report, ranks, device, resources)
+            log.open(start["iter_num"])
+            if state:
+                watch.replay(read_metrics(s.out_dir))
+        except ERRORS as failed:
+            error = failed
+    if ranks.maximum(error is not None):  # else the other ranks would wait for rank 0
+        raise error or FolderInUse(f"out_dir={s.out_dir} cannot be used by rank 0; see its error")
     linears = [model.get_submodule(name) for name in model.sparse_names()]
     linears = [m for m in linears if m.in_features % 4 == m.out_features % 4 == 0]  # a dense run may have any width
     flips = FlipMeter(s, recipe, model, linears, watch, ranks)
@@ -185,15 +191,17 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
 
 
 def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
-    """(path of the checkpoint to resume from or None, its state or None, the lock on out_dir or None)."""
+    """(path of the checkpoint to resume from or None, its state or None, the lock on out_dir or None, what the run in
+    out_dir looks like now)."""
     folder, lock = Path(s.out_dir), None
     if ranks.master and not s.eval_only and (folder / "run.lock").exists():
         lock = resources.enter_context(hold(folder))  # before reading, because another run may be writing there
+    seen = signature(folder)
     path = find_start(s, folder)
     if ranks.decide(path) != path:
         raise ValueError(f"out_dir={s.out_dir} differs between ranks; put it on a shared file system")
     if path is None:
-        return None, None, lock
+        return None, None, lock, seen
     state = error = None
     try:
         state = checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
@@ -205,7 +213,13 @@ def load_start(s, ranks: Ranks, resources: contextlib.ExitStack):
     if ranks.decide(version) != version:
         raise ValueError(f"{path} differs from the checkpoint on rank 0; put out_dir on a shared file system")
     check_resume(s, state, path)
-    return path, state, lock
+    return path, state, lock, seen
+
+
+def signature(folder: Path) -> dict:
+    """{name: inode, size, time} of a run's files. Two of them differ if another run has written in between."""
+    paths = (path for pattern in ("ckpt*.pt", "metrics.jsonl") for path in folder.glob(pattern))
+    return {path.name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.lstat()]}
 
 
 def fresh_state(s, recipe: Recipe | None) -> dict:
@@ -260,11 +274,18 @@ def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
     return net, ddp
 
 
-def open_folder(s, path: Path | None, lock, report, ranks: Ranks, device: torch.device, resources) -> None:
-    """Lock out_dir, delete a run that is to be overwritten, and write config.json and spmm.json."""
+def open_folder(s, path, lock, seen: dict, model: GPT, report, ranks: Ranks, device: torch.device, resources) -> None:
+    """Try out_dir and lock it, delete a run that is to be overwritten, and write config.json and spmm.json.
+
+    Raises FolderInUse if the run that is there is not the one that load_start has seen.
+    """
     folder = Path(s.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    sign(lock or resources.enter_context(hold(folder)))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    checkpoint.probe(folder, 3.1 * weights, s.keep_last)  # weights, two moments, and masks
+    lock = lock or resources.enter_context(hold(folder))
+    if signature(folder) != seen:
+        raise FolderInUse(f"out_dir={folder}: another run has written there during this start; start once more")
+    sign(lock)
     for leftover in (*folder.glob("ckpt*.tmp"), *folder.glob("*.json*.*.tmp")):  # left by a kill
         leftover.unlink()
     if path is None:

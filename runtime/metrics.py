@@ -37,7 +37,8 @@ class Log:
             rows, damaged = _parse(path.read_bytes())
             for line in damaged:  # a kill interrupted the write, or the file system lost it
                 print(f"{path}: deleted a damaged line, {line[:40]!r}")
-        write_small_file(path, "".join(json.dumps(row) + "\n" for row in rows if row["iter"] < first_iter))
+        rows = {row["iter"]: json.dumps(row) + "\n" for row in rows if row["iter"] < first_iter}  # without duplicates
+        write_small_file(path, "".join(rows.values()))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  open as long as the run
         if self.s.wandb_log:
             import wandb
@@ -109,23 +110,20 @@ class Log:
 
 
 def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
-    """(the rows of a metrics.jsonl, with all of COLUMNS and in the order of their iterations; the damaged lines).
-
-    If two rows have the same iteration, the later one counts.
-    """
-    rows, damaged = {}, []
+    """(rows of a metrics.jsonl, with all of COLUMNS and in the order of their iterations; damaged lines)."""
+    rows, damaged = [], []
     for line in filter(None, text.split(b"\n")):
         try:
             row = {**dict.fromkeys(COLUMNS), **json.loads(line.decode().strip("\0"))}  # a lost block reads as zeros
-            others = [value for name, value in row.items() if name in COLUMNS and name not in ("iter", "phase")]
-            numbers = all(value is None or type(value) in (int, float) for value in others)
-            unscheduled = row["flip_rate"] is not None and row["lr"] is None
-            if type(row["iter"]) is not int or row["phase"] not in ("sparse", "dense") or not numbers or unscheduled:
-                raise ValueError("not a row")
-            rows[row["iter"]] = row
+            numbers = [row[name] for name in COLUMNS if name not in ("iter", "phase") and row[name] is not None]
+            if type(row["iter"]) is not int or row["phase"] not in ("sparse", "dense"):
+                raise ValueError("no iteration or no phase")
+            if any(type(number) not in (int, float) for number in numbers):
+                raise ValueError("a measurement is no number")
+            rows.append(row)
         except (ValueError, TypeError, RecursionError):
             damaged.append(line)
-    return [rows[iter_num] for iter_num in sorted(rows)], damaged
+    return sorted(rows, key=lambda row: row["iter"]), damaged
 
 
 def read_metrics(folder):

@@ -110,6 +110,25 @@ def test_a_run_is_its_steps_by_hand(data, tmp_path, monkeypatch, given, name):
         assert (state["scaler"]["scale"], state["scaler"]["_growth_tracker"]) == (2**19, 1)
 
 
+def test_a_skipped_step_lowers_the_loss_scale(run, tmp_path, monkeypatch):
+    """Otherwise a float16 run whose scale is too high would skip all further steps."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device))
+    run(tmp_path / "out", {"kind": "nan", "iter_nums": [1, 2]}, max_iters=4, dense_start=4)
+    state = read_state(tmp_path / "out")
+    assert (state["scaler"]["scale"], state["skipped"]) == (2.0**14, [2, 0])
+    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {2}
+
+
+def test_weights_are_packed_once_a_step_and_after_the_masks_are_refreshed(run, tmp_path, monkeypatch):
+    calls = []
+    for name in ("refresh_masks", "pack_weights"):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *a, n=name, real=real, **k: calls.append(n) or real(*a, **k))
+    run(tmp_path / "out", max_iters=4, dense_start=3, mask_interval=2)
+    assert calls == ["pack_weights", "refresh_masks", "pack_weights", "pack_weights", "pack_weights"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements
 

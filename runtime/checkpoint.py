@@ -152,8 +152,8 @@ def probe(out_dir: str | Path, size: float, keep_last: int) -> None:
         disk, existing = shutil.disk_usage(folder), {path.stat().st_ino for path in folder.glob("ckpt*.pt")}
         count = max(1, max(2, keep_last) + 1 - len(existing))  # one more, for the file that is being written
         if disk.total and disk.free < count * size:  # some network file systems report nothing
-            need = f"need {count * size / 1e9:.1f} GB for {count} more checkpoints; free space"
-            raise OSError(f"it has {disk.free / 1e9:.1f} GB free, {need}")
+            need = f"need {count * size / 1e9:.3g} GB for {count} more checkpoints; free space"
+            raise OSError(f"it has {disk.free / 1e9:.3g} GB free, {need}")
     except OSError as error:
         for path in missing:
             with contextlib.suppress(OSError):

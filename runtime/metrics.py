@@ -115,11 +115,9 @@ def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
     for line in filter(None, text.split(b"\n")):
         try:
             row = {**dict.fromkeys(COLUMNS), **json.loads(line.decode().strip("\0"))}  # a lost block reads as zeros
-            numbers = [row[name] for name in COLUMNS if name not in ("iter", "phase") and row[name] is not None]
-            if type(row["iter"]) is not int or row["phase"] not in ("sparse", "dense"):
-                raise ValueError("no iteration or no phase")
-            if any(type(number) not in (int, float) for number in numbers):
-                raise ValueError("a measurement is no number")
+            types = {type(row[name]) for name in COLUMNS if name not in ("iter", "phase")} - {int, float, type(None)}
+            if types or type(row["iter"]) is not int or row["phase"] not in ("sparse", "dense"):
+                raise ValueError("not a row")
             rows.append(row)
         except (ValueError, TypeError, RecursionError):
             damaged.append(line)

@@ -478,9 +478,7 @@ def test_the_probe_asks_for_the_space_of_all_checkpoints_that_will_be_there(tmp_
     for keep_last, copies in ((0, 3), (2, 3), (5, 6)):
         count = copies - existing
         monkeypatch.setattr(shutil, "disk_usage", lambda path, n=count: disk._replace(free=n * 10**9 - 1))
-        message = (
-            f"it has {count}.0 GB free, need {count}.0 GB for {count} more checkpoints; free space, or set another"
-        )
+        message = f"it has {count} GB free, need {count} GB for {count} more checkpoints; free space, or set another"
         with pytest.raises(CheckpointError, match=f"out_dir={re.escape(str(out))} cannot be used: {message} out_dir"):
             probe(out, 10**9, keep_last)
         assert contents(tmp_path) == before

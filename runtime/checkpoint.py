@@ -13,7 +13,9 @@ run saves, and saves in a thread.
 import contextlib
 import os
 import re
+import shlex
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def _link(path: Path, name: Path) -> bool:
     """Make `name` a hard link to `path`, atomically. Returns False if the file system has no hard links."""
     _temporary(name).unlink(missing_ok=True)
     try:
-        os.link(path, _temporary(name))
+        os.link(path.resolve(), _temporary(name))  # os.link would copy a symbolic link
     except OSError:
         return False
     os.replace(_temporary(name), name)
@@ -77,6 +79,15 @@ def _copy(path: Path, name: Path) -> None:
         file.flush()
         sync(file.fileno())
     os.replace(_temporary(name), name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make new names in the folder durable."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        sync(number)
+    finally:
+        os.close(number)
 
 
 def _numbers_to_keep(saved: set[int], iter_num: int, keep_last: int, keep_every: int) -> set[int]:
@@ -118,11 +129,7 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
         if name == NAME and path.exists() and not _link(path, path.with_name(PREVIOUS)):
             os.replace(path, path.with_name(PREVIOUS))  # until the next line only ckpt_prev.pt exists; see `find`
         os.replace(_temporary(path), path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            sync(folder)  # makes the new names durable
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
         if numbering:
             _delete_numbered(path.parent, iter_num, keep_last, keep_every)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -133,6 +140,28 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
             f"cannot write {path}: {error}; earlier checkpoints are untouched; free space or set another out_dir"
         ) from error
     return path
+
+
+def probe(out_dir: str | Path, size: float, keep_last: int) -> None:
+    """Create out_dir, and try there all that saves of `size` bytes need. Raises CheckpointError if they would fail, and
+    leaves nothing behind then."""
+    folder = Path(out_dir)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="probe_", dir=folder) as trial:
+            _copy(Path(__file__), Path(trial, NAME))
+            _sync_folder(folder)
+        disk, existing = shutil.disk_usage(folder), {path.stat().st_ino for path in folder.glob("ckpt*.pt")}
+        count = max(1, max(2, keep_last) + 1 - len(existing))  # one more, for the file that is being written
+        if disk.total and disk.free < count * size:  # some network file systems report nothing
+            need = f"need {count * size / 1e9:.3g} GB for {count} more checkpoints; free space"
+            raise OSError(f"it has {disk.free / 1e9:.3g} GB free, {need}")
+    except OSError as error:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise CheckpointError(f"out_dir={out_dir} cannot be used: {error}, or set another out_dir") from error
 
 
 def clear(out_dir: str | Path) -> None:
@@ -169,8 +198,10 @@ def _damage_of(path: Path) -> str | None:
 
 
 def _read(path: Path, mmap: bool = False) -> dict:
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist; name a run's out_dir that holds a {NAME}")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path} cannot be read: permission denied; chmod u+r {shlex.quote(str(path))}")
     damage = _damage_of(path)
     if damage:
         raise CheckpointError(f"{path} cannot be used: {damage}")
@@ -191,18 +222,20 @@ def _read(path: Path, mmap: bool = False) -> dict:
 
 
 def _offer_previous(path: Path, error: CheckpointError) -> CheckpointError:
-    """`error`, with the command that restores the previous checkpoint if that one can be used."""
-    previous = path.with_name(PREVIOUS)
-    if path.name == PREVIOUS or not path.exists() or not previous.exists():
+    """`error`, with the command that restores the newest checkpoint before `path` that can be used, if there is one."""
+    if path != find(path.parent) or not os.access(path, os.R_OK):
         return error
-    try:
-        iter_num = _read(previous)["iter_num"]
-    except CheckpointError:
-        return error
-    return CheckpointError(
-        f"{error}; the previous checkpoint (iteration {iter_num}) is intact: to continue from it, "
-        f"mv '{previous}' '{path}'"
-    )
+    numbered = sorted(path.parent.glob("ckpt_[0-9]*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
+    for other in (path.with_name(PREVIOUS), *numbered, path.with_name("ckpt_best.pt")):
+        with contextlib.suppress(CheckpointError):
+            iter_num = _read(other)["iter_num"]
+            source, target = shlex.quote(str(other)), shlex.quote(str(path.with_name(NAME)))
+            aside = f"mv {target} {target}.damaged && " if path.is_dir() else ""
+            return CheckpointError(
+                f"{error}; the checkpoint of iteration {iter_num} is intact: to continue from it, "
+                f"{aside}mv {source} {target}"
+            )
+    return error
 
 
 def load(path: str | Path, patterns_hash: str, mmap: bool = False) -> dict:
@@ -210,8 +243,8 @@ def load(path: str | Path, patterns_hash: str, mmap: bool = False) -> dict:
 
     patterns_hash: sparse24.PATTERNS_HASH, which must equal the checkpoint's. mmap: map the file instead of reading it,
     so that ranks share one copy in memory; the caller must copy the tensors before the file changes.
-    Raises CheckpointError for a missing, truncated, corrupted or foreign file. The message offers the previous
-    checkpoint if that one can be used.
+    Raises CheckpointError for a missing, truncated, corrupted or foreign file. The message offers the newest one before
+    it that can be used.
     """
     path = Path(path)
     try:

@@ -38,7 +38,7 @@ class FlipReference:
 
         Raises ValueError if they do not compare or flip rates are missing, FileNotFoundError if there is no run.
         """
-        rows = [row for row in read_metrics(folder) if row.get("flip_rate") is not None and row["lr"] > 0]
+        rows = [row for row in read_metrics(folder) if row["flip_rate"] is not None and (row["lr"] or 0) > 0]
         config = without_removed(read_config(folder), folder)
         need = {name: settings[name] for name in COMPARABLE} | {"sparse": "none"}
         differing = [f"{k}={value} (there {config.get(k)})" for k, value in need.items() if config.get(k) != value]
@@ -81,7 +81,7 @@ class FlipWatch:
     def replay(self, rows: list[dict]) -> None:
         """Add the rows of metrics.jsonl that an earlier start of this run wrote, without repeating its warnings."""
         for row in rows:
-            if row["phase"] == "sparse" and row["flip_rate"] is not None:
+            if row["phase"] == "sparse" and None not in (row["flip_rate"], row["lr"]):
                 self.add(row["iter"], row["flip_rate"], row["lr"])
 
     def add(self, iter_num: int, rate: float, lr: float) -> list[str]:

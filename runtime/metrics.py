@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -33,13 +34,11 @@ class Log:
         """Open metrics.jsonl. Its rows from `first_iter` on are deleted, because a resumed run repeats those steps."""
         path, rows = Path(self.s.out_dir) / "metrics.jsonl", []
         if first_iter and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["iter"] < first_iter:
-                        rows.append(line + "\n")
-                except json.JSONDecodeError:  # a kill interrupted the write
-                    print(f"{path}: deleted an incomplete line, {line[:40]!r}")
-        write_small_file(path, "".join(rows))
+            rows, damaged = _parse(path.read_bytes())
+            for line in damaged:  # a kill interrupted the write, or the file system lost it
+                print(f"{path}: deleted a damaged line, {line[:40]!r}")
+        rows = {row["iter"]: json.dumps(row) + "\n" for row in rows if row["iter"] < first_iter}  # without duplicates
+        write_small_file(path, "".join(rows.values()))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  open as long as the run
         if self.s.wandb_log:
             import wandb
@@ -110,28 +109,37 @@ class Log:
             print(f"done: {iter_num} iterations, best validation loss {best_val_loss:.4f}, saved in {Path(s.out_dir)}")
 
 
-def read_metrics(folder):
-    """The rows of `folder`/metrics.jsonl as dicts, in file order, without an incomplete last line.
+def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
+    """(rows of a metrics.jsonl, with all of COLUMNS and in the order of their iterations; damaged lines)."""
+    rows, damaged = [], []
+    for line in filter(None, text.split(b"\n")):
+        try:
+            row = {**dict.fromkeys(COLUMNS), **json.loads(line.decode().strip("\0"))}  # a lost block reads as zeros
+            types = {type(row[name]) for name in COLUMNS if name not in ("iter", "phase")} - {int, float, type(None)}
+            if types or type(row["iter"]) is not int or row["phase"] not in ("sparse", "dense"):
+                raise ValueError("not a row")
+            rows.append(row)
+        except (ValueError, TypeError, RecursionError):
+            damaged.append(line)
+    return sorted(rows, key=lambda row: row["iter"]), damaged
 
-    Raises FileNotFoundError if there is no folder or no file yet, ValueError for any other broken line.
+
+def read_metrics(folder):
+    """The rows of `folder`/metrics.jsonl as dicts with all of COLUMNS, in the order of their iterations.
+
+    Damaged lines are skipped with a warning, an incomplete last one in silence. Raises FileNotFoundError if there is no
+    folder or no file yet.
     """
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no such run folder: {folder!r}; give the out_dir of a run")
     if not os.path.exists(path):
         raise FileNotFoundError(f"no {path} yet; train.py writes it at its first measured iteration")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.read().rstrip().split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if "iter" not in row or "phase" not in row:
-                raise ValueError("no 'iter' or no 'phase'")
-            rows.append(row)
-        except (ValueError, TypeError) as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: {error}; delete that line") from None
+    text = Path(path).read_bytes()
+    rows, damaged = _parse(text)
+    count = len(damaged) - (damaged[-1:] == [text.rpartition(b"\n")[2]])
+    if count:
+        print(f"warning: {path}: damaged lines are ignored, {count} of them", file=sys.stderr)
     return rows
 
 
@@ -142,8 +150,8 @@ def read_config(folder):
         return {}
     with open(path, encoding="utf-8") as file:
         try:
-            return json.load(file)
-        except ValueError as error:
+            return dict(json.load(file))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}; delete it to continue without the run's settings") from None
 
 

@@ -186,9 +186,14 @@ class FolderInUse(RuntimeError):
 def hold(folder: Path):
     """Lock `folder`/run.lock until the returned file is closed or this process ends. `sign` writes who holds the lock.
 
-    Raises FolderInUse if another run holds it.
+    Raises FolderInUse if another run holds it, or if the file cannot be opened. Symbolic links are not followed.
     """
-    file = open(folder / "run.lock", "a+")  # noqa: SIM115  open as long as the run
+    path = folder / "run.lock"
+    try:
+        opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
+        file = open(path, "a+", opener=opener)  # noqa: SIM115  open as long as the run
+    except OSError as error:
+        raise FolderInUse(f"{path} cannot be opened: {error.strerror}; delete it, or set another out_dir") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

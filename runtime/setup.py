@@ -130,7 +130,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
         error = mistake
     ranks.agree(facts, error)
     script.update(vars(s))
-    recipe, device, data, splits, path, state, lock, reference = inputs
+    recipe, device, data, splits, path, state, lock, seen, reference = inputs
     start = state or fresh_state(s, recipe)
 
     # the model, its GEMMs, and the optimizer
@@ -158,11 +158,16 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, reference)
     this_start = {"iter_num": start["iter_num"], **environment(device, ranks.world_size)}
     about = {"data": data, "starts": [*start.get("starts", ()), this_start]}
+    error = None
     if ranks.master and not s.eval_only:
-        open_folder(s, path, lock, report, about["starts"], resources)
-        log.open(start["iter_num"])
-        if state:
-            watch.replay(read_metrics(s.out_dir))
+        try:
+            open_folder(s, path, lock, seen, model, report, about["starts"], resources)
+            log.open(start["iter_num"])
+            if state:
+                watch.replay(read_metrics(s.out_dir))
+        except ERRORS as failed:
+            error = failed
+    ranks.agree({}, error)
     linears = [model.get_submodule(name) for name in model.sparse_names()]
     linears = [m for m in linears if m.in_features % 4 == m.out_features % 4 == 0]  # a dense run may have any width
     flips = FlipMeter(s, recipe, model, linears, watch, ranks)
@@ -197,6 +202,7 @@ def load_inputs(s, overrides: dict, ranks: Ranks, resources: contextlib.ExitStac
     out_dir, lock = Path(s.out_dir), None
     if ranks.master and not s.eval_only and (out_dir / "run.lock").exists():
         lock = resources.enter_context(hold(out_dir))  # before reading, because another run may be writing there
+    seen = signature(out_dir)
     path = find_start(s, out_dir)
     state = path and checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
     if state:
@@ -205,7 +211,13 @@ def load_inputs(s, overrides: dict, ranks: Ranks, resources: contextlib.ExitStac
     reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
     facts = vars(s) | data | {"source": source_hash(), "torch": str(torch.__version__)}
     facts["checkpoint"] = state and (str(path), state["iter_num"], state["elapsed_s"])
-    return facts, (recipe, device, data, splits, path, state, lock, reference)
+    return facts, (recipe, device, data, splits, path, state, lock, seen, reference)
+
+
+def signature(folder: Path) -> dict:
+    """{name: inode, size, time} of a run's files. Two of them differ if another run has written in between."""
+    paths = (path for pattern in ("ckpt*.pt", "metrics.jsonl") for path in folder.glob(pattern))
+    return {path.name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.lstat()]}
 
 
 def fresh_state(s, recipe: Recipe | None) -> dict:
@@ -260,11 +272,18 @@ def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
     return net, ddp
 
 
-def open_folder(s, path: Path | None, lock, report, starts: list[dict], resources) -> None:
-    """Lock out_dir, delete a run that is to be overwritten, and write config.json and spmm.json."""
+def open_folder(s, path: Path | None, lock, seen: dict, model: GPT, report, starts: list[dict], resources) -> None:
+    """Try out_dir and lock it, delete a run that is to be overwritten, and write config.json and spmm.json.
+
+    Raises FolderInUse if the run that is there is not the one that load_inputs has seen.
+    """
     folder = Path(s.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    sign(lock or resources.enter_context(hold(folder)))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    checkpoint.probe(folder, 3.1 * weights, s.keep_last)  # weights, two moments, and masks
+    lock = lock or resources.enter_context(hold(folder))
+    if signature(folder) != seen:
+        raise FolderInUse(f"out_dir={folder}: another run has written there during this start; start once more")
+    sign(lock)
     for leftover in (*folder.glob("ckpt*.tmp"), *folder.glob("*.json*.*.tmp")):  # left by a kill
         leftover.unlink()
     if path is None:

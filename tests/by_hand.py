@@ -7,7 +7,17 @@ import math
 import torch
 import torch.nn as nn
 
-from sparse24 import MaskedDecayAdamW, Sparse24Linear, get_recipe, sparsify
+from sparse24 import (
+    MaskedDecayAdamW,
+    Sparse24Linear,
+    get_recipe,
+    mask24,
+    seed_draws,
+    seed_words,
+    sparse_linears,
+    sparsify,
+    transposable_mask,
+)
 
 
 def generator(seed=0):
@@ -114,3 +124,67 @@ def make_mlp(recipe="fst", seed=0) -> nn.Sequential:
             p.copy_(0.5 * normal(*p.shape, seed=seed + i))
     sparsify(model, recipe, ["0", "2"])
     return model
+
+
+def train_by_hand(model, train, val, s, lrs):
+    """The loop of train.py for FST, a step at a time: the rows of metrics.jsonl, and the model after the last step.
+
+    model: before the first step. train, val: the tokens. s: the settings. lrs: the learning rate of each step.
+    """
+    layers, named = list(sparse_linears(model)), dict(model.named_parameters())
+    moments, rows = dict.fromkeys(named, (0.0, 0.0)), []
+
+    def loss_of(tokens, *key):
+        starts = [int(word) % (len(tokens) - s.block_size) for word in seed_words(s.batch_size, s.seed, *key)]
+        window = torch.stack([tokens[start : start + s.block_size + 1] for start in starts])
+        return model(window[:, :-1], window[:, 1:])[1]
+
+    @torch.no_grad()
+    def validation():
+        model.eval()
+        losses = [float(loss_of(val, k, 0, 3)) for k in range(s.eval_iters)]
+        model.train()
+        return sum(losses) / len(losses)
+
+    def masks():
+        return torch.cat([transposable_mask(layer.weight.detach()).flatten() for layer in layers])
+
+    def micro_batch(i, m):
+        seed_draws(model, s.seed, i, m)
+        torch.manual_seed(int(seed_words(1, s.seed, i, m, 2)[0]))
+        loss = loss_of(train, i, m, 1)
+        return float(loss.detach()), torch.autograd.grad(loss, [*named.values()])
+
+    for i, lr in enumerate(lrs):
+        for layer in layers:
+            layer.sparse = i < s.dense_start
+        row = {"iter": i, "val_loss": validation() if i % s.eval_interval == 0 else None, "lr": lr}
+        losses, gradients = zip(*[micro_batch(i, m) for m in range(s.gradient_accumulation_steps)], strict=True)
+        row["train_loss"] = sum(losses) / len(losses)
+        mean = [sum(parts) / len(losses) for parts in zip(*gradients, strict=True)]
+        row["grad_norm"] = math.sqrt(sum(float(g.square().sum()) for g in mean))
+        clip = min(1.0, s.grad_clip / (row["grad_norm"] + 1e-6))
+        gradient = {name: clip * g for name, g in zip(named, mean, strict=True)}
+        pruned, before = {layer.weight: ~layer.mask for layer in layers if layer.sparse}, masks()
+        decayed = sum(float((s.masked_decay * off * w.detach()).square().sum()) for w, off in pruned.items())
+        clipped = sum(float(gradient[name].square().sum()) for name, w in named.items() if w in pruned)
+        row["decay_ratio"] = math.sqrt(decayed / clipped) if pruned else None
+        for name, w in named.items():
+            g = gradient[name] + (s.masked_decay * pruned[w] * w.detach() if w in pruned else 0)
+            m, v = moments[name]
+            m, v = moments[name] = s.beta1 * m + (1 - s.beta1) * g, s.beta2 * v + (1 - s.beta2) * g * g
+            update = m / (1 - s.beta1 ** (i + 1)) / ((v / (1 - s.beta2 ** (i + 1))).sqrt() + 1e-8)
+            w.data = w.data * (1 - lr * (s.weight_decay if w.dim() >= 2 else 0)) - lr * update
+        row["flip_rate"] = float((before != masks()).double().mean()) if i % s.flip_interval == 0 else None
+        if (i + 1) % s.mask_interval == 0:
+            for layer in (layer for layer in layers if layer.sparse):
+                layer.refresh()
+        rows.append(row)
+    rows.append({"iter": len(lrs), "val_loss": validation()})
+    saved = [layer.weight.data for layer in layers]
+    for layer in layers:
+        layer.weight.data = layer.weight.data * mask24(layer.weight.data)
+    rows[-1]["val_loss_24"] = validation()
+    for layer, w in zip(layers, saved, strict=True):
+        layer.weight.data = w
+    return rows

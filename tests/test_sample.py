@@ -139,6 +139,16 @@ def test_the_checkpoints_own_vocabulary_is_used(run, folder_now):
     assert "vocabulary has no 'ABC'" in run_sample(folder, "--start=ABC")[2]
 
 
+def test_the_checkpoint_before_a_damaged_one_is_offered(run):
+    folder, save, _ = run
+    save(iter_num=8)
+    (folder / "ckpt.pt").write_bytes(b"gone")
+    status, _, stderr = run_sample(folder)
+    assert status == 1
+    assert stderr.endswith(f"iteration 7 is intact: to continue from it, mv {folder}/ckpt_prev.pt {folder}/ckpt.pt")
+    assert "\n" not in stderr
+
+
 def test_dataset_with_more_tokens_than_the_model_is_refused(run):
     folder, _, _ = run
     meta = {"tokenizer": "char", "vocab_size": 64, "chars": CHARS}

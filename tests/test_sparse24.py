@@ -390,6 +390,16 @@ def test_simulated_fp8_rounds_to_the_type_with_one_scale_per_tensor(dtype, large
         assert not torch.isfinite(simulate_fp8(torch.tensor([1.0, bad, 2.0]), dtype)).any()
 
 
+@pytest.mark.parametrize(("dtype", "largest", "smallest"), [(E4, 448, 2**-9), (E5, 57344, 2**-16)])
+def test_simulated_fp8_uses_the_whole_range_of_the_type(dtype, largest, smallest):
+    """All numbers of the type stay as they are: half the range would lose the smallest, twice the range the largest."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    numbers = numbers[numbers.isfinite()]
+    assert (float(numbers.max()), float(numbers[numbers > 0].min())) == (largest, smallest)
+    for scale in (1.0, 2.0**-20, 2.0**9):
+        assert torch.equal(simulate_fp8(numbers * scale, dtype), numbers * scale)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Masked decay
 

@@ -3,23 +3,29 @@
 Most runs call train.main() in this process; test_faults.py shows that this gives the same bits as `python train.py`.
 """
 
+import contextlib
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import train_by_hand
 from harness import (
     DENSE_START,
     SETTINGS,
+    all_settings,
     contents,
     differences,
+    install,
     launch,
     read_rows,
     read_state,
     run_differences,
+    run_here,
     state_differences,
     stop_at,
 )
@@ -27,7 +33,8 @@ from harness import (
 import train
 from model import GPT, GPTConfig
 from runtime import checkpoint
-from sparse24 import expand_index, transposable_index
+from runtime.loader import Tokens
+from sparse24 import expand_index, recipe_of, transposable_index
 
 MAX_ITERS = SETTINGS["max_iters"]
 KEYS = [
@@ -61,6 +68,65 @@ def test_lr_warms_up_decays_and_stays(given):
     assert [train.get_lr(i) for i in (9, 10)] == [pytest.approx(1e-3 * 10 / 11), 1e-4]
     given(decay_lr=False)
     assert {train.get_lr(i) for i in range(20)} == {1e-3}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run by hand
+
+# Every gradient is clipped, the decay is as strong as the gradient, and both phases have steps.
+BY_HAND = {"max_iters": 7, "dense_start": 5, "mask_interval": 2, "flip_interval": 2, "eval_interval": 3}
+BY_HAND |= {"grad_clip": 0.3, "masked_decay": 0.3, "gradient_accumulation_steps": 3, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("name", ["one rank", "loss scaling", pytest.param("two ranks", marks=pytest.mark.slow)])
+def test_a_run_is_its_steps_by_hand(data, tmp_path, monkeypatch, given, name):
+    """In float64. Two ranks share three micro-batches, so that one of them has two."""
+    settings, out, double = {**SETTINGS, **BY_HAND, "dataset": data}, tmp_path / "out", {"kind": "double"}
+    if name == "loss scaling":
+        scaler = torch.amp.GradScaler
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, growth_interval=2))
+    done = launch(out, settings, double, ranks=2) if name == "two ranks" else run_here(out, settings, double)
+    assert done.returncode == 0, done.stderr
+    given(**settings)
+    s, state = all_settings(), read_state(out)
+    with contextlib.ExitStack() as undo:
+        install(double, undo)
+        torch.manual_seed(s.seed)
+        model = GPT(GPTConfig(**state["model_args"]), recipe_of(vars(s)))
+        splits = [
+            torch.from_numpy(np.fromfile(data / f"{name}.bin", "<u2").astype(np.int64)) for name in ("train", "val")
+        ]
+        expected = train_by_hand(model, *splits, s, [train.get_lr(i) for i in range(s.max_iters)])
+    for row, numbers in zip(read_rows(out), expected, strict=True):
+        for key, number in numbers.items():
+            tolerance = 1e-6 if key == "decay_ratio" else 1e-9  # decay_ratio is computed in float32
+            assert row[key] == (None if number is None else pytest.approx(number, rel=tolerance)), (row["iter"], key)
+    assert max(row["flip_rate"] or 0 for row in expected[:-1]) > 0
+    assert min(row["grad_norm"] for row in expected[:-1]) > BY_HAND["grad_clip"]
+    for key, tensor in model.state_dict().items():
+        if torch.is_tensor(tensor):
+            torch.testing.assert_close(state["model"][key], tensor, rtol=0, atol=1e-9 * tensor.is_floating_point())
+    if name == "loss scaling":  # 2^16, and doubled after every two steps
+        assert (state["scaler"]["scale"], state["scaler"]["_growth_tracker"]) == (2**19, 1)
+
+
+def test_a_skipped_step_lowers_the_loss_scale(run, tmp_path, monkeypatch):
+    """Otherwise a float16 run whose scale is too high would skip all further steps."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device))
+    run(tmp_path / "out", {"kind": "nan", "iter_nums": [1, 2]}, max_iters=4, dense_start=4)
+    state = read_state(tmp_path / "out")
+    assert (state["scaler"]["scale"], state["skipped"]) == (2.0**14, [2, 0])
+    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {2}
+
+
+def test_weights_are_packed_once_a_step_and_after_the_masks_are_refreshed(run, tmp_path, monkeypatch):
+    calls = []
+    for name in ("refresh_masks", "pack_weights"):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *a, n=name, real=real, **k: calls.append(n) or real(*a, **k))
+    run(tmp_path / "out", max_iters=4, dense_start=3, mask_interval=2)
+    assert calls == ["pack_weights", "refresh_masks", "pack_weights", "pack_weights", "pack_weights"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,6 +307,33 @@ def direct_loss(out, data):
 def test_evaluation_of_the_whole_split_is_its_mean_in_the_phase_of_the_run(run, data, tmp_path, dense_start):
     run(tmp_path / "out", max_iters=12, eval_iters=0, dense_start=dense_start, learning_rate=3e-2)
     assert read_rows(tmp_path / "out")[-1]["val_loss"] == pytest.approx(direct_loss(tmp_path / "out", data), rel=1e-5)
+
+
+@pytest.mark.parametrize("eval_iters", [0, 4])
+def test_ranks_share_the_batches_of_an_evaluation(data, given, eval_iters):
+    """The whole split is four batches and a short one. The ranks' sums make one rank's mean."""
+    given(**{**SETTINGS, "eval_iters": eval_iters})
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
+    val, size = Tokens(data, "val", 32, 64), SETTINGS["batch_size"]
+
+    def shares(world_size):
+        """[loss sum, number of sequences] of each rank."""
+        totals = []
+        for rank in range(world_size):
+            ranks = SimpleNamespace(rank=rank, world_size=world_size, total=lambda v: totals.append(v) or [v[0], 1])
+            t = SimpleNamespace(val_data=val, ranks=ranks, model=model, net=model, device=torch.device("cpu"))
+            t.autocast = contextlib.nullcontext
+            train.evaluate(t)
+        return totals
+
+    one = shares(1)[0]
+    assert one[1] == (eval_iters * size or (len(val.data) - 1) // 32)
+    assert one[1] % size == bool(not eval_iters)
+    for world_size in (2, 3, 6):
+        loss_sums, sequences = zip(*shares(world_size), strict=True)
+        assert sum(sequences) == one[1]
+        assert sum(loss_sums) == pytest.approx(one[0], rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

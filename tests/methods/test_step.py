@@ -132,3 +132,12 @@ def test_autoswitch_averages_over_a_window_that_beta2_sets(gradients, beta2, exp
     answers, _, optimizer = dense_steps(gradients, betas=(0.9, beta2))
     assert answers == expected
     assert len(optimizer.dense_start_log) == round(1 / (1 - beta2))
+
+
+def test_autoswitch_averages_over_entries_and_not_over_layers():
+    layers = nn.ModuleList([make("step", 8, 12), make("step", 8, 108)])  # 96 and 864 entries
+    optimizer = StepAdamW(layers.parameters(), layers, masked_decay=0.0, betas=(0.8, 0.9))
+    for layer, g in zip(layers, (1.0, 3.0), strict=True):
+        layer.weight.grad = torch.full_like(layer.weight, g)
+    optimizer.dense_start_done()
+    assert optimizer.dense_start_log == [pytest.approx(0.1 * (96 * 1.0 + 864 * 9.0) / 960)]

@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import shutil
+import subprocess
 import zipfile
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from harness import contents, differences
 
 from model import GPT, GPTConfig
-from runtime.checkpoint import KEYS, CheckpointError, clear, find, load, save
+from runtime.checkpoint import KEYS, CheckpointError, clear, find, load, probe, save
 from sparse24 import PATTERNS_HASH
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -387,17 +388,142 @@ def test_another_pattern_table_is_refused(tmp_path):
     assert re.search(rf"another pattern table \(0123, need {PATTERNS_HASH}\); use the version of nano24 that", message)
 
 
-def test_the_previous_one_is_offered_and_can_be_used_unless_it_is_damaged_too(tmp_path):
-    path, previous = tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt"
+def paste(message):
+    """Run the command that a message ends with, as a user would."""
+    return subprocess.run(message.partition("to continue from it, ")[2], shell=True).returncode
+
+
+DAMAGES = {
+    "empty": lambda path, data: path.write_bytes(b""),
+    "truncated": lambda path, data: path.write_bytes(data[:-100]),
+    "a flipped bit": lambda path, data: path.write_bytes(flip(data, data.index(b"iter_num") + 1, 0)),
+    "another zip": lambda path, data: zipfile.ZipFile(path, "w").close(),
+    "another program's": lambda path, data: torch.save({"model": {}}, path),
+    "a folder": lambda path, data: (path.unlink(), path.mkdir(), (path / "data.pkl").touch()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("place", ["run", "it's a $(run)"])
+def test_the_checkpoint_before_a_damaged_one_is_offered_by_a_command_that_works(tmp_path, damage, place):
+    folder = tmp_path / place
+    folder.mkdir()
+    for iter_num in (1, 2):
+        save(folder, small_state(iter_num))
+    path = folder / "ckpt.pt"
+    DAMAGES[damage](path, path.read_bytes())
+    message = refusal(path)
+    assert "; the checkpoint of iteration 1 is intact: to continue from it, mv " in message
+    assert paste(message) == 0
+    assert (find(folder), iteration(folder)) == (path, 1)
+    save(folder, small_state(2))
+    assert (iteration(folder), iteration(folder, "ckpt_prev.pt")) == (2, 1)
+
+
+def test_the_newest_intact_checkpoint_is_offered(tmp_path):
+    """First ckpt_prev.pt, then numbered ones from the newest on, then the best. None of them may be offered damaged."""
+    for iter_num in (100, 200, 300, 400):
+        save(tmp_path, small_state(iter_num), keep_last=4)
+    save(tmp_path, small_state(50), "ckpt_best.pt")
+    path = tmp_path / "ckpt.pt"
+    for name, expected in [
+        ("ckpt.pt", 300),  # with ckpt_00000400.pt, which is the same file
+        ("ckpt_prev.pt", 200),
+        ("ckpt_00000200.pt", 100),
+        ("ckpt_00000100.pt", 50),
+    ]:
+        with open(tmp_path / name, "r+b") as file:
+            file.truncate(99)
+        assert f"the checkpoint of iteration {expected} is intact" in refusal(path)
+    path.unlink()  # now ckpt_prev.pt is the newest one
+    assert paste(refusal(tmp_path / "ckpt_prev.pt")) == 0
+    assert iteration(tmp_path) == 50
+    path.write_bytes(b"gone")
+    assert "is intact" not in refusal(path)
+
+
+def test_no_command_is_offered_that_would_lose_a_good_checkpoint(tmp_path, monkeypatch):
     for iter_num in (1, 2):
         save(tmp_path, small_state(iter_num))
-    path.write_bytes(path.read_bytes()[:-100])
-    said = re.search(r"the previous checkpoint \(iteration 1\) is intact.* mv '(.*)' '(.*)'$", refusal(path))
-    os.replace(said[1], said[2])
+    for name in ("ckpt_best.pt", "ckpt_prev.pt"):
+        (tmp_path / name).write_bytes(b"gone")
+        assert "is intact" not in refusal(tmp_path / name)
+    save(tmp_path, small_state(3))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert re.search(r"ckpt.pt cannot be read: permission denied; chmod u\+r \S+$", refusal(tmp_path / "ckpt.pt"))
+
+
+@pytest.mark.parametrize("target", ["ckpt_prev.pt", "ckpt_00000001.pt"])
+def test_a_link_to_another_checkpoint_may_stand_for_ckpt_pt(tmp_path, target):
+    """As after `ln -s ckpt_prev.pt ckpt.pt`, which goes back to the checkpoint before."""
+    for iter_num in (1, 2):
+        save(tmp_path, small_state(iter_num), keep_last=3)
+    (tmp_path / "ckpt.pt").unlink()
+    (tmp_path / "ckpt.pt").symlink_to(target)
     assert iteration(tmp_path) == 1
     save(tmp_path, small_state(2))
     assert (iteration(tmp_path), iteration(tmp_path, "ckpt_prev.pt")) == (2, 1)
-    for damaged in (path, previous):
-        damaged.write_bytes(b"gone")
-    assert "mv" not in refusal(path)
-    assert "mv" not in refusal(previous)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder before a run
+
+
+@pytest.mark.parametrize("existing", [0, 2])
+def test_the_probe_asks_for_the_space_of_all_checkpoints_that_will_be_there(tmp_path, monkeypatch, existing):
+    out = tmp_path / "new" / "out" if not existing else tmp_path
+    for iter_num in range(existing):
+        save(tmp_path, small_state(iter_num))
+    before, disk = contents(tmp_path), shutil.disk_usage(tmp_path)
+    for keep_last, copies in ((0, 3), (2, 3), (5, 6)):
+        count = copies - existing
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, n=count: disk._replace(free=n * 10**9 - 1))
+        message = f"it has {count} GB free, need {count} GB for {count} more checkpoints; free space, or set another"
+        with pytest.raises(CheckpointError, match=f"out_dir={re.escape(str(out))} cannot be used: {message} out_dir"):
+            probe(out, 10**9, keep_last)
+        assert contents(tmp_path) == before
+        assert out.exists() == bool(existing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(total=0, free=0))  # unknown
+    probe(out, 10**9, 2)
+    assert contents(tmp_path) == before
+    assert out.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error"),
+    [
+        (os, "mkdir", OSError(errno.EROFS, "Read-only file system")),
+        (os, "fsync", OSError(errno.EDQUOT, "Disk quota exceeded")),
+        (os, "replace", OSError(errno.EIO, "Input/output error")),
+        (shutil, "copyfileobj", FULL),
+    ],
+)
+def test_the_probe_finds_all_that_would_fail_in_a_save_and_leaves_nothing(tmp_path, monkeypatch, module, name, error):
+    def fail(*args, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fail)
+        with pytest.raises(
+            CheckpointError, match=rf"out_dir=.*out cannot be used: .*{error.strerror}.*, or set another"
+        ):
+            probe(tmp_path / "a" / "out", 1, 2)
+    assert names(tmp_path) == []
+
+
+def test_the_probe_refuses_what_cannot_be_a_folder_and_tolerates_missing_features(tmp_path, monkeypatch, no_links):
+    (tmp_path / "file").touch()
+    (tmp_path / "loose").symlink_to(tmp_path / "nowhere")
+    for out in ("file", "file/out", "x" * 300, "loose"):
+        with pytest.raises((CheckpointError, OSError)) as info:
+            probe(tmp_path / out, 1, 2)
+        assert "\n" not in str(info.value)
+        assert names(tmp_path) == ["file", "loose"]
+
+    def refuse(number):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.warns(match="fsync is not supported here"):
+        probe(tmp_path / "out", 1, 2)
+    assert names(tmp_path / "out") == []

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 from harness import DENSE_START, SETTINGS, launch, read_rows, run_differences
 
-from runtime.metrics import Log, read_metrics, smooth
+from runtime.metrics import COLUMNS, Log, read_config, read_metrics, smooth
+
+TOKENS = {name: SETTINGS[name] for name in ("gradient_accumulation_steps", "batch_size", "block_size")}
 
 
 def test_the_console_shows_phase_loss_and_time_left(reference):
@@ -28,8 +30,7 @@ def test_the_console_shows_phase_loss_and_time_left(reference):
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
-    settings = {name: SETTINGS[name] for name in ("gradient_accumulation_steps", "batch_size", "block_size")}
-    log = Log(SimpleNamespace(**settings, out_dir=str(tmp_path), wandb_log=False), None, None, None, 0.0)
+    log = Log(SimpleNamespace(**TOKENS, out_dir=str(tmp_path), wandb_log=False), None, None, None, 0.0)
     log.open(0)
     log.write({"iter": 0, "phase": "dense", "train_loss": float("nan"), "lr": float("inf"), "val_loss": 1.5})
     log.file.close()
@@ -85,21 +86,88 @@ def test_wandb_offline_gets_the_same_numbers(data, tmp_path, monkeypatch):
 # Reading
 
 
-ROWS = [{"iter": 0, "phase": "sparse", "val_loss": None}, {"iter": 1, "phase": "dense", "val_loss": 4.0}]
-TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
+ROWS = [{**dict.fromkeys(COLUMNS), "iter": i, "phase": "sparse", "val_loss": 4.0} for i in range(3)]
+LINES = [json.dumps(row).encode() for row in ROWS]
+DAMAGED = {  # a line of metrics.jsonl: whether its row can be read
+    b'{"iter": 9, "pha': False,
+    b"{": False,
+    b"3": False,
+    b"null": False,
+    b'["iter", "phase"]': False,
+    b'{"iter": 9}': False,
+    b'{"iter": null, "phase": "sparse"}': False,
+    b'{"iter": 9, "phase": "spbrse"}': False,
+    b'{"iter": 9, "phase": "sparse", "lr": "high"}': False,
+    b"[" * 10**5: False,
+    b'{"iter": 9, "x": "\xc3': False,
+    b"\xff\xfe\x00\x85\x0b garbage": False,
+    b"\0" * 4096: False,
+    b"\0" * 512 + LINES[1]: True,
+    LINES[1] + b"\r": True,
+    LINES[1] + b"\n": True,
+    b"": True,
+}
+damaged_lines = pytest.mark.parametrize(("line", "is_row"), DAMAGED.items(), ids=lambda v: repr(v)[:30])
 
 
-@pytest.mark.parametrize("tail", ["", '{"iter": 9, "pha', "{", '{"iter": 9}', "\n", '{"iter": 9, "x": "\udcc3'])
-def test_every_row_is_read_but_an_incomplete_last_one(tmp_path, tail):
-    (tmp_path / "metrics.jsonl").write_bytes((TEXT + tail).encode("utf-8", "surrogateescape"))
+@damaged_lines
+def test_a_damaged_line_costs_a_warning_and_no_other_row(tmp_path, capsys, line, is_row):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([LINES[0], line or LINES[1], LINES[2]]) + b"\n")
+    assert read_metrics(tmp_path) == [row for row in ROWS if is_row or row["iter"] != 1]
+    warning = f"warning: {tmp_path}/metrics.jsonl: damaged lines are ignored, 1 of them\n"
+    assert capsys.readouterr().err == ("" if is_row else warning)
+
+
+@damaged_lines
+def test_an_incomplete_last_line_is_ignored_in_silence(tmp_path, capsys, line, is_row):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*LINES, b"" if is_row else line]))
     assert read_metrics(tmp_path) == ROWS
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("broken", ['{"iter": 9, "pha', "", "3", '{"iter": 9}'])
-def test_broken_line_elsewhere_is_refused_with_its_number(tmp_path, broken):
-    (tmp_path / "metrics.jsonl").write_text(f"{broken}\n{TEXT}")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: .*; delete that line"):
-        read_metrics(tmp_path)
+@damaged_lines
+def test_a_resumed_run_deletes_damaged_lines_with_a_word(tmp_path, capsys, line, is_row):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([LINES[0], line or LINES[1], LINES[2], b'{"iter": 2, "pha']))
+    log = Log(SimpleNamespace(**TOKENS, out_dir=str(tmp_path), wandb_log=False), None, None, None, 0.0)
+    log.open(2)
+    log.file.close()
+    assert path.read_bytes() == b"".join(row + b"\n" for row in LINES[: 1 + is_row])
+    assert len(re.findall("metrics.jsonl: deleted a damaged line, b'.*'\n", capsys.readouterr().out)) == 2 - is_row
+
+
+def test_rows_of_all_iterations_are_in_order(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([b'{"iter": 0, "phase": "dense"}', *LINES, LINES[0], LINES[1]]))
+    assert [row["iter"] for row in read_metrics(tmp_path)] == [0, 0, 0, 1, 1, 2]
+    log = Log(SimpleNamespace(**TOKENS, out_dir=str(tmp_path), wandb_log=False), None, None, None, 0.0)
+    log.open(2)  # the last row of an iteration counts
+    log.file.close()
+    assert read_metrics(tmp_path) == ROWS[:2]
+    path.write_bytes(b"")
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_rewrite_that_fails_leaves_the_rows(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(LINES[0] + b"\n{")
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    log = Log(SimpleNamespace(**TOKENS, out_dir=str(tmp_path), wandb_log=False), None, None, None, 0.0)
+    with pytest.raises(OSError, match="No space left"):
+        log.open(5)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(path.name, LINES[0] + b"\n{")]
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"3", b"\xff", b"\0\0", b""])
+def test_a_damaged_config_json_is_refused_with_the_remedy(tmp_path, text):
+    assert read_config(tmp_path) == {}
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"config\.json: .*; delete it to continue without the run's settings"):
+        read_config(tmp_path)
 
 
 def test_smooth_keeps_a_constant_and_averages_neighbours():

@@ -9,7 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from harness import DENSE_START, SETTINGS, all_settings, launch, read_rows, read_state, run_differences, stop_at
+from harness import (
+    DENSE_START,
+    SETTINGS,
+    all_settings,
+    contents,
+    launch,
+    read_rows,
+    read_state,
+    run_differences,
+    stop_at,
+)
 
 import train
 from configurator import setting_names
@@ -73,14 +83,25 @@ def test_metrics_after_the_checkpoint_are_written_again(run, reference, stopped)
     assert run_differences(stopped, reference[0]) == []
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_previous_one_can_be_used(run, refused, reference, stopped):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_can_be_used(run, refused, reference, stopped):
     path = stopped / "ckpt.pt"
     path.write_bytes(path.read_bytes()[:-5000])
-    said = re.search(r"truncated.*previous checkpoint \(iteration 8\) is intact.* mv '(.*)' '(.*)'\n", refused(stopped))
+    said = re.search(r"truncated.*the checkpoint of iteration 8 is intact: to .*, mv (\S+) (\S+)\n", refused(stopped))
     assert said.groups() == (str(stopped / "ckpt_prev.pt"), str(path))
     path.unlink()
     assert "at iteration 8;" in run(stopped)
     assert run_differences(stopped, reference[0]) == []
+
+
+def test_damaged_metrics_and_a_damaged_config_do_not_stop_a_resume(run, stopped):
+    before = read_rows(stopped)
+    lines = (stopped / "metrics.jsonl").read_bytes().splitlines()
+    lines[4:4] = [b"\xff\0{", b'{"iter": 3}', b"[]"]
+    (stopped / "metrics.jsonl").write_bytes(b"\n".join([*lines, b"{"]))
+    (stopped / "config.json").write_bytes(b"\0\0")
+    assert run(stopped, max_iters=11, dense_start=9).count("metrics.jsonl: deleted a damaged line") == 4
+    assert read_rows(stopped)[:10] == before
+    assert json.loads((stopped / "config.json").read_text())["max_iters"] == 11
 
 
 @pytest.mark.slow
@@ -207,6 +228,83 @@ def test_a_second_run_in_the_folder_is_refused(run, refused, stopped):
     assert "set another out_dir" in said
     held.close()
     run(stopped, max_iters=11, dense_start=3)
+
+
+@pytest.mark.parametrize(
+    ("was", "changes"),
+    [("empty", {}), ("stopped", {}), ("stopped", {"init_from": "scratch", "overwrite": True})],
+    ids=["new", "resume", "overwrite"],
+)
+def test_a_slow_start_never_clears_a_run_that_another_process_finished_meanwhile(
+    run, attempt, stopped, tmp_path, monkeypatch, was, changes
+):
+    """The other run comes after this start has looked for a checkpoint, and is over before it locks the folder."""
+    out, build, lives = tmp_path / "empty" if was == "empty" else stopped, setup.build_model, []
+    (stopped / "run.lock").unlink()  # as in a copied folder
+
+    def build_slowly(*args):
+        if not lives:
+            lives.append("another")
+            run(out, max_iters=12, dense_start=12)
+            lives.append(contents(out))
+        return build(*args)
+
+    monkeypatch.setattr(setup, "build_model", build_slowly)
+    done = attempt(out, **changes)
+    said = f"train.py: error: out_dir={out}: another run has written there during this start; start once more\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert contents(out) == lives[1]
+    assert read_state(out)["iter_num"] == 12
+
+
+def test_a_lock_file_that_is_a_symbolic_link_is_refused(refused, stopped, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for out in (stopped, tmp_path / "new"):
+        out.mkdir(exist_ok=True)
+        (out / "run.lock").unlink(missing_ok=True)
+        (out / "run.lock").symlink_to(victim)
+        assert f"{out}/run.lock cannot be opened: Too many levels of symbolic links; delete it, or set" in refused(out)
+    (out / "run.lock").unlink()
+    (out / "run.lock").mkdir()
+    assert "run.lock cannot be opened: Is a directory" in refused(out)
+    assert victim.read_text() == "precious"
+
+
+def test_an_out_dir_that_cannot_be_one_is_refused_in_one_line(attempt, tmp_path):
+    (tmp_path / "file").touch()
+    for out, said in {"file": "is a file", "file/out": "Not a directory", "x" * 300: "File name too long"}.items():
+        done = attempt(tmp_path / out)
+        assert re.fullmatch(rf"train\.py: error: [^\n]*{said}[^\n]*\n", done.stderr)
+        assert (done.returncode, os.listdir(tmp_path)) == (1, ["file"])
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_step(refused, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**5))
+    monkeypatch.setattr(train, "run", lambda t: pytest.fail("the run began"))
+    message = "cannot be used: it has 0.0001 GB free, need 0.00[0-9]+ GB for 3 more checkpoints; free space, or set"
+    assert re.search(message, refused(tmp_path / "out"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_space_that_is_asked_for_is_that_of_a_checkpoint(run, tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(setup.checkpoint, "probe", lambda out, size, keep_last: (sizes.append(size), os.mkdir(out)))
+    run(tmp_path / "out", max_iters=2, n_embd=128, n_head=2)
+    assert sizes == [pytest.approx((tmp_path / "out" / "ckpt.pt").stat().st_size, rel=0.1)]
+
+
+def test_an_error_of_rank_0_in_the_folder_is_told_to_all_ranks(refused, tmp_path, monkeypatch):
+    told, agree, full = [], Ranks.agree, OSError("the disk is full")
+
+    def fail(*_):
+        raise full
+
+    monkeypatch.setattr(Ranks, "agree", lambda self, facts, error=None: told.append(error) or agree(self, facts, error))
+    monkeypatch.setattr(setup, "open_folder", fail)
+    assert refused(tmp_path / "out") == "train.py: error: the disk is full\n"
+    assert told == [None, full]
 
 
 @pytest.mark.slow

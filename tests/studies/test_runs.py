@@ -16,7 +16,7 @@ def test_finished_means_at_the_end_with_a_loss(tmp_path, write_run):
     assert not runs.is_finished(write_run(tmp_path / "empty"), 4)
     for row in ({"iter": 4, "val_loss": 1.5}, {"iter": 3, "val_loss": 1.5}, {"iter": 4, "val_loss": None}, {"iter": 4}):
         folder = write_run(tmp_path / "run", [{"iter": 0, "val_loss": 9.0}, row])
-        assert runs.last_row(folder) == {"phase": "sparse"} | row
+        assert runs.last_row(folder).items() >= ({"phase": "sparse"} | row).items()
         assert runs.is_finished(folder, 4) == (row == {"iter": 4, "val_loss": 1.5})
 
 

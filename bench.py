@@ -40,7 +40,7 @@ from benchmarks.machine import device as this_device
 from benchmarks.report import table, with_spread
 from benchmarks.steps import PAPER_BATCH, gpt2, predict_step
 from benchmarks.suites import MASK_INTERVAL, WIDTHS, Settings
-from configurator import write_json
+from configurator import expand, write_json
 from model import PRESETS, GPTConfig
 from runtime.ranks import environment
 from sparse24 import use_kernels
@@ -211,7 +211,7 @@ def run_suites(args, device: torch.device) -> None:
             run_suite(suite, settings, data, path)
     print(summary(data))
     if path:
-        path.with_suffix(".md").write_text(summary(data) + "\n")
+        path.with_suffix(".md").write_text(summary(data) + "\n", encoding="utf-8")
         print(f"wrote {path} and {path.with_suffix('.md')}")
     if failed := failures(data, names):
         sys.exit("bench.py: these failed:\n" + "\n".join(failed))
@@ -250,23 +250,27 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _path(text: str) -> Path:
+    return Path(expand(text))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("stages", nargs="*", help="with --evidence: the stages to run, in this order; default: all")
-    add("--evidence", type=Path, metavar="OUT", help="run stages of benchmarks/evidence.py into OUT")
+    add("--evidence", type=_path, metavar="OUT", help="run stages of benchmarks/evidence.py into OUT")
     add("--minutes", type=float, default=10.0, help="with --evidence: minutes that all stages may take")
     add("--suite", choices=(*SUITES, "kernels"), help="default: all but kernels")
-    add("--json", type=Path, help="file for the numbers; default: bench.json in --out_dir")
+    add("--json", type=_path, help="file for the numbers; default: bench.json in --out_dir")
     add("--predict", nargs="?", const="all", choices=("all", *roofline.GPUS), help="print S_model without measuring")
-    add("--out_dir", help="folder of results; default: results/<gpu> on a GPU, none on a CPU; kernels: results")
+    add("--out_dir", type=_path, help="default: results/<gpu> on a GPU, none on a CPU; kernels: results")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="smaller grids, 60 s a suite")
     size.add_argument("--full", action="store_true", help="the paper's full grids, without a time limit")
     add("--budget", type=float, help="seconds per suite after which no case is started (e2e: four times as many)")
     add("--sizes", nargs="+", choices=PRESETS, default=(), help="e2e: sizes of GPT-2; default: all")
     add("--widths", nargs="+", type=_positive, default=(), help="gemm, ffn, block: widths of the layers")
-    add("--verdicts", type=Path, help="cache the choices of GEMMs in this file; default: measure anew")
+    add("--verdicts", type=_path, help="cache the choices of GEMMs in this file; default: measure anew")
     add("--repetitions", type=_positive, default=10)
     add("--graph", action="store_true", help="ffn, block: time replays of CUDA graphs; gemm always does")
     add("--tables", type=_positive, default=7, help="kernels: number of shapes from each of Tables 2 and 3")

@@ -14,9 +14,11 @@ import contextlib
 import difflib
 import errno
 import json
+import math
 import operator
 import os
 import re
+import shlex
 import sys
 import tokenize
 import traceback
@@ -27,6 +29,10 @@ NoneType = type(None)
 NEEDS = {bool: "True or False", int: "an int", float: "a float", str: "a string", NoneType: "None"}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+PATHS = ("out_dir", "dataset", "flip_reference")  # settings in which ~ is the home folder
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212-"  # word processors write these for - and --
+_MEANT = {"true": "True", "yes": "True", "on": "True", "1": "True", "none": "None"}
+_MEANT |= dict.fromkeys(("false", "no", "off", "0"), "False")
 
 # Settings that train.py had up to this commit: {name: (the value that all runs use now, what replaces the setting)}.
 # A dict has a value for each recipe, and "" for all others. None means any value: no weight depends on the setting.
@@ -73,12 +79,13 @@ def configure(defaults, argv):
     Raises ConfigError for mistakes of the user, TypeError for mistakes of the script's author.
     """
     kinds = _kinds(defaults)
-    if "-h" in argv or "--help" in argv:
+    if any(word.startswith(tuple(_DASHES)) and word.lstrip(_DASHES).lower() in ("h", "help") for word in argv):
         _print_help(defaults, kinds)
         raise SystemExit(0)
     overrides = {}
-    for word in argv:
-        overrides |= (_read_word if word.startswith("-") else _read_file)(word, defaults, kinds)
+    for place, word in enumerate(argv):
+        read = _read_word if word.startswith(tuple(_DASHES)) else _read_file
+        overrides |= read(argv[place : place + 3], defaults, kinds)
     return overrides
 
 
@@ -94,6 +101,22 @@ def configure_or_exit(defaults, argv):
 def setting_names(defaults):
     """The names of a script's settings, in the order of its source."""
     return list(_kinds(defaults))
+
+
+def check_ranges(settings: dict, ranges: dict) -> None:
+    """Raise ConfigError unless each setting in `ranges`, {name: (least, most)}, is finite and in between, or None."""
+    for name, (least, most) in ranges.items():
+        if settings[name] is not None and not least <= settings[name] <= min(most, sys.float_info.max):  # NaN too
+            end = "finite" if most == math.inf else f"at most {most}"
+            raise ConfigError(f"{name}={settings[name]}, need at least {least} and {end}")
+
+
+def expand(path: str) -> str:
+    """`path` with ~ and ~user replaced by the home folder. Raises ConfigError if there is none."""
+    expanded = path if os.environ.get("HOME") == "" else os.path.expanduser(path)
+    if path.startswith("~") and not os.path.isabs(expanded):
+        raise ConfigError(f"{path!r}: no home folder is known for {path.split('/')[0]}; write the complete path")
+    return expanded
 
 
 def without_removed(saved: dict, source) -> dict:
@@ -137,37 +160,63 @@ def _kinds(defaults):
     return kinds
 
 
-def _check_name(name, kinds, where):
+def _check_name(name, kinds, where, meant=None):
     if name not in kinds and name in REMOVED:
         raise ConfigError(f"{name} {where} was removed after commit {LAST_WITH_REMOVED}: {REMOVED[name][1]}")
     if name not in kinds:
-        near = difflib.get_close_matches(name.replace("-", "_"), kinds, n=1)
-        helper = f"name a helper _{name}" if where.startswith("in ") else "--help lists the settings"
-        raise ConfigError(f"unknown setting {name!r} {where}; " + (f"did you mean {near[0]!r}?" if near else helper))
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), kinds, n=1)
+        remedy = f"name a helper _{name}" if where.startswith("in ") else "--help lists the settings"
+        remedy = f"did you mean {near[0]!r}?" if near else remedy
+        raise ConfigError(f"unknown setting {name!r} {where}; {remedy}" + (f" write {meant}" if meant else ""))
 
 
-def _fit(name, value, defaults, kinds, where):
-    """`value`, converted to float if the setting needs one. Raises ConfigError if its type does not fit."""
+def _fit(name, value, defaults, kinds, where, meant=None):
+    """`value`, as a float if the setting needs one; ~ is expanded in PATHS. Raises ConfigError if it does not fit.
+    meant: the word to write instead, or None."""
     plain = next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)  # np.float64
-    if type(plain) in kinds[name]:
-        return plain
+    is_blank = name in PATHS and type(plain) is str and not plain.strip() and defaults[name] != ""
+    if type(plain) in kinds[name] and not is_blank:
+        return expand(plain) if name in PATHS and plain else plain
     if type(plain) is int and float in kinds[name] and abs(plain) < 2**1023:
         return float(plain)
-    need = " or ".join(NEEDS[kind] for kind in kinds[name])
-    is_integer = int in kinds[name] and type(plain) is float and plain.is_integer()
-    remedy = f"write {plain:.0f}" if is_integer else f"its default is {defaults[name]!r}"
+    need = "the path of a folder" if is_blank else " or ".join(NEEDS[kind] for kind in kinds[name])
+    if int in kinds[name] and type(plain) is float and plain.is_integer():
+        meant = f"{'--' if where.startswith('on ') else ''}{name}={plain:.0f}"
+    remedy = f"write {meant}" if meant else f"its default is {defaults[name]!r}"
     raise ConfigError(f"setting {name!r} {where}: got {value!r}, need {need}; {remedy}")
 
 
-def _read_word(word, defaults, kinds):
-    """{name: value} of one --name=value."""
-    where = "on the command line"
-    name, _, text = word.lstrip("-").partition("=")
-    _check_name(name, kinds, where)
-    if word != f"--{name}={text}":
-        example = "True" if bool in kinds[name] else text or defaults[name]
-        raise ConfigError(f"{word!r} {where} is not of the form --name=value; write --{name}={example}")
-    return {name: _fit(name, _parse(text, kinds[name]), defaults, kinds, where)}
+def _read_word(words, defaults, kinds):
+    """{name: value} of the first of `words`, a --name=value. The next two help to find what the user meant."""
+    word, where, meant = words[0], "on the command line", _meant(words, defaults, kinds)
+    name, *text = re.split("[=:]", word.lstrip(_DASHES), maxsplit=1)
+    _check_name(name, kinds, where, meant)
+    if [word] != [f"--{name}={value}" for value in text]:
+        raise ConfigError(f"{word!r} {where} is not of the form --name=value; write {meant}")
+    return {name: _fit(name, _parse(text[0], kinds[name]), defaults, kinds, where, meant)}
+
+
+def _meant(words, defaults, kinds):
+    """The --name=value that the user meant by the first of `words`, in quotes for a shell; None if that is unclear.
+
+    The value is in the word itself, as in -name=value and --name:value, or in the next two, as in --name = value."""
+    pattern = rf"[{_DASHES}]*(\w[\w{_DASHES}]*)(?:\s*[=:][\0=:\s]*|\0[\0=:]*|$)((?!--)[^\0]*|)"
+    match = re.match(pattern, "\0".join(words))
+    name = re.sub(f"[{_DASHES}]", "_", match[1].lower()) if match else ""
+    if name not in kinds and bool in kinds.get(name.removeprefix("no_"), ()):
+        return f"--{name.removeprefix('no_')}=False"
+    is_setting = words[0].startswith(tuple(_DASHES)) or "=" in words[0]
+    near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.6 if is_setting else 1.0)
+    if not near:
+        return None
+    name, text = near[0], match[2].strip()
+    for value in (text, re.sub(f"[{_DASHES}]", "-", text), _MEANT.get(text.lower(), text)):
+        with contextlib.suppress(ConfigError):
+            _fit(name, _parse(value, kinds[name]), defaults, kinds, "")
+            return shlex.quote(f"--{name}={value}")
+    if not text or (bool in kinds[name] and "=" not in words[0]):  # the next word is another argument
+        text = True if bool in kinds[name] else defaults[name]
+    return None if words[0] == f"--{name}={text}" else shlex.quote(f"--{name}={text}")
 
 
 def _parse(text, kinds):
@@ -195,14 +244,15 @@ def _arithmetic(node):
     raise ValueError("not arithmetic on numbers")
 
 
-def _read_file(path, defaults, kinds):
-    """{name: value} of the settings that a config file assigns. The file runs in a fresh dict."""
+def _read_file(words, defaults, kinds):
+    """{name: value} of the settings that the config file words[0] assigns. The file runs in a fresh dict."""
+    path, meant = expand(words[0]), _meant(words, defaults, kinds)
     namespace = {"__name__": "config", "__file__": path}
     try:
         with open(path, "rb") as file:
             source = file.read()
     except OSError as error:
-        hint = f"write --{path}" if "=" in path else "give a path such as config/name.py, or --name=value"
+        hint = f"write {meant}" if meant else "give a path such as config/name.py, or --name=value"
         raise ConfigError(f"cannot read config file {path!r} ({error.strerror}); {hint}") from None
     try:
         exec(compile(source, path, "exec", dont_inherit=True), namespace)
@@ -214,7 +264,9 @@ def _read_file(path, defaults, kinds):
         raise ConfigError(f"{path}, line {line}: {reason}{hint}") from error
     overrides = {}
     for name, value in namespace.items():
-        if name in kinds or (not name.startswith("_") and type(value) in NEEDS):
+        # modules, functions and classes have a __name__, and those that the file does not define may be imports
+        imported = hasattr(value, "__name__") and getattr(value, "__module__", None) != "config"
+        if name in kinds or not (name.startswith("_") or imported):
             _check_name(name, kinds, f"in {path}")
             overrides[name] = _fit(name, value, defaults, kinds, f"in {path}")
     return overrides

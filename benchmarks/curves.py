@@ -44,14 +44,15 @@ def begin(name: str, data: str, folder: Path) -> subprocess.Popen:
     """Start one run. Its output goes to FOLDER.log."""
     settings = {**SETTINGS, **RUNS[name], "dataset": data, "out_dir": folder}
     command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
-    with open(f"{folder}.log", "w") as log:
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
 def read(folder: Path, process: subprocess.Popen) -> dict:
     """The results of a run, finished or not: its metrics, its settings and its choice of GEMMs."""
     rows = read_metrics(str(folder)) if (folder / "metrics.jsonl").exists() else []
-    result = {"exit": process.poll(), "rows": rows, "output": Path(f"{folder}.log").read_text().splitlines()[-25:]}
+    output = Path(f"{folder}.log").read_text(encoding="utf-8").splitlines()[-25:]
+    result = {"exit": process.poll(), "rows": rows, "output": output}
     return result | {name: read_json(folder / name) for name in ("config.json", "spmm.json")}
 
 

@@ -191,7 +191,7 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
     bring_back(out)
     done = earlier_stages(*([held] if held else []), out / "evidence.json")
     ran = []
-    with open(out / "log.txt", "a") as log:
+    with open(out / "log.txt", "a", encoding="utf-8") as log:
         for name in names or stages:
             code = code_id(stages[name])
             if done.get(name, {}).get("status") == "ok" and done[name]["code"] == code:
@@ -207,7 +207,7 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
             write_json(out / "evidence.json", {"device": device, "stages": done})
             print(f"{name}: {done[name]['status']}, {done[name]['seconds']} s", flush=True)
     write_json(out / "evidence.json", {"device": device, "stages": done})
-    text = (out / "log.txt").read_text(errors="replace")
+    text = (out / "log.txt").read_text(encoding="utf-8", errors="replace")
     pack_up(out)
     print("\n".join(text.splitlines()[-90:]))
     return all(done[name]["status"] == "ok" for name in ran)

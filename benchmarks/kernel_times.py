@@ -547,7 +547,7 @@ def run(
                 results[key].append(row)
                 write_json(path, results)
     write_json(path, results)
-    (out / "kernels.md").write_text(text := report(results))
+    (out / "kernels.md").write_text(text := report(results), encoding="utf-8")
     print(
         f"{text}\nwrote {out}/kernels.json and .md; copy the first table into results/README.md, which a test compares"
     )

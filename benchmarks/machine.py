@@ -69,7 +69,7 @@ def spread(values: list[float]) -> dict:
 
 
 def read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def attempt(make: Callable[[], dict | list[dict]]) -> dict | list[dict]:

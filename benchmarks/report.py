@@ -274,7 +274,7 @@ def draw(folder: Path, path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     folder = Path(argv[0])
-    (folder / "README.md").write_text(page(folder))
+    (folder / "README.md").write_text(page(folder), encoding="utf-8")
     draw(folder, folder / "evidence.png")
     print(f"wrote {folder / 'README.md'} and {folder / 'evidence.png'}")
 

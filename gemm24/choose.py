@@ -54,7 +54,6 @@ _REPEATS = 4  # runs of a GEMM that must agree bit for bit
 _NO_CAPTURE = "cannot be captured in a CUDA graph"
 _WARM_UP = 0.2  # seconds under load before timing, so that clocks and temperature are as in a run
 _FORMAT = 1  # version of a row and of its measurement; raise it to measure all earlier rows anew
-_FIELDS = {"key", "chosen", "dense_us", "best_us", "ratio", "reason", "faults", *Choice._fields}  # every row has them
 
 
 def random_24(rows: int, columns: int, device, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -218,6 +217,32 @@ def wins(sparse_us: Sequence[float], dense_us: Sequence[float]) -> bool:
     return statistics.quantiles(sparse_us, n=4)[2] < statistics.quantiles(dense_us, n=4)[0]
 
 
+def _are_times(us) -> bool:
+    return all(type(one) in (int, float) and 1e-2 <= one <= 1e9 for one in us)  # microseconds
+
+
+def _can_be_measured(row: dict) -> bool:
+    """Returns whether `_Trial.measure` can have made this row. A missing or wrong field may raise an error instead."""
+    _, (*shape, _, _, _, _), _, mode, *_ = json.loads(row["key"])
+    us = [row["dense_us"], *([] if row["best_us"] is None else [row["best_us"]])]
+    valid = _are_times(us) and all(type(n) is int for n in (*shape, row["alg_id"], row["split_k"]))
+    valid &= shape == [row["m"], row["n"], row["k"]] and type(row["chosen"]) is bool
+    valid &= all(type(text) is str for text in (row["reason"], *row["faults"].values()))
+    valid &= len(us) == 1 or math.isclose(row["ratio"], us[0] / us[1])
+    if row["chosen"]:  # not 20 times as fast, because 2:4 halves the arithmetic
+        valid &= us[1] < (us[0] if mode == "auto" else math.inf) and row["ratio"] < 20
+        valid &= row["backend"] == "cusparselt" and row["order"] in (*ORDERS, "library")
+        valid &= 0 <= row["alg_id"] < ALGORITHMS and 1 <= row["split_k"] <= 8
+    return valid
+
+
+def _can_be_timed(layer: dict) -> bool:
+    """The same for the times of a layer, which plan.time_ways makes."""
+    us, taken = layer["us"], layer["taken"]
+    valid = _are_times([*us["dense"], *us["layers"], *us["plan"], *layer.get("host_us", {}).values()])
+    return valid and {len(times) for times in us.values()} == {3} and us[taken][0] <= us["layers"][0]
+
+
 @dataclass
 class Report:
     """The choice for each GEMM and its measurements. A run saves its report in its out_dir. The cache that runs share
@@ -234,14 +259,14 @@ class Report:
         GEMMs are then measured again, and the run goes on."""
         notes = []
         try:
-            saved = json.loads(path.read_text()) if path and path.exists() else {"rows": [], "whole": None}
+            saved = json.loads(path.read_bytes()) if path and path.exists() else {"rows": [], "whole": None}
             if "rows" not in saved:  # the cache of releases up to commit 8751ec3
                 saved = {"rows": [{**row, "key": key} for key, row in saved.items()], "whole": None}
             rows, layer = saved["rows"], saved["whole"]
-            if not all(row.keys() >= _FIELDS for row in rows):
-                raise ValueError("its rows have another form")
             usable = [row for row in rows if "cutlass" not in row["key"]]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if not all(map(_can_be_measured, usable)) or not (layer is None or _can_be_timed(layer)):
+                raise ValueError("it has other values than measurements give")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             return cls({}, [], [f"{path} cannot be read ({reason(error)}): GEMMs are measured anew"])
         if len(usable) < len(rows):
             notes = [f"{path} has verdicts on the backend cutlass, which was {_CUTLASS}: those GEMMs are measured anew"]
@@ -488,6 +513,6 @@ def _machine(device: torch.device) -> list:
     if device.type != "cuda":
         return [str(device), torch.__version__]
     driver = Path("/proc/driver/nvidia/version")
-    driver = driver.read_text().partition("\n")[0] if driver.exists() else ""
+    driver = driver.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if driver.exists() else ""
     cusparselt = torch.backends.cusparselt.version()
     return [torch.cuda.get_device_name(device), torch.__version__, torch.version.cuda, cusparselt, driver]

@@ -171,6 +171,7 @@ class Saver:
             "autoswitch": self.parts["optimizer"].dense_start_log,
             "patterns_hash": PATTERNS_HASH,
             "elapsed_s": self.log.elapsed,
+            "wandb_id": self.log.wandb_id,
             "skipped": [self.guard.skipped, self.guard.in_a_row],
         }
         self.writer.save(state, name)

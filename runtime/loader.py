@@ -106,7 +106,7 @@ def load_meta(folder: Path) -> dict:
     if not path.exists():
         return {"tokenizer": "gpt2", "vocab_size": 50257}
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(meta["vocab_size"], int) and isinstance(meta["tokenizer"], str)):
             raise TypeError("vocab_size must be an int and tokenizer a string")
     except (ValueError, KeyError, TypeError) as error:

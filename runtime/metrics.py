@@ -5,9 +5,11 @@ import math
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from configurator import sync, write_small_file
+from gemm24.choose import reason
 
 COLUMNS = {  # the columns of metrics.jsonl and their formats on the console; "" = not shown there
     "iter": "", "phase": "", "train_loss": "loss {:.4f}", "val_loss": "val {:.4f}", "val_loss_24": "",
@@ -28,7 +30,29 @@ class Log:
         self.s, self.model, self.ranks, self.peak, self.elapsed = s, model, ranks, peak, elapsed
         self.tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
         self.steps, self.seconds, self.started = 0, 0.0, 0.0  # steps since the last row, and their duration
-        self.file = self.wandb = None
+        self.file = self.wandb = self.wandb_id = None  # wandb_id: names the run there, and is in checkpoints
+
+    def open_wandb(self) -> None:
+        """Begin a run in wandb, or continue run `wandb_id` there. Raises ValueError if wandb fails."""
+        Path(self.s.out_dir).mkdir(parents=True, exist_ok=True)
+        self.wandb_id = self.wandb_id or uuid.uuid4().hex[:12]
+        names = {"project": self.s.wandb_project, "name": self.s.wandb_run_name, "dir": self.s.out_dir}
+        os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")  # a prompt must not hold up a batch job
+        try:
+            import wandb
+
+            self.wandb = wandb.init(**names, config=vars(self.s), id=self.wandb_id, resume="allow")
+        except Exception as error:  # wandb raises many types of exceptions
+            remedy = "`wandb login`, WANDB_MODE=offline in the environment, or --wandb_log=False"
+            raise ValueError(f"wandb_log=True: wandb cannot start ({reason(error)}); use {remedy}") from error
+
+    def _tell_wandb(self, method: str, *args, **options) -> None:
+        try:
+            if self.wandb:
+                getattr(self.wandb, method)(*args, **options)
+        except Exception as error:  # as above
+            self.wandb = None
+            print(f"warning: wandb.{method} failed ({reason(error)}); the run goes on without wandb", flush=True)
 
     def open(self, first_iter: int) -> None:
         """Open metrics.jsonl. Its rows from `first_iter` on are deleted, because a resumed run repeats those steps."""
@@ -39,12 +63,7 @@ class Log:
                 print(f"{path}: deleted a damaged line, {line[:40]!r}")
         rows = {row["iter"]: json.dumps(row) + "\n" for row in rows if row["iter"] < first_iter}  # without duplicates
         write_small_file(path, "".join(rows.values()))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  open as long as the run
-        if self.s.wandb_log:
-            import wandb
-
-            names = {"project": self.s.wandb_project, "name": self.s.wandb_run_name, "dir": self.s.out_dir}
-            self.wandb = wandb.init(**names, config=vars(self.s))
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  open as long as the run
 
     def start_step(self) -> None:
         self.started = time.perf_counter()
@@ -73,9 +92,8 @@ class Log:
         numbers = {key: row.get(key) for key in COLUMNS}
         not_json = {k: None for k, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)}
         self.file.write(json.dumps(numbers | not_json) + "\n")
-        if self.wandb:
-            measured = {key: value for key, value in row.items() if value is not None and key != "iter"}
-            self.wandb.log(measured, step=row["iter"])
+        measured = {key: value for key, value in row.items() if value is not None and key != "iter"}
+        self._tell_wandb("log", measured, step=row["iter"])
 
     def show(self, row: dict, s_per_iter: float) -> None:
         """Print the row as one line, with the remaining time."""
@@ -99,8 +117,7 @@ class Log:
         if not self.file:
             return
         self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+        self._tell_wandb("finish")
         if stopping:
             resume = "" if s.init_from in ("auto", "resume") else " with --init_from=resume"
             saved = f"stopped after iteration {iter_num}, saved in {Path(s.out_dir) / 'ckpt.pt'}"

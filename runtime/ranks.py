@@ -161,15 +161,39 @@ def outvoted(sums: list[tuple[int, int]]) -> list[int]:
     return [rank for rank, pair in enumerate(sums) if pair != majority[pair[0]]]
 
 
+def torchrun_rank() -> int | None:
+    """The local rank that torchrun gave this process; None without torchrun. Raises ValueError if its variables in the
+    environment do not fit."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    texts = {name: os.environ.get(name, "not set") for name in names}
+    if texts["WORLD_SIZE"] in ("not set", "1") and {texts["RANK"], texts["LOCAL_RANK"]} <= {"not set", "-1"}:
+        return None
+    wrong = [name for name in names[:4] if not texts[name].isdecimal()]
+    wrong = wrong or [name for name in names[1:3] if int(texts[name]) >= int(texts["WORLD_SIZE"])]
+    wrong = wrong or [name for name in names if texts[name] == "not set"]
+    if wrong:
+        values = ", ".join(f"{name}={text}" for name, text in texts.items() if text != "not set")
+        remedy = "start train.py with torchrun, or unset these variables to run alone"
+        raise ValueError(f"{wrong[0]} is {texts[wrong[0]]} beside {values}, which torchrun does not do; {remedy}")
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise ValueError(
+            f"--max_restarts={restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: without "
+            "it torch's restarts do not reconnect reliably; export it, or use --max_restarts=0"
+        )
+    return int(texts["LOCAL_RANK"])
+
+
 def start_ranks(device_name: str) -> Ranks:
     """Join torchrun's process group, with nccl on GPUs and gloo on CPUs. Without torchrun the world has one rank."""
-    if int(os.environ.get("RANK", -1)) < 0:
+    if (local_rank := torchrun_rank()) is None:
         return Ranks()
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ["LOCAL_RANK"])
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"device={device_name!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
     if on_gpu:
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"LOCAL_RANK={local_rank} needs {local_rank + 1} GPUs; use --nproc_per_node={gpus}")
         torch.cuda.set_device(local_rank)
     backend = "nccl" if on_gpu else "gloo"
     try:
@@ -191,7 +215,7 @@ def hold(folder: Path):
     path = folder / "run.lock"
     try:
         opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
-        file = open(path, "a+", opener=opener)  # noqa: SIM115  open as long as the run
+        file = open(path, "a+", opener=opener, encoding="utf-8")  # noqa: SIM115  open as long as the run
     except OSError as error:
         raise FolderInUse(f"{path} cannot be opened: {error.strerror}; delete it, or set another out_dir") from error
     try:

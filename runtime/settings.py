@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 import sparse24
-from configurator import without_removed
+from configurator import check_ranges, without_removed
 from gemm24 import choose
 from runtime import checkpoint
 from runtime.loader import vocabulary_changes
@@ -20,10 +20,16 @@ from runtime.ranks import Ranks
 from sparse24 import Recipe, kernel_status, sparse_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LEAST = {  # the smallest allowed values
-    "batch_size": 1, "gradient_accumulation_steps": 1, "block_size": 1, "max_iters": 0, "warmup_iters": 0, "seed": 0,
-    "log_interval": 1, "eval_interval": 0, "eval_iters": 0, "flip_interval": 0, "checkpoint_interval": 1,
-    "keep_last": 2, "keep_every": 0, "grad_clip": 0, "dense_start": -1, "fsdp_copies": 1,
+_FROM_0, _FROM_1, _SHARE, _BELOW_1 = (0, math.inf), (1, math.inf), (0, 1), (0, 0.999999)
+RANGES = {  # the least and the most of every number among the settings
+    "seed": (0, 2**32 - 1), "log_interval": _FROM_1, "eval_interval": _FROM_0, "eval_iters": _FROM_0,
+    "flip_interval": _FROM_0, "checkpoint_interval": _FROM_1, "keep_last": (2, math.inf), "keep_every": _FROM_0,
+    "gradient_accumulation_steps": _FROM_1, "batch_size": _FROM_1, "block_size": _FROM_1,
+    "n_layer": _FROM_1, "n_head": _FROM_1, "n_embd": _FROM_1, "dropout": _BELOW_1, "ffn_ratio": (1e-3, math.inf),
+    "mask_interval": _FROM_1, "masked_decay": _FROM_0, "dense_pretrain": _SHARE, "dense_finetune": _SHARE,
+    "dense_start": (-1, math.inf), "learning_rate": _FROM_0, "max_iters": _FROM_0, "weight_decay": _FROM_0,
+    "beta1": _BELOW_1, "beta2": _BELOW_1, "grad_clip": _FROM_0, "warmup_iters": _FROM_0, "lr_decay_iters": _FROM_0,
+    "min_lr": _FROM_0, "fsdp_copies": _FROM_1,
 }  # fmt: skip
 CHOICES = {
     "init_from": ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
@@ -37,17 +43,16 @@ CHOICES = {
 
 def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
     """Check the settings, and fill in the recipe's values. Returns the recipe, or None for a dense run."""
-    for name, least in LEAST.items():
-        if getattr(s, name) < least:
-            raise ValueError(f"{name}={getattr(s, name)}, need at least {least}")
+    check_ranges(vars(s), RANGES)
+    for name, most in (("min_lr", "learning_rate"), ("warmup_iters", "lr_decay_iters")) if s.decay_lr else ():
+        if getattr(s, name) > getattr(s, most):
+            raise ValueError(f"{name}={getattr(s, name)}, need at most {most}={getattr(s, most)}, or decay_lr=False")
     for name, choices in CHOICES.items():
         if getattr(s, name) not in choices:
             raise ValueError(f"{name}={getattr(s, name)!r}, need one of {', '.join(choices)}")
     choose.check_mode(s.spmm)
     if s.wandb_log and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb_log=True needs the package wandb; pip install wandb")
-    if s.seed >= 2**32:
-        raise ValueError(f"seed={s.seed}, need a seed below 2**32")
     if s.parallel == "ddp" and s.fsdp_copies > 1:
         raise ValueError(f"fsdp_copies={s.fsdp_copies} is for parallel='fsdp'; with ddp every rank has a replica")
     if s.parallel == "fsdp" and (s.dtype == "float16" or s.compile_mode != "default"):
@@ -185,6 +190,8 @@ def announce(s: SimpleNamespace, model, path: Path | None, start: dict, about: d
         print(f"Triton kernels: {kernel_status(next(model.parameters()).device)}")
     tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
     print(f"model: {model.get_num_params() / 1e6:.2f}M parameters; {tokens:,} tokens per step, {s.max_iters:,} steps")
+    if s.decay_lr and s.warmup_iters > s.max_iters > 0:
+        print(f"warning: the run ends within its warm-up: warmup_iters={s.warmup_iters}, max_iters={s.max_iters}")
     if layers := sparse_linears(model):
         share = sum(layer.weight.numel() for layer in layers) / model.get_num_params()
         first = "its optimizer decides" if start["sparse_start"] is None else f"iteration {start['sparse_start']}"

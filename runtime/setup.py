@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import setting_names, write_json
+from configurator import ConfigError, expand, setting_names, write_json
 from gemm24.choose import Report
 from gemm24.ffn import pack_weights
 from gemm24.plan import plan_ffn, set_plan, time_ways
@@ -155,17 +155,20 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     phase = Phase(s, recipe, start["sparse_start"], optimizer, ranks)
     peak = peak_flops(device)
     log = Log(s, model, ranks, peak and peak * ranks.world_size, start["elapsed_s"])
+    log.wandb_id = start.get("wandb_id")
     watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, reference)
     this_start = {"iter_num": start["iter_num"], **environment(device, ranks.world_size)}
     about = {"data": data, "starts": [*start.get("starts", ()), this_start]}
     error = None
     if ranks.master and not s.eval_only:
         try:
+            if s.wandb_log:  # before an earlier run is deleted, because it may fail
+                log.open_wandb()
             open_folder(s, path, lock, seen, model, report, about["starts"], resources)
             log.open(start["iter_num"])
             if state:
                 watch.replay(read_metrics(s.out_dir))
-        except ERRORS as failed:
+        except (*ERRORS, ValueError) as failed:
             error = failed
     ranks.agree({}, error)
     linears = [model.get_submodule(name) for name in model.sparse_names()]
@@ -356,16 +359,24 @@ def plan_gemms(s: SimpleNamespace, model: GPT, path: Path | None, ranks: Ranks, 
     return result
 
 
+def cache_file() -> Path | None:
+    """The file of measurements that runs share; None without a home folder."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    with contextlib.suppress(ConfigError):
+        return Path(folder if os.path.isabs(folder) else expand("~/.cache")) / "nano24" / "spmm.json"
+
+
 def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
     """(plan or None, report). Earlier measurements are reused if they were made for the same question."""
     saved = Report.read(path)
     for note in saved.notes:
         print(note)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano24" / "spmm.json"
+    cache = cache_file()
     # A CUDA graph times the GPU alone; in training the host runs ahead of it.
     options = {"graph": dev.type == "cuda", "cache": cache, "known": saved.rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):
-        print("measuring 2:4 GEMMs, which takes a while the first time", flush=True)
+        often = "the first time" if cache else "at each start: there is no home folder for a cache, set XDG_CACHE_HOME"
+        print(f"measuring 2:4 GEMMs, which takes a while {often}", flush=True)
     mlp = model.transformer.h[0].mlp
     options["transposable"] = mlp.c_fc.recipe.mask == "transposable"
     plan, report = plan_ffn(model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype], s.spmm, s.mvue, **options)
@@ -374,7 +385,7 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
         micro_steps = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)
         question = {"compile_mode": s.compile_mode if s.compile else None, "micro_steps": micro_steps}
         report.layer = saved.layer
-        if not saved.layer or saved.layer["asked"] != question or saved.rows != report.rows:
+        if not saved.layer or saved.layer.get("asked") != question or saved.rows != report.rows:
             report.layer = time_ways(copy.deepcopy(mlp).to(dev), plan, **question) | {"asked": question}
         plan = plan if report.layer["taken"] == "plan" else None
     return plan, report

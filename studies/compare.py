@@ -18,13 +18,14 @@ in runs of N iterations, and writes the file that --step_ms reads.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import ConfigError, configure, write_json
+from configurator import ConfigError, check_ranges, configure, expand, write_json
 from runtime.loader import DATA_FOLDER, load_meta
 from runtime.metrics import read_config
 from studies import report, runs
@@ -193,7 +194,7 @@ def relative_flops(variants: dict[str, str], args) -> dict[str, float]:
 def step_costs(variants: dict[str, str], args) -> dict[str, dict[str, float]]:
     """{"FLOPs" or "time": {label: cost of a step over the dense one's}}."""
     if args.step_ms:
-        ms = json.loads(Path(args.step_ms).read_text())
+        ms = json.loads(Path(args.step_ms).read_text(encoding="utf-8"))
         if missing := sorted(variants.keys() - ms.keys()):
             raise ValueError(f"{args.step_ms} lacks {', '.join(missing)}; measure them with --calibrate")
     else:
@@ -287,7 +288,7 @@ def pooled(args) -> None:
         path = Path(args.results) / f"{result_name(args, text)}.json"
         if not path.exists():
             raise ValueError(f"no {path} yet; run: python -m studies.compare {args.study} --dataset={text}")
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         tables.append(results["val_loss"])
         for label, more in results.get("commits", {}).items():
             commits[label] = sorted({*commits.get(label, []), *more})
@@ -359,7 +360,7 @@ def write(path: Path, command: str, lines: list[str], panels: dict[str, dict[str
         report.draw(panels, path.with_name(f"{path.name}.png"), path.name)
     write_json(path.with_name(f"{path.name}.json"), data)
     table = "\n".join([f"# {path.name}", "", f"`{command}`", "", *lines])
-    path.with_name(f"{path.name}.md").write_text(table + "\n")
+    path.with_name(f"{path.name}.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 
@@ -367,7 +368,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(**USUAL)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--dataset", default="shakespeare_char", help="folder under data/, or a path")
+    parser.add_argument("--dataset", type=expand, default="shakespeare_char", help="folder under data/, or a path")
     parser.add_argument("--preset", choices=PRESETS, help="the settings that all runs share")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -378,15 +379,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--table_only", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: 2, on a GPU 1")
-    parser.add_argument("--out_dir", default="out-study", help="folder of the runs")
-    parser.add_argument("--results", default="results", help="folder of the table and the figure")
+    parser.add_argument("--out_dir", type=expand, default="out-study", help="folder of the runs")
+    parser.add_argument("--results", type=expand, default="results", help="folder of the table and the figure")
     parser.add_argument("--name", help="name of the files below --results; default: study, dataset and preset")
     parser.add_argument("--ratio", type=float, help="equal_cost: dense over 2:4 time of a GEMM, for predictions")
-    parser.add_argument("--step_ms", help="equal_cost: JSON of {label: measured ms of a step}, instead of predictions")
+    parser.add_argument(
+        "--step_ms", type=expand, help="equal_cost: JSON of {label: ms of a step}; default: predictions"
+    )
     parser.add_argument("--calibrate", type=int, metavar="N", help="only measure step times, in runs of N iterations")
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f"--seeds={args.seeds}, need at least 1")
     args.jobs = args.jobs or (1 if args.preset == "gpu" else 2)
     known = STUDIES[args.study].variants
     if unknown := [label for label in args.only or () if label not in known]:
@@ -397,6 +398,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
+        check_ranges(vars(args), dict.fromkeys(("seeds", "jobs", "calibrate"), (1, math.inf)) | {"ratio": (0.01, 100)})
         (calibrate if args.calibrate else pooled if args.texts else write_study)(args)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"studies.compare: error: {error}")

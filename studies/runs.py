@@ -46,7 +46,7 @@ def train(folder: Path, words, max_iters: int, launcher=(sys.executable,), **env
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
-    with open(folder / "lock", "a") as lock:
+    with open(folder / "lock", "a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_finished(folder, max_iters):
             return
@@ -57,7 +57,7 @@ def train(folder: Path, words, max_iters: int, launcher=(sys.executable,), **env
         except InterruptedError:
             raise RuntimeError(f"stopped; the same command resumes {folder}") from None
     if status or not is_finished(folder, max_iters):
-        end = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
+        end = "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
         raise RuntimeError(f"{folder} ended with status {status}, unfinished; the end of {log}:\n    {end}")
 
 
@@ -68,7 +68,7 @@ def run_child(command: list[str], log_path: Path, **options) -> int:
     Passes SIGTERM on to the child, but not SIGINT: the terminal sends Ctrl-C to train.py too, and a second SIGINT would
     end it before it saves. Only the main thread handles signals, as Python demands; other threads just wait.
     """
-    with open(log_path, "a") as log:
+    with open(log_path, "a", encoding="utf-8") as log:
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
         received = []
 

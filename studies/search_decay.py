@@ -31,7 +31,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configurator import configure, setting_names, without_removed, write_json
+from configurator import configure, expand, setting_names, without_removed, write_json
 from runtime.health import HEALTHY, TARGET
 from runtime.loader import DATA_FOLDER, Tokens, load_meta
 from runtime.metrics import read_config, read_metrics, smooth
@@ -165,7 +165,7 @@ def read_earlier(search: Search) -> None:
     if not any(folder.glob("*/metrics.jsonl")):
         return  # no run has begun, so the settings may change
     try:
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_text(encoding="utf-8"))
         saved, refined = earlier["settings"], [c["masked_decay"] for c in earlier["candidates"] if c["refined"]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is broken; delete {folder}, or use another --search_dir") from None
@@ -382,7 +382,7 @@ def parse(argv: list[str] | None):
     parser.add_argument(
         "--launcher", default="python", help="program that starts train.py, for example torchrun with its options"
     )
-    parser.add_argument("--search_dir", default="out-search", help="folder of the runs and the results")
+    parser.add_argument("--search_dir", type=expand, default="out-search", help="folder of the runs and the results")
     parser.add_argument("--refine", type=int, default=2, help="largest number of further candidates")
     parser.add_argument("--dry_run", action="store_true", help="print the cost and the commands, and stop")
     return parser.parse_known_args(argv)

@@ -175,3 +175,9 @@ def bench_commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", bench_commands(), ids=" ".join)
 def test_commands_that_only_a_gpu_runs_have_options_that_are_there(words):
     assert bench.parse(words).repetitions > 0
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = bench.parse([f"--{name}=~/x" for name in ("out_dir", "json", "verdicts", "evidence")])
+    assert {args.out_dir, args.json, args.verdicts, args.evidence} == {Path("/home/me/x")}

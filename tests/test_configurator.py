@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import configurator
-from configurator import REMOVED, ConfigError, configure, configure_or_exit, without_removed
+from configurator import REMOVED, ConfigError, check_ranges, configure, configure_or_exit, expand, without_removed
 
 
 def settings():
@@ -57,7 +58,6 @@ def give(*argv):
         ('--out_dir="7"', "7"),
         ("--out_dir='", "'"),
         ("--out_dir=a=b", "a=b"),
-        ("--out_dir=", ""),
         ("--wandb_project=None", None),
         ("--wandb_project='None'", "None"),
     ],
@@ -71,8 +71,8 @@ def test_word_gives_the_value_in_the_type_of_the_setting(word, expected):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--max_iters=1e3", r"'max_iters' on the command line: got 1000.0, need an int; write 1000$"),
-        ("--max_iters=8/2", r"got 4.0, need an int; write 4$"),
+        ("--max_iters=1e3", r"'max_iters' on the command line: got 1000.0, need an int; write --max_iters=1000$"),
+        ("--max_iters=8/2", r"got 4.0, need an int; write --max_iters=4$"),
         ("--max_iters=1/6", r"got 0.16666666666666666, need an int; its default is 100"),
         ("--max_iters=True", r"got 'True', need an int"),
         ("--max_iters=", r"got '', need an int"),
@@ -81,15 +81,16 @@ def test_word_gives_the_value_in_the_type_of_the_setting(word, expected):
         ("--learning_rate=1/0", r"got '1/0', need a float"),
         ("--learning_rate=None", r"got 'None', need a float"),
         ("--learning_rate=__import__('os').getpid()", r"need a float"),
-        ("--overwrite=1", r"got '1', need True or False"),
-        ("--overwrite=true", r"got 'true', need True or False"),
-        ("--compile=maybe", r"got 'maybe', need True or False or None"),
+        ("--overwrite=1", r"got '1', need True or False; write --overwrite=True$"),
+        ("--overwrite=true", r"got 'true', need True or False; write --overwrite=True$"),
+        ("--compile=maybe", r"got 'maybe', need True or False or None; its default is None$"),
+        ("--out_dir=", r"got '', need the path of a folder; write --out_dir=out$"),
+        ("--out_dir= ", r"got ' ', need the path of a folder; write --out_dir=out$"),
         ("--overwrite", r"'--overwrite' .* not of the form --name=value; write --overwrite=True"),
         ("--max_iters", r"write --max_iters=100"),
         ("-max_iters=5", r"not of the form --name=value; write --max_iters=5"),
         ("max_iters=5", r"cannot read config file 'max_iters=5'.*; write --max_iters=5"),
-        ("--learing_rate=1", r"unknown setting 'learing_rate' on the command line; did you mean 'learning_rate'\?"),
-        ("--max-iters=1", r"unknown setting 'max-iters' .*; did you mean 'max_iters'\?"),
+        ("--learing_rate=1", r"unknown setting 'learing_rate' on the .*; did you mean 'learning_rate'\? write --learn"),
         ("--zzz=1", r"unknown setting 'zzz' on the command line; --help lists the settings"),
         ("--_private=2", r"unknown setting '_private'"),
         ("--math=2", r"unknown setting 'math'"),
@@ -100,6 +101,54 @@ def test_word_gives_the_value_in_the_type_of_the_setting(word, expected):
 def test_wrong_word_is_refused_with_a_remedy(word, message):
     with pytest.raises(ConfigError, match=message):
         give(word)
+
+
+@pytest.mark.parametrize(
+    ("typed", "remedy"),
+    [
+        (["--compile", "False"], "--compile=False"),
+        (["--max_iters", "8", "--overwrite=True"], "--max_iters=8"),
+        (["--max_iters", "=", "8"], "--max_iters=8"),
+        (["--max_iters=", "8"], "--max_iters=8"),
+        (["--max_iters", "=8"], "--max_iters=8"),
+        (["--max_iters:8"], "--max_iters=8"),
+        (["--max_iters==8"], "--max_iters=8"),
+        (["--max_iters", "-1"], "--max_iters=-1"),
+        (["--max_iters=\u22121"], "--max_iters=-1"),
+        (["--learning_rate=6e\u20134"], "--learning_rate=6e-4"),
+        (["-max_iters", "8"], "--max_iters=8"),
+        (["\u2014compile=False"], "--compile=False"),
+        (["\u2013\u2013max_iters", "8"], "--max_iters=8"),
+        (["\u2013-max_iters=8"], "--max_iters=8"),
+        (["max_iters=8"], "--max_iters=8"),
+        (["max_iters", "8"], "--max_iters=8"),
+        (["max_iters", "=", "8"], "--max_iters=8"),
+        (["max_iters:", "8"], "--max_iters=8"),
+        (["--max-iters=8"], "--max_iters=8"),
+        (["--Max_Iters", "8"], "--max_iters=8"),
+        (["--MAX\u2010ITERS=8"], "--max_iters=8"),
+        (["--maxiters=8"], "--max_iters=8"),
+        (["--no-compile"], "--compile=False"),
+        (["--no_overwrite"], "--overwrite=False"),
+        (["--compile"], "--compile=True"),
+        (["--compile", "--max_iters=8"], "--compile=True"),
+        (["--compile", "some.py"], "--compile=True"),
+        (["--overwrite=false"], "--overwrite=False"),
+        (["--compile=NONE"], "--compile=None"),
+        (["--compile=False\r"], "--compile=False"),
+        (["--out_dir", "--max_iters=8"], "--out_dir=out"),
+        (["--out_dir", "a b"], "--out_dir=a b"),
+        (["-out_dir=a=b"], "--out_dir=a=b"),
+        (["--learning_rate", "fast"], "--learning_rate=fast"),
+    ],
+    ids=" ".join,
+)
+def test_the_remedy_for_a_slip_repeats_what_was_typed_and_can_be_pasted(typed, remedy):
+    with pytest.raises(ConfigError, match="write") as refusal:
+        give(*typed)
+    assert shlex.split(str(refusal.value).rpartition("write ")[2]) == [remedy]
+    if remedy != "--learning_rate=fast":
+        assert len(give(remedy)) == 1
 
 
 @pytest.mark.parametrize("name", REMOVED)
@@ -127,8 +176,11 @@ def test_a_saved_run_is_taken_if_its_removed_settings_have_the_value_that_every_
 
 
 def test_file_gives_its_public_scalars_and_helpers_are_ignored(tmp_path):
-    text = "import math\nimport numpy as np\n_tokens = 2**10\ndef double(x): return 2 * x\ntable = [1, 2]\n"
-    text += "max_iters = double(_tokens)\nlearning_rate = {}\ncompile = None"
+    text = (
+        "import math\nfrom pathlib import Path\nfrom os.path import join\nimport numpy as np\nfrom numpy import sqrt\n"
+    )
+    text += "_tokens = 2**10\ndef _double(x): return 2 * x\n_table = [1, 2]\n"
+    text += "max_iters = _double(_tokens)\nlearning_rate = {}\ncompile = None"
     for learning_rate, value in (("1", 1.0), ("np.sqrt(2.0) * 1e-4", math.sqrt(2.0) * 1e-4)):
         settings = give(write(tmp_path, text.format(learning_rate)))
         assert settings == {"max_iters": 2048, "learning_rate": value, "compile": None}
@@ -138,7 +190,7 @@ def test_file_gives_its_public_scalars_and_helpers_are_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_iters = 100.0", r"setting 'max_iters' in .*x\.py: got 100.0, need an int; write 100$"),
+        ("max_iters = 100.0", r"setting 'max_iters' in .*x\.py: got 100.0, need an int; write max_iters=100$"),
         ("max_iters = True", r"'max_iters' in .*x\.py: got True, need an int"),
         ("max_iters = [100]", r"'max_iters' in .*x\.py: got \[100\], need an int"),
         ("learning_rate = '1e-3'", r"got '1e-3', need a float"),
@@ -147,6 +199,15 @@ def test_file_gives_its_public_scalars_and_helpers_are_ignored(tmp_path):
         ("out_dir = None", r"got None, need a string; its default is 'out'"),
         ("learing_rate = 1e-3", r"unknown setting 'learing_rate' in .*x\.py; did you mean 'learning_rate'\?"),
         ("for i in range(3): pass", r"unknown setting 'i' in .*x\.py; name a helper _i"),
+        ("betas = 0.9, 0.95", r"unknown setting 'betas' in .*x\.py; name a helper _betas"),
+        ("Max_Iters = [3]", r"unknown setting 'Max_Iters' in .*x\.py; did you mean 'max_iters'\?$"),
+        ("import numpy as np\ntable = np.ones(2)", r"unknown setting 'table' in .*x\.py; name a helper _table"),
+        ("table = {}", r"unknown setting 'table' in .*x\.py; name a helper _table"),
+        ("def get(): pass", r"unknown setting 'get' in .*x\.py; name a helper _get"),
+        ("class Table: pass", r"unknown setting 'Table' in .*x\.py; name a helper _Table"),
+        ("get = lambda: 0", r"unknown setting 'get' in .*x\.py; name a helper _get"),
+        ("class _T: pass\ntable = _T()", r"unknown setting 'table' in .*x\.py; name a helper _table"),
+        ("out_dir = ''", r"setting 'out_dir' in .*x\.py: got '', need the path of a folder; its default is 'out'"),
         ("max_iters = 1\nlearning_rate = (\n", r"x\.py, line 2: SyntaxError: '\(' was never closed"),
         ("\nmax_iters = 1 / 0\n", r"x\.py, line 2: ZeroDivisionError: division by zero"),
         ("_a = 1\nout_dir = str(max_iters)", r"x\.py, line 2: NameError: .*'max_iters'.*cannot read the script's set"),
@@ -156,6 +217,38 @@ def test_file_gives_its_public_scalars_and_helpers_are_ignored(tmp_path):
 def test_wrong_file_is_refused_with_its_name_and_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         give(write(tmp_path, text))
+
+
+def test_a_number_must_be_finite_and_in_its_range():
+    ranges = {"n": (1, 8), "x": (0, math.inf)}
+    for n, x in ((1, 0), (8, 1e308), (None, 0.5)):
+        check_ranges({"n": n, "x": x, "text": "other"}, ranges)
+    for n in (0, 9, 10**400, math.nan, math.inf):
+        with pytest.raises(ConfigError, match=f"^n={n}, need at least 1 and at most 8$"):
+            check_ranges({"n": n, "x": 0}, ranges)
+    for x in (-1e-9, math.nan, math.inf, -math.inf, 10**400):
+        with pytest.raises(ConfigError, match=f"^x={x}, need at least 0 and finite$"):
+            check_ranges({"n": 1, "x": x}, ranges)
+
+
+def test_a_tilde_is_the_home_folder_in_paths_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert give("--out_dir=~/run", "--wandb_project=~x") == {"out_dir": f"{tmp_path}/run", "wandb_project": "~x"}
+    write(tmp_path, "out_dir = '~/a'\n")
+    assert give("~/x.py") == {"out_dir": f"{tmp_path}/a"}
+    assert expand("~root/run") == os.path.expanduser("~root/run") != "~root/run"
+    assert give("--out_dir=./~x", "--out_dir=a~b") == {"out_dir": "a~b"}
+
+
+@pytest.mark.parametrize("home", ["", "elsewhere"])
+@pytest.mark.parametrize("path", ["~/run", "~"])
+def test_without_a_home_folder_a_tilde_is_refused(monkeypatch, home, path):
+    monkeypatch.setenv("HOME", home)
+    for typed in (f"--out_dir={path}", path):
+        with pytest.raises(ConfigError, match=f"^'{path}': no home folder is known for ~; write the complete path$"):
+            give(typed)
+    with pytest.raises(ConfigError, match="no home folder is known for ~nobody_here"):
+        give("--out_dir=~nobody_here/run")
 
 
 def test_later_word_wins_and_only_what_was_given_comes_back(tmp_path):
@@ -265,15 +358,15 @@ def script(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["nowhere.py", "--batch_size=x", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["\u2014help"], ["nowhere.py", "--batch_size=x", "--help"]])
 def test_help_prints_every_setting_with_heading_and_comment(script, argv):
     assert script(*argv) == (0, HELP, "")
 
 
 def test_script_takes_overrides_and_reports_an_error_in_one_line(script):
     assert script("--batch_size=3", "--compile=False") == (0, "3 False\n", "")
-    message = "script.py: error: unknown setting 'batchsize' on the command line; did you mean 'batch_size'?\n"
-    assert script("--batchsize=3") == (2, "", message)
+    message = "script.py: error: unknown setting 'batchsize' on the command line; did you mean 'batch_size'? "
+    assert script("--batchsize=3") == (2, "", f"{message}write --batch_size=3\n")
 
 
 def test_help_without_a_source_still_lists_the_settings(capsys):

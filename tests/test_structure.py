@@ -44,6 +44,17 @@ def test_imports_point_left():
             assert target == importer or depth[target] < depth[importer], f"{path} imports {name}, not to its left"
 
 
+def test_text_files_are_utf8_in_every_locale():
+    """Bytes need no encoding, and json reads them as UTF-8."""
+    for path in [*ROOT.glob("*.py"), *(path for name in FOLDERS[1:] for path in (ROOT / name).glob("**/*.py"))]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(getattr(call, "func", None), "attr", getattr(getattr(call, "func", None), "id", None))
+            is_open = name == "open" and isinstance(call.func, ast.Name)
+            binary = is_open and len(call.args) > 1 and "b" in call.args[1].value
+            if (is_open and not binary) or name in ("read_text", "write_text"):
+                assert "encoding" in {word.arg for word in call.keywords}, f"{path}:{call.lineno}: name the encoding"
+
+
 def test_imports_inside_a_folder_run_one_way():
     folders = [path for path in ROOT.iterdir() if (path / "__init__.py").exists()]
     for folder in folders:

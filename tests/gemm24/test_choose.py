@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import statistics
 import weakref
 from pathlib import Path
@@ -428,7 +429,10 @@ def test_two_gemms_of_one_shape_share_a_row_and_each_is_named(decide, tmp_path):
 def test_the_rows_of_a_resumed_run_win_over_the_cache(decide, tmp_path):
     library = Library({(0, 1): 80, (1, 1): 70})
     first = decide(library)
-    first.layer = {"taken": "plan"}
+    first.layer = {
+        "us": {"dense": [3.0] * 3, "layers": [3.0, 2.0, 4.0], "plan": [1.0] * 3},
+        "taken": "plan",
+    }
     first.save(tmp_path / "run")
     library.times = {(0, 1): 60, (1, 1): 70}
     decide(library, cache=tmp_path / "c")  # another run measures other times
@@ -436,6 +440,74 @@ def test_the_rows_of_a_resumed_run_win_over_the_cache(decide, tmp_path):
     assert (saved.rows, saved.layer, saved.notes) == (first.rows, first.layer, [])
     assert decide(library, cache=tmp_path / "c", known=saved.rows).choices == first.choices
     assert decide(library, cache=tmp_path / "c").choices != first.choices
+
+
+POISON = {  # changes of a row, each of which measuring cannot give
+    "key": (None, 3, "[]", "{}", "[" * 10**5, '[1, [64, 64, 128, 0, 0, 0, 0], "", "auto"]'),
+    "m": (None, 64, "128", 128.5), "k": (-128, True), "chosen": (None, 1, "yes"), "backend": ("emulated", "", None),
+    "order": ("sm10", None, []), "alg_id": (-1, 64, 10**30, 1.0, "1", None), "split_k": (0, 9, 10**30, None),
+    "dense_us": (math.nan, math.inf, -100.0, 0, 1e30, "100", None, 60.0, 10**400),
+    "best_us": (math.nan, -70.0, 0.0, 1e-30, "70", None, True, 1.0), "ratio": (math.nan, 0, "1.4", None, 3.0),
+    "faults": (None, 3, {"x": 3}, ["x"]), "reason": (None, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in POISON.items() for value in values])
+def test_a_row_that_was_not_measured_is_measured_anew(decide, tmp_path, name, value):
+    cache = tmp_path / "spmm.json"
+    decide(Library({(0, 1): 80, (1, 1): 70}), gemms=Y, cache=cache)
+    saved = json.loads(cache.read_text())
+    saved["rows"][0][name] = value
+    if (name, value) == ("best_us", 1.0):  # a time that fits its ratio, but not the card
+        saved["rows"][0]["ratio"] = 100.0
+    cache.write_text(json.dumps(saved))
+    library = Library({(0, 1): 80, (1, 1): 70})
+    report = decide(library, gemms=Y, cache=cache)
+    assert report.choices["y"] == Choice("cusparselt", "sm90", 1)
+    assert library.rounds == 2
+    assert f"{cache} cannot be read" in report.notes[-1]
+    assert Report.read(cache).rows == report.rows
+
+
+def test_a_row_without_a_field_is_measured_anew(decide, tmp_path):
+    cache = tmp_path / "spmm.json"
+    decide(Library({(0, 1): 80}), gemms=Y, cache=cache)
+    text = cache.read_text()
+    for name in POISON:
+        saved = json.loads(text)
+        del saved["rows"][0][name]
+        cache.write_text(json.dumps(saved))
+        assert f"{cache} cannot be read" in decide(Library({(0, 1): 80}), gemms=Y, cache=cache).notes[-1]
+
+
+US = {"dense": [3.0] * 3, "layers": [2.0] * 3, "plan": [1.0] * 3}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(3, [], {}, {"us": US}, {"us": {}, "taken": "plan"}, {"us": US, "taken": "fast"}, {"us": US, "taken": []}),
+        *({"us": US | {"plan": us}, "taken": "plan"} for us in ([], [1.0], [-1.0] * 3, [math.nan] * 3, ["1"] * 3, 3)),
+        {"us": US | {"plan": [2.5] * 3}, "taken": "plan"},  # slower than what was left for it
+        {"us": US, "taken": "plan", "host_us": {"plan": math.nan}},
+    ],
+    ids=str,
+)
+def test_times_of_a_layer_that_were_not_measured_are_ignored(tmp_path, layer):
+    for given, notes in ((layer, 1), ({"us": US, "taken": "plan", "host_us": {"plan": 1}}, 0), (None, 0)):
+        (tmp_path / "run").write_text(json.dumps({"rows": [], "whole": given}))
+        saved = Report.read(tmp_path / "run")
+        assert len(saved.notes) == notes
+        assert saved.layer == (None if notes else given)
+
+
+def test_a_folder_or_a_deep_file_in_the_caches_place_costs_notes(decide, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "deep").write_text("[" * 10**6)
+    for name in ("folder", "deep"):
+        report = decide(Library({(0, 1): 80}), cache=tmp_path / name)
+        assert report.choices["y"] == Choice("cusparselt", "sm90")
+        assert any(f"{tmp_path / name} cannot be read" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import importlib.util
 import json
 import os
 import re
+import shutil
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from harness import DENSE_START, SETTINGS, launch, read_rows, run_differences
+from harness import DENSE_START, SETTINGS, launch, read_rows, run_differences, stop_at
 
 from runtime.metrics import COLUMNS, Log, read_config, read_metrics, smooth
 
@@ -80,6 +82,91 @@ def test_wandb_offline_gets_the_same_numbers(data, tmp_path, monkeypatch):
     written = log.read_bytes()
     for name in ("train_loss", "val_loss", "flip_rate", "grad_norm", "mask_interval"):
         assert name.encode() in written
+
+
+class Wandb:
+    """Stands in for the module and its runs. `runs` has what each init was given; `failing` names what raises."""
+
+    __spec__ = importlib.util.spec_from_loader("wandb", None)
+
+    def __init__(self, failing=None):
+        self.failing, self.runs, self.rows, self.finished = failing, [], [], 0
+
+    def _fail_at(self, method):
+        if self.failing == method:
+            raise RuntimeError(f"no {method}\nmore")
+
+    def init(self, **options):
+        self._fail_at("init")
+        self.runs.append(options)
+        return self
+
+    def log(self, row, step):
+        self._fail_at("log")
+        self.rows.append((step, row))
+
+    def finish(self):
+        self._fail_at("finish")
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """wandb(failing=None) installs a Wandb and returns it."""
+
+    def install(failing=None):
+        monkeypatch.setitem(sys.modules, "wandb", module := Wandb(failing))
+        return module
+
+    monkeypatch.setenv("WANDB_LOGIN_TIMEOUT", "1")
+    return install
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_fresh_one_begins_another(run, tmp_path, wandb):
+    module, out = wandb(), tmp_path / "out"
+    run(out, stop_at(1), wandb_log=True, max_iters=4, dense_start=4)
+    run(out, wandb_log=False, max_iters=3, dense_start=4)  # the id stays in the checkpoint
+    run(out, wandb_log=True, max_iters=4, dense_start=4)
+    run(out, wandb_log=True, max_iters=1, init_from="scratch", overwrite=True)
+    first, resumed, fresh = module.runs
+    assert first["id"] == resumed["id"] != fresh["id"]
+    assert {options["resume"] for options in module.runs} == {"allow"}
+    assert first["dir"] == str(out)
+    assert first["config"]["max_iters"] == 4
+    assert [step for step, _ in module.rows] == [0, 1, 3, 4, 0, 1]
+    assert "train_loss" in module.rows[0][1]
+    assert module.finished == 3
+
+
+def test_a_wandb_that_cannot_start_is_refused_before_a_run_is_deleted(refused, stopped, wandb):
+    wandb("init")
+    remedy = "use `wandb login`, WANDB_MODE=offline in the environment, or --wandb_log=False"
+    for changes in ({}, {"init_from": "scratch", "overwrite": True}):
+        said = refused(stopped, wandb_log=True, **changes)
+        assert f"wandb_log=True: wandb cannot start (RuntimeError: no init); {remedy}" in said
+
+
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_a_wandb_that_fails_later_costs_one_warning(run, tmp_path, wandb, failing):
+    module = wandb(failing)
+    text = run(tmp_path / "out", wandb_log=True, max_iters=3)
+    warning = f"warning: wandb.{failing} failed (RuntimeError: no {failing}); the run goes on without wandb"
+    assert text.count("warning") == text.count(warning) == 1
+    assert [row["iter"] for row in read_rows(tmp_path / "out")] == [0, 1, 2, 3]
+    assert (len(module.rows), module.finished) == (0 if failing == "log" else 4, 0)
+
+
+@pytest.mark.slow
+def test_in_a_locale_without_utf8_a_run_on_other_letters_trains(data, tmp_path, monkeypatch):
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    folder = shutil.copytree(data, tmp_path / "d\u00e4ta")
+    meta = json.loads((folder / "meta.json").read_text())
+    chars = meta["chars"].replace("(", "\u00e9")
+    (folder / "meta.json").write_text(json.dumps(meta | {"chars": chars}, ensure_ascii=False), encoding="utf-8")
+    done = launch(tmp_path / "out", {**SETTINGS, "dataset": folder, "max_iters": 1})
+    assert done.returncode == 0, done.stderr
+    assert [row["iter"] for row in read_rows(tmp_path / "out")] == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

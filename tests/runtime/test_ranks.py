@@ -29,7 +29,16 @@ import train
 from configurator import setting_names
 from model import GPT, GPTConfig
 from runtime import setup
-from runtime.ranks import Ranks, StopSignal, _hash_of_bits, disagreement, fingerprint, outvoted, source_hash
+from runtime.ranks import (
+    Ranks,
+    StopSignal,
+    _hash_of_bits,
+    disagreement,
+    fingerprint,
+    outvoted,
+    source_hash,
+    start_ranks,
+)
 from sparse24 import sparse_linears
 
 STEPS = 6
@@ -316,6 +325,74 @@ def test_a_world_of_one_agrees_with_itself():
     assert (ranks.maximum(3), ranks.total([1.5, 2.0]), ranks.decide("x")) == (3, [1.5, 2.0], "x")
     ranks.check_equal(torch.nn.Linear(2, 2))
     ranks.leave()
+
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """torchrun(RANK="1", ...): torchrun's environment with these changes; None is not set."""
+
+    def torchrun(**changes):
+        for name, value in (TORCHRUN | changes).items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: pytest.fail("waited for other ranks"))
+    return torchrun
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set beside WORLD_SIZE=2, RANK=0, MASTER_PORT=29500, MASTER_ADDR=127"),
+        ({"RANK": None}, "RANK is not set beside WORLD_SIZE=2, LOCAL_RANK=0, "),
+        ({"RANK": None, "LOCAL_RANK": None}, "RANK is not set beside WORLD_SIZE=2, "),
+        ({"RANK": None, "LOCAL_RANK": "-1"}, "RANK is not set beside WORLD_SIZE=2, "),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is not set beside RANK=0, "),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set beside "),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set beside "),
+        ({"RANK": "zero"}, "RANK is zero beside "),
+        ({"RANK": ""}, "RANK is  beside "),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is 2.0 beside "),
+        ({"RANK": "2"}, "RANK is 2 beside WORLD_SIZE=2, "),
+        ({"LOCAL_RANK": "5"}, "LOCAL_RANK is 5 beside WORLD_SIZE=2, "),
+    ],
+    ids=str,
+)
+def test_an_environment_that_is_not_torchruns_is_refused(torchrun, changes, message):
+    torchrun(**changes)
+    remedy = r".*, which torchrun does not do; start train\.py with torchrun, or unset these variables to run alone$"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}{remedy}"):
+        start_ranks("cpu")
+
+
+@pytest.mark.parametrize("world_size", [None, "1"])
+@pytest.mark.parametrize("rank", [None, "-1"])
+def test_without_ranks_in_the_environment_a_run_is_alone(torchrun, world_size, rank):
+    torchrun(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_PORT=None)
+    assert start_ranks("cpu") == Ranks()
+
+
+def test_more_ranks_than_gpus_are_refused(torchrun, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    torchrun(LOCAL_RANK="1", RANK="1")
+    for device in ("cuda", "auto"):
+        with pytest.raises(ValueError, match=r"^LOCAL_RANK=1 needs 2 GPUs; use --nproc_per_node=1$"):
+            start_ranks(device)
+
+
+@pytest.mark.parametrize(("restarts", "switch"), [("3", None), ("1", "0"), ("1", "true"), ("3", "1"), ("0", None)])
+def test_restarts_by_torchrun_need_ranks_that_can_reconnect(torchrun, monkeypatch, restarts, switch):
+    torchrun(TORCHELASTIC_MAX_RESTARTS=restarts, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=switch)
+    refusal = f"^--max_restarts={restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's .* do not reconnect"
+    if switch != "1" and restarts != "0":
+        with pytest.raises(ValueError, match=refusal):
+            start_ranks("cpu")
+    else:
+        with pytest.raises(pytest.fail.Exception, match="waited for other ranks"):
+            start_ranks("cpu")
 
 
 LEAVE = """

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +35,8 @@ from sparse24 import get_recipe, sparse_linears
 CPU = torch.device("cpu")
 # A row of `choose` on a GPU
 ROW = {"name": "z", "m": 1, "n": 2, "k": 3, "dense_us": 10.0, "best_us": 8.0, "ratio": 1.25, "chosen": True}
-ROW |= {"backend": "cusparselt", "order": "sm90", "alg_id": 4, "split_k": 1, "reason": "", "key": "k", "faults": {}}
+ROW |= {"backend": "cusparselt", "order": "sm90", "alg_id": 4, "split_k": 1, "reason": "", "faults": {}}
+ROW["key"] = '[1, [1, 2, 3, true, true, false, false], "torch.bfloat16", "auto"]'
 
 
 def test_config_json_and_the_checkpoint_hold_all_settings(reference):
@@ -342,14 +344,14 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(attempt, run, reference, t
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("cpu", "ranks cannot connect by gloo: .*WORLD_SIZE.*; start train.py with torchrun"),
+        ("cpu", "ranks cannot connect by gloo: .*99999.*; start train.py with torchrun"),
         pytest.param("cuda", "device='cuda'", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
     ],
 )
 def test_ranks_that_cannot_meet_are_refused(refused, tmp_path, monkeypatch, device, message):
-    for name in ("RANK", "LOCAL_RANK"):  # as torchrun sets them, which sets WORLD_SIZE too
-        monkeypatch.setenv(name, "0")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 99999}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
     assert re.search(message, refused(tmp_path / "out", device=device))
 
 
@@ -396,7 +398,7 @@ class Planner:
     def time_ways(self, mlp, plan, **options):
         self.timed.append((plan.tokens, options["compile_mode"], options["micro_steps"]))
         self.layers.append(len(sparse_linears(mlp)))
-        return {"us": {way: [1.0] * 3 for way in ("dense", "layers", "plan")}, "taken": self.taken}
+        return {"us": {"dense": [2.0] * 3, "layers": [2.0] * 3, "plan": [1.0] * 3}, "taken": self.taken}
 
 
 @pytest.fixture
@@ -485,6 +487,31 @@ def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, plan_by, mode,
     expected["transposable"] = name == "fst"
     assert planner.asked == [((model.config, 15, device, torch.bfloat16, "auto", False), expected)]
     assert planner.timed == ([(15, mode, micro_steps)] if device == "cpu" else [])
+
+
+@pytest.mark.parametrize(
+    ("home", "cache", "expected"),
+    [
+        ("/home/me", None, "/home/me/.cache"),
+        ("/home/me", "", "/home/me/.cache"),
+        ("/home/me", "relative", "/home/me/.cache"),
+        ("/home/me", "/cache", "/cache"),
+        ("", "/cache", "/cache"),
+        ("", None, None),
+        ("", "~/x", None),
+    ],
+)
+def test_the_cache_of_measurements_is_in_a_home_folder_if_there_is_one(
+    monkeypatch, capsys, plan_by, given, home, cache, expected
+):
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("XDG_CACHE_HOME", cache) if cache is not None else monkeypatch.delenv("XDG_CACHE_HOME", False)
+    planner = plan_by(plans=False)
+    given(dtype="bfloat16")
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse="fst"))
+    setup._measure_gemms(all_settings(), model, None, 1, False, torch.device("cuda"))
+    assert planner.asked[0][1]["cache"] == (expected and Path(expected, "nano24/spmm.json"))
+    assert ("there is no home folder for a cache, set XDG_CACHE_HOME" in capsys.readouterr().out) == (expected is None)
 
 
 def test_rank_0_alone_measures_and_its_error_is_everyones(tmp_path, monkeypatch):

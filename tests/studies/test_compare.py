@@ -255,3 +255,15 @@ def test_texts_that_cannot_be_pooled_are_refused(tmp_path):
     (tmp_path / "methods-a_char.json").write_text(json.dumps({"val_loss": {"dense": [1.0] * 2}}))
     with pytest.raises(SystemExit, match="a_char, b_char have unequal numbers of seeds; run them with equal --seeds"):
         compare.main(words)
+
+
+@pytest.mark.parametrize("word", ["seeds=0", "jobs=-1", "calibrate=-3", "ratio=0.0", "ratio=nan"])
+def test_a_number_out_of_range_is_refused_in_one_line(word):
+    with pytest.raises(SystemExit, match=rf"^studies\.compare: error: {word}, need at least "):
+        compare.main(["methods", f"--{word}"])
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = compare.parse(["methods", "--out_dir=~/runs", "--dataset=~/text"])
+    assert (args.out_dir, args.dataset, args.results) == ("/home/me/runs", "/home/me/text", "results")

@@ -329,3 +329,8 @@ def test_defaults_are_train_s_and_options_do_not_hide_a_setting():
     expected = {name: vars(train)[name] for name in search_decay.setting_names(vars(train))}
     assert {name: defaults[name] for name in search_decay.setting_names(defaults)} == expected
     assert search_decay.configure(defaults, ["--compile=None"]) == {"compile": None}
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert search_decay.parse(["--search_dir=~/search"])[0].search_dir == "/home/me/search"

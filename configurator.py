@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import errno
 import json
+import math
 import operator
 import os
 import re
@@ -94,6 +95,31 @@ def configure_or_exit(defaults, argv):
 def setting_names(defaults):
     """The names of a script's settings, in the order of its source."""
     return list(_kinds(defaults))
+
+
+def check_ranges(settings: dict, ranges: dict) -> None:
+    """Raise ConfigError unless every setting in `ranges` is a finite number in its range, or None.
+
+    ranges: {name: (least, most)}; a third item "[)" or "()" excludes `most` or both, as in mathematics.
+    """
+    for name, (least, most, *ends) in ranges.items():
+        value, (first, last) = settings[name], ends[0] if ends else "[]"
+        if value is None:
+            continue
+        need = f"{'above' if first == '(' else 'at least'} {least}"
+        need += f" and {'below' if last == ')' else 'at most'} {most}" if most < math.inf else ""
+        if not abs(value) <= sys.float_info.max:  # NaN too
+            raise ConfigError(f"{name}={value}, need a finite number {need}")
+        if not least <= value <= most or (first == "(" and value == least) or (last == ")" and value == most):
+            raise ConfigError(f"{name}={value}, need a number {need}")
+
+
+def expand(path: str) -> str:
+    """`path` with ~ and ~user replaced by the home folder. Raises ConfigError if there is none."""
+    expanded = path if os.environ.get("HOME") == "" else os.path.expanduser(path)
+    if path.startswith("~") and not os.path.isabs(expanded):
+        raise ConfigError(f"{path!r}: no home folder is known for {path.split('/')[0]}; write the complete path")
+    return expanded
 
 
 def without_removed(saved: dict, source) -> dict:

@@ -11,12 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import prepare_documents
-
-
-def main(argv=None):
-    prepare_documents(__file__, __doc__, ("Skylion007/openwebtext",), argv)
-
+from common import prepare_documents, run
 
 if __name__ == "__main__":
-    main()
+    run(prepare_documents, __file__, __doc__, ("Skylion007/openwebtext",))

@@ -64,6 +64,7 @@ def print_samples() -> None:
         raise ValueError(f"dtype={dtype!r}, need one of auto, {', '.join(DTYPES)}")
     run_device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
+        torch.empty(0, device=run_device)
         generator = torch.Generator(run_device).manual_seed(seed)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

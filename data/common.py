@@ -59,7 +59,7 @@ def read_lines(path):
             yield next(file, b"").decode("utf-8-sig")
             yield from (line.decode("utf-8") for line in file)
         except UnicodeDecodeError as error:
-            remedy = "convert it, e.g. with `iconv -f UTF-16 -t UTF-8`, or unpack it"
+            remedy = "convert it, e.g. with iconv -f UTF-16 -t UTF-8, or unpack it"
             raise ValueError(f"read_lines: {path} is not UTF-8 text ({error}); {remedy}") from error
 
 
@@ -280,10 +280,12 @@ def encode(batch):
 
 def encode_all(pieces, num_proc):
     """Yield the tokens of pieces in order. `num_proc` processes, which ignore Ctrl-C, encode a few batches ahead."""
-    with ProcessPoolExecutor(num_proc, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(num_proc, get_context("spawn")) as pool:
         pending = deque()
         for batch in batches(pieces):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the processes that `submit` starts inherit it
             pending.append(pool.submit(encode, batch))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             if len(pending) > 2 * num_proc:
                 yield pending.popleft().result()
         while pending:

@@ -142,10 +142,10 @@ def _check_format(path: Path, vocab_size: int) -> None:
         (head.startswith(b"\x93NUMPY"), "is a .npy file", f"np.load('{path}')"),
         (magic == 20240520, "begins with llm.c's header", f"np.fromfile('{path}', '<u2', offset=1024)"),
         (magic == 20240801, "has llm.c's header and 32-bit tokens", f"np.fromfile('{path}', '<u4', offset=1024)"),
+        (min(head, default=0) > 8 and head.decode(errors="replace").count("\ufffd") < 2, "is a text", None),
         (path.stat().st_size % 2, "has an odd number of bytes", None),
         (is_wide and not words[2::4].any(), "has 64-bit tokens", f"np.fromfile('{path}', '<i8')"),
         (is_wide, "has 32-bit tokens", f"np.fromfile('{path}', '<u4')"),
-        (min(head, default=0) > 8 and head.decode(errors="replace").count("\ufffd") < 2, "is a text", None),
     )
     for found, form, array in formats:
         if found:

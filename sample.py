@@ -72,8 +72,6 @@ def print_samples() -> None:
     has_bfloat16 = run_device.startswith("cuda") and torch.cuda.is_bf16_supported()
     run_dtype = ("bfloat16" if has_bfloat16 else "float32") if dtype == "auto" else dtype
     autocast = torch.autocast(generator.device.type, DTYPES[run_dtype], enabled=run_dtype != "float32")
-    greedy = temperature < 1e-30  # logits / 1e-40 overflow
-
     prompt = Path(expand(start[5:])).read_text(encoding="utf-8-sig") if start.startswith("FILE:") else start
     model, meta = load_model()
     encode, decode = load_tokenizer(meta)
@@ -82,10 +80,10 @@ def print_samples() -> None:
         raise ValueError("start is empty, need at least one character; the default is a newline")
     model = model.to(run_device).eval()
     idx = torch.tensor([tokens], device=run_device)
-    options = {"temperature": 0 if greedy else temperature, "top_k": top_k, "generator": generator}
+    options = {"temperature": temperature if temperature > 1e-30 else 0}  # logits / 1e-40 overflow
     for _ in range(num_samples):
         with autocast:
-            out = model.generate(idx, max_new_tokens, **options)
+            out = model.generate(idx, max_new_tokens, **options, top_k=top_k, generator=generator)
         print(decode(out[0].tolist()), "---------------", sep="\n", flush=True)
 
 

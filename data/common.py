@@ -59,8 +59,7 @@ def read_lines(path):
             yield next(file, b"").decode("utf-8-sig")
             yield from (line.decode("utf-8") for line in file)
         except UnicodeDecodeError as error:
-            remedy = "convert it, e.g. with iconv -f UTF-16 -t UTF-8, or unpack it"
-            raise ValueError(f"read_lines: {path} is not UTF-8 text ({error}); {remedy}") from error
+            raise ValueError(f"read_lines: {path} is not UTF-8 text ({error}); convert it with iconv") from error
 
 
 def sha256_of(*paths):
@@ -206,8 +205,7 @@ def check_out_dir(args, text=None):
         raise ValueError(f"--out_dir {args.out_dir}: {folder} is no folder that you may write to; give another one")
     present = [name for name in FILES if (args.out_dir / name).exists()]
     if text and present and not args.overwrite:
-        held = f"{args.out_dir} already holds {', '.join(present)}"
-        raise ValueError(f"{held}; give another --out_dir, or --overwrite to replace them")
+        raise ValueError(f"{args.out_dir} already holds {', '.join(present)}; give another --out_dir, or --overwrite")
 
 
 def run(main, *args):

@@ -110,8 +110,7 @@ def load_meta(folder: Path) -> dict:
             if tokenizer == "char" and not (isinstance(chars, str) and len(chars) == len(set(chars)) == size):
                 raise ValueError(f"chars is {chars!r:.40}, need a string of vocab_size={size} different characters")
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"dataset: {path} is damaged ({reason}); mend it, or prepare the dataset again") from error
+            raise ValueError(f"dataset: {path} is damaged ({error!r}); mend it or prepare the dataset again") from error
     elif (folder / "meta.pkl").exists():
         code = (
             f"import json, pickle; m = pickle.load(open('{folder}/meta.pkl', 'rb'));"

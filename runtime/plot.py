@@ -149,7 +149,7 @@ def main(argv=None):
         for name, draw, missing in plots:
             path = os.path.join(out, f"{name}.png")
             print(f"wrote {path}" if draw(runs, path) else f"no run has a {missing}; {path} not written")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a damaged row has a text for a number
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}; pip install matplotlib")

@@ -333,7 +333,7 @@ def test_a_text_of_the_user_replaces_a_data_set_only_with_overwrite(refused, tmp
     (tmp_path / "o" / present).write_text("precious")
     for name, option in (("hub", "--input"), ("shakespeare_char", "--file"), ("shakespeare", "--file")):
         message = refused(name, f"--out_dir=o {option} nowhere.txt")  # it is refused before the text is read
-        assert f"o already holds {present}; give another --out_dir, or --overwrite to replace them" in message
+        assert f"o already holds {present}; give another --out_dir, or --overwrite" in message
     script("shakespeare_char").main(["--out_dir=o", "--file=two.txt", "--overwrite"])
     assert load(tmp_path / "o")[0]["chars"] == "".join(sorted(set(TEXTS["two.txt"].decode())))
 

@@ -195,7 +195,9 @@ def test_what_does_not_fit_a_run_that_is_there_is_refused(refused, stopped, chan
 def test_metrics_alone_and_another_vocabulary_are_refused(refused, stopped, tmp_path):
     other = make_dataset(tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | {"vocab_size": meta["vocab_size"] + 1}))
+    (other / "meta.json").write_text(
+        json.dumps(meta | {"vocab_size": meta["vocab_size"] + 1, "chars": meta["chars"] + "Z"})
+    )
     assert "use the model's own dataset" in refused(stopped, dataset=other)
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         (stopped / name).unlink()

@@ -98,20 +98,11 @@ def setting_names(defaults):
 
 
 def check_ranges(settings: dict, ranges: dict) -> None:
-    """Raise ConfigError unless every setting in `ranges` is a finite number in its range, or None.
-
-    ranges: {name: (least, most)}; a third item "[)" or "()" excludes `most` or both, as in mathematics.
-    """
-    for name, (least, most, *ends) in ranges.items():
-        value, (first, last) = settings[name], ends[0] if ends else "[]"
-        if value is None:
-            continue
-        need = f"{'above' if first == '(' else 'at least'} {least}"
-        need += f" and {'below' if last == ')' else 'at most'} {most}" if most < math.inf else ""
-        if not abs(value) <= sys.float_info.max:  # NaN too
-            raise ConfigError(f"{name}={value}, need a finite number {need}")
-        if not least <= value <= most or (first == "(" and value == least) or (last == ")" and value == most):
-            raise ConfigError(f"{name}={value}, need a number {need}")
+    """Raise ConfigError unless each setting in `ranges`, {name: (least, most)}, is finite and in between, or None."""
+    for name, (least, most) in ranges.items():
+        if settings[name] is not None and not least <= settings[name] <= min(most, sys.float_info.max):  # NaN too
+            end = "finite" if most == math.inf else f"at most {most}"
+            raise ConfigError(f"{name}={settings[name]}, need at least {least} and {end}")
 
 
 def expand(path: str) -> str:

@@ -202,7 +202,11 @@ def run_suites(args, device: torch.device) -> None:
     path = args.json or (Path(folder) / "bench.json" if folder else None)
     if not on_gpu:
         print("bench.py: torch sees no CUDA GPU, so it runs toy sizes on the CPU. Its ratios mean nothing.")
-    data = (read_json(path) if path else None) or {"suites": {}}  # suites of an earlier run stay until they run again
+    try:
+        data = (read_json(path) if path else None) or {"suites": {}}  # earlier suites stay until they run again
+        data["suites"].items()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        sys.exit(f"bench.py: error: {path} is not a result of bench.py ({error!r}); give another --json or --out_dir")
     names = [args.suite] if args.suite else list(SUITES)
     torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as verdicts:  # every run measures its GEMMs anew
@@ -290,15 +294,18 @@ def settings_of(args, device: torch.device, cache: Path) -> Settings:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.evidence:
-        run_evidence(args)
-    elif args.predict and args.suite != "kernels":
-        print("\n\n".join(prediction(name) for name in roofline.GPUS if args.predict in ("all", name)))
-    else:
-        device = this_device()
-        if not args.predict:
-            use_kernels(device)
-        (run_kernels if args.suite == "kernels" else run_suites)(args, device)
+    try:
+        if args.evidence:
+            run_evidence(args)
+        elif args.predict and args.suite != "kernels":
+            print("\n\n".join(prediction(name) for name in roofline.GPUS if args.predict in ("all", name)))
+        else:
+            device = this_device()
+            if not args.predict:
+                use_kernels(device)
+            (run_kernels if args.suite == "kernels" else run_suites)(args, device)
+    except OSError as error:  # of a path that the user gave, or a full disk
+        sys.exit(f"bench.py: error: {error}")
 
 
 if __name__ == "__main__":

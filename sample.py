@@ -5,16 +5,19 @@ python sample.py --out_dir=out-demo --start=FILE:prompt.txt
 python sample.py --init_from=gpt2-xl --start="The answer is"            OpenAI's weights, through transformers
 """
 
+import math
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 import sparse24
-from configurator import configure_or_exit, without_removed
+from configurator import check_ranges, configure_or_exit, expand, without_removed
 from model import GPT, GPTConfig
 from runtime import checkpoint
 from runtime.loader import DATA_FOLDER, load_meta, load_tokenizer, vocabulary_changes
+from runtime.settings import DTYPES
 
 # ---- settings ----
 out_dir = "out"  # folder of the run
@@ -29,6 +32,10 @@ seed = 1337
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto (bfloat16 on GPUs that support it, else float32), float32, bfloat16, float16
 # ---- end of settings ----
+RANGES = {
+    "num_samples": (1, math.inf), "max_new_tokens": (0, math.inf), "temperature": (0, math.inf), "top_k": (1, math.inf),
+    "seed": (0, 2**64 - 1),
+}  # fmt: skip
 
 
 def load_model() -> tuple[GPT, dict]:
@@ -58,30 +65,49 @@ def load_model() -> tuple[GPT, dict]:
     return model, meta
 
 
+def print_samples() -> None:
+    check_ranges(globals(), RANGES)
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype={dtype!r}, need one of auto, {', '.join(DTYPES)}")
+    run_device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=run_device)
+        generator = torch.Generator(run_device).manual_seed(seed)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={device!r} cannot be used: {reason}; use --device=cpu") from error
+    has_bfloat16 = run_device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    run_dtype = ("bfloat16" if has_bfloat16 else "float32") if dtype == "auto" else dtype
+    autocast = torch.autocast(generator.device.type, DTYPES[run_dtype], enabled=run_dtype != "float32")
+    prompt = Path(expand(start[5:])).read_text(encoding="utf-8-sig") if start.startswith("FILE:") else start
+    model, meta = load_model()
+    encode, decode = load_tokenizer(meta)
+    tokens = encode(prompt)
+    if not tokens:
+        raise ValueError("start is empty, need at least one character; the default is a newline")
+    model = model.to(run_device).eval()
+    idx = torch.tensor([tokens], device=run_device)
+    options = {"temperature": temperature if temperature > 1e-30 else 0}  # logits / 1e-40 overflow
+    for _ in range(num_samples):
+        with autocast:
+            out = model.generate(idx, max_new_tokens, **options, top_k=top_k, generator=generator)
+        print(decode(out[0].tolist()), "---------------", sep="\n", flush=True)
+
+
 def main() -> None:
     globals().update(configure_or_exit(globals(), sys.argv[1:]))
     try:
-        prompt = Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
-        model, meta = load_model()
-        encode, decode = load_tokenizer(meta)
-        tokens = encode(prompt)
-        if not tokens:
-            raise ValueError("start is empty, need at least one character; the default is a newline")
-    except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
-        sys.exit(f"sample.py: error: {error}")
-    run_device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    has_bfloat16 = run_device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    run_dtype = ("bfloat16" if has_bfloat16 else "float32") if dtype == "auto" else dtype
-    model = model.to(run_device).eval()
-    generator = torch.Generator(run_device).manual_seed(seed)
-    autocast = torch.autocast(torch.device(run_device).type, getattr(torch, run_dtype), enabled=run_dtype != "float32")
-    idx = torch.tensor([tokens], device=run_device)
-    for _ in range(num_samples):
-        with autocast:
-            out = model.generate(idx, max_new_tokens, temperature=temperature, top_k=top_k, generator=generator)
-        print(decode(out[0].tolist()))
-        print("---------------")
+        print_samples()
+    except BrokenPipeError:  # the reader has left, as in `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it ends
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped")
+    except UnicodeDecodeError as error:
+        sys.exit(f"sample.py: error: {start} is not UTF-8 text ({error}); convert it, e.g. with iconv")
+    except (ValueError, OSError, ImportError, RuntimeError, checkpoint.CheckpointError) as error:
+        sys.exit(f"sample.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack a character of the text
     main()

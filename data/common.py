@@ -14,6 +14,8 @@ import lzma
 import os
 import random
 import shutil
+import signal
+import sys
 import threading
 import urllib.request
 from collections import deque
@@ -26,7 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
-SEPARATOR = "<|endoftext|>"  # between the documents of an --input file, alone on its line
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from configurator import expand, open_new, sync
+
+SEPARATOR = "<|endoftext|>"  # between the documents of an --input file
+FILES = ("meta.json", "val.bin", "train.bin")
 BLOCK = 1 << 20  # characters per piece (about 250k tokens), and bytes per read when a file is hashed
 SPLIT_SEED = 2357  # nanoGPT's
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -34,18 +40,26 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
+@contextmanager
 def open_binary(path):
     """Open a plain or .xz file to read its unpacked bytes."""
-    return lzma.open(path, "rb") if Path(path).suffix == ".xz" else open(path, "rb")
+    try:
+        with lzma.open(path) if Path(path).suffix == ".xz" else open(path, "rb") as file:
+            yield file
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"open_binary: {path} is no complete .xz file ({error}); rename it or copy it anew") from error
 
 
 def read_lines(path):
-    """Yield the lines of a UTF-8 text, plain or .xz, with unchanged line ends."""
+    """Yield the lines of a UTF-8 text, plain or .xz, with unchanged line ends and without a byte order mark."""
     with open_binary(path) as file:
         try:
+            if b"\0" in file.peek(2)[:2]:  # ASCII in UTF-16, whose bytes are valid UTF-8
+                raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "it looks like UTF-16")
+            yield next(file, b"").decode("utf-8-sig")
             yield from (line.decode("utf-8") for line in file)
         except UnicodeDecodeError as error:
-            raise ValueError(f"read_lines: {path} is not UTF-8 text ({error}); convert it, e.g. with iconv") from error
+            raise ValueError(f"read_lines: {path} is not UTF-8 text ({error}); convert it with iconv") from error
 
 
 def sha256_of(*paths):
@@ -77,8 +91,9 @@ def tiny_shakespeare(script, doc, argv):
     """Parse the arguments of a Shakespeare script, and split the text of --file or the downloaded text 90/10.
     Returns (out_dir, train, val, meta entries)."""
     made = parser(script, doc)
-    made.add_argument("--file", type=Path, help="text on disk (UTF-8, plain or .xz) instead of the download")
+    made.add_argument("--file", type=path_of, help="text on disk (UTF-8, plain or .xz) instead of the download")
     args = made.parse_args(argv)
+    check_out_dir(args, args.file)
     path = args.file or fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256, args.out_dir / "input.txt")
     text = "".join(read_lines(path))
     cut = int(len(text) * 0.9)
@@ -128,10 +143,10 @@ def atomic(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open_new(temporary) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -150,26 +165,59 @@ def write_bin(file, token_chunks):
 
 
 def write_dataset(out_dir, train, val, **meta):
-    """Write a data set from two iterables of token chunks. Replaces old files only after both splits are written."""
-    counts = {}
-    with atomic(out_dir / "val.bin") as val_file, atomic(out_dir / "train.bin") as train_file:
+    """Write a data set from two iterables of token chunks. Replaces old files only after all new ones are written."""
+    meta_path, val_path, train_path = (out_dir / name for name in FILES)
+    with atomic(meta_path) as meta_file, atomic(val_path) as val_file, atomic(train_path) as train_file:
         for name, file, chunks in (("train", train_file, train), ("val", val_file, val)):
-            counts[f"{name}_tokens"] = count = write_bin(file, chunks)
+            meta[f"{name}_tokens"] = count = write_bin(file, chunks)
             if not count:
                 raise ValueError(f"write_dataset: 0 {name} tokens, need at least 1; give more text")
+            file.flush()
             print(f"{name}: {count:,} tokens")
-    if "sha256" not in meta:
-        meta["sha256"] = sha256_of(out_dir / "train.bin", out_dir / "val.bin")
-    with atomic(out_dir / "meta.json") as file:
-        file.write(json.dumps(meta | counts, indent=1).encode() + b"\n")
+        if "sha256" not in meta:
+            meta["sha256"] = sha256_of(train_file.name, val_file.name)
+        meta_file.write(json.dumps(meta, indent=1).encode() + b"\n")
+        meta_file.flush()
     print(f"wrote train.bin, val.bin and meta.json in {out_dir}")
 
 
+# ---- a script's command line -----------------------------------------------------------------------------------------
+def path_of(word):
+    """An argument that is a path. Expands ~, and refuses an empty one."""
+    if not word:
+        raise argparse.ArgumentTypeError("an empty path, need a name")
+    return Path(expand(word))
+
+
 def parser(script, doc):
-    """An argparse parser with the description `doc` and --out_dir, by default the folder of `script`."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="where the files go")
+    """An argparse parser with the description `doc`, --overwrite, and --out_dir, by default the folder of `script`."""
+    form = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=doc, formatter_class=form, usage=argparse.SUPPRESS)  # one-line errors
+    made.add_argument("--out_dir", type=path_of, default=Path(script).resolve().parent, help="where the files go")
+    made.add_argument("--overwrite", action="store_true", help="let a text of yours replace the files in out_dir")
     return made
+
+
+def check_out_dir(args, text=None):
+    """Raise ValueError if --out_dir cannot be written, or if the user's `text` would replace a data set there."""
+    folder = next(parent for parent in (args.out_dir, *args.out_dir.parents) if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ValueError(f"--out_dir {args.out_dir}: {folder} is no folder that you may write to; give another one")
+    present = [name for name in FILES if (args.out_dir / name).exists()]
+    if text and present and not args.overwrite:
+        raise ValueError(f"{args.out_dir} already holds {', '.join(present)}; give another --out_dir, or --overwrite")
+
+
+def run(main, *args):
+    """Run a script's main(*args). A mistake of the user or a failing disk or network ends in one line and status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack the characters of a folder's name
+    try:
+        main(*args)
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: stopped")
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        remedy = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        sys.exit(f"prepare.py: error: {' '.join(str(error).split())}{remedy}")
 
 
 # ---- documents: openwebtext, fineweb_edu -----------------------------------------------------------------------------
@@ -178,21 +226,24 @@ def documents(paths):
     """Yield the pieces of the documents in text files. A long document gives several pieces of about BLOCK characters.
 
     A cut lies between a visible character and white space, which no GPT-2 token spans, so tokens do not change.
-    Separator lines are dropped. A document keeps its last line end.
+    A separator is dropped with the white space beside it in its line. Documents of white space alone are dropped. Other
+    documents keep their last line end.
     """
     number = 0
     for path in paths:
         lines, size, begun = [], 0, False
         for line in chain(read_lines(path), (SEPARATOR,)):
-            if line.rstrip("\r\n") == SEPARATOR:
-                if begun:
+            *ended, line = line.split(SEPARATOR)
+            for position, text in enumerate(ended):
+                lines.append(text.strip() if position else text.rstrip())
+                if begun or lines[-1]:
                     yield number, "".join(lines), True
                     number += 1
                 lines, size, begun = [], 0, False
-                continue
+            line = line.lstrip() if ended else line
             body = line.rstrip(" \t\r\n")
             lines.append(line)
-            size, begun = size + len(line), True
+            size, begun = size + len(line), begun or bool(line.strip())
             if size > BLOCK and body and not body[-1].isspace():
                 yield number, "".join(lines[:-1]) + body, False
                 lines, size = [line[len(body) :]], 0
@@ -226,11 +277,13 @@ def encode(batch):
 
 
 def encode_all(pieces, num_proc):
-    """Yield the tokens of pieces in order. `num_proc` spawned processes encode a few batches ahead."""
+    """Yield the tokens of pieces in order. `num_proc` processes, which ignore Ctrl-C, encode a few batches ahead."""
     with ProcessPoolExecutor(num_proc, get_context("spawn")) as pool:
         pending = deque()
         for batch in batches(pieces):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the processes that `submit` starts inherit it
             pending.append(pool.submit(encode, batch))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             if len(pending) > 2 * num_proc:
                 yield pending.popleft().result()
         while pending:
@@ -273,13 +326,18 @@ def hub_splits(args, hub):
 def prepare_documents(script, doc, hub, argv=None):
     """The script of a document data set. hub: its name (and configuration) for datasets.load_dataset."""
     made = parser(script, doc)
-    made.add_argument("--input", type=Path, nargs="+", help=f"text, plain or .xz, {SEPARATOR} between documents")
-    made.add_argument("--val", type=Path, help="with --input: validation text, instead of a random split")
+    made.add_argument("--input", type=path_of, nargs="+", help=f"text, plain or .xz, {SEPARATOR} between documents")
+    made.add_argument("--val", type=path_of, help="with --input: validation text, instead of a random split")
     made.add_argument("--val_fraction", type=float, default=0.0005, help="share of the documents for validation")
     made.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
     args = made.parse_args(argv)
     if args.val and not args.input:
         made.error("--val needs --input")
+    if not 0 < args.val_fraction < 1:
+        made.error(f"--val_fraction {args.val_fraction}, need more than 0 and less than 1")
+    if args.num_proc < 1:
+        made.error(f"--num_proc {args.num_proc}, need at least 1")
+    check_out_dir(args, args.input)
     encoding = gpt2_encoding()  # fail now, not after hours of download
     train, val, meta = file_splits(args) if args.input else hub_splits(args, hub)
     streams = (encode_all(pieces, args.num_proc) for pieces in (train, val))

@@ -100,25 +100,61 @@ class Tokens:
 def load_meta(folder: Path) -> dict:
     """meta.json of a dataset; GPT-2's tokenizer if there is none, as in nanoGPT.
 
-    Raises ValueError if it is damaged or does not match the .bin files, as after an interrupted preparation.
+    Raises ValueError if it is damaged or does not match the .bin files, as after an interrupted preparation; also if
+    the folder has only nanoGPT's meta.pkl, or if a .bin file that meta.json does not count is of another format.
     """
-    path = folder / "meta.json"
-    if not path.exists():
-        return {"tokenizer": "gpt2", "vocab_size": 50257}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if not (isinstance(meta["vocab_size"], int) and isinstance(meta["tokenizer"], str)):
-            raise TypeError("vocab_size must be an int and tokenizer a string")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"dataset: {path} is damaged ({error!r}); prepare the dataset again") from error
+    path, meta = folder / "meta.json", {"tokenizer": "gpt2", "vocab_size": 50257}
+    if path.exists():
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8-sig"))
+            size, tokenizer, chars = meta["vocab_size"], meta["tokenizer"], meta.get("chars")
+            if type(size) is not int or not 0 < size <= 65536 or tokenizer not in ("char", "gpt2"):
+                need = "need an int from 1 to 65536, and char or gpt2"
+                raise ValueError(f"vocab_size={size!r} and tokenizer={tokenizer!r}, {need}")
+            if tokenizer == "char" and not (isinstance(chars, str) and len(chars) == len(set(chars)) == size):
+                raise ValueError(f"chars is {chars!r:.40}, need a string of vocab_size={size} different characters")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"dataset: {path} is damaged ({error!r}); mend it or prepare the dataset again") from error
+    elif (folder / "meta.pkl").exists():
+        code = (
+            f"import json, pickle; m = pickle.load(open('{folder}/meta.pkl', 'rb'));"
+            " chars = ''.join(m['itos'][i] for i in sorted(m['itos']));"
+            f" json.dump(dict(tokenizer='char', vocab_size=len(chars), chars=chars), open('{path}', 'w'))"
+        )
+        raise ValueError(f'dataset: {folder} has nanoGPT\'s meta.pkl, need meta.json; write it by: python -c "{code}"')
     for split in ("train", "val"):
         tokens, file = meta.get(f"{split}_tokens"), folder / f"{split}.bin"
-        if tokens is not None and file.exists() and file.stat().st_size != 2 * tokens:
-            raise ValueError(
-                f"dataset: {path} counts {tokens} tokens in {file.name}, which holds {file.stat().st_size // 2}; "
-                "prepare the dataset again"
-            )
+        if file.is_file() and file.stat().st_size / 2 != tokens:
+            _check_format(file, meta["vocab_size"])
+            if tokens is not None:
+                raise ValueError(
+                    f"dataset: {path} counts {tokens} tokens in {file.name}, which holds {file.stat().st_size // 2}; "
+                    "prepare the dataset again"
+                )
     return meta
+
+
+def _check_format(path: Path, vocab_size: int) -> None:
+    """Raise ValueError if the first 4 KiB of a token file show another format than uint16 without a header."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    words, magic = np.frombuffer(head[: len(head) // 8 * 8], "<u2"), int.from_bytes(head[:4], "little")
+    low, high = words[::2], words[1::2]  # the halves of 32-bit tokens
+    is_wide = low.any() and (not high.any() or (high.max() < 4 and low.max() >= vocab_size))
+    formats = (
+        (head.startswith(b"\x93NUMPY"), "is a .npy file", f"np.load('{path}')"),
+        (magic == 20240520, "begins with llm.c's header", f"np.fromfile('{path}', '<u2', offset=1024)"),
+        (magic == 20240801, "has llm.c's header and 32-bit tokens", f"np.fromfile('{path}', '<u4', offset=1024)"),
+        (min(head, default=0) > 8 and head.decode(errors="replace").count("\ufffd") < 2, "is a text", None),
+        (path.stat().st_size % 2, "has an odd number of bytes", None),
+        (is_wide and not words[2::4].any(), "has 64-bit tokens", f"np.fromfile('{path}', '<i8')"),
+        (is_wide, "has 32-bit tokens", f"np.fromfile('{path}', '<u4')"),
+    )
+    for found, form, array in formats:
+        if found:
+            code = f"import numpy as np; a = {array}; assert a.max() < 65536; a.astype('<u2').tofile('{path}')"
+            remedy = f'convert it by: python -c "{code}"' if array else "prepare the dataset again"
+            raise ValueError(f"dataset: {path} {form}, need uint16 tokens without a header; {remedy}")
 
 
 def describe(meta: dict, splits: list[Tokens]) -> dict:

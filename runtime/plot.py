@@ -25,7 +25,8 @@ def switches(rows):
 
 def curve(rows, key):
     """(iterations, values) of the rows where `key` was measured and is finite."""
-    points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    numbers = [(row["iter"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+    points = [(iteration, value) for iteration, value in numbers if math.isfinite(value)]
     return [iteration for iteration, _ in points], [value for _, value in points]
 
 
@@ -46,7 +47,9 @@ def load_runs(folders):
         rows = read_metrics(folder)
         if not rows:
             raise ValueError(f"{os.path.join(folder, 'metrics.jsonl')} has no complete line yet; try again later")
-        label = label_of(folder, read_config(folder), names.count(name) == 1)
+        if not isinstance(config := read_config(folder), dict):
+            raise ValueError(f"{os.path.join(folder, 'config.json')} holds no settings; delete it to do without them")
+        label = label_of(folder, config, names.count(name) == 1)
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", ":")[i // len(COLOURS) % 2]}
         runs.append({"label": label, "style": style, "rows": rows, "switches": switches(rows)})
     return runs
@@ -90,11 +93,13 @@ def finish(figure, path):
 
 
 def plot_loss(runs, path):
-    """Training losses as thin lines, validation losses with markers. The legend has the last validation losses."""
+    """Training losses as thin lines, validation losses with markers. The legend has the last validation losses.
+    Returns False, without a file, if no loss is finite."""
     figure, axes = new_figure("loss: thin = train, marked = validation", "cross-entropy (nats per token)")
-    settled = []
+    settled, drawn = [], False
     for run in runs:
         train, val = curve(run["rows"], "train_loss"), curve(run["rows"], "val_loss")
+        drawn |= bool(train[1] or val[1])
         axes.plot(*train, **run["style"], linewidth=0.7, alpha=0.45)
         label = run["label"] + (f", val {val[1][-1]:.4f}" if val[1] else "")
         axes.plot(*val, **run["style"], linewidth=1.6, marker="o", markersize=3.5, label=label)
@@ -103,8 +108,10 @@ def plot_loss(runs, path):
     if settled and max(settled) > min(settled):
         margin = 0.04 * (max(settled) - min(settled))
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    mark_switches(axes, runs)
-    finish(figure, path)
+    if drawn:
+        mark_switches(axes, runs)
+        finish(figure, path)
+    return drawn
 
 
 def plot_flip_rate(runs, path):
@@ -112,7 +119,7 @@ def plot_flip_rate(runs, path):
     figure, axes = new_figure("flip rate", "fraction of mask entries changed per step")
     drawn = []
     for run in runs:
-        rows = [row for row in run["rows"] if 0 < (row.get("flip_rate") or 0) < math.inf]
+        rows = [row for row in run["rows"] if curve([row], "flip_rate")[1] and row["flip_rate"] > 0]
         label, half = run["label"], len(rows) // 60
         for _, phase_rows in itertools.groupby(rows, lambda row: row["phase"]):  # no mean across a change of phase
             xs, ys = curve(phase_rows, "flip_rate")
@@ -128,23 +135,24 @@ def plot_flip_rate(runs, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+", metavar="out-dir", help="run folder with metrics.jsonl and config.json")
-    parser.add_argument("--out", help="folder for the PNGs (default: the first run's folder)")
+    description = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser("plot.py", description=description, usage=argparse.SUPPRESS)  # one-line errors
+    help_text = "run folder with metrics.jsonl and config.json"
+    parser.add_argument("folders", nargs="+", metavar="out-dir", type=os.path.expanduser, help=help_text)
+    parser.add_argument("--out", type=os.path.expanduser, help="folder for the PNGs (default: the first run's folder)")
     args = parser.parse_args(argv)
     out = args.out or args.folders[0]
-    loss, flips = os.path.join(out, "loss.png"), os.path.join(out, "flip_rate.png")
+    plots = (("loss", plot_loss, "finite loss"), ("flip_rate", plot_flip_rate, "flip rate above zero"))
     try:
         runs = load_runs(args.folders)
         os.makedirs(out, exist_ok=True)
-        plot_loss(runs, loss)
-        print(f"wrote {loss}")
-        has_flips = plot_flip_rate(runs, flips)
-    except (OSError, ValueError) as error:
+        for name, draw, missing in plots:
+            path = os.path.join(out, f"{name}.png")
+            print(f"wrote {path}" if draw(runs, path) else f"no run has a {missing}; {path} not written")
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a damaged row has a text for a number
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}; pip install matplotlib")
-    print(f"wrote {flips}" if has_flips else f"no run has a flip rate above zero; {flips} not written")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,15 @@ import io
 import json
 import lzma
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -55,13 +61,17 @@ def gpt2(monkeypatch):
     return folder
 
 
-@pytest.fixture(scope="module")
-def pystdlib():
-    """data/pystdlib_char/prepare.py as a module."""
-    spec = importlib.util.spec_from_file_location("pystdlib_prepare", DATA / "pystdlib_char" / "prepare.py")
+def script(name):
+    """data/NAME/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", DATA / name / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def pystdlib():
+    return script("pystdlib_char")
 
 
 # ---- characters ------------------------------------------------------------------------------------------------------
@@ -93,7 +103,9 @@ def test_pystdlib_vocabulary_is_fixed_and_the_budget_is_checked(tmp_path, pystdl
     assert len(pystdlib.CHARS) == 97
     assert list(pystdlib.CHARS) == sorted(pystdlib.CHARS)
     assert pystdlib.clean("caf\u00e9\r\n\tx\f = 1".encode()) == "caf\n\tx = 1\n"
-    with pytest.raises(RuntimeError, match=r"ValueError: pystdlib_char: \d+ \.py files .* need 10; raise --max_bytes"):
+    with pytest.raises(
+        RuntimeError, match=r"^prepare\.py: error: pystdlib_char: \d+ \.py files .* need 10; raise --max_bytes"
+    ):
         prepare("pystdlib_char", "--out_dir", tmp_path, "--max_bytes", 10)
 
 
@@ -141,7 +153,6 @@ def documents_of(ids):
 
 def test_documents_from_files(tmp_path, gpt2):
     texts = [f"Document {i}.\r\n\r\n  two  spaces \u2014 caf\u00e9\n" for i in range(30)]
-    texts[3] = "no separator inside: <|endoftext|> is text here\n"
     joined, last = "<|endoftext|>\n".join(texts), "last one, with no line end"
     (tmp_path / "a.txt").write_bytes(joined.encode())
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress(last.encode()))
@@ -211,10 +222,172 @@ def test_a_missing_vocabulary_names_the_way_out(monkeypatch):
         common.gpt2_encoding()
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "in.txt").write_bytes(b"caf\xe9\n")
+# ---- text files ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\n<|endoftext|>\nb\n", ["a\n", "b\n"]),
+        ("a\r\n<|endoftext|>\r\n\r\nb\r\n", ["a\r\n", "\r\nb\r\n"]),
+        ("a<|endoftext|>b", ["a", "b"]),
+        ("  a <|endoftext|> b \n", ["  a", "b \n"]),
+        ("a\n \t<|endoftext|> \r\n  b", ["a\n", "  b"]),
+        ("a<|endoftext|>\nb<|endoftext|>\n", ["a", "b"]),
+        ("<|endoftext|>\n<|endoftext|>a\n", ["a\n"]),
+        ("\ufeff<|endoftext|>a", ["a"]),
+        ("\ufeffa\ufeff", ["a\ufeff"]),
+        ("a<|endoftext|><|endoftext|> <|endoftext|>\n\n<|endoftext|>b", ["a", "b"]),
+        ("a\n<|endoftext|>\n \u3000\n", ["a\n"]),
+        ("\ufeff", []),
+    ],
+)
+def test_a_separator_anywhere_ends_a_document_and_none_is_empty(tmp_path, text, expected):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(text.encode()))
+    pieces = list(common.documents([tmp_path / "a.txt", tmp_path / "b.txt.xz"]))
+    assert pieces == [(number, text, True) for number, text in enumerate(expected * 2)]
+
+
+def test_a_separator_in_shakespeare_is_one_token(tmp_path, gpt2):
+    (tmp_path / "in.txt").write_text("To be<|endoftext|>" * 9 + "\n")
+    script("shakespeare").main(["--file", str(tmp_path / "in.txt"), "--out_dir", str(tmp_path / "out")])
+    _, train, val = load(tmp_path / "out")
+    assert [*train, *val].count(EOT) >= 8
+
+
+@pytest.mark.parametrize("encoding", ["latin1", "utf-16", "utf-16-le", "utf-16-be"])
+def test_text_that_is_not_utf8_is_named(tmp_path, encoding):
+    (tmp_path / "in.txt").write_bytes("caf\u00e9\n".encode(encoding))
     with pytest.raises(ValueError, match=r"in\.txt is not UTF-8 text .* iconv"):
         list(common.documents([tmp_path / "in.txt"]))
+
+
+# ---- mistakes of the user --------------------------------------------------------------------------------------------
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    """refused(script's name, words): the message with which the script ends. It must be one line, with nothing done."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    monkeypatch.setattr(common, "gpt2_encoding", lambda: SimpleNamespace(n_vocab=50257))
+    for name, content in TEXTS.items():
+        (tmp_path / name).write_bytes(content)
+
+    def refused(name, words):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        main = partial(common.prepare_documents, __file__, "", ("hub/name",)) if name == "hub" else script(name).main
+        with pytest.raises(SystemExit) as stop:
+            common.run(main, words.split(" "))
+        message, code = capsys.readouterr().err, stop.value.code
+        message += f"{code}\n" if isinstance(code, str) else ""
+        assert re.fullmatch(r"prepare\.py: error: [^\n]+\n", message)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        return message
+
+    return refused
+
+
+TEXTS = {
+    "two.txt": b"one\n<|endoftext|>\ntwo\n", "one.txt": b"only one\n", "empty.txt": b"", "latin.txt": b"caf\xe9\n",
+    "no.xz": b"no xz at all", "short.xz": lzma.compress(b"text " * 99)[:40],
+}  # fmt: skip
+UNREADABLE = [
+    ("nowhere.txt", "No such file or directory: 'nowhere.txt'"),
+    (".", r"Is a directory: '\.'"),
+    ("latin.txt", "latin.txt is not UTF-8 text"),
+    ("no.xz", r"no.xz is no complete \.xz file"),
+    ("short.xz", r"short.xz is no complete \.xz file"),
+    ("~/nowhere.txt", re.escape(str(Path.home() / "nowhere.txt"))),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        *(("shakespeare_char", f"--out_dir=o --file={file}", message) for file, message in UNREADABLE),
+        *(("hub", f"--out_dir=o --input two.txt {file}", message) for file, message in UNREADABLE),
+        ("hub", "--out_dir=o --input two.txt --val nowhere.txt", "No such file"),
+        ("shakespeare_char", "--out_dir=o --file=empty.txt", "0 train tokens, need at least 1; give more text"),
+        ("hub", "--out_dir=o --input empty.txt", "0 document, need 2"),
+        ("hub", "--out_dir=o --input one.txt", "1 document, need 2"),
+        *(
+            ("hub", f"--out_dir=o --val_fraction={x}", f"--val_fraction {x}, need")
+            for x in ("0.0", "1.0", "nan", "inf")
+        ),
+        ("hub", "--out_dir=o --num_proc=0", "--num_proc 0, need at least 1"),
+        ("hub", "--out_dir=o --num_proc=many", "--num_proc: invalid int value: 'many'"),
+        ("hub", "--val two.txt", "--val needs --input"),
+        ("hub", "--input two.txt --out_dir=", "--out_dir: an empty path"),
+        ("hub", "--input two.txt --out_dir=one.txt", "--out_dir one.txt: one.txt is no folder that you may write to"),
+        ("shakespeare_char", "--file=two.txt --out_dir=one.txt/deeper", "one.txt is no folder"),
+        ("pystdlib_char", "--out_dir=one.txt", "one.txt is no folder"),
+        ("pystdlib_char", "--out_dir=o --max_bytes=-5", "0 .py files .* need 10; raise --max_bytes"),
+        ("shakespeare", "--nonsense", "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line(refused, name, words, message):
+    assert re.search(message, refused(name, words))
+
+
+@pytest.mark.parametrize("present", ["meta.json", "val.bin", "train.bin"])
+def test_a_text_of_the_user_replaces_a_data_set_only_with_overwrite(refused, tmp_path, present):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / present).write_text("precious")
+    for name, option in (("hub", "--input"), ("shakespeare_char", "--file"), ("shakespeare", "--file")):
+        message = refused(name, f"--out_dir=o {option} nowhere.txt")  # it is refused before the text is read
+        assert f"o already holds {present}; give another --out_dir, or --overwrite" in message
+    script("shakespeare_char").main(["--out_dir=o", "--file=two.txt", "--overwrite"])
+    assert load(tmp_path / "o")[0]["chars"] == "".join(sorted(set(TEXTS["two.txt"].decode())))
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_data_set(refused, monkeypatch):
+    script("shakespeare_char").main(["--out_dir=o", "--file=two.txt"])
+    monkeypatch.setattr(json, "dumps", Mock(side_effect=OSError(28, "No space left on device")))
+    assert "No space left" in refused("shakespeare_char", "--out_dir=o --file=one.txt --overwrite")
+
+
+def test_every_script_ends_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    scripts = sorted(DATA.glob("*/prepare.py"))
+    running = [
+        subprocess.Popen([sys.executable, path, "--out_dir", tmp_path / "file"], stderr=subprocess.PIPE, text=True)
+        for path in scripts
+    ]
+    messages = [process.communicate(timeout=60)[1] for process in running]
+    assert len(messages) == 5
+    for message in messages:
+        assert re.fullmatch(r"prepare\.py: error: --out_dir [^\n]+ is no folder that you may write to[^\n]+\n", message)
+
+
+def test_ctrl_c_and_a_missing_package_end_in_one_line():
+    for error, message in (
+        (KeyboardInterrupt(), "stopped"),
+        (ModuleNotFoundError("No x", name="x"), "error: No x; pip"),
+    ):
+        with pytest.raises(SystemExit, match=f"^prepare.py: {message}[^\n]*$"):
+            common.run(Mock(side_effect=error))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_processes_that_tokenize_without_a_traceback(tmp_path, gpt2):
+    (tmp_path / "in.txt").write_text("Some words of a text.\n" * 400_000)
+    words = [
+        "--input",
+        tmp_path / "in.txt",
+        "--val",
+        tmp_path / "in.txt",
+        "--num_proc",
+        "2",
+        "--out_dir",
+        tmp_path / "o",
+    ]
+    command = [sys.executable, DATA / "fineweb_edu" / "prepare.py", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob("o/train.bin.*")):  # the processes start after this file is opened
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "prepare.py: stopped\n"
+    assert list((tmp_path / "o").iterdir()) == []
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,7 @@ from model import GPT, GPTConfig
 from runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-CHARS = "\nabcdefghij"
+CHARS = "\nabcdefghiä"
 
 
 @pytest.fixture
@@ -81,20 +84,23 @@ def test_samples_follow_the_phase_of_the_checkpoint(run):
 
 def test_prompt_from_a_file_and_equal_seeds(run):
     folder, _, _ = run
-    (folder / "prompt.txt").write_text("jig")
+    (folder / "prompt.txt").write_text("fig")
     words = (f"--start=FILE:{folder / 'prompt.txt'}", "--num_samples=2", "--seed=5")
     status, first, stderr = run_sample(folder, *words)
     assert status == 0, stderr
     assert run_sample(folder, *words)[1] == first
-    assert first.count("jig") >= 2
+    assert first.count("fig") >= 2
     assert run_sample(folder, *words[:-1], "--seed=6")[1] != first
 
 
-def test_the_script_runs_in_its_own_process(run):
-    command = [sys.executable, "sample.py", f"--out_dir={run[0]}", "--max_new_tokens=5", "--num_samples=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_script_prints_what_the_terminal_can_show_and_ends_quietly_if_the_reader_leaves(run):
+    words = f"--out_dir={run[0]} --start=ä --device=cpu --max_new_tokens=2 --num_samples=999"
+    command = f"{sys.executable} sample.py {words} | head -2"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True, env=environment)
+    assert done.stderr == ""
     assert "iteration 7" in done.stdout
+    assert "\n\\xe4" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -103,15 +109,55 @@ def test_the_script_runs_in_its_own_process(run):
         (["--start=XYZ"], "the dataset's vocabulary has no 'XYZ'"),
         (["--start="], "start is empty"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
+        (["--start=FILE:tests"], "Is a directory: 'tests'"),
+        (["--start=FILE:~/nowhere.txt"], str(Path.home() / "nowhere.txt")),
         (["--ckpt=ckpt_best.pt"], "ckpt_best.pt does not exist"),
         (["--top_k=many"], "top_k"),
+        (["--top_k=0"], "top_k=0, need at least 1"),
+        (["--temperature=-1"], "temperature=-1.0, need at least 0"),
+        (["--temperature=1e999"], "temperature=inf, need"),
+        (["--num_samples=0"], "num_samples=0, need at least 1"),
+        (["--max_new_tokens=-1"], "max_new_tokens=-1, need at least 0"),
+        (["--seed=-1"], "seed=-1, need at least 0"),
+        ([f"--seed={2**64}"], "seed=18446744073709551616, need"),
+        (["--dtype=fp16"], "dtype='fp16', need one of auto, float32, bfloat16, float16"),
+        (["--device=cuda:99"], "device='cuda:99' cannot be used: "),
+        (["--device=tpu"], "device='tpu' cannot be used: "),
+        (["--init_from=gpt9"], "name='gpt9' is unknown"),
     ],
 )
 def test_wrong_input_gives_one_clear_line(run, words, message):
     status, stdout, stderr = run_sample(run[0], *words)
     assert status != 0
+    assert re.fullmatch(r"sample\.py: error: [^\n]+\n?", stderr)
     assert message in stderr
-    assert "---" not in stdout
+    assert stdout in ("", f"{run[0]}/ckpt.pt: iteration 7, 2 of 2 sparse linears in the 2:4 phase\n")
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark_but_must_be_utf8(run):
+    prompt = run[0] / "prompt.txt"
+    prompt.write_text("abc", encoding="utf-8-sig")
+    assert "\nabc" in run_sample(run[0], f"--start=FILE:{prompt}", "--num_samples=1")[1]
+    prompt.write_text("abc", encoding="utf-16")
+    assert f"FILE:{prompt} is not UTF-8 text" in run_sample(run[0], f"--start=FILE:{prompt}")[2]
+
+
+@pytest.mark.parametrize(
+    "words", [["--temperature=1e-40"], ["--dtype=float16"], ["--max_new_tokens=0"], ["--top_k=99"]]
+)
+def test_settings_at_the_edge_of_their_range_give_text(run, words):
+    status, stdout, stderr = run_sample(run[0], "--start=abc", "--num_samples=1", *words)
+    assert (status, stderr) == (0, "")
+    assert "\nabc" in stdout
+
+
+def test_a_prompt_may_be_longer_than_the_block(run):
+    assert "\n" + "abc" * 30 in run_sample(run[0], "--start=" + "abc" * 30, "--num_samples=1")[1]
+
+
+def test_ctrl_c_ends_in_one_word(run, monkeypatch):
+    monkeypatch.setattr(sample.GPT, "generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert run_sample(run[0])[::2] == (1, "sample.py: stopped")
 
 
 @pytest.mark.parametrize("folder_now", ["gone", "not prepared", "as it was", "other", "damaged"])
@@ -151,7 +197,7 @@ def test_the_checkpoint_before_a_damaged_one_is_offered(run):
 
 def test_dataset_with_more_tokens_than_the_model_is_refused(run):
     folder, _, _ = run
-    meta = {"tokenizer": "char", "vocab_size": 64, "chars": CHARS}
+    meta = {"tokenizer": "char", "vocab_size": 64, "chars": "".join(map(chr, range(64)))}
     (folder / "data" / "meta.json").write_text(json.dumps(meta))
     assert "now has 64 tokens, but the checkpoint has 11" in run_sample(folder)[2]
 

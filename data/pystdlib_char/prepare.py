@@ -16,7 +16,7 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import encode_chars, parser, write_dataset
+from common import check_out_dir, encode_chars, parser, run, write_dataset
 
 CHARS = "\t\n" + "".join(map(chr, range(32, 127)))
 LEFT_OUT = {
@@ -46,6 +46,7 @@ def main(argv=None):
     made = parser(__file__, __doc__)
     made.add_argument("--max_bytes", type=int, default=12_000_000, help="stop before the file that exceeds this")
     args = made.parse_args(argv)
+    check_out_dir(args)
     texts, size, root = [], 0, Path(sysconfig.get_path("stdlib"))
     for path in source_files(root):
         text = clean(path.read_bytes())
@@ -71,4 +72,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

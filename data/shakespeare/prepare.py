@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import gpt2_encoding, tiny_shakespeare, write_dataset
+from common import gpt2_encoding, run, tiny_shakespeare, write_dataset
 
 
 def main(argv=None):
     out_dir, train, val, meta = tiny_shakespeare(__file__, __doc__, argv)
     encoding = gpt2_encoding()
-    splits = ([encoding.encode_ordinary(split)] for split in (train, val))
+    splits = ([encoding.encode(split, allowed_special="all")] for split in (train, val))
     write_dataset(out_dir, *splits, tokenizer="gpt2", vocab_size=encoding.n_vocab, **meta)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

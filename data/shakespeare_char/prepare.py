@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import encode_chars, tiny_shakespeare, write_dataset
+from common import encode_chars, run, tiny_shakespeare, write_dataset
 
 
 def main(argv=None):
@@ -20,4 +20,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,7 +1,11 @@
 """runtime/loader.py: epoch sampling, and data files that cannot be used."""
 
+import json
 import os
+import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -89,8 +93,9 @@ def test_the_loop_takes_every_window_of_an_epoch(given, tmp_path):
     ("name", "text", "message"),
     [
         ("train.bin", "", r"train\.bin holds 0 tokens, need more than"),
-        ("val.bin", "x", r"val\.bin holds 0 tokens, need more than"),
-        ("val.bin", "too few tokens", r"val\.bin holds 7 tokens, need more than"),
+        ("val.bin", 7 * "\1\0", r"val\.bin holds 7 tokens, need more than"),
+        ("val.bin", 99 * "\1\0\2", r"val\.bin has an odd number of bytes, need uint16 tokens without a header"),
+        ("train.bin", 99 * "some text, ", r"train\.bin is a text, need uint16 tokens"),
         ("train.bin", 200 * "`\xea", r"train\.bin holds token 60000, need tokens below vocab_size="),
         *[("meta.json", text, r"meta\.json") for text in ("{", "[]", '{"tokenizer": "char"}', '{"vocab_size": "5"}')],
     ],
@@ -145,8 +150,103 @@ def test_char_tokenizer_round_trip():
     assert encode("\nab") == [0, 1, 2]
 
 
+def write_meta(folder, **changes):
+    meta = {"tokenizer": "char", "vocab_size": 5, "chars": "abcde"} | changes
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8-sig")  # with a byte order mark, as in Windows
+    return meta
+
+
 def test_meta_that_belongs_to_other_files_is_refused(tmp_path):
     np.zeros(10, dtype="<u2").tofile(tmp_path / "train.bin")
-    (tmp_path / "meta.json").write_text('{"tokenizer": "char", "vocab_size": 5, "train_tokens": 11}')
+    write_meta(tmp_path, train_tokens=11)
     with pytest.raises(ValueError, match=r"counts 11 tokens in train.bin, which holds 10; prepare the dataset again"):
         loader.load_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": True}, "vocab_size=True and tokenizer='char', need an int from 1 to 65536"),
+        ({"vocab_size": -5}, "vocab_size=-5 .*need"),
+        ({"vocab_size": 65537}, "vocab_size=65537 .*need"),
+        ({"vocab_size": 5.0}, r"vocab_size=5\.0 .*need"),
+        ({"tokenizer": "llama"}, "vocab_size=5 and tokenizer='llama', .* char or gpt2"),
+        ({"vocab_size": 6}, "chars is 'abcde', need a string of vocab_size=6 different characters"),
+        ({"chars": "abcdd"}, "chars is 'abcdd', need"),
+        ({"chars": None}, "chars is None, need"),
+        ({"chars": ["a", "b", "c", "d", "ee"]}, "chars is .*need a string"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, changes, message):
+    assert write_meta(tmp_path) == loader.load_meta(tmp_path)
+    write_meta(tmp_path, **changes)
+    with pytest.raises(ValueError, match=rf"meta\.json is damaged \(ValueError\(.{message}"):
+        loader.load_meta(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets of other programs
+
+
+def follow(message: str, folder) -> dict:
+    """Run the command that ends the message; return what load_meta says then."""
+    command = message.partition(": python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
+    return loader.load_meta(folder)
+
+
+def test_nanogpts_folder_is_refused_with_the_command_that_writes_meta_json(refused, tmp_path):
+    folder = make_dataset(tmp_path / "nano gpt")
+    meta = json.loads((folder / "meta.json").read_text())
+    itos = dict(enumerate(meta["chars"]))
+    (folder / "meta.json").unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": {}}))
+    message = refused(tmp_path / "out", dataset=folder)
+    assert "has nanoGPT's meta.pkl, need meta.json" in message
+    assert follow(message, folder) == meta
+
+
+IDS = np.random.default_rng(0).integers(0, 50257, 600)
+HEADERS = [np.array([magic, 1, 600, *[0] * 253], dtype="<i4") for magic in (20240520, 20240801)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([HEADERS[0], IDS.astype("<u2")], "begins with llm.c's header"),
+        ([HEADERS[1], IDS.astype("<u4")], "has llm.c's header and 32-bit tokens"),
+        ([IDS.astype("<u4")], "has 32-bit tokens"),
+        ([IDS.astype("<i8")], "has 64-bit tokens"),
+        (None, "is a .npy file"),
+    ],
+    ids=["header", "llama3", "uint32", "int64", "npy"],
+)
+def test_another_format_is_refused_by_name_with_the_command_that_converts_it(tmp_path, content, message):
+    path = tmp_path / "train.bin"
+    if content:
+        path.write_bytes(b"".join(part.tobytes() for part in content))
+    else:
+        with path.open("wb") as file:
+            np.save(file, IDS.astype("<u2"))
+    with pytest.raises(ValueError, match=f"train.bin {message}, need uint16 tokens without a header") as error:
+        loader.load_meta(tmp_path)
+    assert "\n" not in str(error.value)
+    follow(str(error.value), tmp_path)
+    assert np.array_equal(np.fromfile(path, "<u2"), IDS)
+
+
+def test_tokens_above_16_bits_are_refused_and_not_cut_off(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 128_000, 600)
+    ids.astype("<u4").tofile(tmp_path / "val.bin")
+    with pytest.raises(ValueError, match=r"val.bin has 32-bit tokens") as error:
+        loader.load_meta(tmp_path)
+    with pytest.raises(subprocess.CalledProcessError):
+        follow(str(error.value), tmp_path)
+    assert np.array_equal(np.fromfile(tmp_path / "val.bin", "<u4"), ids)
+
+
+@pytest.mark.parametrize("ids", [np.tile([5, 0], 400), np.zeros(400, int), IDS], ids=["alternating", "zeros", "gpt2"])
+def test_counted_tokens_are_not_questioned(tmp_path, ids):
+    ids.astype("<u2").tofile(tmp_path / "train.bin")
+    meta = write_meta(tmp_path, train_tokens=len(ids))
+    assert loader.load_meta(tmp_path) == meta

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +87,13 @@ def test_without_a_flip_rate_only_the_loss_is_drawn(tmp_path, capsys, flip):
     assert not (tmp_path / "a" / "flip_rate.png").exists()
 
 
+def test_without_a_finite_loss_only_the_flip_rate_is_drawn(tmp_path, capsys):
+    rows = [row(i, train_loss=None, val_loss=math.nan, flip_rate=0.5) for i in range(5)]
+    plot.main([write_run(tmp_path / "a", [*rows, row(5, train_loss="3.1", flip_rate="high")])])
+    assert f"no run has a finite loss; {tmp_path / 'a' / 'loss.png'} not written" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "a").glob("*.png")) == ["flip_rate.png"]
+
+
 def test_first_row_alone_and_a_diverged_run_can_be_drawn(tmp_path):
     rows = [row(i, train_loss=math.nan, val_loss=math.inf, flip_rate=math.nan) for i in range(5)]
     plot.main([write_run(tmp_path / "nan", rows), write_run(tmp_path / "one", [row(0, flip_rate=0.5)], '{"iter": 1')])
@@ -98,14 +107,34 @@ def test_first_row_alone_and_a_diverged_run_can_be_drawn(tmp_path):
         ("empty", r"no .*metrics\.jsonl yet; train\.py writes it"),
         ("starting", r"metrics\.jsonl has no complete line yet; try again later"),
         ("config", r"config\.json: .*; delete it to continue without the run's settings"),
+        ("list", r"config\.json holds no settings; delete it to do without them"),
+        ("text", "'float'"),
+        ("fine --out=file", r"File exists: 'file'"),
+        ("fine --out=/proc/plots", r"'/proc/plots'"),
+        ("~/nowhere", re.escape(f"no such run folder: '{Path.home() / 'nowhere'}'")),
+        ("", "arguments are required: out-dir"),
+        ("fine --size=3", "unrecognized arguments: --size=3"),
     ],
 )
-def test_error_is_one_line_and_status_2(tmp_path, capsys, name, message):
+def test_error_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    sparse_run(tmp_path / "fine")
+    write_run(tmp_path / "list", [row(0)])
+    (tmp_path / "list" / "config.json").write_text("[]")
+    write_run(tmp_path / "text", [row(0) | {"iter": "five"}])
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "starting", [], tail='{"it')
     write_run(tmp_path / "config", [row(0)])
     (tmp_path / "config" / "config.json").write_text("{")
     with pytest.raises(SystemExit) as stop:
-        plot.main([str(tmp_path / name)])
+        plot.main(name.split())
     assert stop.value.code == 2
-    assert re.search(r"error: .*" + message, capsys.readouterr().err)
+    assert re.fullmatch(rf"plot\.py: error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+
+
+def test_a_missing_matplotlib_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        plot.main([sparse_run(tmp_path / "a")])
+    assert capsys.readouterr().err.endswith("; pip install matplotlib\n")

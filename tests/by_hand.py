@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn as nn
 
-from sparse24 import MaskedDecayAdamW, Sparse24Linear, get_recipe, sparsify
+from sparse24 import MaskedDecayAdamW, Sparse24Linear, get_recipe, seed_draws, sparsify
 
 
 def generator(seed=0):
@@ -44,6 +44,7 @@ def make(recipe, out=8, features=12, seed=0) -> Sparse24Linear:
     with torch.no_grad():
         model[0].weight.copy_(normal(out, features, seed=seed))
     sparsify(model, recipe, ["0"])
+    seed_draws(model, seed, 0, 0)
     return model[0]
 
 
@@ -113,4 +114,5 @@ def make_mlp(recipe="fst", seed=0) -> nn.Sequential:
         for i, p in enumerate(model.parameters()):
             p.copy_(0.5 * normal(*p.shape, seed=seed + i))
     sparsify(model, recipe, ["0", "2"])
+    seed_draws(model, seed, 0, 0)
     return model

@@ -875,12 +875,7 @@ class _MaskedLinear(torch.autograd.Function):
 
 _NEED_FOURS = "need both divisible by 4; change the width or leave this layer dense"
 _NEED_WEIGHT = "has no weight Parameter; undo weight_norm, spectral_norm, prune or parametrize by its remove function"
-
-
-@functools.cache  # once per process
-def _warn_of_equal_draws() -> None:
-    need = "need seed_draws(model, seed, iter_num, micro_batch) before each training forward pass"
-    warnings.warn(f"Sparse24Linear: without seeds MVUE draws the same numbers in every step, {need}", stacklevel=3)
+_warn_once = functools.cache(warnings.warn)  # once per process and message
 
 
 class Sparse24Linear(nn.Linear):
@@ -949,7 +944,8 @@ class Sparse24Linear(nn.Linear):
         """`.seed`, for a forward pass. Warns, once per process, of a training pass that no `seed_draws` preceded."""
         draws = self.training and self.recipe.mvue and torch.is_grad_enabled() and self.weight.requires_grad
         if draws and not torch.compiler.is_compiling() and not self.seeded:
-            _warn_of_equal_draws()
+            need = "need seed_draws(model, seed, iter_num, micro_batch) before each training forward pass"
+            _warn_once(f"Sparse24Linear: without seeds MVUE draws the same numbers in every step, {need}")
         return self.seed
 
     def new_index(self) -> torch.Tensor:

@@ -801,11 +801,11 @@ def test_seeds_are_no_buffers_and_follow_the_weight():
 @pytest.fixture
 def warned():
     """Warnings of missing seeds, as if none had been given before."""
-    sparse24._warn_of_equal_draws.cache_clear()
+    sparse24._warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield caught
-    sparse24._warn_of_equal_draws.cache_clear()
+    sparse24._warn_once.cache_clear()
 
 
 def test_training_without_seeds_warns_once(warned):

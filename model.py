@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from gemm24.ffn import sparse_ffn, takes_plan
 from gemm24.operands import ACTIVATIONS, GATED
-from sparse24 import MaskedDecayAdamW, kernel_status, recipe_names, sparsify
+from sparse24 import MaskedDecayAdamW, kernel_status, recipe_names, refresh_masks, sparsify
 
 # The four published sizes of GPT-2, and their names on Hugging Face.
 PRESETS = {
@@ -253,10 +253,8 @@ class GPT(nn.Module):
             from transformers import GPT2LMHeadModel
         except ImportError as error:
             raise ImportError(f"from_pretrained: {name} needs transformers; pip install transformers") from error
-        model = cls(dataclasses.replace(config, sparse="none"))
+        model = cls(config, recipe)
         copy_hf_weights(model, GPT2LMHeadModel.from_pretrained(name).state_dict())
-        model.config = config
-        model._make_sparse(recipe)
         return model
 
     def get_num_params(self, non_embedding=True) -> int:
@@ -294,7 +292,7 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def copy_hf_weights(model, hf_state):
-    """Copy a Hugging Face GPT-2 state dict, name -> tensor, into `model`.
+    """Copy a Hugging Face GPT-2 state dict, name -> tensor, into `model`. Sparse layers get masks of these weights.
 
     Hugging Face stores the four linears of a block as (in, out), so they are transposed. The buffers attn.bias and
     attn.masked_bias are ignored; lm_head.weight may be missing. If a name or a shape differs from the model's, nothing
@@ -313,6 +311,7 @@ def copy_hf_weights(model, hf_state):
             raise ValueError(f"copy_hf_weights: {shapes}; build the model with the preset of these weights")
     for p, value in pairs.values():
         p.copy_(value)
+    refresh_masks(model, measure=False, begin=True)
 
 
 # Dense 16-bit tensor-core peaks in TFLOPS with fp32 accumulation, from NVIDIA's data sheets (half of "with sparsity").

@@ -26,7 +26,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -873,6 +873,11 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, dw, None, None, None, db, None, None, None
 
 
+_NEED_FOURS = "need both divisible by 4; change the width or leave this layer dense"
+_NEED_WEIGHT = "has no weight Parameter; undo weight_norm, spectral_norm, prune or parametrize by its remove function"
+_warn_once = functools.cache(warnings.warn)  # once per process and message
+
+
 class Sparse24Linear(nn.Linear):
     """An nn.Linear whose weight is 2:4 sparse in the forward pass, and in the backward pass where its recipe says so.
 
@@ -880,12 +885,13 @@ class Sparse24Linear(nn.Linear):
     `.index`   the mask, set by `refresh_masks`; `.mask` is its bool (out, in) form. Transposable: uint8 (out/4, in/4)
                of transposable_index. Row-wise and soft: uint8 (out, in/4) of pair_index.
     `.beta`    0-d, the scale of soft weights.
-    `.sparse`  bool; False = the dense phase, in which this is a plain nn.Linear. Saved as extra state.
+    `.sparse`  bool; False = the dense phase, in which this is a plain nn.Linear. Saved as extra state, a bool tensor.
     The state_dict does not have
     `.seed`    int64 0-d tensor that MVUE reads. `seed_draws` sets it, as a function of the step.
     `.prune_again`  True = prune a second time in the backward. FSDP needs this: it frees the weight after the forward.
-    The mask of a new or reset layer matches its weights. Call `refresh_masks` after setting only the weights. Between
-    steps of FSDP2 `.weight` is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used.
+    The mask of a new or reset layer matches its weights. So does that of a layer which loads the state_dict of a dense
+    linear, also with strict=True. Call `refresh_masks` after setting only the weights. Between steps of FSDP2 `.weight`
+    is sharded, and `pruned_weight` and `densify(prune=True)` cannot be used.
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as in nn.Linear.
     Raises ValueError if in or out is not divisible by 4, or if the recipe needs a subclass.
 
@@ -895,27 +901,52 @@ class Sparse24Linear(nn.Linear):
 
     def __init__(self, in_features, out_features, bias=True, recipe="fst", device=None, dtype=None):
         if in_features % 4 or out_features % 4:
-            raise ValueError(
-                f"Sparse24Linear: {in_features} in, {out_features} out, need both divisible by 4; "
-                "change the width or leave this layer dense"
-            )
+            raise ValueError(f"Sparse24Linear: {in_features} in, {out_features} out, {_NEED_FOURS}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.recipe = get_recipe(recipe)
-        layer_class = self.recipe.layer or Sparse24Linear
+        recipe = get_recipe(recipe)
+        layer_class = recipe.layer or Sparse24Linear
         if not isinstance(self, layer_class):
             need = f"needs {layer_class.__name__}; use that class, or sparsify"
-            raise ValueError(f"Sparse24Linear: recipe {self.recipe.name!r} {need}")
-        self.sparse = True
-        self.prune_again = False
-        self.make_state()
+            raise ValueError(f"Sparse24Linear: recipe {recipe.name!r} {need}")
+        self._begin_sparse(recipe)
+
+    def _begin_sparse(self, recipe: Recipe) -> None:
+        """Give this linear, whose class is a sparse one now, its attributes and buffers."""
+        before, self.added = {*dir(self)}, {"added"}
+        self.recipe, self.sparse, self.seeded, self.prune_again = recipe, True, False, False
+        self.sparse_class = type(self)
+        try:
+            self.make_state()
+        finally:
+            self.added |= {*dir(self)} - before
+
+    def _end_sparse(self) -> None:
+        for name in self.added & {*dir(self)}:
+            delattr(self, name)
+        self.__class__ = nn.Linear
 
     def make_state(self) -> None:
         """Create the buffers, for the present weight."""
         self.register_buffer("index", self.new_index())
         if self.recipe.mask == "soft":
             self.register_buffer("beta", sste_scale(self.weight.detach()))
-        seed = torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        self.register_buffer("seed", seed, persistent=False)
+        self._seed = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+
+    @property
+    def seed(self) -> torch.Tensor:
+        # It is no buffer, because DDP overwrites buffers with those of rank 0. So it moves after the weight here.
+        device = self.weight.device
+        if self._seed.device != device:
+            self._seed = torch.zeros_like(self._seed, device=device) if self._seed.is_meta else self._seed.to(device)
+        return self._seed
+
+    def forward_seed(self) -> torch.Tensor:
+        """`.seed`, for a forward pass. Warns, once per process, of a training pass that no `seed_draws` preceded."""
+        draws = self.training and self.recipe.mvue and torch.is_grad_enabled() and self.weight.requires_grad
+        if draws and not torch.compiler.is_compiling() and not self.seeded:
+            need = "need seed_draws(model, seed, iter_num, micro_batch) before each training forward pass"
+            _warn_once(f"Sparse24Linear: without seeds MVUE draws the same numbers in every step, {need}")
+        return self.seed
 
     def new_index(self) -> torch.Tensor:
         """The index matrix of the mask for the present weight, unsharded."""
@@ -939,16 +970,11 @@ class Sparse24Linear(nn.Linear):
         if "index" in self._buffers:  # nn.Linear's __init__ calls this before the buffers exist
             self.make_state()
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, recipe: str | Recipe) -> "Sparse24Linear":
-        """A sparse layer with the same Parameter objects as `linear`. Draws no random numbers."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, recipe, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.make_state()
-        return layer.train(linear.training)
-
     def _apply(self, fn, recurse=True):
+        was_meta = self.index.is_meta
         super()._apply(fn, recurse)
+        if was_meta and not self.index.is_meta:  # to_empty: the index is arbitrary memory
+            self.make_state()
         for name in ("flat", "pairs"):
             _table(name, self.index.device)  # copy the table now, so that no forward has to
         return self
@@ -991,13 +1017,27 @@ class Sparse24Linear(nn.Linear):
             w_24, _ = _MaskedLinear.operands(master, self.index, None, self.scale, weight.dtype, mode)
             return F.linear(simulate_fp8(x, torch.float8_e4m3fn) if recipe.fp8 else x, w_24, bias)
         masks = (self.index, self.backward_mask)
-        return _MaskedLinear.apply(x, weight, master, *masks, bias, self.seed, self.scale, mode)
+        return _MaskedLinear.apply(x, weight, master, *masks, bias, self.forward_seed(), self.scale, mode)
 
-    def get_extra_state(self) -> dict:
-        return {"sparse": self.sparse}
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(self.sparse, device="cpu")
 
-    def set_extra_state(self, state: dict) -> None:
-        self.sparse = bool(state["sparse"])
+    def set_extra_state(self, state: torch.Tensor | dict) -> None:
+        self.sparse = bool(state["sparse"] if isinstance(state, dict) else state)  # earlier releases saved a dict
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        index, missing, patterns = state_dict.get(prefix + "index"), [], 90 if self.recipe.mask == "transposable" else 6
+        if index is not None and (index.dtype != torch.uint8 or (not index.is_meta and (index >= patterns).any())):
+            need = f"need uint8 numbers below {patterns}; without the mask's keys, it is made from the weights"
+            error_msgs.append(f"{prefix}index has {index.dtype} numbers, some may be too large, {need}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, error_msgs)
+        if index is None and prefix + "weight" in state_dict:  # of a dense linear
+            missing = [key for key in missing if key == prefix + "bias"]
+            if self.index.device != self.weight.device:  # the weight was assigned to a layer on the meta device
+                self.make_state()
+            self.refresh(begin=True)
+        missing_keys += missing
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}, sparse={self.sparse}"
@@ -1008,13 +1048,12 @@ class Sparse24Linear(nn.Linear):
 
 
 def sparse_linears(model: nn.Module) -> list[Sparse24Linear]:
-    """The Sparse24Linear layers of `model`, in module order. `seed_draws` numbers them in this order."""
-    return [module for module in model.modules() if isinstance(module, Sparse24Linear)]
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+    """The Sparse24Linear layers of `model`, in module order. `seed_draws` numbers them in this order. Raises ValueError
+    if the weight of one is no Parameter any more, because of weight_norm or the like."""
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+    if computed := [name for layer, name in layers.items() if "weight" not in layer._parameters]:
+        raise ValueError(f"sparse layers: {', '.join(computed) or 'the model'} {_NEED_WEIGHT}")
+    return [*layers]
 
 
 def _disable_encoder_fast_path(model: nn.Module) -> None:
@@ -1026,20 +1065,35 @@ def _disable_encoder_fast_path(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
+def _obstacle(linear: nn.Linear) -> str | None:
+    """The reason why this linear cannot become sparse, or None."""
+    state = {"index", "beta", "seed", "mask", "scale", "recipe", "sparse", "seeded", "prune_again", "added"}
+    taken = state & {*dir(linear)} | {"forward"} & {*vars(linear)}  # such a `forward` would bypass the class
+    if type(linear) is not nn.Linear or "weight" not in linear._parameters:
+        return _NEED_WEIGHT
+    if is_dtensor(linear.weight):
+        return "has a sharded weight; call sparsify before it is sharded"
+    if linear.in_features % 4 or linear.out_features % 4:
+        return f"has {linear.in_features} in, {linear.out_features} out, {_NEED_FOURS}"
+    names = ", ".join(sorted(taken))
+    return f"has attributes that a sparse layer needs itself ({names}); rename or remove them" if names else None
+
+
 def sparsify(
     model: nn.Module, recipe: str | Recipe, layers: Sequence[str] | Callable[[str, nn.Module], bool]
 ) -> list[str]:
-    """Replace chosen nn.Linear layers of any model by sparse ones, in place. Parameters stay the same objects.
+    """Make chosen nn.Linear layers of any model sparse, in place. They stay the same objects, with their parameters,
+    hooks and attributes; their class changes.
 
-    layers: names as in named_modules(), or a predicate (name, module). Only modules of type nn.Linear are replaced, no
+    layers: names as in named_modules(), or a predicate (name, module). Only modules of type nn.Linear become sparse, no
     subclasses: nn.MultiheadAttention never calls its out_proj, for example. Sparse layers are left as they are. Returns
-    the names replaced. Raises ValueError, before changing anything, if nothing matches, if a name is not an nn.Linear
-    of the model, or if a shape is not divisible by 4.
+    the names of the new ones. Raises ValueError, before changing anything, if nothing matches, or if a chosen layer is
+    no nn.Linear, has a shape that is not divisible by 4, or has a weight that is sharded or no Parameter.
     """
-    recipe = get_recipe(recipe)
-    modules = model.named_modules(remove_duplicate=False)
-    linears = {n: m for n, m in modules if type(m) is nn.Linear or isinstance(m, Sparse24Linear)}
-    linears.pop("", None)  # the model itself cannot be replaced in place
+    recipe, linears = get_recipe(recipe), {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        if type(m) is nn.Linear or type(m).__name__ == "ParametrizedLinear" or isinstance(m, Sparse24Linear):
+            linears[name] = m
     chosen = [n for n, m in linears.items() if (layers(n, m) if callable(layers) else n in layers)]
     unknown = [] if callable(layers) else [name for name in layers if name not in linears]
     if unknown or not chosen:
@@ -1047,47 +1101,51 @@ def sparsify(
             f"sparsify: {'no nn.Linear named ' + ', '.join(unknown) if unknown else 'no nn.Linear matches'}; "
             f"the model has {', '.join(linears) or 'none'}"
         )
-    dense = dict.fromkeys(linears[name] for name in chosen if type(linears[name]) is nn.Linear)
     layer_class = recipe.layer or Sparse24Linear
-    layer_of = {linear: layer_class.from_linear(linear, recipe) for linear in dense}
-    swapped = [name for name, m in linears.items() if m in layer_of]  # a shared layer has several names
-    for name in swapped:
-        _replace(model, name, layer_of[linears[name]])
+    dense = {linears[name]: name for name in chosen if not isinstance(linears[name], Sparse24Linear)}
+    for linear, name in dense.items():
+        if obstacle := _obstacle(linear):
+            raise ValueError(f"sparsify: {name or 'the model'} {obstacle}")
+    with ExitStack() as undo:  # in case that the memory is full, or that a method's make_state has a mistake
+        for linear in dense:
+            linear.__class__ = layer_class
+            undo.callback(linear._end_sparse)
+            linear._begin_sparse(recipe)
+        undo.pop_all()
     _disable_encoder_fast_path(model)
-    return swapped
+    return [name for name, m in linears.items() if m in dense]  # a shared layer has several names
 
 
 @torch.no_grad()
 def densify(model: nn.Module, prune: bool = False) -> list[str]:
-    """Replace every Sparse24Linear by an nn.Linear, in place, for export. Parameters stay the same objects.
+    """Make every Sparse24Linear an nn.Linear, in place, for export. The layers stay the same objects, as in sparsify.
 
     prune: also prune the weights of layers in their sparse phase, so that the model computes the same as before.
-    Returns the names replaced. Raises ValueError if the model itself is a Sparse24Linear.
+    Returns the names of the layers. Raises ValueError if something else has changed the class of one.
     """
-    if isinstance(model, Sparse24Linear):
-        raise ValueError("densify: the model itself is a Sparse24Linear, need a model that contains it; wrap it")
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)}
-    linear_of = {}
-    for layer in dict.fromkeys(layers.values()):
+    layers = sparse_linears(model)
+    named = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)}
+    if changed := [name for name, m in named.items() if type(m) is not m.sparse_class]:
+        raise ValueError(f"densify: undo what changed the class of {', '.join(changed)} (parametrize, fully_shard)")
+    for layer in layers:
         if prune and layer.sparse:
             layer.weight.copy_(layer.pruned_weight())
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
-        linear_of[layer] = linear.train(layer.training)
-    for name, layer in layers.items():
-        _replace(model, name, linear_of[layer])
-    return list(layers)
+        layer._end_sparse()
+    return list(named)
 
 
 @torch.no_grad()
-def refresh_masks(model: nn.Module, measure: bool = True) -> float | None:
+def refresh_masks(model: nn.Module, measure: bool = True, begin: bool = False) -> float | None:
     """Recompute the mask of every layer in its sparse phase from its weights (Algorithm 1). Returns the flip rate
     against the old masks over all these layers, 0.0 without layers. measure=False returns None and never waits for the
-    GPU."""
+    GPU. begin: also recompute the beta of soft weights.
+
+    A model of averaged weights (AveragedModel, EMA) needs this call after its last average, with begin=True: numbers of
+    patterns cannot be averaged."""
     layers = [layer for layer in sparse_linears(model) if layer.sparse]
-    before = [layer.index.clone() for layer in layers] if measure else []
+    before = [layer.index.clamp(max=89) for layer in layers] if measure else []  # an average may be above 89
     for layer in layers:
-        layer.refresh()
+        layer.refresh(begin)
     return flip_rate(before, [layer.index for layer in layers]) if measure else None
 
 
@@ -1127,6 +1185,8 @@ def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> 
     words = torch.from_numpy(seed_words(len(layers), seed, iter_num, micro_batch).view(np.int64))
     words = words.to(layers[0].seed.device, non_blocking=True)  # one copy and one launch for all layers
     torch._foreach_copy_([layer.seed for layer in layers], list(words.unbind()))
+    for layer in layers:
+        layer.seeded = True
 
 
 @torch.no_grad()
@@ -1191,6 +1251,11 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         # Make GradScaler unscale the gradients before the step. torch's fused kernel would do it after the decay.
         self._step_supports_amp_scaling = False
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles. torch's optimizers give them the parameters and the state alone."""
+        names = ("model", "masked_decay", "decay_on", "dense_start_log")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
+
     def _decayed(self) -> dict[torch.Tensor, Sparse24Linear]:
         """{weight: layer} of the layers that decay. A weight that two layers share decays once."""
         if not self.masked_decay:
@@ -1206,7 +1271,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
                     continue
                 rows, mask = local(w), layers[w].mask_rows()
                 if self.decay_on == "grad":
-                    masked_decay_(local(w.grad), rows, mask, self.masked_decay)
+                    sign = -1 if group["maximize"] else 1  # AdamW will negate the gradient
+                    masked_decay_(local(w.grad), rows, mask, sign * self.masked_decay)
                 else:
                     rows.sub_(torch.where(mask, 0, rows) * (group["lr"] * self.masked_decay))
 
@@ -1320,13 +1386,3 @@ def _compare_kernels(device: torch.device) -> dict[str, bool]:
 
 
 SELF_TESTS.append(_compare_kernels)
-
-# Former names of the specifications.
-transposable_index_ref, pair_index_ref = transposable_index.torch, pair_index.torch
-mvue24_ref, mvue24_kept_ref = mvue24.torch, mvue24_with_mask
-soft_threshold24_ref, sste_scale_ref = soft_threshold24.torch, sste_scale.torch
-masked_decay_ref_ = masked_decay_
-
-
-def mask24_ref(w: torch.Tensor) -> torch.Tensor:
-    return expand_pairs(pair_index.torch(w))

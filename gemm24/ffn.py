@@ -158,7 +158,7 @@ def sparse_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Sparse24Linear, pl
     x = x.reshape(-1, shape[-1]).to(plan.dtype)
     x = F.pad(x, (0, 0, 0, plan.padding)) if plan.padding else x
     b1, b2 = (None if layer.bias is None else layer.bias.to(plan.dtype) for layer in (c_fc, c_proj))
-    state = (c_fc.seed, c_proj.seed, c_fc.scale, c_proj.scale)
+    state = (c_fc.forward_seed(), c_proj.forward_seed(), c_fc.scale, c_proj.scale)
     constants = (plan, mask, c_fc.recipe.weight_gradient)
     y = _SparseFFN.apply(x, c_fc.weight, b1, c_proj.weight, b2, *weights, *state, *constants)
     return (y[: plan.tokens] if plan.padding else y).view(shape)  # a needless slice makes the backward copy dY
@@ -200,6 +200,7 @@ def pack_weights(model: nn.Module) -> None:
 
 def _pack_layer(layer: Sparse24Linear, orders: tuple[str, str] | None, dtype: torch.dtype | None) -> None:
     """Write the layer's buffers that GEMMs in these orders read. Without orders, free them."""
+    layer.added.update((*_BUFFERS, "packed_from"))  # densify removes them
     if orders is None:
         for name in _BUFFERS:
             layer._buffers.pop(name, None)

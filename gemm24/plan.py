@@ -14,6 +14,7 @@ from gemm24.choose import Report, choose, enqueue_us, reason, time_interleaved, 
 from gemm24.ffn import FFNPlan, pack_weights, planned_modules
 from gemm24.matmul import Choice, Gemm
 from gemm24.operands import GATED
+from sparse24 import seed_draws
 
 GEMMS = ("z", "y", "da", "dx", "dw1", "dw2")
 
@@ -141,6 +142,7 @@ def _times(calls: list[Callable], graph: bool, device: torch.device) -> list[lis
 
 def forward_backward(net, module: nn.Module, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> Callable:
     """A function to time: one forward and backward under autocast of `net`, which is `module` or its compiled form."""
+    seed_draws(module, 0, 0, 0)
 
     def call() -> None:
         with torch.autocast(x.device.type, dtype):

@@ -57,7 +57,7 @@ class StepAdamW(MaskedDecayAdamW):
             state["frozen_step"] = int(state["step"])
         state["step"] += 1
         p, grad, m, v = (local(t) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"]))
-        m.lerp_(grad, 1 - beta1)
+        m.lerp_(-grad if group["maximize"] else grad, 1 - beta1)
         denominator = (v / (1 - beta2 ** state["frozen_step"])).sqrt_().add_(group["eps"])
         p.mul_(1 - lr * group["weight_decay"])
         bias = 1 - beta1 ** state["step"].double()  # a tensor, so that nothing waits for the GPU

@@ -54,6 +54,7 @@ def make(recipe, out=8, features=12, seed=0) -> Sparse24Linear:
     with torch.no_grad():
         model[0].weight.copy_(normal(out, features, seed=seed))
     sparsify(model, recipe, ["0"])
+    seed_draws(model, seed, 0, 0)
     return model[0]
 
 
@@ -123,6 +124,7 @@ def make_mlp(recipe="fst", seed=0) -> nn.Sequential:
         for i, p in enumerate(model.parameters()):
             p.copy_(0.5 * normal(*p.shape, seed=seed + i))
     sparsify(model, recipe, ["0", "2"])
+    seed_draws(model, seed, 0, 0)
     return model
 
 

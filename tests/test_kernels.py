@@ -21,7 +21,7 @@ from benchmarks import baselines
 from gemm24 import operands
 from gemm24.layout import pack24, unpack24
 from gemm24.operands import ACTIVATIONS
-from sparse24 import adamw_scalars, expand_index, expand_pairs, mvue24_ref, mvue24_with_mask, transposable_index_ref
+from sparse24 import adamw_scalars, expand_index, expand_pairs, mvue24, mvue24_with_mask, transposable_index
 
 PTX = os.environ.get("NANO24_PTX")  # compute capability, 90 or 80
 DEVICE = "cuda" if torch.cuda.is_available() and not PTX else "cpu"
@@ -110,11 +110,11 @@ def test_launchers_take_the_arguments_of_their_specifications(name):
 
 def test_launchers_take_leading_dimensions_and_integer_seeds():
     for x in (awkward(8), awkward(2, 5, 12), awkward(3, 2, 4, 8).transpose(0, 2)):
-        assert torch.equal(kernels.pair_index(x), sparse24.pair_index_ref(x[None])[0])
-        assert_equal(kernels.soft_threshold24(x), sparse24.soft_threshold24_ref(x[None])[0])
-        assert_equal(kernels.mvue24(x, 2**64 - 1), mvue24_ref(x[None], -1)[0])
+        assert torch.equal(kernels.pair_index(x), sparse24.pair_index.torch(x[None])[0])
+        assert_equal(kernels.soft_threshold24(x), sparse24.soft_threshold24.torch(x[None])[0])
+        assert_equal(kernels.mvue24(x, 2**64 - 1), mvue24.torch(x[None], -1)[0])
     x = randn(2, 5, 12)
-    torch.testing.assert_close(kernels.sste_scale(x), sparse24.sste_scale_ref(x), rtol=1e-6, atol=0)
+    torch.testing.assert_close(kernels.sste_scale(x), sparse24.sste_scale.torch(x), rtol=1e-6, atol=0)
 
 
 def test_tables_hold_the_patterns(monkeypatch):
@@ -175,7 +175,7 @@ def test_search_finds_every_pattern_and_breaks_ties_as_specified():
     bits = (patterns[..., None] >> torch.arange(16)) & 1  # (64, 32, 16): blocks of zeros and ones
     w = bits.view(64, 32, 4, 4).transpose(1, 2).reshape(256, 128).float().to(DEVICE)
     index = kernels.transposable_index(w)
-    assert torch.equal(index, transposable_index_ref(w))
+    assert torch.equal(index, transposable_index.torch(w))
     norms = (w * expand_index(index)).view(64, 4, 32, 4).sum((1, 3))
     scores = bits.float() @ sparse24.PATTERNS.flatten(1).t().float()
     assert torch.equal(norms.cpu(), scores.amax(-1))
@@ -184,13 +184,13 @@ def test_search_finds_every_pattern_and_breaks_ties_as_specified():
 def test_pair_index_of_all_orders_ties_inf_and_nan():
     values = [0.0, -1.0, 1.0, 2.0, -3.0, math.inf, -math.inf, math.nan]
     w = torch.tensor(list(itertools.product(values, repeat=4)), device=DEVICE)
-    assert torch.equal(kernels.pair_index(w), sparse24.pair_index_ref(w))
+    assert torch.equal(kernels.pair_index(w), sparse24.pair_index.torch(w))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_threshold_scale(dtype):
     w = randn(132, 140, dtype=dtype)
-    soft, scale = sparse24.soft_threshold24_ref(w), kernels.sste_scale(w)
+    soft, scale = sparse24.soft_threshold24.torch(w), kernels.sste_scale(w)
     exact = (w.double() * soft.double()).sum() / soft.double().square().sum()
     assert scale.dtype == torch.float32
     assert abs(scale.double() / exact - 1) < 1024 * 2**-24  # one program sums at most 1024 positive terms in float32
@@ -297,7 +297,7 @@ def test_mvue_equals_its_specification(shape, dtype):
     for seed in (0, -(2**40) - 3):
         for name, view in layouts(x).items():
             got = kernels.mvue24(view, seed_tensor(seed))
-            assert_equal(got, mvue24_ref(x, seed))
+            assert_equal(got, mvue24.torch(x, seed))
             by_rows = dtype == torch.bfloat16 and name == "transposed" and shape == (64, 264)  # written row-major
             expected = got.contiguous() if by_rows else torch.empty_like(view)
             assert shape[0] == 1 or got.stride() == expected.stride(), name
@@ -352,7 +352,7 @@ def test_mvue_reads_words_only_if_they_are_full_and_aligned(monkeypatch):
         inside_a_word.view(64, 8),
         inside_a_word.view(8, 64).t(),
     ):
-        assert_equal(kernels.mvue24(x, seed_tensor(1)), mvue24_ref(x, 1))
+        assert_equal(kernels.mvue24(x, seed_tensor(1)), mvue24.torch(x, 1))
 
 
 @kernels.triton.jit
@@ -411,7 +411,7 @@ def test_mvue_pack_keeps_inf_and_nan(token_major):
     argument = x.t().contiguous() if token_major else x
     packed, _ = kernels.mvue24_pack(argument, seed_tensor(7), "sm90", token_major, False)
     dense = unpack24(packed, 64, 64, "sm90")
-    assert_equal(dense, mvue24_ref(x, 7))
+    assert_equal(dense, mvue24.torch(x, 7))
     not_finite = ~x.isfinite().view(64, 16, 4).all(-1)
     assert not_finite.any()
     assert torch.equal(not_finite, ~dense.isfinite().view(64, 16, 4).all(-1))

@@ -19,6 +19,7 @@ from sparse24 import (
     refresh_masks,
     seed_draws,
     sparsify,
+    sste_scale,
     transposable_index,
 )
 
@@ -261,6 +262,15 @@ def test_hf_weights_round_trip(missing):
     copy_hf_weights(net, {k: v for k, v in hf_state_of(source).items() if k != missing})
     assert torch.equal(net(idx)[0], source(idx)[0])
     assert net.lm_head.weight is net.transformer.wte.weight
+
+
+def test_hf_weights_in_a_sparse_model_get_masks_of_their_own():
+    source, net = perturb(tiny(seed=1)), tiny(seed=2, sparse="s_ste")
+    copy_hf_weights(net, hf_state_of(source))
+    for name in net.sparse_names():
+        layer = net.get_submodule(name)
+        assert torch.equal(layer.index, layer.new_index())
+        assert torch.equal(layer.beta, sste_scale(source.get_submodule(name).weight))
 
 
 def test_hf_weights_that_do_not_fit_copy_nothing():

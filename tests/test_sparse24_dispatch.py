@@ -75,8 +75,8 @@ def untested_gpu(monkeypatch):
 def test_cpu_tensors_go_to_the_specifications(monkeypatch):
     monkeypatch.setattr(sparse24, "_kernels", None)  # a launch would fail
     w = torch.randn(8, 16)
-    assert torch.equal(sparse24.transposable_index(w), sparse24.transposable_index_ref(w))
-    assert torch.equal(sparse24.mvue24(w, 1), sparse24.mvue24_ref(w, 1))
+    assert torch.equal(sparse24.transposable_index(w), sparse24.transposable_index.torch(w))
+    assert torch.equal(sparse24.mvue24(w, 1), sparse24.mvue24.torch(w, 1))
     assert sparse24.use_kernels(CPU) == sparse24.kernel_status(CPU) == "off: the kernels need CUDA, this is cpu"
 
 
@@ -152,7 +152,7 @@ def test_a_broken_cuda_context_stops_the_run(untested_gpu, monkeypatch):
 @pytest.mark.slow
 def test_self_test_passes_and_names_wrong_kernels(monkeypatch):
     assert sparse24.kernel_mismatches(CPU) == []
-    monkeypatch.setattr(kernels, "mvue24", lambda x, seed: sparse24.mvue24_ref(x, seed + 1))
+    monkeypatch.setattr(kernels, "mvue24", lambda x, seed: sparse24.mvue24.torch(x, seed + 1))
     monkeypatch.setattr(kernels, "pair_index", lambda w: torch.zeros(()))
     monkeypatch.setattr(kernels, "adamw_", lambda *args: None)
     paths = ("(float32)", "", "(whole tiles)", "(token-major)", "(transposed)")
@@ -202,8 +202,8 @@ def test_operators_run_their_kernels_unless_a_gradient_is_needed(launched):
 
 def test_arguments_that_no_kernel_takes_go_to_the_specification(launched):
     w, u = torch.randn(8, 16), torch.rand(8, 4)
-    assert torch.equal(sparse24.mvue24(w, 0, u=u), sparse24.mvue24_ref(w, 0, u=u))
-    assert torch.equal(sparse24.mvue24(w.double(), 1), sparse24.mvue24_ref(w.double(), 1))
+    assert torch.equal(sparse24.mvue24(w, 0, u=u), sparse24.mvue24.torch(w, 0, u=u))
+    assert torch.equal(sparse24.mvue24(w.double(), 1), sparse24.mvue24.torch(w.double(), 1))
     assert sparse24.mvue24(torch.empty(0, 8), 1).shape == (0, 8)
     assert torch.equal(operands.activation(w.t(), "gelu"), operands.activation.torch(w.t(), "gelu"))  # not contiguous
     assert operands.activation(torch.ones(2, 2, 4), "geglu").shape == (1, 2, 4)
@@ -380,7 +380,7 @@ def test_packs_reach_the_kernels(launched, order):
     if order == "masked":
         return
     w = randn(128, 128, seed=1)
-    index = sparse24.transposable_index_ref(w)
+    index = sparse24.transposable_index.torch(w)
     got, expected = torch.zeros(2, 2, w.numel() * 9 // 16, dtype=BF16)
     operands.pack_weight_(*got, w, index, order)
     assert launched.pop() == "pack_weight_"
@@ -412,9 +412,9 @@ def test_packs_that_no_kernel_takes_go_to_the_specification(launched, monkeypatc
         operands.mvue24_pack(x[:32], 5, "sm90")
     w, launched[:] = torch.randn(64, 64), []
     buffers = torch.zeros(2, w.numel() * 9 // 16, dtype=torch.float16)
-    operands.pack_weight_(*buffers, w, sparse24.transposable_index_ref(w), "sm90")
+    operands.pack_weight_(*buffers, w, sparse24.transposable_index.torch(w), "sm90")
     assert buffers.any()
-    operands.pack_weight_(*buffers.bfloat16(), w.t(), sparse24.transposable_index_ref(w), "sm90")
+    operands.pack_weight_(*buffers.bfloat16(), w.t(), sparse24.transposable_index.torch(w), "sm90")
     assert launched == []
     z = randn(128, 128, dtype=BF16)
     strided = z.t().contiguous().t()
@@ -428,7 +428,7 @@ def test_packs_that_no_kernel_takes_go_to_the_specification(launched, monkeypatc
     assert "activation_backward_mvue24_pack" not in launched
     launched.clear()
     token_major = z[:96].t().contiguous()  # here too the kernel draws 64 rows at a time
-    assert torch.equal(operands.mvue24_pack(token_major, 5, "masked", True)[0], sparse24.mvue24_ref(z[:96], 5))
+    assert torch.equal(operands.mvue24_pack(token_major, 5, "masked", True)[0], sparse24.mvue24.torch(z[:96], 5))
     assert "mvue24_pack" not in launched
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+import warnings
 from functools import partial
 
 import by_hand
@@ -12,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from by_hand import make_mlp
+from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
@@ -26,8 +29,8 @@ def make_layer(recipe="ste", bias=True, dtype=torch.float32, seed=7):
     with torch.no_grad():
         for i, p in enumerate(layer.parameters()):
             p.copy_(normal(*p.shape, seed=i))
-        layer.seed.fill_(seed)
     refresh_masks(layer)
+    seed_draws(layer, seed, 0, 0)
     return layer
 
 
@@ -190,15 +193,41 @@ def test_fresh_layer_has_the_mask_of_its_weights():
             Sparse24Linear(features, out, True, "fst")
 
 
-def test_layers_on_the_meta_device_and_reset():
-    model = nn.Sequential(nn.Linear(8, 16, device="meta"))
-    assert sparsify(model, "fst", ["0"]) == ["0"]
-    assert model(torch.zeros(3, 8, device="meta")).shape == (3, 16)
-    layer = model.to_empty(device="cpu")[0]
-    for _ in range(2):
-        layer.reset_parameters()
-        assert torch.equal(layer.index, sparse24.transposable_index(layer.weight))
-    assert layer.seed == 0
+RECIPE_KINDS = pytest.mark.parametrize("recipe", ["fst", "sr_ste", "s_ste", "bi_mask"])
+
+
+def assert_fitting(model):
+    """The masks, and beta of soft weights, are those of the weights."""
+    for layer in sparse24.sparse_linears(model):
+        assert torch.equal(layer.index, layer.new_index())
+        assert layer.recipe.mask != "soft" or torch.equal(layer.beta, sparse24.sste_scale(layer.weight))
+        assert not hasattr(layer, "index_t") or torch.equal(layer.index_t, layer._new_index_t())
+
+
+@RECIPE_KINDS
+@pytest.mark.parametrize("source", ["reset", "dense", "sparse", "dense, assigned", "sparse, assigned"])
+def test_layers_on_the_meta_device(recipe, source):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        assert sparsify(model, recipe, ["0", "2"]) == ["0", "2"]
+        assert model(torch.zeros(3, 8)).shape == (3, 8)
+    assign, trained = source.endswith("assigned"), make_mlp(recipe)
+    if not assign:
+        with torch.no_grad():
+            model.to_empty(device="cpu")
+            model(normal(3, 8))  # the memory is arbitrary, but no index is out of range
+    if source.startswith("dense"):
+        densify(trained)
+    if source == "reset":
+        for layer in sparse24.sparse_linears(model):
+            layer.reset_parameters()
+    else:
+        model.load_state_dict(trained.state_dict(), strict=True, assign=assign)
+        assert torch.equal(model[0].weight, trained[0].weight)
+    assert_fitting(model)
+    assert model[0].seed == 0
+    assert not model[0].seed.is_meta
+    model(normal(3, 8)).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -244,6 +273,83 @@ def test_state_dict_round_trip_in_either_phase(sparse):
         other.load_state_dict(torch.load(file, weights_only=True), strict=True)
         assert other.sparse is sparse
         assert_same([other.index, other(normal(4, 8))], [layer.index, layer(normal(4, 8))])
+    other.sparse = not sparse
+    other.load_state_dict({**layer.state_dict(), "_extra_state": {"sparse": sparse}})  # as in earlier releases
+    assert other.sparse is sparse
+
+
+@RECIPE_KINDS
+@pytest.mark.parametrize("sparse", [True, False])
+def test_state_dict_holds_plain_tensors_that_can_be_averaged(recipe, sparse):
+    model, other = make_mlp(recipe), make_mlp(recipe, seed=5)
+    for layer in (model[0], model[2], other[0], other[2]):
+        layer.sparse = sparse
+    one, two = model.state_dict(), other.state_dict()
+    assert all(type(value) is torch.Tensor and value.is_contiguous() for value in one.values())
+    assert len({value.untyped_storage().data_ptr() for value in one.values()}) == len(one)  # as safetensors needs it
+    assert sum(value.numel() for value in one.values()) > 16 * 8 * 2
+    floats = {key for key, value in one.items() if value.is_floating_point()}
+    averaged = {key: 0.999 * two[key] + 0.001 * one[key] if key in floats else two[key] for key in one}
+    averaged["0._extra_state"] = 0.999 * two["0._extra_state"] + 0.001 * one["0._extra_state"]
+    model.load_state_dict(averaged, strict=True)
+    assert model[0].sparse is model[2].sparse is sparse
+    assert torch.equal(model[0].index, two["0.index"])
+
+
+@RECIPE_KINDS
+def test_dense_weights_bring_their_masks(recipe):
+    model, dense = make_mlp(recipe), make_mlp(recipe, seed=5)
+    densify(dense)
+    before = copy.deepcopy(model.state_dict())
+    index = model[0].index
+    assert model.load_state_dict(dense.state_dict(), strict=True) == ([], [])
+    assert_fitting(model)
+    assert index is model[0].index  # in place
+    assert not torch.equal(index, before["0.index"])
+    for name in ("weight", "bias"):
+        with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"0\.{name}\""):
+            model.load_state_dict({key: value for key, value in dense.state_dict().items() if key != f"0.{name}"})
+    model.load_state_dict(before)
+    assert torch.equal(index, before["0.index"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "match"),
+    [
+        ("fst", lambda index: index.fill_(90), r"0\.index has torch.uint8 numbers.* need uint8 numbers below 90"),
+        ("s_ste", lambda index: index.fill_(6), r"0\.index has .* need uint8 numbers below 6"),
+        ("fst", lambda index: index / 2, r"0\.index has torch.float32 numbers"),
+        ("fst", lambda index: index.long(), r"0\.index has torch.int64 numbers"),
+        ("fst", lambda index: index[1:], r"size mismatch for 0\.index"),
+        ("sr_ste", lambda index: index[:4], r"size mismatch for 0\.index"),
+    ],
+)
+def test_an_index_of_no_patterns_is_refused(recipe, change, match):
+    model = make_mlp(recipe)
+    before = model[0].index.clone()
+    state = copy.deepcopy(model.state_dict())
+    state["0.index"] = change(state["0.index"])
+    with pytest.raises(RuntimeError, match=match):
+        model.load_state_dict(state)
+    assert torch.equal(model[0].index, before)
+
+
+@RECIPE_KINDS
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)], ids=["swa", "ema"])
+def test_an_averaged_model_has_masks_of_its_weights_after_a_refresh(average, use_buffers, recipe):
+    model = make_mlp(recipe)
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
+    for step in range(3):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(normal(*p.shape, seed=step))
+        refresh_masks(model)
+        averaged.update_parameters(model)
+    assert 0 <= refresh_masks(averaged, begin=True) <= 1
+    assert_fitting(averaged)
+    assert not torch.equal(averaged.module[0].index, model[0].index)
+    averaged(normal(3, 8)).sum().backward()
 
 
 def test_copies_and_pickles_are_independent_and_equal():
@@ -406,6 +512,129 @@ def test_sparsify_swaps_the_chosen_layers_in_place(layers, expected):
     assert not torch.equal(after[f"{expected[0]}.weight"], before)
 
 
+@RECIPE_KINDS
+def test_hooks_attributes_and_references_survive_both_ways(recipe):
+    model, calls = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)), []
+    linear, plain = model[0], copy.deepcopy(model)
+    linear.lr_scale, linear.weight.requires_grad = 0.1, False
+    linear.register_buffer("count", torch.zeros(()))
+    linear.register_forward_pre_hook(lambda module, x: (0 * x[0],))
+    linear.register_forward_hook(lambda *args: calls.append("forward"))
+    linear.register_full_backward_hook(lambda *args: calls.append("backward"))
+    linear.register_state_dict_post_hook(lambda module, state, *args: calls.append("state_dict"))
+    linear.register_load_state_dict_post_hook(lambda *args: calls.append("load"))
+
+    def check(expected_class):
+        assert model[0] is linear
+        assert type(linear) is expected_class
+        assert (linear.lr_scale, linear.weight.requires_grad, linear.count.item()) == (0.1, False, 0)
+        calls.clear()
+        y = model[0](normal(4, 8).requires_grad_())
+        assert torch.equal(y, linear.bias.expand(4, 16))  # the first hook makes the input 0
+        y.sum().backward()
+        model.load_state_dict(model.state_dict())
+        assert calls == ["forward", "backward", "state_dict", "load"]
+
+    sparsify(model, recipe, ["0", "1"])
+    linear.later = 5
+    check(sparse24.get_recipe(recipe).layer or Sparse24Linear)
+    densify(model)
+    check(nn.Linear)
+    assert linear.later == 5
+    assert repr(model) == repr(plain)
+    assert vars(model[1]).keys() == vars(plain[1]).keys()
+    assert list(model[1].state_dict()) == ["weight", "bias"]
+    assert model[1]._buffers == {}
+
+
+def test_a_linear_alone_and_a_frozen_one_become_sparse():
+    linear = nn.Linear(8, 8).requires_grad_(False)
+    assert sparsify(linear, "fst", lambda name, module: True) == [""]
+    assert torch.equal(linear(normal(3, 8)), F.linear(normal(3, 8), linear.pruned_weight(), linear.bias))
+    assert densify(linear) == [""]
+    assert type(linear) is nn.Linear
+    assert not any(p.requires_grad for p in linear.parameters())
+
+
+COMPUTED = {
+    "weight_norm": weight_norm,
+    "spectral_norm": spectral_norm,
+    "prune": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "parametrized weight_norm": parametrizations.weight_norm,
+    "parametrized spectral_norm": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_weights_that_torch_computes_are_refused_before_and_after(compute):
+    for layers in (["2", "0"], lambda name, module: True):
+        model = make_mlp()
+        densify(model)
+        compute(model[0])
+        with pytest.raises(ValueError, match="sparsify: 0 has no weight Parameter; undo weight_norm, spectral_norm"):
+            sparsify(model, "fst", layers)
+        assert sparse24.sparse_linears(model) == []
+    model = make_mlp()
+    optimizer = sparse24.MaskedDecayAdamW(model.parameters(), model, masked_decay=0.1)
+    compute(model[0])
+    for act in (densify, refresh_masks, lambda m: seed_draws(m, 1, 2, 3), lambda m: optimizer.step()):
+        with pytest.raises(ValueError, match="sparse layers: 0 has no weight Parameter; undo"):
+            act(model)
+    if compute is weight_norm:
+        remove_weight_norm(model[0])
+        assert 0 <= refresh_masks(model) <= 1
+
+
+def test_linears_that_cannot_become_sparse_are_refused(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for name in ("seed", "scale", "forward"):
+        setattr(model[1], name, model[1].forward)  # accelerate's hooks set a `forward`, which would bypass the class
+        with pytest.raises(ValueError, match=rf"1 has attributes that a sparse layer needs itself \({name}\); rename"):
+            sparsify(model, "fst", ["0", "1"])
+        delattr(model[1], name)
+    monkeypatch.setattr(sparse24, "is_dtensor", lambda t: t is model[1].weight)
+    with pytest.raises(ValueError, match="1 has a sharded weight; call sparsify before"):
+        sparsify(model, "fst", ["0", "1"])
+    assert [type(linear) for linear in model] == [nn.Linear] * 2
+
+
+def test_a_layer_whose_class_has_changed_is_not_densified():
+    model = make_mlp()
+    parametrize.register_parametrization(model[2], "bias", nn.Tanh())
+    with pytest.raises(ValueError, match="densify: undo what changed the class of 2"):
+        densify(model)
+    assert isinstance(model[0], Sparse24Linear)
+
+
+def test_a_failure_while_layers_become_sparse_leaves_the_model_as_it_was():
+    class Failing(Sparse24Linear):
+        def make_state(self):
+            super().make_state()
+            if self.out_features == 12:
+                raise MemoryError
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 12))
+    names = [{*dir(linear)} for linear in model]
+    with pytest.raises(MemoryError):
+        sparsify(model, sparse24.Recipe("failing", layer=Failing), ["0", "1"])
+    assert [type(linear) for linear in model] == [nn.Linear] * 2
+    assert [{*dir(linear)} for linear in model] == names
+
+
+@pytest.mark.slow
+def test_a_model_that_is_compiled_already_can_be_made_sparse():
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), normal(4, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    dense = compiled(x)
+    assert sparsify(compiled, "fst", lambda name, module: True) == ["_orig_mod.0", "_orig_mod.2"]
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.allclose(compiled(x), dense)
+    densify(compiled)
+    assert torch.equal(compiled(x), dense)
+
+
 def test_second_sparsify_changes_nothing():
     model = Nested()
     sparsify(model, "fst", ["body.0"])
@@ -429,7 +658,6 @@ def test_second_sparsify_changes_nothing():
         (Nested, [], "no nn.Linear"),
         (Nested, ["body.0", "head"], "10 out"),
         (Nested, lambda name, module: True, "10 out"),
-        (lambda: nn.Linear(8, 8), lambda name, module: True, r"no nn\.Linear"),
         # MultiheadAttention reads the weight of out_proj and never calls the module: a swap would have no effect
         (lambda: nn.MultiheadAttention(8, 2), lambda name, module: True, r"no nn\.Linear"),
         (lambda: nn.MultiheadAttention(8, 2), ["out_proj"], r"no nn\.Linear"),
@@ -478,8 +706,6 @@ def test_densify_swaps_back(prune):
         assert torch.equal(p, weights[name] * masks.get(name, 1))
     assert torch.allclose(model(torch.arange(5)), expected, atol=1e-6)
     assert densify(model) == []
-    with pytest.raises(ValueError, match="densify: the model itself is a Sparse24Linear"):
-        densify(make_layer())
 
 
 PADDING = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
@@ -556,6 +782,53 @@ def test_seeds_are_a_function_of_the_tuple_and_the_layer():
     assert model.body[0].seed is first  # in place
     assert torch.equal(torch.get_rng_state(), rng)
     seed_draws(nn.Linear(4, 4), 1, 2, 3)  # no sparse layer: nothing to do
+
+
+def test_seeds_are_no_buffers_and_follow_the_weight():
+    """DDP overwrites all buffers of all ranks with those of rank 0, by default in every forward pass."""
+    model = nn.ModuleDict({"wrapped": make_mlp()})
+    seed_draws(model, 1, 2, 3)
+    seeds = seeds_of(model)
+    for buffer in model.buffers():
+        buffer.zero_()
+    assert seeds_of(model) == seeds
+    assert seeds_of(copy.deepcopy(model)) == seeds
+    layer = model["wrapped"][0]
+    assert layer.to("meta").seed.is_meta
+    assert layer.to_empty(device="cpu").seed == 0
+
+
+@pytest.fixture
+def warned():
+    """Warnings of missing seeds, as if none had been given before."""
+    sparse24._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+    sparse24._warn_once.cache_clear()
+
+
+def test_training_without_seeds_warns_once(warned):
+    model, x = nn.Sequential(Sparse24Linear(8, 8)), normal(4, 8)
+    for _ in range(3):
+        model(x)
+    assert [str(w.message) for w in warned if "need seed_draws(model, seed, iter_num, micro_batch)" in str(w.message)]
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("case", ["eval", "no_grad", "dense phase", "no MVUE", "frozen", "seeded", "checkpointed"])
+def test_no_warning_without_a_draw_or_with_seeds(warned, case):
+    model, x = nn.Sequential(Sparse24Linear(8, 8, recipe="ste" if case == "no MVUE" else "fst")), normal(4, 8)
+    model.train(case != "eval").requires_grad_(case != "frozen")
+    model[0].sparse = case != "dense phase"
+    if case in ("seeded", "checkpointed"):
+        seed_draws(model, 1, 2, 3)
+    for module in (model, copy.deepcopy(model)):
+        with torch.set_grad_enabled(case != "no_grad"):
+            y = checkpoint(module, x, use_reentrant=False) if case == "checkpointed" else module(x)
+        if y.requires_grad:
+            y.sum().backward()
+    assert warned == []
 
 
 def test_begin_step_numbers_the_layers_and_skips_the_dense_phase(monkeypatch):

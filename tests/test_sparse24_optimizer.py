@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn as nn
 from by_hand import adamw, make_mlp, normal
 
 from runtime.health import decay_ratio
-from sparse24 import MaskedDecayAdamW, densify, expand_index, refresh_masks, seed_draws, sparsify
+from sparse24 import MaskedDecayAdamW, densify, expand_index, get_recipe, refresh_masks, seed_draws, sparsify
 
 TORCHS = {"betas": (0.9, 0.999), "weight_decay": 0.01}  # torch's defaults
 KINDS = pytest.mark.parametrize("implementation", [{}, {"fused": True}, {"foreach": True}], ids=str)
@@ -241,6 +242,50 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit():
     resumed.load_state_dict(saved[1])
     assert resumed.param_groups[0]["lr"] == 0.02
     assert train(other, resumed, range(30, 60)) == losses[30:]
+    assert equal(model.parameters(), other.parameters())
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("recipe", ["fst", "step"])
+@KINDS
+def test_copies_and_pickles_go_on_with_the_copied_model(make_copy, recipe, implementation):
+    model = make_mlp(recipe)
+    model[0].sparse = model[2].sparse = recipe != "step"
+    optimizer = get_recipe(recipe).optimizer or MaskedDecayAdamW
+    optimizer = optimizer(model.parameters(), model, lr=0.01, masked_decay=0.3, decay_on="weight", **implementation)
+    set_gradients(model)
+    optimizer.step()
+    before = parameters_of(model)
+    other, copied = make_copy((model, optimizer))
+    assert (copied.model, copied.masked_decay, copied.decay_on) == (other, 0.3, "weight")
+    assert copied.dense_start_log == optimizer.dense_start_log
+    assert not getattr(copied, "_step_supports_amp_scaling", False)
+    for each, its in ((other, copied), (model, optimizer)):
+        each[0].sparse = each[2].sparse = True
+        set_gradients(each, 1)
+        its.step()
+        assert not equal(other.parameters(), before)
+        assert equal(model.parameters(), before) == (each is other)  # the copy is independent
+    assert equal(model.parameters(), other.parameters())
+
+
+@KINDS
+@EITHER
+@pytest.mark.parametrize("maximize", ["argument", "group", "later"])
+def test_masked_weights_shrink_also_when_the_objective_is_maximized(maximize, decay_on, implementation):
+    """AdamW(maximize=True) negates the gradient. So the step is that of the negated gradient without it."""
+    model, other = make_mlp(), make_mlp()
+    groups = [{"params": model.parameters()} | ({"maximize": True} if maximize == "group" else {})]
+    options = {"lr": 0.01, "masked_decay": 0.3, "decay_on": decay_on, **implementation}
+    ours = MaskedDecayAdamW(groups, model, maximize=maximize == "argument", **options)
+    if maximize == "later":
+        ours.param_groups[0]["maximize"] = True
+    plain = optimizer_of(other, decay_on=decay_on, **implementation)
+    for step in range(2):
+        set_gradients(model, step)
+        set_gradients(other, step, scale=-1.0)
+        ours.step()
+        plain.step()
     assert equal(model.parameters(), other.parameters())
 
 

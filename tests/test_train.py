@@ -45,7 +45,7 @@ KEYS = [
 
 def flags(state):
     """The phase of each sparse layer in a checkpoint."""
-    return [value["sparse"] for name, value in state["model"].items() if name.endswith("_extra_state")]
+    return [bool(value) for name, value in state["model"].items() if name.endswith("_extra_state")]
 
 
 def measured(out, key):
@@ -289,7 +289,7 @@ def direct_loss(out, data):
     state = read_state(out)
     weights = {key: value for key, value in state["model"].items() if not key.endswith(("index", "_extra_state"))}
     for key, value in state["model"].items():
-        if key.endswith("_extra_state") and value["sparse"]:
+        if key.endswith("_extra_state") and value:
             layer = key.removesuffix("_extra_state")
             weights[f"{layer}weight"] = weights[f"{layer}weight"] * expand_index(state["model"][f"{layer}index"])
     model = GPT(GPTConfig(**{**state["model_args"], "sparse": "none"})).eval()

@@ -21,7 +21,7 @@ def test_search_by_90_scores_is_the_optimum_within_tf32():
         index = baselines.transposable_index_dot(w, table)
         found, best = (
             (w.abs() * sparse24.expand_index(i)).double().view(w.shape[0] // 4, 4, -1, 4).sum((1, 3))
-            for i in (index, sparse24.transposable_index_ref(w))
+            for i in (index, sparse24.transposable_index.torch(w))
         )
         assert (found >= best * (1 - 2**-10)).all()  # TF32 has 10 bits: each |w| is off by at most 2^-11, both ways
 

@@ -94,10 +94,9 @@ def test_the_search_takes_the_best_of_a_hundred_permutations_and_the_current_one
 
 
 def test_permutations_share_no_random_numbers(monkeypatch):
-    keys, words = [], sparse24.seed_words
+    keys, words, layer = [], sparse24.seed_words, make("bi_mask")
     for module in (sparse24, methods.bi_mask):
         monkeypatch.setattr(module, "seed_words", lambda n, *key: keys.append(key) or words(n, *key))
-    layer = make("bi_mask")
     begin_step(layer, 1, 0)
     seed_draws(layer, 1, 0, 0)
     others = [(1, 0, 0, tag) for tag in (train._DATA, train._DROPOUT, train._EVAL)]

@@ -61,6 +61,16 @@ def test_frozen_second_moments_go_with_every_kind_of_decay(decay_on):
         close(layer.weight.detach(), expected[t])
 
 
+def test_maximize_negates_the_gradient_of_frozen_weights_too():
+    layers = [make("step") for _ in range(2)]
+    optimizers = [optimizer_for(layer, "step", masked_decay=0.5) for layer in layers]
+    optimizers[0].param_groups[0]["maximize"] = True
+    for t, g in enumerate(GRADIENTS):
+        for layer, optimizer, gradient in zip(layers, optimizers, (-g, g), strict=True):
+            step(layer, optimizer, gradient, sparse=t >= 3)
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
 def test_a_loaded_optimizer_continues_with_the_same_steps():
     layers = [make("step") for _ in range(3)]
     optimizers = [optimizer_for(layer, "step") for layer in layers]

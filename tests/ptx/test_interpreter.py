@@ -333,7 +333,7 @@ def search(text: str, programs: int, threads: int, shared: int) -> torch.Tensor:
 
 def test_a_compiled_kernel_equals_its_twin(compiled):
     assert "sm_90a" in compiled[0]
-    assert torch.equal(search(*compiled), sparse24.transposable_index_ref(weight()))
+    assert torch.equal(search(*compiled), sparse24.transposable_index.torch(weight()))
 
 
 def mutants(text: str) -> list[tuple[str, str]]:
@@ -350,7 +350,7 @@ def mutants(text: str) -> list[tuple[str, str]]:
 
 def test_every_mutant_of_the_compiled_kernel_is_noticed(compiled):
     text, *launch_options = compiled
-    expected, broken = sparse24.transposable_index_ref(weight()), mutants(text)
+    expected, broken = sparse24.transposable_index.torch(weight()), mutants(text)
     assert len(broken) > 30
     survivors = [line for line, mutant in broken if torch.equal(search(mutant, *launch_options), expected)]
     assert not survivors

@@ -430,7 +430,7 @@ def by_twin(kernel, twin):
 
 
 def change_libraries() -> None:
-    kernels.transposable_index = by_twin(kernels.transposable_index, sparse24.transposable_index_ref)
+    kernels.transposable_index = by_twin(kernels.transposable_index, sparse24.transposable_index.torch)
     kernels.pack_weight_ = by_twin(kernels.pack_weight_, operands.pack_weight_.torch)
     torch.backends.cusparselt.is_available = lambda: True
     torch.backends.cusparselt.version = lambda: 800

@@ -1,12 +1,18 @@
-"""The ranks of a run, the lock on its folder, the signals that stop it, and the machine it runs on."""
+"""The ranks of a run, the watch over them, the lock on its folder, the signals that stop it, and its machine."""
 
+import contextlib
 import fcntl
+import json
 import os
 import platform
 import signal
 import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,19 +33,28 @@ class Ranks:
 
     control: a gloo group for everything but gradients. It never waits for a GPU, and `leave` can destroy it while DDP
     still holds the default group.
+    count, place, moved: how often this rank went on, the last place, and the time. Watchdog compares the ranks by them.
     """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     control: object = None
+    count: int = 0
+    place: str = "the start"
+    moved: float = 0.0
 
     @property
     def master(self) -> bool:
         return self.rank == 0
 
+    def go_on(self, place: str | None = None) -> None:
+        """Call it before every point at which ranks wait for each other."""
+        self.count, self.place, self.moved = self.count + 1, place or self.place, time.monotonic()
+
     def maximum(self, value: int) -> int:
         """The largest `value` over all ranks."""
+        self.go_on()
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64)
@@ -48,6 +63,7 @@ class Ranks:
 
     def total(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
+        self.go_on()
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -56,6 +72,7 @@ class Ranks:
 
     def decide(self, value):
         """Rank 0's `value`, on every rank."""
+        self.go_on()
         objects = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(objects, src=0, group=self.control)
@@ -67,6 +84,7 @@ class Ranks:
         Dropping the last reference to the control group joins its gloo threads. A thread that freed a Python tensor
         while the interpreter shuts down would abort the process ("terminate called without an active exception").
         """
+        self.go_on("the end")
         if self.control is not None:
             dist.barrier(group=self.control)
             self.control = None
@@ -77,6 +95,7 @@ class Ranks:
 
         Compares the sums of their bits, and names the ranks that are in the minority.
         """
+        self.go_on()
         if self.world_size == 1:
             return
         this_rank = torch.tensor([sparse24.piece(next(model.parameters())), *fingerprint(model)])
@@ -123,7 +142,7 @@ def outvoted(sums: list[tuple[int, int]]) -> list[int]:
     return [rank for rank, pair in enumerate(sums) if pair != majority[pair[0]]]
 
 
-def start_ranks(device_name: str) -> Ranks:
+def start_ranks(device_name: str, rank_timeout: int = 600) -> Ranks:
     """Join torchrun's process group, with nccl on GPUs and gloo on CPUs. Without torchrun the world has one rank."""
     if int(os.environ.get("RANK", -1)) < 0:
         return Ranks()
@@ -133,12 +152,80 @@ def start_ranks(device_name: str) -> Ranks:
         raise ValueError(f"device={device_name!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    backend = "nccl" if on_gpu else "gloo"
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=rank_timeout + 300)  # Watchdog acts before it
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"ranks cannot connect by {backend}: {error}; start train.py with torchrun") from error
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo"))
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo", timeout=timeout))
+
+
+class Watchdog:
+    """Ends this process if it waits for a rank that has stalled: one that is stopped, or whose file system hangs.
+
+    One thread tells the other ranks, through torch's store, how far this rank is. The other thread asks how far they
+    are, if this rank has not gone on for half of `timeout`, and again at its end. A rank has stalled if it has told
+    nothing in between, or if it is behind this one. If no rank has, this one is busy itself, for example compiling.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: float):
+        self.ranks, self.timeout, self.interval = ranks, timeout, min(10, timeout / 20)
+        self.over, self.asking = threading.Event(), False
+        ranks.go_on()
+        store = dist.distributed_c10d._get_default_store()
+        works = (self._tell, self._watch)
+        self.threads = [threading.Thread(target=work, args=(store.clone(),), daemon=True) for work in works]
+        for thread in self.threads:
+            thread.start()
+
+    def close(self) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join(1)  # it may be asking for ever
+
+    def waited(self) -> float:
+        return time.monotonic() - self.ranks.moved
+
+    def _tell(self, store) -> None:
+        with contextlib.suppress(dist.DistError):  # the store ends with rank 0; then every collective raises an error
+            while not self.over.wait(self.interval):
+                store.set(f"rank {self.ranks.rank}", json.dumps([self.ranks.count, self.waited(), self.ranks.place]))
+                if self.asking and self.waited() > self.timeout + 2 * self.interval:
+                    self.end([0], "answering")  # its process may host the store
+
+    def _watch(self, store) -> None:
+        names, before = [f"rank {rank}" for rank in range(self.ranks.world_size)], None
+        with contextlib.suppress(dist.DistError):
+            while not self.over.wait(self.interval):
+                if self.waited() < self.timeout / 2:
+                    before = None
+                elif before is None or self.waited() > self.timeout:
+                    self.asking = True
+                    now = [json.loads(store.get(name)) if store.check([name]) else None for name in names]
+                    self.asking = False
+                    if before and self.waited() > self.timeout and (found := stalled(before, now, self.timeout)):
+                        self.end(found, (now[found[0]] or [None, None, "the start"])[2])
+                    before = before or now
+
+    def end(self, stalled_ranks: list[int], place: str) -> None:
+        numbers = ", ".join(map(str, stalled_ranks))
+        print(
+            f"train.py: error: rank {numbers} did not go on from {place} for {self.timeout} s, so rank "
+            f"{self.ranks.rank} stopped waiting; look for a stopped process, a hung file system or a lost network "
+            "there, then run the same command again; if a step may take that long, raise rank_timeout",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        time.sleep(2 * self.interval)  # the other ranks see an error if this one ends before they have found it too
+        os._exit(1)
+
+
+def stalled(before: list, now: list, timeout: float) -> list[int]:
+    """The ranks that have stalled. before, now: [count, seconds since then, place] of each rank, or None."""
+    if silent := [rank for rank, answer in enumerate(now) if answer == before[rank]]:
+        return silent
+    counts = [count for count, *_ in now]
+    behind = [rank for rank, (count, waited, _) in enumerate(now) if count == min(counts) and waited > timeout]
+    return behind if min(counts) < max(counts) else []
 
 
 class FolderInUse(RuntimeError):
@@ -170,21 +257,42 @@ def sign(file) -> None:
 
 
 class StopSignal:
-    """Records a SIGTERM or SIGINT, so that the run stops at the end of the step.
+    """Records a signal to stop, so that all ranks finish the step, save and leave. SIGUSR1 is Slurm's warning.
 
-    A second SIGINT ends the process at once. A second SIGTERM does not, because a scheduler that signals all processes
-    reaches each rank twice: directly, and through torchrun.
+    A signal that was ignored when the process began stays ignored, such as SIGHUP under nohup. A second
+    SIGINT ends the process at once. A second SIGTERM does not, because a scheduler that signals all processes reaches
+    each rank twice: directly, and through torchrun.
     """
 
-    def __init__(self):
-        self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.parent = ranks, os.getppid()
+        self.received = self.number = 0  # of the signals to this rank, and the one that all ranks have agreed on
+        for number in self.NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        self.received = signal.Signals(number).name
+        self.received = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The number of a signal that any rank has received, 0 before there is one. A collective."""
+        self.number = self.number or self.ranks.maximum(self.received)
+        return self.number
+
+    def tell_torchrun(self) -> None:
+        """Keep torchrun from restarting the ranks of a node on which a rank got the signal. A collective.
+
+        Exactly one rank of the node ends torchrun, which passes the signal on to the others and waits for them.
+        """
+        rank, first = self.ranks.rank, self.ranks.rank - self.ranks.local_rank
+        received = self.ranks.total([float(r == rank and self.received) for r in range(self.ranks.world_size)])
+        restarts = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+        if restarts and self.received and not any(received[first:rank]) and os.getppid() == self.parent:
+            os.kill(self.parent, signal.SIGTERM)
 
 
 def environment(device: torch.device, world_size: int) -> dict:

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LEAST = {  # the smallest allowed values
     "batch_size": 1, "gradient_accumulation_steps": 1, "block_size": 1, "max_iters": 0, "warmup_iters": 0, "seed": 0,
     "log_interval": 1, "eval_interval": 0, "eval_iters": 0, "flip_interval": 0, "checkpoint_interval": 1,
-    "keep_last": 2, "keep_every": 0, "grad_clip": 0, "dense_start": -1, "fsdp_copies": 1,
+    "keep_last": 2, "keep_every": 0, "grad_clip": 0, "dense_start": -1, "fsdp_copies": 1, "rank_timeout": 1,
 }  # fmt: skip
 CHOICES = {
     "init_from": ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),

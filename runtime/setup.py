@@ -28,7 +28,7 @@ from runtime.fsdp import shard_like, shard_model
 from runtime.health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
 from runtime.loader import DATA_FOLDER, DataLost, Tokens, load_meta
 from runtime.metrics import Log, read_metrics
-from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, sign, start_ranks
+from runtime.ranks import FolderInUse, Ranks, RanksDiffer, StopSignal, Watchdog, environment, hold, sign, start_ranks
 from runtime.settings import DTYPES, check_resume, find_start, planned_dense_start
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW, Recipe, is_dtensor, sparse_linears
 
@@ -94,6 +94,7 @@ class Training:
     guard: StepGuard
     saver: Saver
     log: Log
+    stop: StopSignal
     static_grads: bool  # reuse the gradient tensors, because a CUDA graph overwrites its results at its next replay
 
     def autocast(self):
@@ -123,7 +124,10 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     # the settings and the ranks
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
     recipe = settings.resolve_settings(s, overrides)
-    ranks = start_ranks(s.device)
+    ranks = start_ranks(s.device, s.rank_timeout)
+    stop = StopSignal(ranks)
+    if ranks.world_size > 1:
+        resources.callback(Watchdog(ranks, s.rank_timeout).close)
     if s.gradient_accumulation_steps < ranks.world_size:
         raise ValueError(
             f"gradient_accumulation_steps={s.gradient_accumulation_steps}, need at least the number of ranks, "
@@ -144,7 +148,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     optimizer = build_optimizer(s, model, recipe, state)
     reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
     # All settings are checked now.
-    if state and start["iter_num"] >= s.max_iters and not s.eval_only:
+    if state and start["iter_num"] >= s.max_iters and start.get("finished", True) and not s.eval_only:
         if ranks.master:
             print(f"{path}: all of max_iters={s.max_iters} iterations are done; raise max_iters or delete {s.out_dir}")
         ranks.leave()
@@ -180,7 +184,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     return Training(
         settings=s, ranks=ranks, device=device, train_data=data[0], val_data=data[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
-        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, static_grads=static_grads,
+        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=stop, static_grads=static_grads,
     )  # fmt: skip
 
 

@@ -80,6 +80,11 @@ def to_words(out_dir, settings: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in {**settings, "out_dir": out_dir}.items()]
 
 
+def status_of(fault: dict | None) -> int:
+    """The exit status of a run with this fault: 0, or that of a stop."""
+    return 128 + getattr(signal, fault["signal"]) if fault and fault["kind"].startswith("signal") else 0
+
+
 def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, **options) -> subprocess.Popen:
     """Start train.py on `ranks` processes, with pipes for its output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
@@ -125,7 +130,7 @@ def launch(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1) -
 def pristine_train():
     """Restore what train.main() changes in its process: globals, signal handlers, torch's global state."""
     before, argv = dict(vars(train)), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in ranks.StopSignal.NUMBERS}
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -180,7 +185,7 @@ class Crew:
         done = {}
         for _ in range(self.ranks):
             rank, done[rank] = results.next(timeout=300)
-            if done[rank].returncode:
+            if done[rank].returncode not in (0, status_of(fault)):
                 self.pool.terminate()
                 return done[rank]
         return done[0]

@@ -182,7 +182,6 @@ def run(t: setup.Training) -> None:
 
         # once in a while: evaluate; at the end also with pruned weights, as for 2:4 inference
         if not t.stop.agreed() and (last or (eval_interval and iter_num % eval_interval == 0)):
-            ranks.go_on(f"the evaluation at iteration {iter_num}")
             results = {"val_loss": evaluate(t)}
             if last and t.linears:
                 results["val_loss_24"] = evaluate_pruned(t, results["val_loss"])
@@ -207,7 +206,7 @@ def run(t: setup.Training) -> None:
             if is_spare:  # fewer micro-batches than ranks are left: repeat one, weight 0, so that collectives match
                 micro_batch -= ranks.world_size
             x, y = t.train_data.windows(batch_starts(t.train_data, iter_num, micro_batch), t.device)
-            ranks.go_on(f"iteration {iter_num}")
+            ranks.go_on(f"iteration {iter_num}" if iter_num > t.iter_num else None)
             seed_draws(model, seed, iter_num, micro_batch)
             torch.manual_seed(int(seed_words(1, seed, iter_num, micro_batch, _DROPOUT)[0]))
             with t.sync_gradients(micro_step == local_steps - 1):

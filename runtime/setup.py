@@ -126,7 +126,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     recipe = settings.resolve_settings(s, overrides)
     ranks = start_ranks(s.device, s.rank_timeout)
     stop = StopSignal(ranks)
-    if ranks.world_size > 1:
+    if ranks.control is not None:
         resources.callback(Watchdog(ranks, s.rank_timeout).close)
     if s.gradient_accumulation_steps < ranks.world_size:
         raise ValueError(
@@ -184,7 +184,8 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     return Training(
         settings=s, ranks=ranks, device=device, train_data=data[0], val_data=data[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
-        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=stop, static_grads=static_grads,
+        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=stop,
+        static_grads=static_grads,
     )  # fmt: skip
 
 

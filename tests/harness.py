@@ -85,9 +85,10 @@ def status_of(fault: dict | None) -> int:
     return 128 + getattr(signal, fault["signal"]) if fault and fault["kind"].startswith("signal") else 0
 
 
-def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, **options) -> subprocess.Popen:
-    """Start train.py on `ranks` processes, with pipes for its output."""
+def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, max_restarts: int = 0, **options):
+    """A process that runs train.py, by torchrun if ranks > 1, with pipes for its output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    torchrun += [f"--max_restarts={max_restarts}"] if max_restarts else []
     script = ["train.py"] if fault is None else ["tests/harness.py", json.dumps(fault)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *torchrun, *script, *to_words(out_dir, settings)]
@@ -253,6 +254,19 @@ def _signal_at_refresh(undo, signal: str, count: int) -> None:
     _wrap(undo, train, "refresh_masks", wrapper)
 
 
+def _signal_in_evaluation(undo, signal: str, count: int) -> None:
+    """Send the signal to the last rank as it begins its `count`-th batch of an evaluation."""
+    calls = itertools.count(1)
+    rank, world_size = _place()
+
+    def wrapper(forward, self, *args, **options):
+        if not self.training and next(calls) == count and rank == world_size - 1:
+            _strike(signal)
+        return forward(self, *args, **options)
+
+    _wrap(undo, GPT, "forward", wrapper)
+
+
 SAVE_POINTS = {  # points of a kill in a save: (is the new checkpoint valid, hard links, module, function, when, target)
     "half of the bytes written": (False, True, torch, "save", "during", None),
     "written, before fsync": (False, True, os, "fsync", "before", None),
@@ -355,7 +369,8 @@ def _nan(undo, iter_nums: list[int]) -> None:
 
 def install(fault: dict, undo: contextlib.ExitStack) -> None:
     """fault: {"kind": the name of a function above without its underscore, **its arguments}."""
-    kinds = {f.__name__[1:]: f for f in (_signal, _signal_at_refresh, _kill_in_save, _dump, _alter, _double, _nan)}
+    signals = (_signal, _signal_at_refresh, _signal_in_evaluation)
+    kinds = {f.__name__[1:]: f for f in (*signals, _kill_in_save, _dump, _alter, _double, _nan)}
     kinds[fault["kind"]](undo, **{name: value for name, value in fault.items() if name != "kind"})
 
 

@@ -6,14 +6,27 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from harness import ROOT, SETTINGS, differences, launch, pristine_train, read_rows, read_state, run_here
+from harness import (
+    ROOT,
+    SETTINGS,
+    children_of,
+    differences,
+    finish,
+    launch,
+    pristine_train,
+    read_rows,
+    read_state,
+    run_here,
+    start,
+)
 
 from model import GPT, GPTConfig
 from runtime import setup
-from runtime.ranks import Ranks, StopSignal, outvoted
+from runtime.ranks import Ranks, StopSignal, outvoted, stalled
 from sparse24 import sparse_linears
 
 STEPS = 6
@@ -171,7 +184,7 @@ def test_check_equal_sees_one_bit_of_any_weight_or_buffer(monkeypatch, name, buf
 
 def test_fewer_micro_batches_than_ranks_are_refused(data, tmp_path, monkeypatch):
     with pristine_train():
-        monkeypatch.setattr(setup, "start_ranks", lambda device: Ranks(1, 1, 2))
+        monkeypatch.setattr(setup, "start_ranks", lambda *_: Ranks(1, 1, 2))
         done = run_here(tmp_path / "out", {**SETTINGS, "gradient_accumulation_steps": 1, "dataset": data})
     assert done.returncode == 1
     assert "gradient_accumulation_steps=1, need at least the number of ranks, 2" in done.stderr
@@ -242,12 +255,120 @@ def test_the_rank_that_differs_is_named(sums, wrong):
 
 def test_a_second_ctrl_c_is_obeyed_at_once_and_a_second_sigterm_is_not():
     with pristine_train():
-        stop = StopSignal()
-        assert stop.received is None
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.received == "SIGTERM"
-            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.default_int_handler)
+        stop = StopSignal(Ranks())
+        assert stop.agreed() == 0
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            assert stop.received == number
+            assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
+        assert stop.agreed() == signal.SIGUSR1
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == "SIGINT"
+        assert (stop.received, stop.agreed()) == (signal.SIGINT, signal.SIGUSR1)  # the ranks have agreed before
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    with pristine_train():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = StopSignal(Ranks())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.agreed() == 0
+
+
+@pytest.mark.parametrize(
+    ("received", "restarts", "rank", "parent", "told"),
+    [
+        ([0, 0, 0, 15], "2", 3, None, True),  # two nodes of two ranks
+        ([0, 0, 10, 15], "2", 3, None, False),  # the other rank of this node does it
+        ([10, 10, 0, 15], "2", 3, None, True),
+        ([0, 15, 0, 0], "2", 3, None, False),  # on another node
+        ([0, 0, 0, 15], "0", 3, None, False),
+        ([0, 0, 0, 15], "2", 3, 1, False),  # torchrun has died, and init is the parent
+    ],
+)
+def test_one_rank_of_a_node_keeps_torchrun_from_restarting(monkeypatch, received, restarts, rank, parent, told):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
+    monkeypatch.setattr(Ranks, "total", lambda self, values: [float(number > 0) for number in received])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    with pristine_train():
+        stop = StopSignal(Ranks(rank, rank % 2, 4))
+    stop.received = received[rank]
+    monkeypatch.setattr(os, "getppid", lambda: parent or stop.parent)
+    stop.tell_torchrun()
+    assert sent == ([(stop.parent, signal.SIGTERM)] if told else [])
+
+
+STEP = "iteration 7"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "ranks"),
+    [
+        ([[5, 3, STEP], [5, 3, STEP]], [[5, 6, STEP], [5, 3, STEP]], [1]),  # rank 1 is frozen
+        ([[5, 3, STEP], None], [[5, 6, STEP], None], [1]),  # since its start
+        ([[5, 3, STEP], [4, 4, STEP], [5, 3, STEP]], [[5, 6, STEP], [4, 7, STEP], [5, 6, STEP]], [1]),  # it hangs
+        ([[5, 3, STEP], [4, 4, STEP]], [[5, 6, STEP], [4, 1, STEP]], []),  # behind, but it goes on
+        ([[5, 3, STEP], [5, 3, STEP]], [[5, 6, STEP], [5, 6, STEP]], []),  # all are busy
+        ([[5, 3, STEP], [4, 4, "the start"]], [[5, 6, STEP], [4, 7, "the start"]], []),  # it compiles
+    ],
+)
+def test_stalled_ranks_are_silent_or_behind(before, now, ranks):
+    assert stalled(before, now, 5) == ranks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchrun, with restarts
+
+ENDLESS = {**SETTINGS, "max_iters": 10**6, "lr_decay_iters": 10**6, "dense_start": 10**6, "eval_interval": 0}
+
+
+def strike(data, out, number, victim, rows=3, **changes):
+    """(process, output) of torchrun after a signal to one of its two ranks, when `rows` lines of metrics are there."""
+    process = start(out, {**ENDLESS, "dataset": data, **changes}, ranks=2, max_restarts=2)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (rows <= rows_written(out)):
+        time.sleep(0.05)
+    os.kill(children_of(process)[victim], number)
+    return finish(process)
+
+
+def rows_written(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else -1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "victim"), [("SIGUSR1", 1), ("SIGTERM", 0)])
+def test_a_signal_to_one_rank_stops_the_run_and_torchrun_does_not_restart_it(data, tmp_path, monkeypatch, name, victim):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    done = strike(data, tmp_path / "out", getattr(signal, name), victim)
+    assert done.returncode == 1
+    assert done.stdout.count("init scratch") == done.stdout.count("run the same command again") == 1
+    assert "resuming" not in done.stdout
+    assert rows_written(tmp_path / "out") == read_state(tmp_path / "out")["iter_num"] >= 3
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_of_shards_stops_all_ranks(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    changes = {"parallel": "fsdp", "eval_interval": 1, "eval_iters": 10**7}
+    done = strike(data, tmp_path / "out", signal.SIGTERM, 1, 0, **changes)
+    assert done.stdout.count("stopped after iteration 0, saved in") == done.stdout.count("init scratch") == 1
+    assert read_state(tmp_path / "out")["iter_num"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_frozen_rank_ends_the_run_with_one_line_that_names_it(data, tmp_path, monkeypatch, victim):
+    """Rank 0 holds torch's store. torchrun waits 30 s for the frozen rank, unless --shutdown-timeout is shorter."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    done = strike(data, tmp_path / "out", signal.SIGSTOP, victim, rank_timeout=5)
+    assert done.returncode == 1
+    place = r"(iteration \d+|its last answer|the start)"
+    said = (
+        rf"^train\.py: error: rank {victim} did not go on from {place} for 5 s, so rank {1 - victim} stopped waiting; "
+    )
+    assert len(re.findall(said, done.stderr, re.M)) == 1
+    assert "[rank" not in done.stderr  # no traceback

@@ -157,13 +157,14 @@ class Saver:
         due = iter_num % s.checkpoint_interval == 0 or iter_num in (self.phase.dense_start, self.phase.sparse_start)
         due = due or ("val_loss" in row and s.always_save_checkpoint)
         due = last or stopping or (due and iter_num > self.first_iter)
-        if due:
-            self.saved = not self.ranks.maximum(not math.isfinite(row.get("val_loss", self.guard.loss)))
-        if due and self.saved and not s.eval_only:
+        if not due:
+            return
+        self.saved = not self.ranks.maximum(not math.isfinite(row.get("val_loss", self.guard.loss)))
+        if self.saved and not s.eval_only:
             self.save(iter_num, finished=finished)
         if last or stopping or not self.saved:
             self.writer.wait()
-        if due and not self.saved:
+        if not self.saved:
             text = f"the loss at iteration {iter_num} is not finite, so it is not saved; the last checkpoint is "
             text += str(checkpoint.find(s.out_dir) or "none")
             if finished:

@@ -15,8 +15,6 @@ from its last checkpoint and ends with the same weights.
 import contextlib
 import functools
 import math
-import os
-import signal
 import sys
 
 import torch
@@ -24,7 +22,8 @@ import torch
 from configurator import configure_or_exit
 from gemm24.ffn import pack_weights
 from runtime import setup
-from runtime.ranks import Ranks, StopSignal
+from runtime.metrics import keep_console
+from runtime.ranks import Ranks
 from sparse24 import begin_step, hard_pruned, is_dtensor, refresh_masks, seed_draws, seed_words, whole
 
 # ---- the run ----
@@ -91,6 +90,7 @@ deterministic = False  # bit-reproducible GPU kernels, which are slower; CPU run
 # ---- several ranks ----
 parallel = "ddp"  # ddp (each rank holds the model) or fsdp (weights, gradients and moments in shards)
 fsdp_copies = 1  # fsdp: number of model replicas (HSDP); usually the number of nodes
+rank_timeout = 600  # seconds that ranks wait for one that has stalled; then the run ends
 # ---- end of settings ----
 
 _DATA, _DROPOUT, _EVAL = 1, 2, 3  # tags that make these streams of random numbers independent
@@ -117,8 +117,11 @@ def batch_starts(data, iter_num: int, micro_batch: int):
 
 
 @torch.no_grad()
-def evaluate(t: setup.Training) -> float:
-    """Mean validation loss over `eval_iters` batches, the same ones at every call, or over the whole split."""
+def evaluate(t: setup.Training) -> float | None:
+    """Mean validation loss over `eval_iters` batches, the same ones at every call, or over the whole split.
+
+    None if a signal to stop arrives: a resumed run evaluates from the start.
+    """
     data, ranks = t.val_data, t.ranks
     end = len(data.data) - block_size
     batches = eval_iters or math.ceil(math.ceil(end / block_size) / batch_size)
@@ -131,6 +134,8 @@ def evaluate(t: setup.Training) -> float:
         else:
             starts = range(k * batch_size * block_size, end, block_size)[:batch_size]
         x, y = data.windows(starts, t.device)
+        if t.stop.agreed():
+            break
         with t.autocast():
             _, loss = t.net(x, y)
         counted = len(x) if first + ranks.rank < batches else 0  # past the end: repeat the last batch, uncounted
@@ -139,10 +144,10 @@ def evaluate(t: setup.Training) -> float:
     if hasattr(t.model, "reshard"):  # FSDP keeps gathered weights for a backward, and there is none here
         t.model.reshard()
     loss_sum, sequences = ranks.total([loss_sum, sequences])
-    return loss_sum / sequences
+    return None if t.stop.number else loss_sum / sequences
 
 
-def evaluate_pruned(t: setup.Training, val_loss: float) -> float:
+def evaluate_pruned(t: setup.Training, val_loss: float | None) -> float | None:
     """The validation loss with all feed-forward weights pruned to 2:4. If they are sparse already, it is `val_loss`."""
     if all(getattr(linear, "sparse", False) for linear in t.linears):
         return val_loss
@@ -165,28 +170,27 @@ def run(t: setup.Training) -> None:
     model, optimizer, scaler, ranks, phase = t.model, t.optimizer, t.scaler, t.ranks, t.phase
     local_steps = math.ceil(gradient_accumulation_steps / ranks.world_size)
     local_share = gradient_accumulation_steps / ranks.world_size  # DDP and FSDP average over the ranks
-    stop = StopSignal()
     iter_num = t.iter_num
     model.train()
     while True:
         # enter the phase of this iteration: if it changes, switch all sparse layers to dense or back
         is_sparse, begins = phase.enter(model, iter_num)
         row = {"iter": iter_num, "phase": "sparse" if is_sparse else "dense", "elapsed_s": round(t.log.elapsed, 3)}
-        stopping = bool(ranks.maximum(stop.received is not None)) and iter_num < max_iters
-        last = iter_num >= max_iters or stopping or eval_only
+        last = iter_num >= max_iters or eval_only
         # let sparse layers do what their method does before a step
         if not last:
             begin_step(model, seed, iter_num, begins)
 
         # once in a while: evaluate; at the end also with pruned weights, as for 2:4 inference
-        if not stopping and (last or (eval_interval and iter_num % eval_interval == 0)):
-            row["val_loss"] = evaluate(t)
+        if not t.stop.agreed() and (last or (eval_interval and iter_num % eval_interval == 0)):
+            results = {"val_loss": evaluate(t)}
             if last and t.linears:
-                row["val_loss_24"] = evaluate_pruned(t, row["val_loss"])
+                results["val_loss_24"] = evaluate_pruned(t, results["val_loss"])
+            row |= {} if t.stop.number else results
 
         # once in a while: save a checkpoint
-        t.saver.save_if_due(row, last, stopping)
-        if last:
+        t.saver.save_if_due(row, last, stopping=t.stop.number > 0)
+        if last or t.stop.number:
             break
         t.log.start_step()
 
@@ -203,6 +207,7 @@ def run(t: setup.Training) -> None:
             if is_spare:  # fewer micro-batches than ranks are left: repeat one, weight 0, so that collectives match
                 micro_batch -= ranks.world_size
             x, y = t.train_data.windows(batch_starts(t.train_data, iter_num, micro_batch), t.device)
+            ranks.go_on(f"iteration {iter_num}" if iter_num > t.iter_num else None)
             seed_draws(model, seed, iter_num, micro_batch)
             torch.manual_seed(int(seed_words(1, seed, iter_num, micro_batch, _DROPOUT)[0]))
             with t.sync_gradients(micro_step == local_steps - 1):
@@ -235,13 +240,15 @@ def run(t: setup.Training) -> None:
         t.log.end_step(row, losses, log_now)
         iter_num += 1
 
-    t.log.close(row, stopping, t.saver.best_val_loss)
+    t.log.close(row, t.stop.number > 0, t.saver.saved, t.saver.best_val_loss)
+    t.stop.tell_torchrun()
     ranks.leave()
-    if stopping and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        sys.exit(128 + signal.SIGTERM)  # status 0 would tell torchrun on all nodes that the run is finished
+    if t.stop.number:
+        sys.exit(128 + t.stop.number)  # as a shell reports a process that the signal has ended
 
 
 def main() -> None:
+    keep_console()
     overrides = configure_or_exit(globals(), sys.argv[1:])
     errors = (*setup.ERRORS, ValueError, ImportError)  # before the first step an error is one line to the user
     with contextlib.ExitStack() as resources:

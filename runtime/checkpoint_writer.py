@@ -17,6 +17,7 @@ import torch
 
 from runtime import checkpoint
 from runtime.checkpoint import CheckpointError
+from runtime.health import Diverged
 from runtime.ranks import Ranks
 from sparse24 import PATTERNS_HASH, local, whole
 
@@ -128,7 +129,11 @@ class Writer:
 
 
 class Saver:
-    """Saves every checkpoint_interval steps, at changes of phase, at evaluations, at a stop and at the end."""
+    """Saves every checkpoint_interval steps, at changes of phase, at evaluations, at a stop and at the end.
+
+    Weights whose latest loss is not finite are not saved. The latest loss is the validation loss, if it has just been
+    measured, or else any rank's training losses in the step before.
+    """
 
     def __init__(self, s, writer: Writer, ranks, phase, guard, log, parts: dict, about: dict, start: dict):
         """s: train.py's settings. parts: the model, optimizer and scaler by their names in the checkpoint.
@@ -136,26 +141,40 @@ class Saver:
         self.s, self.writer, self.ranks, self.phase, self.guard, self.log = s, writer, ranks, phase, guard, log
         self.parts, self.about = parts, about
         self.first_iter, self.best_val_loss = start["iter_num"], start["best_val_loss"]
+        self.saved = True  # whether the latest weights that were to be saved had a finite loss
 
     def save_if_due(self, row: dict, last: bool, stopping: bool) -> None:
-        """Call it once per iteration, before the step. last: the run ends here. stopping: because of a signal."""
+        """Call it once per iteration, before the step. last: all steps are done. stopping: a signal ends the run here.
+
+        Raises Diverged if the run is finished, but its loss is not finite.
+        """
         s, iter_num, val_loss = self.s, row["iter"], row.get("val_loss", math.inf)
-        improved, self.best_val_loss = val_loss < self.best_val_loss, min(val_loss, self.best_val_loss)
+        improved, finished = val_loss < self.best_val_loss, last and not stopping
+        self.best_val_loss = val_loss if improved else self.best_val_loss
         self.writer.poll()
-        if s.eval_only:
-            return
-        if last and not stopping:
+        if finished and not s.eval_only:
             self.log.write(row)  # before the save: a run resumed from it does not repeat this iteration
-        if improved and not s.always_save_checkpoint and iter_num:
+        if improved and not s.always_save_checkpoint and iter_num and not s.eval_only:
             self.save(iter_num, "ckpt_best.pt")
         due = iter_num % s.checkpoint_interval == 0 or iter_num in (self.phase.dense_start, self.phase.sparse_start)
         due = due or ("val_loss" in row and s.always_save_checkpoint)
-        if last or (due and iter_num > self.first_iter):
-            self.save(iter_num)
-        if last:
+        due = last or stopping or (due and iter_num > self.first_iter)
+        if not due:
+            return
+        self.saved = not self.ranks.maximum(not math.isfinite(row.get("val_loss", self.guard.loss)))
+        if self.saved and not s.eval_only:
+            self.save(iter_num, finished=finished)
+        if last or stopping or not self.saved:
             self.writer.wait()
+        if not self.saved:
+            text = f"the loss at iteration {iter_num} is not finite, so it is not saved; the last checkpoint is "
+            text += str(checkpoint.find(s.out_dir) or "none")
+            if finished:
+                raise Diverged(f"{text}; lower learning_rate, or look at the data")
+            if self.ranks.master:
+                print(f"warning: {text}", flush=True)
 
-    def save(self, iter_num: int, name: str = checkpoint.NAME) -> None:
+    def save(self, iter_num: int, name: str = checkpoint.NAME, finished: bool = False) -> None:
         """Begin to write out_dir/name. Raises RanksDiffer if ranks hold different weights or masks."""
         self.ranks.check_equal(self.parts["model"])
         self.log.sync()
@@ -163,6 +182,7 @@ class Saver:
             **{name: part.state_dict() for name, part in self.parts.items()},
             **self.about,
             "iter_num": iter_num,
+            "finished": finished,  # the last evaluation is done too; older checkpoints lack this key
             "best_val_loss": self.best_val_loss,
             "model_args": asdict(self.parts["model"].config),
             "config": vars(self.s),

@@ -182,7 +182,7 @@ class LossWatch:
 
 
 class Diverged(RuntimeError):
-    """More than MAX_SKIPPED gradients in a row were not finite."""
+    """The last loss, or more than MAX_SKIPPED gradients in a row, were not finite."""
 
 
 class StepGuard:
@@ -194,6 +194,7 @@ class StepGuard:
         """skipped: number of steps skipped so far. in_a_row: number of the latest steps skipped in a row."""
         self.s, self.ranks, self.writer = s, ranks, writer
         self.skipped, self.in_a_row, self.losses = skipped, in_a_row, LossWatch()
+        self.loss = 0.0  # the sum of the latest step's losses on this rank
 
     def check(self, row: dict, losses: list[float], starts_of: Callable) -> bool:
         """Returns whether the gradient is finite. Raises Diverged after too many skipped steps.
@@ -206,7 +207,7 @@ class StepGuard:
                 starts = ", ".join(str(start) for start in starts_of(micro_batch)[:8])
                 place = f"iteration {row['iter']}, micro-batch {micro_batch}, windows at tokens {starts}"
                 print(f"warning, rank {self.ranks.rank}: {spike}; {place}", flush=True)
-        finite = math.isfinite(row["grad_norm"])
+        self.loss, finite = sum(losses), math.isfinite(row["grad_norm"])
         self.in_a_row = 0 if finite else self.in_a_row + 1
         self.skipped += not finite
         row["skipped"] = self.skipped
@@ -216,6 +217,6 @@ class StepGuard:
             self.writer.wait()
             raise Diverged(
                 f"the last {self.in_a_row} gradients were not finite, so that their steps were skipped; the checkpoint "
-                f"is {checkpoint.find(self.s.out_dir)}; lower learning_rate, or look at the data named above"
+                f"is {checkpoint.find(self.s.out_dir) or 'none'}; lower learning_rate, or look at the data named above"
             )
         return finite

@@ -1,5 +1,6 @@
 """Writes a run's measurements to metrics.jsonl, the console and wandb, and reads them back."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,35 @@ COLUMNS = {  # the columns of metrics.jsonl and their formats on the console; ""
     "lr": "lr {:.2e}", "grad_norm": "|g| {:.2f}", "flip_rate": "flip {:.5f}", "masked_decay": "", "decay_ratio": "",
     "skipped": "", "tokens_per_s": "{:,.0f} tok/s", "mfu": "mfu {:.1%}", "elapsed_s": "",
 }  # fmt: skip
+
+
+class Console:
+    """Standard output or error that may go away, or whose disk may be full: then text is lost, but the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal's encoding lacks
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def keep_console() -> None:
+    """Let no print, warning or exit of this process fail."""
+    for name in ("stdin", "stdout", "stderr"):
+        # None: it was closed at the start. Without this file, the next one that is opened would get its number.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        setattr(sys, name, stream if name == "stdin" else Console(stream))
 
 
 class Log:
@@ -108,8 +138,8 @@ class Log:
             self.file.flush()
             sync(self.file.fileno())
 
-    def close(self, row: dict, stopping: bool, best_val_loss: float) -> None:
-        """Print how the run ended. row: the last one."""
+    def close(self, row: dict, stopping: bool, saved: bool, best_val_loss: float) -> None:
+        """Print how the run ended. row: the last one. saved: whether its weights are in ckpt.pt."""
         s, iter_num = self.s, row["iter"]
         if self.ranks.master and "val_loss" in row:
             pruned = f", hard-pruned to 2:4 {row['val_loss_24']:.4f}" if "val_loss_24" in row else ""
@@ -120,8 +150,8 @@ class Log:
         self._tell_wandb("finish")
         if stopping:
             resume = "" if s.init_from in ("auto", "resume") else " with --init_from=resume"
-            saved = f"stopped after iteration {iter_num}, saved in {Path(s.out_dir) / 'ckpt.pt'}"
-            print(f"{saved}; to continue, run the same command again{resume}")
+            place = f"saved in {Path(s.out_dir) / 'ckpt.pt'}" if saved else "not saved"
+            print(f"stopped after iteration {iter_num}, {place}; to continue, run the same command again{resume}")
         else:
             print(f"done: {iter_num} iterations, best validation loss {best_val_loss:.4f}, saved in {Path(s.out_dir)}")
 

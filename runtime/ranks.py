@@ -6,8 +6,10 @@ import os
 import platform
 import signal
 import subprocess
+import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,19 +30,28 @@ class Ranks:
 
     control: a gloo group for everything but gradients. It never waits for a GPU, and `leave` can destroy it while DDP
     still holds the default group.
+    count, place, moved: how often this rank went on, the last place, and the time. Watchdog compares the ranks by them.
     """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     control: object = None
+    count: int = 0
+    place: str = "the start"
+    moved: float = 0.0
 
     @property
     def master(self) -> bool:
         return self.rank == 0
 
+    def go_on(self, place: str | None = None) -> None:
+        """Call it before every point at which ranks wait for each other."""
+        self.count, self.place, self.moved = self.count + 1, place or self.place, time.monotonic()
+
     def maximum(self, value: int) -> int:
         """The largest `value` over all ranks."""
+        self.go_on()
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64)
@@ -49,6 +60,7 @@ class Ranks:
 
     def total(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
+        self.go_on()
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -57,6 +69,7 @@ class Ranks:
 
     def decide(self, value):
         """Rank 0's `value`, on every rank."""
+        self.go_on()
         objects = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(objects, src=0, group=self.control)
@@ -65,6 +78,7 @@ class Ranks:
     def agree(self, facts: dict | None, error: Exception | None = None) -> None:
         """Raise on all ranks if their `facts` differ or if one has an `error`. That rank raises it, others RanksDiffer.
         Call it before any other communication, in which ranks that differ may wait for each other."""
+        self.go_on()
         everyone = [{"error": str(error)} if error else facts] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(everyone, everyone[self.rank], group=self.control)
@@ -79,6 +93,7 @@ class Ranks:
         Dropping the last reference to the control group joins its gloo threads. A thread that freed a Python tensor
         while the interpreter shuts down would abort the process ("terminate called without an active exception").
         """
+        self.go_on("the end")
         if self.control is not None:
             dist.barrier(group=self.control)
             self.control = None
@@ -89,6 +104,7 @@ class Ranks:
 
         Compares a hash of their bits, and names the ranks that are in the minority.
         """
+        self.go_on()
         if self.world_size == 1:
             return
         this_rank = torch.tensor([sparse24.piece(next(model.parameters())), *fingerprint(model)])
@@ -184,7 +200,7 @@ def torchrun_rank() -> int | None:
     return int(texts["LOCAL_RANK"])
 
 
-def start_ranks(device_name: str) -> Ranks:
+def start_ranks(device_name: str, rank_timeout: int = 600) -> Ranks:
     """Join torchrun's process group, with nccl on GPUs and gloo on CPUs. Without torchrun the world has one rank."""
     if (local_rank := torchrun_rank()) is None:
         return Ranks()
@@ -195,12 +211,15 @@ def start_ranks(device_name: str) -> Ranks:
         if local_rank >= (gpus := torch.cuda.device_count()):
             raise ValueError(f"LOCAL_RANK={local_rank} needs {local_rank + 1} GPUs; use --nproc_per_node={gpus}")
         torch.cuda.set_device(local_rank)
-    backend = "nccl" if on_gpu else "gloo"
+    backend, timeout = (
+        "nccl" if on_gpu else "gloo",
+        timedelta(seconds=max(0, rank_timeout) + 300),
+    )  # Watchdog acts earlier
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"ranks cannot connect by {backend}: {error}; start train.py with torchrun") from error
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo"))
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), dist.new_group(backend="gloo", timeout=timeout))
 
 
 class FolderInUse(RuntimeError):
@@ -237,21 +256,42 @@ def sign(file) -> None:
 
 
 class StopSignal:
-    """Records a SIGTERM or SIGINT, so that the run stops at the end of the step.
+    """Records a signal to stop, so that all ranks finish the step, save and leave. SIGUSR1 is Slurm's warning.
 
-    A second SIGINT ends the process at once. A second SIGTERM does not, because a scheduler that signals all processes
-    reaches each rank twice: directly, and through torchrun.
+    A signal that was ignored when the process began stays ignored, such as SIGHUP under nohup. A second
+    SIGINT ends the process at once. A second SIGTERM does not, because a scheduler that signals all processes reaches
+    each rank twice: directly, and through torchrun.
     """
 
-    def __init__(self):
-        self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.parent = ranks, os.getppid()
+        self.received = self.number = 0  # of the signals to this rank, and the one that all ranks have agreed on
+        for number in self.NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        self.received = signal.Signals(number).name
+        self.received = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The number of a signal that any rank has received, 0 before there is one. A collective."""
+        self.number = self.number or self.ranks.maximum(self.received)
+        return self.number
+
+    def tell_torchrun(self) -> None:
+        """Keep torchrun from restarting the ranks of a node on which a rank got the signal. A collective.
+
+        Exactly one rank of the node ends torchrun, which passes the signal on to the others and waits for them.
+        """
+        rank, first = self.ranks.rank, self.ranks.rank - self.ranks.local_rank
+        received = self.ranks.total([float(r == rank and self.received) for r in range(self.ranks.world_size)])
+        restarts = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+        if restarts and self.received and not any(received[first:rank]) and os.getppid() == self.parent:
+            os.kill(self.parent, signal.SIGTERM)
 
 
 def environment(device: torch.device, world_size: int) -> dict:

@@ -29,7 +29,7 @@ RANGES = {  # the least and the most of every number among the settings
     "mask_interval": _FROM_1, "masked_decay": _FROM_0, "dense_pretrain": _SHARE, "dense_finetune": _SHARE,
     "dense_start": (-1, math.inf), "learning_rate": _FROM_0, "max_iters": _FROM_0, "weight_decay": _FROM_0,
     "beta1": _BELOW_1, "beta2": _BELOW_1, "grad_clip": _FROM_0, "warmup_iters": _FROM_0, "lr_decay_iters": _FROM_0,
-    "min_lr": _FROM_0, "fsdp_copies": _FROM_1,
+    "min_lr": _FROM_0, "fsdp_copies": _FROM_1, "rank_timeout": _FROM_1,
 }  # fmt: skip
 CHOICES = {
     "init_from": ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),

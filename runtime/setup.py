@@ -28,8 +28,9 @@ from runtime.fsdp import shard_like, shard_model
 from runtime.health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
 from runtime.loader import DATA_FOLDER, DataLost, Tokens, describe, load_meta
 from runtime.metrics import Log, read_metrics
-from runtime.ranks import FolderInUse, Ranks, RanksDiffer, environment, hold, sign, source_hash, start_ranks
+from runtime.ranks import FolderInUse, Ranks, RanksDiffer, StopSignal, environment, hold, sign, source_hash, start_ranks
 from runtime.settings import DTYPES, check_resume, find_start, planned_dense_start
+from runtime.watchdog import Watchdog
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW, Recipe, is_dtensor, sparse_linears
 
 # train.py prints these errors without a traceback, because the user can act on them.
@@ -94,6 +95,7 @@ class Training:
     guard: StepGuard
     saver: Saver
     log: Log
+    stop: StopSignal
     static_grads: bool  # reuse the gradient tensors, because a CUDA graph overwrites its results at its next replay
 
     def autocast(self):
@@ -122,12 +124,15 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     """
     # the settings, the data, and the checkpoint to resume from, on which all ranks must agree
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
-    ranks = start_ranks(s.device)
+    ranks = start_ranks(s.device, s.rank_timeout)
+    stop = StopSignal(ranks)
     facts = error = None
     try:
         facts, inputs = load_inputs(s, overrides, ranks, resources)
     except (*ERRORS, ValueError, ImportError) as mistake:
         error = mistake
+    if ranks.control is not None and not error:
+        resources.callback(Watchdog(ranks, s.rank_timeout).close)
     ranks.agree(facts, error)
     script.update(vars(s))
     recipe, device, data, splits, path, state, lock, seen, reference = inputs
@@ -137,7 +142,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     model, report = place_model(s, state, recipe, data["vocab_size"], ranks, device)
     optimizer = build_optimizer(s, model, recipe, state)
     # All settings are checked now.
-    if state and start["iter_num"] >= s.max_iters and not s.eval_only:
+    if state and start["iter_num"] >= s.max_iters and start.get("finished", True) and not s.eval_only:
         if ranks.master:
             print(f"{path}: all of max_iters={s.max_iters} iterations are done; raise max_iters or delete {s.out_dir}")
         ranks.leave()
@@ -183,7 +188,8 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     return Training(
         settings=s, ranks=ranks, device=device, train_data=splits[0], val_data=splits[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
-        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, static_grads=static_grads,
+        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=stop,
+        static_grads=static_grads,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python tests/faults.py --kills 20 --out results/faults.json
 
-stop       SIGTERM at five points, on one process and on two: no step is lost
+stop       SIGTERM at seven points, on one process and on two: no step is lost
 torchrun   SIGTERM to torchrun itself, and kill -9 of one of its two ranks
 kill       kill -9 at random moments of the training loop
 save       kill -9 at each named point of a save
@@ -58,13 +58,15 @@ from configurator import write_json
 from runtime import checkpoint
 from runtime.ranks import environment
 
-# name -> (fault, saved iteration); the step in which the signal arrives is finished first
+# name -> (fault, saved iteration); the step in which the signal arrives is finished first, an evaluation is abandoned
 STOP_POINTS = {
     "during accumulation": ({"kind": "signal", "iter_num": 12, "micro_batch": 2}, 13),
     "between mask refreshes": ({"kind": "signal", "iter_num": 7, "micro_batch": 0}, 8),
     "at a mask refresh": ({"kind": "signal_at_refresh", "count": 2}, 10),
     "at the dense switch": ({"kind": "signal", "iter_num": DENSE_START - 1, "micro_batch": 3}, DENSE_START),
     "after the dense switch": ({"kind": "signal", "iter_num": DENSE_START + 2, "micro_batch": 1}, DENSE_START + 3),
+    "in an evaluation": ({"kind": "signal_in_evaluation", "count": 2}, 8),
+    "in the last evaluation": ({"kind": "signal_in_evaluation", "count": 5}, SETTINGS["max_iters"]),
 }
 INTERVAL = SETTINGS["checkpoint_interval"]
 
@@ -133,14 +135,17 @@ def _case(kind: str, at: str, ranks: int, outcome: dict, *checks) -> dict:
 
 
 def stop_case(bench: Bench, at: str, ranks: int) -> dict:
-    """SIGTERM at a key of STOP_POINTS: the step is finished and saved, and the command to continue is printed."""
+    """SIGTERM at a key of STOP_POINTS: the step is finished and saved, and the command to continue is printed.
+
+    The exit status of each rank is 143. torchrun turns it into 1.
+    """
     fault, saved = STOP_POINTS[at]
     out = bench.new_folder()
     done = bench.run(out, bench.settings, {**fault, "signal": "SIGTERM"}, ranks)
     outcome = bench.resume_and_compare(out, ranks)
     return _case(
         *("stop", at, ranks, outcome),
-        (done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"),
+        (done.returncode == (143 if ranks == 1 else 1), f"exit status {done.returncode}: {done.stderr}"),
         ("run the same command again" in done.stdout, "the command to continue was not printed"),
         (outcome["resumed_at"] == saved, f"resumed at {outcome['resumed_at']}, need {saved}"),
         (outcome["steps_lost"] == 0, f"{outcome['steps_lost']} steps lost"),

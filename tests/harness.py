@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,11 +81,17 @@ def to_words(out_dir, settings: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in {**settings, "out_dir": out_dir}.items()]
 
 
-def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, **options) -> subprocess.Popen:
-    """Start train.py on `ranks` processes, with pipes for its output."""
+def status_of(fault: dict | None) -> int:
+    """The exit status of a run with this fault: 0, or that of a stop."""
+    return 128 + getattr(signal, fault["signal"]) if fault and fault["kind"].startswith("signal") else 0
+
+
+def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, max_restarts: int = 0, **options):
+    """A process that runs train.py, by torchrun if ranks > 1, with pipes for its output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    torchrun += [f"--max_restarts={max_restarts}"] if max_restarts else []
     script = ["train.py"] if fault is None else ["tests/harness.py", json.dumps(fault)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     command = [sys.executable, *torchrun, *script, *to_words(out_dir, settings)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
@@ -121,11 +128,27 @@ def launch(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1) -
     return finish(start(out_dir, settings, fault, ranks))
 
 
+def strike(data, out, number, victim, rows=3, max_restarts=2, **changes):
+    """The end of a run by torchrun after a signal to one of its two ranks, when `rows` lines of metrics are there."""
+    settings = {**SETTINGS, "max_iters": 10**6, "lr_decay_iters": 10**6, "dense_start": 10**6, "eval_interval": 0}
+    process = start(out, {**settings, "dataset": data, **changes}, ranks=2, max_restarts=max_restarts)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (rows <= rows_written(out)):
+        time.sleep(0.05)
+    os.kill(children_of(process)[victim], number)
+    return finish(process)
+
+
+def rows_written(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else -1
+
+
 @contextlib.contextmanager
 def pristine_train():
     """Restore what train.main() changes in its process: globals, signal handlers, torch's global state."""
     before, argv = dict(vars(train)), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in ranks.StopSignal.NUMBERS}
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -180,7 +203,7 @@ class Crew:
         done = {}
         for _ in range(self.ranks):
             rank, done[rank] = results.next(timeout=300)
-            if done[rank].returncode:
+            if done[rank].returncode not in (0, status_of(fault)):
                 self.pool.terminate()
                 return done[rank]
         return done[0]
@@ -246,6 +269,19 @@ def _signal_at_refresh(undo, signal: str, count: int) -> None:
         return refresh_masks(*args, **options)
 
     _wrap(undo, train, "refresh_masks", wrapper)
+
+
+def _signal_in_evaluation(undo, signal: str, count: int) -> None:
+    """Send the signal to the last rank as it begins its `count`-th batch of an evaluation."""
+    calls = itertools.count(1)
+    rank, world_size = _place()
+
+    def wrapper(forward, self, *args, **options):
+        if not self.training and next(calls) == count and rank == world_size - 1:
+            _strike(signal)
+        return forward(self, *args, **options)
+
+    _wrap(undo, GPT, "forward", wrapper)
 
 
 SAVE_POINTS = {  # points of a kill in a save: (is the new checkpoint valid, hard links, module, function, when, target)
@@ -350,7 +386,8 @@ def _nan(undo, iter_nums: list[int]) -> None:
 
 def install(fault: dict, undo: contextlib.ExitStack) -> None:
     """fault: {"kind": the name of a function above without its underscore, **its arguments}."""
-    kinds = {f.__name__[1:]: f for f in (_signal, _signal_at_refresh, _kill_in_save, _dump, _alter, _double, _nan)}
+    signals = (_signal, _signal_at_refresh, _signal_in_evaluation)
+    kinds = {f.__name__[1:]: f for f in (*signals, _kill_in_save, _dump, _alter, _double, _nan)}
     kinds[fault["kind"]](undo, **{name: value for name, value in fault.items() if name != "kind"})
 
 

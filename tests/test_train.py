@@ -381,19 +381,61 @@ def test_a_stop_prints_how_to_continue(run, tmp_path, changes, remedy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stop", "said"), [((0, 0), "at iteration 1;"), ((MAX_ITERS - 1, 2), "iterations are done")])
+@pytest.mark.parametrize(("stop", "said"), [((0, 0), "at iteration 1;"), ((MAX_ITERS - 1, 2), "at iteration 32;")])
 def test_a_stop_in_the_first_or_the_last_step_loses_nothing(run, reference, tmp_path, stop, said):
     run(tmp_path / "out", stop_at(*stop))
     assert said in run(tmp_path / "out")
     assert run_differences(tmp_path / "out", reference[0]) == []
 
 
-def test_a_stop_is_no_success_if_torchrun_restarts(attempt, tmp_path, monkeypatch):
-    """Otherwise the loss of one node would end the run on all others."""
-    for restarts, status in (("0", 0), ("3", 128 + 15)):
-        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
-        assert attempt(tmp_path / restarts, stop_at(2, 0)).returncode == status
-        assert read_state(tmp_path / restarts)["iter_num"] == 3
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
+def test_the_exit_status_of_a_stop_names_the_signal(attempt, tmp_path, name, status):
+    done = attempt(tmp_path / "out", stop_at(0, 0, name), eval_interval=0)
+    assert (done.returncode, done.stderr) == (status, "")
+    assert (read_state(tmp_path / "out")["iter_num"], read_state(tmp_path / "out")["finished"]) == (1, False)
+
+
+def in_evaluation(count):
+    return {"kind": "signal_in_evaluation", "signal": "SIGUSR1", "count": count}
+
+
+@pytest.mark.parametrize(
+    ("count", "saved"),
+    [
+        (3, 8),  # the evaluations at 0, 8, 16, 24 and 32 have two batches each, and so has the pruned one
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (9, MAX_ITERS), (10, MAX_ITERS))],
+        (11, MAX_ITERS),
+    ],
+)
+def test_a_stop_in_an_evaluation_repeats_it(run, reference, tmp_path, count, saved):
+    out = tmp_path / "out"
+    assert f"stopped after iteration {saved}, saved in" in run(out, in_evaluation(count))
+    state = read_state(out)
+    assert (state["iter_num"], state["finished"]) == (saved, False)
+    assert saved < MAX_ITERS or differences(state["model"], read_state(reference[0])["model"]) == []
+    assert f"at iteration {saved};" in run(out)
+    assert read_state(out)["finished"]
+    assert run_differences(out, reference[0]) == []
+    assert "are done" in run(out)
+
+
+def test_a_stop_in_the_last_batch_is_too_late(attempt, tmp_path):
+    done = attempt(tmp_path / "out", in_evaluation(4), max_iters=2, dense_start=2)  # two of them at iteration 0
+    assert (done.returncode, read_state(tmp_path / "out")["finished"]) == (0, True)
+
+
+def test_eval_only_stops_too(attempt, reference):
+    before = contents(reference[0])
+    assert attempt(reference[0], in_evaluation(1), eval_only=True).returncode == 138
+    assert contents(reference[0]) == before
+
+
+def test_a_checkpoint_of_an_earlier_release_is_finished(run, reference, tmp_path):
+    state = read_state(reference[0])
+    del state["finished"]
+    (tmp_path / "out").mkdir()
+    checkpoint.save(tmp_path / "out", state)
+    assert "are done" in run(tmp_path / "out")
 
 
 @pytest.mark.slow

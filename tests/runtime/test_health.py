@@ -165,7 +165,7 @@ def nan_at(*iter_nums):
 
 
 def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(run, tmp_path):
-    text = run(tmp_path / "out", nan_at(5), max_iters=7, dense_start=7, checkpoint_interval=1)
+    text = run(tmp_path / "out", nan_at(5), max_iters=7, dense_start=7, checkpoint_interval=1, eval_interval=1)
     run(tmp_path / "before", max_iters=5, dense_start=7, checkpoint_interval=1)
     # the previous save, of iteration 6, is the first one after the skipped step
     before, after = read_state(tmp_path / "before"), read_state(tmp_path / "out", "ckpt_prev.pt")
@@ -187,7 +187,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(attempt, run, tm
     """A restart must not reset the count, because the checkpoint may be from within the row."""
     monkeypatch.setattr(StepGuard, "MAX_SKIPPED", 5)
     for _ in range(2):
-        done = attempt(tmp_path / "out", nan_at(*range(9, 40)))
+        done = attempt(tmp_path / "out", nan_at(*range(9, 40)), eval_interval=4)
         assert done.returncode == 1
         assert "train.py: error: the last 6 gradients were not finite" in done.stderr
         assert "lower learning_rate" in done.stderr
@@ -197,6 +197,45 @@ def test_too_many_in_a_row_end_the_run_with_the_last_checkpoint(attempt, run, tm
         assert all(torch.isfinite(t).all() for t in state["model"].values() if torch.is_tensor(t))
     run(tmp_path / "out")
     assert read_rows(tmp_path / "out")[-2]["skipped"] == 3
+
+
+def is_finite(state):
+    return all(torch.isfinite(tensor).all() for tensor in state["model"].values() if torch.is_tensor(tensor))
+
+
+def test_weights_whose_loss_is_not_finite_are_not_saved(run, tmp_path):
+    """Also at a stop. The validation loss at iteration 8 is finite, and later than the training losses."""
+    out = tmp_path / "out"
+    changes = {"checkpoint_interval": 1, "always_save_checkpoint": False, "dense_start": 9}
+    text = run(out, nan_at(5, 7), max_iters=8, **changes)
+    assert re.findall(r"^warning: the loss at iteration (\d+) is not finite, .*/ckpt.pt$", text, re.M) == ["6"]
+    assert [read_state(out, name)["iter_num"] for name in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt")] == [8, 7, 8]
+
+
+def test_a_stop_keeps_the_last_good_checkpoint(attempt, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(StepGuard, "check", lambda self, *_: setattr(self, "loss", math.nan))
+    done = attempt(out, {"kind": "signal", "signal": "SIGTERM", "iter_num": 2, "micro_batch": 0})
+    assert done.returncode == 143
+    assert "the loss at iteration 3 is not finite, so it is not saved; the last checkpoint is none\n" in done.stdout
+    assert "stopped after iteration 3, not saved; to continue, run the same command again" in done.stdout
+    assert not (out / "ckpt.pt").exists()
+
+
+def test_a_run_that_ends_in_nan_is_no_success(attempt, run, tmp_path):
+    out = tmp_path / "out"
+    changes = {"learning_rate": 1e30, "warmup_iters": 4, "checkpoint_interval": 1, "eval_interval": 0, "max_iters": 9}
+    run(out, **{**changes, "learning_rate": 1e-3, "max_iters": 3, "dense_start": 9})
+    for _ in range(2):
+        done = attempt(out, **changes, dense_start=9)
+        assert done.returncode == 1
+        said = r"train\.py: error: the loss at iteration 9 is not finite, so it is not saved; the last checkpoint is "
+        assert re.fullmatch(rf"{said}.*ckpt\.pt; lower learning_rate, or look at the data\n", done.stderr)
+        assert read_state(out)["iter_num"] < 9
+        assert is_finite(read_state(out))
+        assert [row["iter"] for row in read_rows(out)] == [*range(10)]
+        assert math.isfinite(read_state(out)["best_val_loss"])
+    assert "done:" not in done.stdout
 
 
 def test_just_enough_in_a_row_do_not(run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """runtime/metrics.py: the console, metrics.jsonl, wandb, and reading metrics back during a run."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -10,9 +11,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from harness import DENSE_START, SETTINGS, launch, read_rows, run_differences, stop_at
+from harness import DENSE_START, SETTINGS, launch, read_rows, run_differences, start, stop_at
 
-from runtime.metrics import COLUMNS, Log, read_config, read_metrics, smooth
+from runtime.metrics import COLUMNS, Console, Log, keep_console, read_config, read_metrics, smooth
 
 TOKENS = {name: SETTINGS[name] for name in ("gradient_accumulation_steps", "batch_size", "block_size")}
 
@@ -29,6 +30,55 @@ def test_the_console_shows_phase_loss_and_time_left(reference):
         r"^done: 32 iterations, best validation loss \d\.\d{4}, saved in ",
     ):
         assert re.search(expected, text, re.M), expected
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "x"), OSError(5, "x"), OSError(28, "x"), ValueError("closed")])
+def test_a_console_that_fails_loses_text_and_prints_again_later(error):
+    class Stream(io.StringIO):
+        failing = True
+
+        def write(self, text):
+            if self.failing:
+                raise error
+            return super().write(text)
+
+        def flush(self):
+            if self.failing:
+                raise error
+
+    stream = Stream()
+    console = Console(stream)
+    print("lost", file=console, flush=True)
+    stream.failing = False
+    print("printed", file=console, flush=True)
+    assert stream.getvalue() == "printed\n"
+    assert console.isatty() is False
+
+
+def test_keep_console_takes_closed_streams_and_characters_that_a_terminal_lacks(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", None)
+    keep_console()
+    print("λ and \udcff", flush=True)
+    print("lost", file=sys.stderr, flush=True)
+    assert terminal.buffer.getvalue() == rb"\u03bb and \udcff" + b"\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["full", "closed", "pipe"])
+def test_a_run_survives_its_console(data, tmp_path, place):
+    if place == "pipe":
+        reader, output = os.pipe()
+        os.close(reader)
+    else:
+        output = os.open("/dev/full", os.O_WRONLY)
+    close = {"preexec_fn": lambda: os.closerange(0, 3)} if place == "closed" else {}
+    settings = {**SETTINGS, "dataset": data, "max_iters": 3, "dense_start": 3}
+    process = start(tmp_path / "out", settings, stdout=output, stderr=output, **close)
+    os.close(output)
+    assert process.wait(120) == 0
+    assert [row["iter"] for row in read_rows(tmp_path / "out")] == [0, 1, 2, 3]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

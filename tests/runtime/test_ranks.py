@@ -22,7 +22,9 @@ from harness import (
     pristine_train,
     read_rows,
     read_state,
+    rows_written,
     run_here,
+    strike,
 )
 
 import train
@@ -451,12 +453,68 @@ def test_the_rank_that_differs_is_named(sums, wrong):
 
 def test_a_second_ctrl_c_is_obeyed_at_once_and_a_second_sigterm_is_not():
     with pristine_train():
-        stop = StopSignal()
-        assert stop.received is None
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.received == "SIGTERM"
-            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.default_int_handler)
+        stop = StopSignal(Ranks())
+        assert stop.agreed() == 0
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            assert stop.received == number
+            assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
+        assert stop.agreed() == signal.SIGUSR1
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == "SIGINT"
+        assert (stop.received, stop.agreed()) == (signal.SIGINT, signal.SIGUSR1)  # the ranks have agreed before
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    with pristine_train():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = StopSignal(Ranks())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.agreed() == 0
+
+
+@pytest.mark.parametrize(
+    ("received", "restarts", "rank", "parent", "told"),
+    [
+        ([0, 0, 0, 15], "2", 3, None, True),  # two nodes of two ranks
+        ([0, 0, 10, 15], "2", 3, None, False),  # the other rank of this node does it
+        ([10, 10, 0, 15], "2", 3, None, True),
+        ([0, 15, 0, 0], "2", 3, None, False),  # on another node
+        ([0, 0, 0, 15], "0", 3, None, False),
+        ([0, 0, 0, 15], "2", 3, 1, False),  # torchrun has died, and init is the parent
+    ],
+)
+def test_one_rank_of_a_node_keeps_torchrun_from_restarting(monkeypatch, received, restarts, rank, parent, told):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
+    monkeypatch.setattr(Ranks, "total", lambda self, values: [float(number > 0) for number in received])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    with pristine_train():
+        stop = StopSignal(Ranks(rank, rank % 2, 4))
+    stop.received = received[rank]
+    monkeypatch.setattr(os, "getppid", lambda: parent or stop.parent)
+    stop.tell_torchrun()
+    assert sent == ([(stop.parent, signal.SIGTERM)] if told else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchrun, with restarts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "victim"), [("SIGUSR1", 1), ("SIGTERM", 0)])
+def test_a_signal_to_one_rank_stops_the_run_and_torchrun_does_not_restart_it(data, tmp_path, name, victim):
+    done = strike(data, tmp_path / "out", getattr(signal, name), victim)
+    assert done.returncode == 1
+    assert done.stdout.count("init scratch") == done.stdout.count("run the same command again") == 1
+    assert "resuming" not in done.stdout
+    assert rows_written(tmp_path / "out") == read_state(tmp_path / "out")["iter_num"] >= 3
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_of_shards_stops_all_ranks(data, tmp_path):
+    changes = {"parallel": "fsdp", "eval_interval": 1, "eval_iters": 10**7}
+    done = strike(data, tmp_path / "out", signal.SIGTERM, 1, 0, **changes)
+    assert done.stdout.count("stopped after iteration 0, saved in") == done.stdout.count("init scratch") == 1
+    assert read_state(tmp_path / "out")["iter_num"] == 0

@@ -2,18 +2,22 @@
 
     python tests/faults.py --kills 20 --out results/faults.json
 
-stop       SIGTERM at seven points, on one process and on two: no step is lost
-torchrun   SIGTERM to torchrun itself, and kill -9 of one of its two ranks
+stop       a signal at five points on one process and on two, and in evaluations: no step is lost
+torchrun   SIGTERM to torchrun itself, SIGUSR1 and kill -9 to one of its two ranks, a rank that stalls
+survive    the console goes away or is full, folders cannot be synced: the run does not notice
 kill       kill -9 at random moments of the training loop
 save       kill -9 at each named point of a save
 flip       a flipped bit in a random byte of a checkpoint: refused, or harmless
+data       a run that is resumed on other tokens: refused, and unharmed
+ranks      two ranks that differ in settings, data, or two rows of a weight: refused by name
+folder     another run finished in out_dir meanwhile, a damaged line of metrics, a damaged checkpoint
 nodes      two torchrun agents, as on two nodes, connected by c10d: one is killed with its rank, the other continues
            alone, the lost one comes back and gets SIGTERM. Compared with one process in float64, because sums over
            ranks differ in rounding.
 in a row   one long run, killed many times, on one process and in FSDP shards on two ranks: at random moments, and in
            every third life at a random point of a save
-In all cases but `nodes`, the run with the fault is resumed by the plain command. Then weights, masks, optimizer and all
-metrics but the times are compared bit for bit with an undisturbed run. The exit status is 1 if anything differs.
+In all cases but `nodes`, a run that the fault has ended is resumed by the plain command. Then weights, masks, optimizer
+and all metrics but times are compared bit for bit with an undisturbed run. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -50,6 +54,7 @@ from harness import (
     read_state,
     row_differences,
     start,
+    start_by_hand,
     state_differences,
     to_words,
 )
@@ -65,8 +70,11 @@ STOP_POINTS = {
     "at a mask refresh": ({"kind": "signal_at_refresh", "count": 2}, 10),
     "at the dense switch": ({"kind": "signal", "iter_num": DENSE_START - 1, "micro_batch": 3}, DENSE_START),
     "after the dense switch": ({"kind": "signal", "iter_num": DENSE_START + 2, "micro_batch": 1}, DENSE_START + 3),
-    "in an evaluation": ({"kind": "signal_in_evaluation", "count": 2}, 8),
-    "in the last evaluation": ({"kind": "signal_in_evaluation", "count": 5}, SETTINGS["max_iters"]),
+    "SIGINT": ({"kind": "signal", "signal": "SIGINT", "iter_num": 9, "micro_batch": 1}, 10),
+    "SIGHUP": ({"kind": "signal", "signal": "SIGHUP", "iter_num": 9, "micro_batch": 1}, 10),
+    "SIGUSR1": ({"kind": "signal", "signal": "SIGUSR1", "iter_num": 9, "micro_batch": 1}, 10),
+    "in an evaluation": ({"kind": "signal_in_evaluation", "count": 5}, 16),
+    "in the last evaluation": ({"kind": "signal_in_evaluation", "count": 9}, 32),
 }
 INTERVAL = SETTINGS["checkpoint_interval"]
 
@@ -105,16 +113,17 @@ class Bench:
         resumed = int(said[1]) if said else 0
         if resumed != saved:
             problems.append(f"resumed at iteration {resumed}, but iteration {saved} was saved")
+        outcome = self.compare(out, ranks, problems)
+        return outcome | {"resumed_at": resumed, "steps_lost": max(0, steps_done - resumed), "in_a_save": leftovers}
+
+    def compare(self, out: Path, ranks: int, problems: list[str]) -> dict:
+        """The outcome of a finished run: what differs from the undisturbed run, if there are no other problems."""
         if not problems:
             state, rows = self.reference(ranks)
-            problems += [f"differs: {path}" for path in state_differences(read_state(out), state)]
+            problems = [f"differs: {path}" for path in state_differences(read_state(out), state)]
             problems += [f"metrics differ: {path}" for path in row_differences(read_rows(out), rows)]
-        return {
-            "resumed_at": resumed,
-            "steps_lost": max(0, steps_done - resumed),
-            "in_a_save": leftovers,
-            "problems": [text.replace(str(self.folder), "") for text in problems],
-        }
+        problems = [text.replace(str(self.folder), "") for text in problems]
+        return {"resumed_at": 0, "steps_lost": 0, "in_a_save": False, "problems": problems}
 
 
 def saved_iteration(out: Path) -> int:
@@ -135,17 +144,15 @@ def _case(kind: str, at: str, ranks: int, outcome: dict, *checks) -> dict:
 
 
 def stop_case(bench: Bench, at: str, ranks: int) -> dict:
-    """SIGTERM at a key of STOP_POINTS: the step is finished and saved, and the command to continue is printed.
-
-    The exit status of each rank is 143. torchrun turns it into 1.
-    """
+    """A signal at a key of STOP_POINTS: the step is finished and saved, and the command to continue is printed."""
     fault, saved = STOP_POINTS[at]
-    out = bench.new_folder()
-    done = bench.run(out, bench.settings, {**fault, "signal": "SIGTERM"}, ranks)
+    out, fault = bench.new_folder(), {"signal": "SIGTERM", **fault}
+    done = bench.run(out, bench.settings, fault, ranks)
     outcome = bench.resume_and_compare(out, ranks)
+    status = 128 + getattr(signal, fault["signal"]) if ranks == 1 else 1  # torchrun has a status of its own
     return _case(
         *("stop", at, ranks, outcome),
-        (done.returncode == (143 if ranks == 1 else 1), f"exit status {done.returncode}: {done.stderr}"),
+        (done.returncode == status, f"exit status {done.returncode}, need {status}: {done.stderr}"),
         ("run the same command again" in done.stdout, "the command to continue was not printed"),
         (outcome["resumed_at"] == saved, f"resumed at {outcome['resumed_at']}, need {saved}"),
         (outcome["steps_lost"] == 0, f"{outcome['steps_lost']} steps lost"),
@@ -192,6 +199,155 @@ def kill_rank_case(bench: Bench) -> dict:
     return _case(
         *("torchrun", "kill -9 of rank 1", 2, outcome),
         (done.returncode != 0, "torchrun hid the death of a rank"),
+        (outcome["resumed_at"] == 12, f"resumed at {outcome['resumed_at']}, need 12"),
+    )
+
+
+def stop_rank_case(bench: Bench) -> dict:
+    """SIGUSR1 to one of two ranks, where torchrun would restart them: both stop, and torchrun ends."""
+    out = bench.new_folder()
+    fault = {"kind": "signal", "signal": "SIGUSR1", "iter_num": 14, "micro_batch": 1}
+    done = finish(start(out, bench.settings, fault, ranks=2, max_restarts=3))
+    outcome = bench.resume_and_compare(out, ranks=2)
+    return _case(
+        *("torchrun", "SIGUSR1 to rank 1, restarts allowed", 2, outcome),
+        (done.returncode != 0, "torchrun says that the run is finished"),
+        (outcome["resumed_at"] == 15, f"resumed at {outcome['resumed_at']}, need 15"),
+        (outcome["steps_lost"] == 0, f"{outcome['steps_lost']} steps lost"),
+    )
+
+
+def stall_case(bench: Bench) -> dict:
+    """SIGSTOP to one of two ranks: the other one names it after rank_timeout, and both end."""
+    out = bench.new_folder()
+    fault = {"kind": "signal", "signal": "SIGSTOP", "iter_num": 14, "micro_batch": 1}
+    done = finish(start(out, bench.settings | {"rank_timeout": 5}, fault, ranks=2), timeout=120)
+    outcome = bench.resume_and_compare(out, ranks=2)
+    return _case(
+        *("torchrun", "rank 1 stalls", 2, outcome),
+        (done.returncode != 0, "torchrun hid the death of a rank"),
+        ("train.py: error: rank 1 " in done.stderr, f"rank 1 was not named: {done.stderr}"),
+        (outcome["resumed_at"] == 12, f"resumed at {outcome['resumed_at']}, need 12"),
+    )
+
+
+def survive_case(bench: Bench, at: str) -> dict:
+    """Something fails that training does not need: the run ends as if nothing had happened."""
+    out = bench.new_folder()
+    if at == "the console goes away":
+        process = start(out, bench.settings)
+        process.stdout.readline()
+        process.stdout.close()
+        stderr = process.stderr.read()
+        status = process.wait(300)
+    elif at == "the console's disk is full":
+        with open("/dev/full", "w") as full:
+            process = start(out, bench.settings, stdout=full)
+            stderr, status = process.communicate(timeout=300)[1], process.returncode
+    else:
+        done = bench.run(out, bench.settings, {"kind": "no_fsync_of_folders"})
+        stderr, status = done.stderr, done.returncode
+    outcome = bench.compare(out, 1, [])
+    return _case("survive", at, 1, outcome, (status == 0, f"exit status {status}: {stderr}"))
+
+
+SURVIVED = ("the console goes away", "the console's disk is full", "folders cannot be synced")
+
+
+def other_data_case(bench: Bench, at: str) -> dict:
+    """A run is stopped, its dataset changes, and the same command is refused. With the old dataset it continues."""
+    out, folder = bench.new_folder(), bench.settings["dataset"]
+    done = bench.run(out, bench.settings, {"kind": "signal", "signal": "SIGTERM", "iter_num": 12, "micro_batch": 2})
+    path, saved = folder / OTHER_DATA[at], {path: path.read_bytes() for path in folder.iterdir()}
+    run = {path.name: path.read_bytes() for path in out.iterdir()}
+    if at == "other characters":
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps(meta | {"chars": meta["chars"].upper()}))
+    else:
+        path.write_bytes(saved[path] + saved[path][:20] if at == "a longer file" else saved[path][::-1][1:] + b"\0")
+    refused = bench.resume(out, bench.settings)
+    for name, content in saved.items():
+        name.write_bytes(content)
+    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    outcome = bench.resume_and_compare(out, 1)
+    return _case(
+        *("data", at, 1, outcome),
+        (done.returncode == 143, f"exit status {done.returncode}, need 143: {done.stderr}"),
+        (refused.returncode != 0, "the run continued on other data"),
+        (refused.stderr.count("\n") == 1, f"need one line that names the dataset: {refused.stderr}"),
+        (run.keys() == left.keys() and all(run[k] == left[k] for k in run if k != "run.lock"), "the run was changed"),
+    )
+
+
+OTHER_DATA = {
+    "other tokens": "train.bin", "other tokens for validation": "val.bin", "a longer file": "train.bin",
+    "other characters": "meta.json",
+}  # fmt: skip
+
+
+def differing_ranks_case(bench: Bench, at: str) -> dict:
+    """Two ranks that do not agree: both end with one line that names rank 1 before the first step, or at a save."""
+    out, other, began = bench.new_folder(), {}, time.monotonic()
+    if at in DIFFERENT:
+        other = DIFFERENT[at]
+    elif at == "another dataset":
+        other = {"dataset": make_dataset(bench.folder / "other", sentences=271)}
+    ends = start_by_hand(out, bench.settings, other, {"kind": "swap_rows", "iter_num": 14} if not other else None)
+    outcome = bench.resume_and_compare(out, 2)
+    need = 12 if not other else 0
+    return _case(
+        *("ranks", at, 2, outcome),
+        (all(end.returncode for end in ends), f"exit statuses {[end.returncode for end in ends]}"),
+        (time.monotonic() - began < 60, "the ranks waited for each other"),
+        (outcome["resumed_at"] == need, f"resumed at {outcome['resumed_at']}, need {need}"),
+        ("1" in ends[0].stderr and ends[0].stderr.count("\n") == 1, f"rank 1 is not named: {ends[0].stderr}"),
+    )
+
+
+DIFFERENT = {
+    "another seed": {"seed": 7}, "another learning rate": {"learning_rate": 2e-3}, "another length": {"max_iters": 40},
+    "other intervals": {"eval_interval": 4},
+}  # fmt: skip
+
+
+def run_in_between_case(bench: Bench) -> dict:
+    """While a slow start prepares, another process finishes a run in the same folder: the start leaves it alone."""
+    out, theirs = bench.new_folder(), bench.new_folder()
+    bench.resume(theirs, bench.settings)
+    done = bench.run(out, bench.settings, {"kind": "run_in_between", "folder": str(theirs)})
+    return _case(
+        *("folder", "another run finished meanwhile", 1, bench.compare(out, 1, [])),
+        (done.returncode == 1 and "train.py: error: " in done.stderr, f"{done.returncode}: {done.stderr}"),
+    )
+
+
+def damaged_metrics_case(bench: Bench, rng: random.Random) -> dict:
+    """A line of garbage in metrics.jsonl costs that line alone."""
+    out = bench.new_folder()
+    bench.run(out, bench.settings, {"kind": "signal", "signal": "SIGTERM", "iter_num": 12, "micro_batch": 2})
+    path = out / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines.insert(5, rng.randbytes(40).replace(b"\n", b"") + b"\n")
+    path.write_bytes(b"".join(lines))
+    outcome = bench.resume_and_compare(out, 1)
+    outcome["steps_lost"] = 0  # the garbage was counted as a step
+    return _case("folder", "a damaged line of metrics", 1, outcome)
+
+
+def damaged_checkpoint_case(bench: Bench, rng: random.Random) -> dict:
+    """A damaged ckpt.pt is refused with a command that restores the checkpoint before it."""
+    out = bench.new_folder()
+    bench.run(out, bench.settings, {"kind": "signal", "signal": "SIGTERM", "iter_num": 14, "micro_batch": 2})
+    path = out / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+    refused = bench.resume(out, bench.settings)
+    command = re.search(r"mv .*", refused.stderr)
+    if command:
+        subprocess.run(command[0], shell=True, check=True)
+    outcome = bench.resume_and_compare(out, 1)
+    return _case(
+        *("folder", "a damaged checkpoint", 1, outcome),
+        (refused.returncode == 1 and command is not None, f"no command was offered: {refused.stderr}"),
         (outcome["resumed_at"] == 12, f"resumed at {outcome['resumed_at']}, need 12"),
     )
 
@@ -392,9 +548,21 @@ def all_cases(bench: Bench, kills: int, in_a_row: int, flips: int, seed: int):
     rng = random.Random(seed)
     for ranks in (1, 2):
         for at in STOP_POINTS:
-            yield stop_case(bench, at, ranks)
+            if ranks == 1 or "evaluation" not in at:  # on two ranks these evaluations have one batch, which is finished
+                yield stop_case(bench, at, ranks)
     yield stop_torchrun_case(bench)
     yield kill_rank_case(bench)
+    yield stop_rank_case(bench)
+    yield stall_case(bench)
+    for at in SURVIVED:
+        yield survive_case(bench, at)
+    for at in OTHER_DATA:
+        yield other_data_case(bench, at)
+    for at in (*DIFFERENT, "another dataset", "two rows swapped"):
+        yield differing_ranks_case(bench, at)
+    yield run_in_between_case(bench)
+    yield damaged_metrics_case(bench, rng)
+    yield damaged_checkpoint_case(bench, rng)
     for _ in range(kills):
         yield kill_case(bench, rng)
     for at in SAVE_POINTS:

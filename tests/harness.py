@@ -10,6 +10,7 @@ given point of a save, never after a given time.
 """
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -32,7 +33,7 @@ import torch
 import train
 from configurator import setting_names
 from model import GPT
-from runtime import checkpoint, ranks
+from runtime import checkpoint, ranks, setup
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW
 
 ROOT = Path(train.__file__).resolve().parent
@@ -86,12 +87,17 @@ def status_of(fault: dict | None) -> int:
     return 128 + getattr(signal, fault["signal"]) if fault and fault["kind"].startswith("signal") else 0
 
 
-def start(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, max_restarts: int = 0, **options):
-    """A process that runs train.py, by torchrun if ranks > 1, with pipes for its output."""
+def start(
+    out_dir, settings: dict, fault: dict | None = None, ranks: int = 1, max_restarts: int = 0, place=(), **options
+) -> subprocess.Popen:
+    """A process that runs train.py, by torchrun if ranks > 1, with pipes for its output.
+
+    place: what torchrun would add to the environment.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     torchrun += [f"--max_restarts={max_restarts}"] if max_restarts else []
     script = ["train.py"] if fault is None else ["tests/harness.py", json.dumps(fault)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **dict(place)}
     command = [sys.executable, *torchrun, *script, *to_words(out_dir, settings)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
@@ -142,6 +148,16 @@ def strike(data, out, number, victim, rows=3, max_restarts=2, **changes):
 def rows_written(out):
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else -1
+
+
+def start_by_hand(out_dir, settings: dict, other: dict, fault: dict | None = None) -> list[subprocess.CompletedProcess]:
+    """Run train.py on two ranks without torchrun. other: settings in which rank 1 differs from rank 0."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start(out_dir, settings | changes, fault, place=place | {"RANK": str(k), "LOCAL_RANK": str(k)})
+        for k, changes in enumerate(({}, other))
+    ]
+    return [finish(process, timeout=120) for process in ranks]
 
 
 @contextlib.contextmanager
@@ -361,6 +377,40 @@ def _alter(undo, iter_num: int) -> None:
     _at_micro_batches(undo, act)
 
 
+def _swap_rows(undo, iter_num: int) -> None:
+    """Swap two rows of a weight of the last rank before its first micro-batch of a step."""
+    rank, world_size = _place()
+
+    @torch.no_grad()
+    def act(model, i, m):
+        if (i, m) == (iter_num, rank) and rank == world_size - 1:
+            w = model.transformer.h[1].mlp.c_proj.weight
+            w[:2] = w[:2].flip(0).clone()
+
+    _at_micro_batches(undo, act)
+
+
+def _no_fsync_of_folders(undo) -> None:
+    """A file system that can sync files but not folders, such as CIFS or vboxsf."""
+
+    def wrapper(fsync, number):
+        if Path(f"/proc/self/fd/{number}").is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(number)
+
+    _wrap(undo, os, "fsync", wrapper)
+
+
+def _run_in_between(undo, folder: str) -> None:
+    """Another process finishes a run in out_dir after this one has looked there for a checkpoint. folder: its files."""
+
+    def wrapper(place_model, s, *args):
+        shutil.copytree(folder, s.out_dir, dirs_exist_ok=True)
+        return place_model(s, *args)
+
+    _wrap(undo, setup, "place_model", wrapper)
+
+
 def _double(undo) -> None:
     """Train in float64."""
     torch.set_default_dtype(torch.float64)
@@ -386,8 +436,9 @@ def _nan(undo, iter_nums: list[int]) -> None:
 
 def install(fault: dict, undo: contextlib.ExitStack) -> None:
     """fault: {"kind": the name of a function above without its underscore, **its arguments}."""
-    signals = (_signal, _signal_at_refresh, _signal_in_evaluation)
-    kinds = {f.__name__[1:]: f for f in (*signals, _kill_in_save, _dump, _alter, _double, _nan)}
+    functions = (_signal, _signal_at_refresh, _signal_in_evaluation, _kill_in_save, _dump, _alter, _swap_rows)
+    functions += (_no_fsync_of_folders, _run_in_between, _double, _nan)
+    kinds = {function.__name__[1:]: function for function in functions}
     kinds[fault["kind"]](undo, **{name: value for name, value in fault.items() if name != "kind"})
 
 

@@ -47,9 +47,7 @@ def load_runs(folders):
         rows = read_metrics(folder)
         if not rows:
             raise ValueError(f"{os.path.join(folder, 'metrics.jsonl')} has no complete line yet; try again later")
-        if not isinstance(config := read_config(folder), dict):
-            raise ValueError(f"{os.path.join(folder, 'config.json')} holds no settings; delete it to do without them")
-        label = label_of(folder, config, names.count(name) == 1)
+        label = label_of(folder, read_config(folder), names.count(name) == 1)
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", ":")[i // len(COLOURS) % 2]}
         runs.append({"label": label, "style": style, "rows": rows, "switches": switches(rows)})
     return runs

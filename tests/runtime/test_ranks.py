@@ -236,7 +236,7 @@ def two_ranks(monkeypatch):
         def gather(everyone, facts, group):
             everyone[:] = [change(facts), facts]
 
-        monkeypatch.setattr(setup, "start_ranks", lambda device: Ranks(1, 1, 2))
+        monkeypatch.setattr(setup, "start_ranks", lambda *_: Ranks(1, 1, 2))
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
 
     return two_ranks
@@ -340,7 +340,7 @@ def torchrun(monkeypatch):
         for name, value in (TORCHRUN | changes).items():
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
 
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: pytest.fail("waited for other ranks"))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("waited for other ranks"))
     return torchrun
 
 

@@ -97,7 +97,7 @@ OUTSIDE = {  # for each number among the settings, values beside its range
     "ffn_ratio": (0.0, -4.0), "mask_interval": (0,), "masked_decay": (-6e-5,), "dense_pretrain": (-0.1, 1.1),
     "dense_finetune": (-0.1, 1.5), "dense_start": (-2,), "learning_rate": (-6e-4,), "max_iters": (-1,),
     "weight_decay": (-0.1,), "beta1": (-0.9, 1.0), "beta2": (-0.9, 1.5), "grad_clip": (-1.0,), "warmup_iters": (-1,),
-    "lr_decay_iters": (-1,), "min_lr": (-1e-4,), "fsdp_copies": (0,),
+    "lr_decay_iters": (-1,), "min_lr": (-1e-4,), "fsdp_copies": (0,), "rank_timeout": (0,),
 }  # fmt: skip
 
 
@@ -244,7 +244,10 @@ def test_metrics_alone_are_refused(refused, stopped):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda meta: {"vocab_size": meta["vocab_size"] + 1}, r"vocab_size=25 \(there 24\)"),
+        (
+            lambda meta: {"vocab_size": meta["vocab_size"] + 1, "chars": meta["chars"] + "Z"},
+            r"vocab_size=25 \(there 24\)",
+        ),
         (lambda meta: {"tokenizer": "gpt2"}, r"tokenizer=gpt2 \(there char\)"),
         (lambda meta: {"chars": meta["chars"].replace("6", "X")}, r"token 6 is 'X' \(there '6'\)"),
         (lambda meta: {"chars": meta["chars"][::-1]}, r"token 0 is 'x' \(there ' '\)"),

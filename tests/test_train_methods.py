@@ -274,7 +274,7 @@ def test_the_flip_rate_must_fall_until_the_learning_rate_stops_decaying(run, tmp
 
 def test_only_rank_0_prints_warnings_and_writes(run, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(health.FlipReference, "rate", lambda self, iter_num, lr: 1e-9)
-    monkeypatch.setattr(setup, "start_ranks", lambda device: ranks.Ranks(1, 0, 1))
+    monkeypatch.setattr(setup, "start_ranks", lambda *_: ranks.Ranks(1, 0, 1))
     monkeypatch.setattr(setup, "plan_gemms", lambda *_: (None, None))  # there is no rank 0 to answer
     assert run(tmp_path / "out", flip_reference=str(dense), flip_interval=1, max_iters=12, dense_start=12) == ""
     assert not (tmp_path / "out").exists()

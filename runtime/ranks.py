@@ -283,14 +283,18 @@ class StopSignal:
         return self.number
 
     def tell_torchrun(self) -> None:
-        """Keep torchrun from restarting the ranks of a node on which a rank got the signal. A collective.
+        """End torchrun on this node, which would restart the ranks, if ranks of this node got a signal. A collective.
 
-        Exactly one rank of the node ends torchrun, which passes the signal on to the others and waits for them.
+        If all of them got one, it came from torchrun, which ends them or restarts them because a node comes or goes.
+        torchrun does not send SIGUSR1. One rank of the node does it.
         """
         rank, first = self.ranks.rank, self.ranks.rank - self.ranks.local_rank
-        received = self.ranks.total([float(r == rank and self.received) for r in range(self.ranks.world_size)])
-        restarts = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-        if restarts and self.received and not any(received[first:rank]) and os.getppid() == self.parent:
+        received = self.ranks.total([float(self.received * (r == rank)) for r in range(self.ranks.world_size)])
+        if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+            return
+        node = received[first : first + int(os.environ["LOCAL_WORLD_SIZE"])]
+        by_torchrun = all(node) and signal.SIGUSR1 not in node
+        if self.received and not by_torchrun and not any(received[first:rank]) and os.getppid() == self.parent:
             os.kill(self.parent, signal.SIGTERM)
 
 

@@ -479,6 +479,9 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
         ([0, 0, 0, 15], "2", 3, None, True),  # two nodes of two ranks
         ([0, 0, 10, 15], "2", 3, None, False),  # the other rank of this node does it
         ([10, 10, 0, 15], "2", 3, None, True),
+        ([0, 0, 15, 15], "2", 2, None, False),  # from torchrun
+        ([0, 0, 10, 10], "2", 2, None, True),  # not from torchrun
+        ([0, 0, 10, 10], "2", 3, None, False),
         ([0, 15, 0, 0], "2", 3, None, False),  # on another node
         ([0, 0, 0, 15], "0", 3, None, False),
         ([0, 0, 0, 15], "2", 3, 1, False),  # torchrun has died, and init is the parent
@@ -487,8 +490,9 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
 def test_one_rank_of_a_node_keeps_torchrun_from_restarting(monkeypatch, received, restarts, rank, parent, told):
     sent = []
     monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
-    monkeypatch.setattr(Ranks, "total", lambda self, values: [float(number > 0) for number in received])
+    monkeypatch.setattr(Ranks, "total", lambda self, values: [float(number) for number in received])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     with pristine_train():
         stop = StopSignal(Ranks(rank, rank % 2, 4))

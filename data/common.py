@@ -16,7 +16,6 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import urllib.request
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -54,8 +53,6 @@ def read_lines(path):
     """Yield the lines of a UTF-8 text, plain or .xz, with unchanged line ends and without a byte order mark."""
     with open_binary(path) as file:
         try:
-            if b"\0" in file.peek(2)[:2]:  # ASCII in UTF-16, whose bytes are valid UTF-8
-                raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "it looks like UTF-16")
             yield next(file, b"").decode("utf-8-sig")
             yield from (line.decode("utf-8") for line in file)
         except UnicodeDecodeError as error:
@@ -113,27 +110,15 @@ def encode_chars(text, chars):
 
 
 @functools.cache
-def gpt2_encoding(timeout=60):
-    """tiktoken's GPT-2 BPE. tiktoken downloads its vocabulary without a timeout, so this waits for it in a thread."""
+def gpt2_encoding():
+    """tiktoken's GPT-2 BPE."""
     import tiktoken
 
-    result = {}
-
-    def load():
-        try:
-            result["encoding"] = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # from requests, sockets or a hash check; raised below
-            result["error"] = error
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if "encoding" not in result:
-        raise RuntimeError(
-            f"gpt2_encoding: no GPT-2 vocabulary ({result.get('error', f'no answer in {timeout} s')}); without "
-            "network, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine"
-        ) from result.get("error")
-    return result["encoding"]
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken passes on those of requests, of sockets and of its hash check
+        remedy = "without network, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine"
+        raise RuntimeError(f"gpt2_encoding: no GPT-2 vocabulary ({error}); {remedy}") from error
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -177,7 +162,6 @@ def write_dataset(out_dir, train, val, **meta):
         if "sha256" not in meta:
             meta["sha256"] = sha256_of(train_file.name, val_file.name)
         meta_file.write(json.dumps(meta, indent=1).encode() + b"\n")
-        meta_file.flush()
     print(f"wrote train.bin, val.bin and meta.json in {out_dir}")
 
 
@@ -231,22 +215,20 @@ def documents(paths):
     """
     number = 0
     for path in paths:
-        lines, size, begun = [], 0, False
+        text, was_cut = "", False  # the document so far, without the pieces that were cut from it
         for line in chain(read_lines(path), (SEPARATOR,)):
-            *ended, line = line.split(SEPARATOR)
-            for position, text in enumerate(ended):
-                lines.append(text.strip() if position else text.rstrip())
-                if begun or lines[-1]:
-                    yield number, "".join(lines), True
+            *ended, rest = line.split(SEPARATOR)
+            for position, part in enumerate(ended):
+                text += part.strip() if position else part.rstrip()
+                if was_cut or text.strip():
+                    yield number, text, True
                     number += 1
-                lines, size, begun = [], 0, False
-            line = line.lstrip() if ended else line
-            body = line.rstrip(" \t\r\n")
-            lines.append(line)
-            size, begun = size + len(line), begun or bool(line.strip())
-            if size > BLOCK and body and not body[-1].isspace():
-                yield number, "".join(lines[:-1]) + body, False
-                lines, size = [line[len(body) :]], 0
+                text, was_cut = "", False
+            text += rest.lstrip() if ended else rest
+            body = text.rstrip(" \t\r\n") if len(text) > BLOCK else ""
+            if body and not body[-1].isspace():
+                yield number, body, False
+                text, was_cut = text[len(body) :], True
 
 
 def progress(pieces, name, total=None):
@@ -335,8 +317,6 @@ def prepare_documents(script, doc, hub, argv=None):
         made.error("--val needs --input")
     if not 0 < args.val_fraction < 1:
         made.error(f"--val_fraction {args.val_fraction}, need more than 0 and less than 1")
-    if args.num_proc < 1:
-        made.error(f"--num_proc {args.num_proc}, need at least 1")
     check_out_dir(args, args.input)
     encoding = gpt2_encoding()  # fail now, not after hours of download
     train, val, meta = file_splits(args) if args.input else hub_splits(args, hub)

@@ -312,7 +312,6 @@ UNREADABLE = [
             ("hub", f"--out_dir=o --val_fraction={x}", f"--val_fraction {x}, need")
             for x in ("0.0", "1.0", "nan", "inf")
         ),
-        ("hub", "--out_dir=o --num_proc=0", "--num_proc 0, need at least 1"),
         ("hub", "--out_dir=o --num_proc=many", "--num_proc: invalid int value: 'many'"),
         ("hub", "--val two.txt", "--val needs --input"),
         ("hub", "--input two.txt --out_dir=", "--out_dir: an empty path"),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from gemm24.ffn import sparse_ffn, takes_plan
 from gemm24.operands import ACTIVATIONS, GATED
-from sparse24 import MaskedDecayAdamW, kernel_status, recipe_names, refresh_masks, sparsify
+from sparse24 import MaskedDecayAdamW, kernel_status, recipe_names, sparsify
 
 # The four published sizes of GPT-2, and their names on Hugging Face.
 PRESETS = {
@@ -159,7 +159,10 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         self._init_weights()
-        self._make_sparse(recipe)
+        if config.sparse != "none":
+            sparsify(self, recipe or config.sparse, self.sparse_names())
+        elif recipe is not None:
+            raise ValueError("GPT: a recipe was given but config.sparse='none'; set config.sparse or drop the recipe")
 
     @torch.no_grad()
     def _init_weights(self):
@@ -171,12 +174,6 @@ class GPT(nn.Module):
                 p.normal_(0.0, 0.02)
             elif name.endswith("bias"):
                 p.zero_()
-
-    def _make_sparse(self, recipe):
-        if self.config.sparse != "none":
-            sparsify(self, recipe or self.config.sparse, self.sparse_names())
-        elif recipe is not None:
-            raise ValueError("GPT: a recipe was given but config.sparse='none'; set config.sparse or drop the recipe")
 
     def sparse_names(self) -> list[str]:
         """Names of the linears that are sparse if `config.sparse` is set, in module order."""
@@ -218,12 +215,8 @@ class GPT(nn.Module):
         """Append `max_new_tokens` sampled tokens to idx, int64 (B, T); returns int64 (B, T + max_new_tokens).
 
         temperature=0 takes the likeliest token; top_k samples among the k likeliest. `generator` must be on idx's
-        device; None means torch's global one. Call `eval()` first if dropout > 0. Raises ValueError if temperature < 0
-        or top_k < 1.
+        device; None means torch's global one. Call `eval()` first if dropout > 0.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            need = "need temperature >= 0 and top_k >= 1 or None; use temperature=0 for greedy"
-            raise ValueError(f"generate: temperature={temperature}, top_k={top_k}, {need}")
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
             if top_k is not None:
@@ -249,10 +242,8 @@ class GPT(nn.Module):
             need = "need only dropout and sparse; remove the others, the weights fix them"
             raise ValueError(f"from_pretrained: override_args has {', '.join(extra)}, {need}")
         config = GPTConfig(vocab_size=50257, **PRESETS[HF_NAMES[name]], **(override_args or {}))
-        try:
-            from transformers import GPT2LMHeadModel
-        except ImportError as error:
-            raise ImportError(f"from_pretrained: {name} needs transformers; pip install transformers") from error
+        from transformers import GPT2LMHeadModel
+
         model = cls(config, recipe)
         copy_hf_weights(model, GPT2LMHeadModel.from_pretrained(name).state_dict())
         return model
@@ -290,28 +281,18 @@ class GPT(nn.Module):
         return (optimizer or MaskedDecayAdamW)(groups, self, masked_decay=masked_decay, decay_on=decay_on, **options)
 
 
-@torch.no_grad()
 def copy_hf_weights(model, hf_state):
     """Copy a Hugging Face GPT-2 state dict, name -> tensor, into `model`. Sparse layers get masks of these weights.
 
     Hugging Face stores the four linears of a block as (in, out), so they are transposed. The buffers attn.bias and
-    attn.masked_bias are ignored; lm_head.weight may be missing. If a name or a shape differs from the model's, nothing
-    is copied and ValueError is raised.
+    attn.masked_bias are ignored; lm_head.weight may be missing. Raises RuntimeError if another name or shape differs.
     """
-    source = {k: v for k, v in hf_state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    source.setdefault("lm_head.weight", source.get("transformer.wte.weight"))
-    params = dict(model.named_parameters(remove_duplicate=False))
-    if wrong := sorted(params.keys() ^ source.keys()):
-        raise ValueError(f"copy_hf_weights: {wrong} on one side only, need equal names; build the model with bias=True")
     linears = tuple(f"{name}.weight" for name in ("attn.c_attn", "attn.c_proj", *FFN_LINEARS))
-    pairs = {k: (p, source[k].t() if k.endswith(linears) else source[k]) for k, p in params.items()}
-    for k, (p, value) in pairs.items():
-        if value.shape != p.shape:
-            shapes = f"{k} has shape {tuple(value.shape)}, need {tuple(p.shape)}"
-            raise ValueError(f"copy_hf_weights: {shapes}; build the model with the preset of these weights")
-    for p, value in pairs.values():
-        p.copy_(value)
-    refresh_masks(model, measure=False, begin=True)
+    state = {"lm_head.weight": hf_state["transformer.wte.weight"]}
+    for name, tensor in hf_state.items():
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            state[name] = tensor.t() if name.endswith(linears) else tensor
+    model.load_state_dict(state)
 
 
 # Dense 16-bit tensor-core peaks in TFLOPS with fp32 accumulation, from NVIDIA's data sheets (half of "with sparsity").

@@ -32,11 +32,9 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
     pieces, layers = ranks.world_size // copies, list(sparse_linears(model))
     for layer in layers:
         if not sparse24.fits(layer.out_features, pieces):
-            divisors = [n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
-            fitting = [n for n in divisors if all(sparse24.fits(m.out_features, n) for m in layers)]
             raise ValueError(
                 f"parallel='fsdp': {layer.out_features} rows of a sparse layer cannot be sharded over {pieces} ranks "
-                f"by fours; set fsdp_copies to one of {', '.join(str(ranks.world_size // n) for n in fitting)}"
+                f"by fours; set fsdp_copies to a larger divisor of {ranks.world_size}"
             )
     shape, names = ((pieces,), ("shard",)) if copies == 1 else ((copies, pieces), ("copy", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)

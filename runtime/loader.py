@@ -58,8 +58,8 @@ class Tokens:
         """
         now = self.path.stat().st_size // 2 if os.path.exists(self.path) else 0
         if now < len(self.data):
-            start = f"{self.path} had {len(self.data)} tokens when the run began"
-            raise DataLost(f"dataset: {start}, now {now}; restore it")
+            before = f"{self.path} had {len(self.data)} tokens when the run began"
+            raise DataLost(f"dataset: {before}, now {now}; restore it")
         rows = np.stack([self.data[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
         self._check(int(rows.max()))
         block = torch.from_numpy(rows)
@@ -118,10 +118,8 @@ def load_meta(folder: Path) -> dict:
         if file.is_file() and file.stat().st_size / 2 != tokens:
             _check_format(file)
             if tokens is not None:
-                raise ValueError(
-                    f"dataset: {path} counts {tokens} tokens in {file.name}, which holds {file.stat().st_size // 2}; "
-                    "prepare the dataset again"
-                )
+                counts = f"counts {tokens} tokens in {file.name}, which holds {file.stat().st_size // 2}"
+                raise ValueError(f"dataset: {path} {counts}; prepare the dataset again")
     return meta
 
 

@@ -236,11 +236,10 @@ def run_evidence(args) -> None:
     name = evidence.device_name()
     held = Path("results") / slug(name) / "evidence" / "evidence.json" if name else None
     try:
-        ended_well = evidence.run(args.evidence, args.minutes, args.stages, evidence.STAGES, held)
+        if not evidence.run(args.evidence, args.minutes, args.stages, evidence.STAGES, held):
+            sys.exit(1)
     except ValueError as error:
         sys.exit(f"bench.py: {error}")
-    if not ended_well:
-        sys.exit(1)
 
 
 def _positive(text: str) -> int:

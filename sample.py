@@ -5,6 +5,7 @@ python sample.py --out_dir=out-demo --start=FILE:prompt.txt
 python sample.py --init_from=gpt2-xl --start="The answer is"            OpenAI's weights, through transformers
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ import sparse24
 from configurator import check_ranges, configure_or_exit, expand, without_removed
 from model import GPT, GPTConfig
 from runtime import checkpoint
-from runtime.loader import DATA_FOLDER, load_meta, load_tokenizer
+from runtime.loader import DATA_FOLDER, load_meta, load_tokenizer, vocabulary_changes
 from runtime.settings import DTYPES
 
 # ---- settings ----
@@ -47,7 +48,11 @@ def load_model() -> tuple[GPT, dict]:
     config, model_args = (without_removed(state[key], path) for key in ("config", "model_args"))
     model = GPT(GPTConfig(**model_args), sparse24.recipe_of(config))
     model.load_state_dict(state["model"])
-    meta = state.get("data") or load_meta(DATA_FOLDER / config["dataset"])  # earlier releases saved no `data`
+    folder = DATA_FOLDER / config["dataset"]
+    meta = state.get("data") or load_meta(folder)  # checkpoints of earlier releases have no `data`
+    with contextlib.suppress(ValueError, OSError):  # the dataset may be damaged
+        if (folder / "train.bin").exists() and vocabulary_changes(meta, load_meta(folder)):
+            print(f"{folder} has another vocabulary than the run had: using the checkpoint's")
     if meta["vocab_size"] > model.config.vocab_size:
         sizes = f"now has {meta['vocab_size']} tokens, but the checkpoint has {model.config.vocab_size}"
         raise ValueError(f"dataset {config['dataset']} {sizes}; prepare the dataset that the run was trained on")

@@ -32,10 +32,8 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
     pieces, layers = ranks.world_size // copies, list(sparse_linears(model))
     for layer in layers:
         if not sparse24.fits(layer.out_features, pieces):
-            raise ValueError(
-                f"parallel='fsdp': {layer.out_features} rows of a sparse layer cannot be sharded over {pieces} ranks "
-                f"by fours; set fsdp_copies to a larger divisor of {ranks.world_size}"
-            )
+            rows = f"{layer.out_features} rows of a sparse layer cannot be sharded over {pieces} ranks by fours"
+            raise ValueError(f"parallel='fsdp': {rows}; set fsdp_copies to a larger divisor of {ranks.world_size}")
     shape, names = ((pieces,), ("shard",)) if copies == 1 else ((copies, pieces), ("copy", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy, soft = {}, any(layer.recipe.mask == "soft" for layer in layers)

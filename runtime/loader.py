@@ -33,10 +33,8 @@ class Tokens:
             raise FileNotFoundError(f"dataset: {self.path} does not exist; {self.remedy}")
         self.data = np.memmap(self.path, dtype="<u2", mode="r") if self.path.stat().st_size > 1 else np.zeros(0, "<u2")
         if len(self.data) <= block_size:
-            raise ValueError(
-                f"dataset: {self.path} holds {len(self.data)} tokens, need more than block_size={block_size}; "
-                f"set a smaller block_size, or {self.remedy} from more text"
-            )
+            need = f"need more than block_size={block_size}; set a smaller block_size, or {self.remedy} from more text"
+            raise ValueError(f"dataset: {self.path} holds {len(self.data)} tokens, {need}")
         chunk = 2**20  # larger files than 134M tokens are only sampled here; `windows` checks every window
         largest = self.checksum = 0  # the checksum tells other tokens from these after a restart and on other ranks
         for start in range(0, len(self.data), max(chunk, len(self.data) // 128)):
@@ -46,10 +44,8 @@ class Tokens:
 
     def _check(self, largest: int) -> None:
         if largest >= self.vocab_size:
-            raise ValueError(
-                f"dataset: {self.path} holds token {largest}, need tokens below vocab_size={self.vocab_size} "
-                f"(of its meta.json or of the checkpoint); {self.remedy} again"
-            )
+            need = f"need tokens below vocab_size={self.vocab_size} (of its meta.json or of the checkpoint)"
+            raise ValueError(f"dataset: {self.path} holds token {largest}, {need}; {self.remedy} again")
 
     def windows(self, starts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 (B, T), of the windows that begin at `starts`. Targets are shifted by one token.

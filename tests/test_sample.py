@@ -165,16 +165,19 @@ def test_the_checkpoints_own_vocabulary_is_used(run, folder_now):
     folder, save, _ = run
     save(data={"tokenizer": "char", "vocab_size": len(CHARS), "chars": CHARS, "train_tokens": 9, "train_checksum": "0"})
     words = ("--start=abc", "--num_samples=1", "--temperature=0")
-    expected = run_sample(folder, *words)
+    expected = run_sample(folder, *words)[1]
     path = folder / "data" / "meta.json"
+    (folder / "data" / "train.bin").touch()
     if folder_now == "gone":
         shutil.rmtree(folder / "data")
     if folder_now == "other":
         path.write_text(json.dumps({"tokenizer": "char", "vocab_size": len(CHARS), "chars": CHARS.upper()}))
     if folder_now == "damaged":
         path.write_text("{")
-    assert run_sample(folder, *words) == expected
-    assert expected[0] == 0
+    status, stdout, stderr = run_sample(folder, *words)
+    assert status == 0, stderr
+    assert stdout.endswith(expected)
+    assert ("has another vocabulary than the run had" in stdout) == (folder_now == "other")
     assert "vocabulary has no 'ABC'" in run_sample(folder, "--start=ABC")[2]
 
 

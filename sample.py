@@ -5,6 +5,7 @@ python sample.py --out_dir=out-demo --start=FILE:prompt.txt
 python sample.py --init_from=gpt2-xl --start="The answer is"            OpenAI's weights, through transformers
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -39,7 +40,7 @@ RANGES = {
 
 
 def load_model() -> tuple[GPT, dict]:
-    """The model, on the CPU, and the vocabulary of its dataset: its meta.json, or what the checkpoint stored of it."""
+    """The model, on the CPU, and the vocabulary that it was trained with."""
     if init_from != "resume":
         return GPT.from_pretrained(init_from), {"tokenizer": "gpt2", "vocab_size": 50257}
     path = Path(out_dir) / ckpt
@@ -49,19 +50,15 @@ def load_model() -> tuple[GPT, dict]:
     model.load_state_dict(state["model"])
     folder = DATA_FOLDER / config["dataset"]
     meta = state.get("data") or load_meta(folder)  # checkpoints of earlier releases have no `data`
-    try:
-        changes = vocabulary_changes(meta, load_meta(folder)) if (folder / "train.bin").exists() else []
-    except (ValueError, OSError) as error:
-        changes = [str(error)]
-    if changes:
-        print(f"{folder} has changed since the run ({', '.join(changes)}): using the checkpoint's vocabulary")
+    with contextlib.suppress(ValueError, OSError):  # the dataset may be damaged
+        if (folder / "train.bin").exists() and vocabulary_changes(meta, load_meta(folder)):
+            print(f"{folder} has another vocabulary than the run had: using the checkpoint's")
     if meta["vocab_size"] > model.config.vocab_size:
         sizes = f"now has {meta['vocab_size']} tokens, but the checkpoint has {model.config.vocab_size}"
         raise ValueError(f"dataset {config['dataset']} {sizes}; prepare the dataset that the run was trained on")
-    is_sparse = [layer.sparse for layer in sparse24.sparse_linears(model)]
-    print(
-        f"{path}: iteration {state['iter_num']}, {sum(is_sparse)} of {len(is_sparse)} sparse linears in the 2:4 phase"
-    )
+    layers = sparse24.sparse_linears(model)
+    phase = f"{sum(layer.sparse for layer in layers)} of {len(layers)} sparse linears in the 2:4 phase"
+    print(f"{path}: iteration {state['iter_num']}, {phase}")
     return model, meta
 
 
@@ -74,8 +71,7 @@ def print_samples() -> None:
         torch.empty(0, device=run_device)
         generator = torch.Generator(run_device).manual_seed(seed)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device={device!r} cannot be used: {reason}; use --device=cpu") from error
+        raise ValueError(f"device={device!r} cannot be used: {error}; use --device=cpu") from error
     has_bfloat16 = run_device.startswith("cuda") and torch.cuda.is_bf16_supported()
     run_dtype = ("bfloat16" if has_bfloat16 else "float32") if dtype == "auto" else dtype
     autocast = torch.autocast(generator.device.type, DTYPES[run_dtype], enabled=run_dtype != "float32")
@@ -87,10 +83,10 @@ def print_samples() -> None:
         raise ValueError("start is empty, need at least one character; the default is a newline")
     model = model.to(run_device).eval()
     idx = torch.tensor([tokens], device=run_device)
-    options = {"temperature": temperature if temperature > 1e-30 else 0}  # logits / 1e-40 overflow
+    divisor = temperature if temperature > 1e-30 else 0  # logits / 1e-40 overflow
     for _ in range(num_samples):
         with autocast:
-            out = model.generate(idx, max_new_tokens, **options, top_k=top_k, generator=generator)
+            out = model.generate(idx, max_new_tokens, divisor, top_k, generator)
         print(decode(out[0].tolist()), "---------------", sep="\n", flush=True)
 
 
@@ -102,8 +98,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it ends
     except KeyboardInterrupt:
         sys.exit("sample.py: stopped")
-    except UnicodeDecodeError as error:
-        sys.exit(f"sample.py: error: {start} is not UTF-8 text ({error}); convert it, e.g. with iconv")
     except (ValueError, OSError, ImportError, RuntimeError, checkpoint.CheckpointError) as error:
         sys.exit(f"sample.py: error: {' '.join(str(error).split())}")
 

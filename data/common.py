@@ -54,8 +54,6 @@ def read_lines(path):
     """Yield the lines of a UTF-8 text, plain or .xz, with unchanged line ends and without a byte order mark."""
     with open_binary(path) as file:
         try:
-            if b"\0" in file.peek(2)[:2]:  # ASCII in UTF-16, whose bytes are valid UTF-8
-                raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "it looks like UTF-16")
             yield next(file, b"").decode("utf-8-sig")
             yield from (line.decode("utf-8") for line in file)
         except UnicodeDecodeError as error:
@@ -103,13 +101,12 @@ def tiny_shakespeare(script, doc, argv):
 
 # ---- tokenizing ------------------------------------------------------------------------------------------------------
 def encode_chars(text, chars):
-    """Ids (uint16) of the characters of `text`: their positions in `chars`, a sorted string."""
-    codes, known = (np.frombuffer(string.encode("utf-32-le"), dtype="<u4") for string in (text, chars))
-    ids = np.minimum(np.searchsorted(known, codes), len(known) - 1)
-    if (strange := known[ids] != codes).any():
-        bad = chr(codes[strange][0])
-        raise ValueError(f"encode_chars: {bad!r}, need one of the {len(chars)} chars; add it or drop it")
-    return ids.astype("<u2")
+    """Ids (uint16) of the characters of `text`: their positions in `chars`."""
+    ids = {char: position for position, char in enumerate(chars)}
+    try:
+        return np.array([ids[char] for char in text], dtype="<u2")
+    except KeyError as error:
+        raise ValueError(f"encode_chars: {error}, need one of the {len(chars)} chars; add it or drop it") from error
 
 
 @functools.cache
@@ -156,9 +153,8 @@ def write_bin(file, token_chunks):
     """Write an iterable of token chunks (arrays, lists) to an open file. Returns the number of tokens."""
     count = 0
     for chunk in map(np.asarray, token_chunks):
-        for token in (chunk.min(), chunk.max()) if chunk.size else ():
-            if not 0 <= token < 1 << 16:
-                raise ValueError(f"write_bin: token {token}, need 0 <= token < 65536; use a smaller vocabulary")
+        if chunk.size and not 0 <= chunk.min() <= chunk.max() < 1 << 16:
+            raise ValueError(f"write_bin: tokens {chunk.min()} to {chunk.max()}, need 0 to 65535; limit the vocabulary")
         file.write(chunk.astype("<u2").tobytes())
         count += chunk.size
     return count
@@ -177,7 +173,6 @@ def write_dataset(out_dir, train, val, **meta):
         if "sha256" not in meta:
             meta["sha256"] = sha256_of(train_file.name, val_file.name)
         meta_file.write(json.dumps(meta, indent=1).encode() + b"\n")
-        meta_file.flush()
     print(f"wrote train.bin, val.bin and meta.json in {out_dir}")
 
 
@@ -231,22 +226,20 @@ def documents(paths):
     """
     number = 0
     for path in paths:
-        lines, size, begun = [], 0, False
+        text, was_cut = "", False  # the document so far, without the pieces that were cut from it
         for line in chain(read_lines(path), (SEPARATOR,)):
-            *ended, line = line.split(SEPARATOR)
-            for position, text in enumerate(ended):
-                lines.append(text.strip() if position else text.rstrip())
-                if begun or lines[-1]:
-                    yield number, "".join(lines), True
+            *ended, rest = line.split(SEPARATOR)
+            for position, part in enumerate(ended):
+                text += part.strip() if position else part.rstrip()
+                if was_cut or text.strip():
+                    yield number, text, True
                     number += 1
-                lines, size, begun = [], 0, False
-            line = line.lstrip() if ended else line
-            body = line.rstrip(" \t\r\n")
-            lines.append(line)
-            size, begun = size + len(line), begun or bool(line.strip())
-            if size > BLOCK and body and not body[-1].isspace():
-                yield number, "".join(lines[:-1]) + body, False
-                lines, size = [line[len(body) :]], 0
+                text, was_cut = "", False
+            text += rest.lstrip() if ended else rest
+            body = text.rstrip(" \t\r\n") if len(text) > BLOCK else ""
+            if body and not body[-1].isspace():
+                yield number, body, False
+                text, was_cut = text[len(body) :], True
 
 
 def progress(pieces, name, total=None):
@@ -335,8 +328,6 @@ def prepare_documents(script, doc, hub, argv=None):
         made.error("--val needs --input")
     if not 0 < args.val_fraction < 1:
         made.error(f"--val_fraction {args.val_fraction}, need more than 0 and less than 1")
-    if args.num_proc < 1:
-        made.error(f"--num_proc {args.num_proc}, need at least 1")
     check_out_dir(args, args.input)
     encoding = gpt2_encoding()  # fail now, not after hours of download
     train, val, meta = file_splits(args) if args.input else hub_splits(args, hub)

@@ -19,11 +19,8 @@ class DataLost(RuntimeError):
 
 
 class Tokens:
-    """One split of a dataset: a memory-mapped file of uint16 tokens.
-
-    Raises FileNotFoundError if the file is missing, ValueError if it is too short for one window or holds a token of
-    vocab_size or more. Both messages name the prepare command.
-    """
+    """One split of a dataset: a memory-mapped file of uint16 tokens. Raises FileNotFoundError if the file is missing,
+    ValueError if it is too short for one window or holds a token of vocab_size or more."""
 
     def __init__(self, folder: Path, split: str, block_size: int, vocab_size: int):
         self.path, self.block_size, self.vocab_size = folder / f"{split}.bin", block_size, vocab_size
@@ -36,10 +33,8 @@ class Tokens:
             raise FileNotFoundError(f"dataset: {self.path} does not exist; {self.remedy}")
         self.data = np.memmap(self.path, dtype="<u2", mode="r") if self.path.stat().st_size > 1 else np.zeros(0, "<u2")
         if len(self.data) <= block_size:
-            raise ValueError(
-                f"dataset: {self.path} holds {len(self.data)} tokens, need more than block_size={block_size}; "
-                f"set a smaller block_size, or {self.remedy} from more text"
-            )
+            need = f"need more than block_size={block_size}; set a smaller block_size, or {self.remedy} from more text"
+            raise ValueError(f"dataset: {self.path} holds {len(self.data)} tokens, {need}")
         chunk = 2**20  # larger files than 134M tokens are only sampled here; `windows` checks every window
         largest = self.checksum = 0  # the checksum tells other tokens from these after a restart and on other ranks
         for start in range(0, len(self.data), max(chunk, len(self.data) // 128)):
@@ -49,24 +44,18 @@ class Tokens:
 
     def _check(self, largest: int) -> None:
         if largest >= self.vocab_size:
-            raise ValueError(
-                f"dataset: {self.path} holds token {largest}, need tokens below vocab_size={self.vocab_size} "
-                f"(of its meta.json or of the checkpoint); {self.remedy} again"
-            )
+            need = f"need tokens below vocab_size={self.vocab_size} (of its meta.json or of the checkpoint)"
+            raise ValueError(f"dataset: {self.path} holds token {largest}, {need}; {self.remedy} again")
 
     def windows(self, starts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 (B, T), of the windows that begin at `starts`. Targets are shifted by one token.
 
         Raises DataLost if the file was deleted or cut short; reading it would end the process without a message.
         """
-        try:
-            size = self.path.stat().st_size
-        except OSError as error:
-            raise DataLost(f"dataset: {self.path} was deleted during the run ({error}); restore it") from error
-        if size < 2 * len(self.data):
-            raise DataLost(
-                f"dataset: {self.path} had {len(self.data)} tokens when the run began, now {size // 2}; {self.remedy}"
-            )
+        now = self.path.stat().st_size // 2 if os.path.exists(self.path) else 0
+        if now < len(self.data):
+            before = f"{self.path} had {len(self.data)} tokens when the run began"
+            raise DataLost(f"dataset: {before}, now {now}; restore it")
         rows = np.stack([self.data[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
         self._check(int(rows.max()))
         block = torch.from_numpy(rows)
@@ -98,10 +87,8 @@ class Tokens:
 
 
 def load_meta(folder: Path) -> dict:
-    """meta.json of a dataset; GPT-2's tokenizer if there is none, as in nanoGPT.
-
-    Raises ValueError if it is damaged or does not match the .bin files, as after an interrupted preparation; also if
-    the folder has only nanoGPT's meta.pkl, or if a .bin file that meta.json does not count is of another format.
+    """meta.json of a dataset; GPT-2's tokenizer if there is none, as in nanoGPT. Raises ValueError if it is damaged or
+    does not match the .bin files, if the folder has nanoGPT's meta.pkl instead, or if a .bin file has another format.
     """
     path, meta = folder / "meta.json", {"tokenizer": "gpt2", "vocab_size": 50257}
     if path.exists():
@@ -125,36 +112,33 @@ def load_meta(folder: Path) -> dict:
     for split in ("train", "val"):
         tokens, file = meta.get(f"{split}_tokens"), folder / f"{split}.bin"
         if file.is_file() and file.stat().st_size / 2 != tokens:
-            _check_format(file, meta["vocab_size"])
+            _check_format(file)
             if tokens is not None:
-                raise ValueError(
-                    f"dataset: {path} counts {tokens} tokens in {file.name}, which holds {file.stat().st_size // 2}; "
-                    "prepare the dataset again"
-                )
+                counts = f"counts {tokens} tokens in {file.name}, which holds {file.stat().st_size // 2}"
+                raise ValueError(f"dataset: {path} {counts}; prepare the dataset again")
     return meta
 
 
-def _check_format(path: Path, vocab_size: int) -> None:
+def _check_format(path: Path) -> None:
     """Raise ValueError if the first 4 KiB of a token file show another format than uint16 without a header."""
     with path.open("rb") as file:
         head = file.read(4096)
-    words, magic = np.frombuffer(head[: len(head) // 8 * 8], "<u2"), int.from_bytes(head[:4], "little")
-    low, high = words[::2], words[1::2]  # the halves of 32-bit tokens
-    is_wide = low.any() and (not high.any() or (high.max() < 4 and low.max() >= vocab_size))
+    magic, halves = int.from_bytes(head[:4], "little"), np.frombuffer(head[: len(head) // 4 * 4], "<u2")
+    # A text has no control characters below the tab. The 4 KiB may end within a character.
+    is_text = min(head, default=0) > 8 and head.decode(errors="replace").count("\ufffd") < 2
     formats = (
-        (head.startswith(b"\x93NUMPY"), "is a .npy file", f"np.load('{path}')"),
-        (magic == 20240520, "begins with llm.c's header", f"np.fromfile('{path}', '<u2', offset=1024)"),
-        (magic == 20240801, "has llm.c's header and 32-bit tokens", f"np.fromfile('{path}', '<u4', offset=1024)"),
-        (min(head, default=0) > 8 and head.decode(errors="replace").count("\ufffd") < 2, "is a text", None),
-        (path.stat().st_size % 2, "has an odd number of bytes", None),
-        (is_wide and not words[2::4].any(), "has 64-bit tokens", f"np.fromfile('{path}', '<i8')"),
-        (is_wide, "has 32-bit tokens", f"np.fromfile('{path}', '<u4')"),
+        (head.startswith(b"\x93NUMPY"), "is a .npy file"),
+        (magic in (20240520, 20240801), "begins with llm.c's header of 1024 bytes"),
+        (is_text, "is a text"),
+        (path.stat().st_size % 2, "has an odd number of bytes"),
+        (halves[::2].any() and not halves[1::2].any(), "has 32-bit or 64-bit tokens"),
     )
-    for found, form, array in formats:
+    for found, form in formats:
         if found:
-            code = f"import numpy as np; a = {array}; assert a.max() < 65536; a.astype('<u2').tofile('{path}')"
-            remedy = f'convert it by: python -c "{code}"' if array else "prepare the dataset again"
-            raise ValueError(f"dataset: {path} {form}, need uint16 tokens without a header; {remedy}")
+            raise ValueError(
+                f"dataset: {path} {form}, need uint16 tokens without a header; prepare the dataset again or, "
+                "if all tokens are below 65536, write them with numpy by tokens.astype('<u2').tofile(path)"
+            )
 
 
 def describe(meta: dict, splits: list[Tokens]) -> dict:
@@ -168,8 +152,10 @@ def describe(meta: dict, splits: list[Tokens]) -> dict:
 def vocabulary_changes(saved: dict, now: dict) -> list[str]:
     """How the vocabulary of a dataset differs from the one that a checkpoint stored."""
     changes = [f"{k}={now[k]} (there {saved[k]})" for k in ("tokenizer", "vocab_size") if now[k] != saved[k]]
-    chars = enumerate(zip(now.get("chars", ""), saved.get("chars", ""), strict=False))
-    return changes + [f"token {i} is {char!r} (there {before!r})" for i, (char, before) in chars if char != before][:1]
+    for token, (char, before) in enumerate(zip(now.get("chars", ""), saved.get("chars", ""), strict=False)):
+        if char != before:
+            return [*changes, f"token {token} is {char!r} (there {before!r})"]
+    return changes
 
 
 def load_tokenizer(meta: dict):

@@ -25,14 +25,12 @@ def switches(rows):
 
 def curve(rows, key):
     """(iterations, values) of the rows where `key` was measured and is finite."""
-    numbers = [(row["iter"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
-    points = [(iteration, value) for iteration, value in numbers if math.isfinite(value)]
+    points = [(row["iter"], row[key]) for row in rows if row[key] is not None and math.isfinite(row[key])]
     return [iteration for iteration, _ in points], [value for _, value in points]
 
 
-def label_of(folder, config, unique):
-    """Folder name and recipe, such as "out-fst (fst, decay 6e-05)". The full path if the name is not unique."""
-    name = os.path.basename(os.path.abspath(folder)) if unique else folder
+def label_of(name, config):
+    """The name of a run and its recipe, such as "out-fst (fst, decay 6e-05)"."""
     recipe = "dense" if config.get("sparse") == "none" else config.get("sparse")
     decay = config.get("masked_decay") if recipe != "dense" else None
     words = ([recipe] if recipe else []) + ([f"decay {decay:g}"] if decay else [])
@@ -47,7 +45,7 @@ def load_runs(folders):
         rows = read_metrics(folder)
         if not rows:
             raise ValueError(f"{os.path.join(folder, 'metrics.jsonl')} has no complete line yet; try again later")
-        label = label_of(folder, read_config(folder), names.count(name) == 1)
+        label = label_of(name if names.count(name) == 1 else folder, read_config(folder))
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", ":")[i // len(COLOURS) % 2]}
         runs.append({"label": label, "style": style, "rows": rows, "switches": switches(rows)})
     return runs
@@ -62,9 +60,7 @@ def new_figure(title, ylabel):
     axes.set(xlabel="iteration", ylabel=ylabel)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(which="major", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01)
     return figure, axes
 
 
@@ -82,22 +78,23 @@ def mark_switches(axes, runs):
         axes.annotate(f"{phase} from {iteration:,}", **place, xytext=(-3, 0), **font)
 
 
-def finish(figure, path):
-    """Add the legend below the axes and write the file."""
-    labels = figure.axes[0].get_legend_handles_labels()[1]
-    ncols = 2 if max(map(len, labels), default=0) < 50 else 1
-    figure.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=ncols)
-    figure.savefig(path)
+def finish(figure, runs, path):
+    """Mark the changes of phase, add the legend below the axes and write the file. Returns False if there are no runs,
+    which gives no file."""
+    if runs:
+        mark_switches(figure.axes[0], runs)
+        figure.legend(fontsize=8.5, frameon=False, loc="outside lower center")
+        figure.savefig(path)
+    return bool(runs)
 
 
 def plot_loss(runs, path):
-    """Training losses as thin lines, validation losses with markers. The legend has the last validation losses.
-    Returns False, without a file, if no loss is finite."""
+    """Training losses as thin lines, validation losses with markers. The legend has the last validation losses."""
     figure, axes = new_figure("loss: thin = train, marked = validation", "cross-entropy (nats per token)")
-    settled, drawn = [], False
+    settled, drawn = [], []
     for run in runs:
         train, val = curve(run["rows"], "train_loss"), curve(run["rows"], "val_loss")
-        drawn |= bool(train[1] or val[1])
+        drawn += [run] if train[1] or val[1] else []
         axes.plot(*train, **run["style"], linewidth=0.7, alpha=0.45)
         label = run["label"] + (f", val {val[1][-1]:.4f}" if val[1] else "")
         axes.plot(*val, **run["style"], linewidth=1.6, marker="o", markersize=3.5, label=label)
@@ -106,18 +103,16 @@ def plot_loss(runs, path):
     if settled and max(settled) > min(settled):
         margin = 0.04 * (max(settled) - min(settled))
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    if drawn:
-        mark_switches(axes, runs)
-        finish(figure, path)
-    return drawn
+    return finish(figure, drawn, path)
 
 
 def plot_flip_rate(runs, path):
-    """Flip rates as faint points, with a running mean, on a log axis. Returns False, without a file, if none is > 0."""
+    """Flip rates above 0 as faint points, with a running mean, on a log axis."""
     figure, axes = new_figure("flip rate", "fraction of mask entries changed per step")
+    axes.set_yscale("log")
     drawn = []
     for run in runs:
-        rows = [row for row in run["rows"] if curve([row], "flip_rate")[1] and row["flip_rate"] > 0]
+        rows = [row for row in run["rows"] if 0 < (row["flip_rate"] or 0) < math.inf]
         label, half = run["label"], len(rows) // 60
         for _, phase_rows in itertools.groupby(rows, lambda row: row["phase"]):  # no mean across a change of phase
             xs, ys = curve(phase_rows, "flip_rate")
@@ -125,18 +120,12 @@ def plot_flip_rate(runs, path):
             axes.plot(xs, smooth(ys, half), **run["style"], linewidth=1.6, label=label)
             label = None
         drawn += [run] if rows else []
-    if drawn:
-        axes.set_yscale("log")
-        mark_switches(axes, drawn)
-        finish(figure, path)
-    return bool(drawn)
+    return finish(figure, drawn, path)
 
 
 def main(argv=None):
-    description = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("plot.py", description=description, usage=argparse.SUPPRESS)  # one-line errors
-    help_text = "run folder with metrics.jsonl and config.json"
-    parser.add_argument("folders", nargs="+", metavar="out-dir", type=os.path.expanduser, help=help_text)
+    parser = argparse.ArgumentParser("plot.py", description=__doc__, usage=argparse.SUPPRESS)  # one-line errors
+    parser.add_argument("folders", nargs="+", metavar="out-dir", type=os.path.expanduser, help="folder of a run")
     parser.add_argument("--out", type=os.path.expanduser, help="folder for the PNGs (default: the first run's folder)")
     args = parser.parse_args(argv)
     out = args.out or args.folders[0]
@@ -147,7 +136,7 @@ def main(argv=None):
         for name, draw, missing in plots:
             path = os.path.join(out, f"{name}.png")
             print(f"wrote {path}" if draw(runs, path) else f"no run has a {missing}; {path} not written")
-    except (OSError, ValueError, TypeError) as error:  # TypeError: a damaged row has a text for a number
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}; pip install matplotlib")

@@ -104,25 +104,6 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, words, message, caps
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("option", "name", "message"),
-    [
-        ("--out_dir", "file/deeper", "Not a directory: 'file/deeper'"),
-        ("--json", ".", r"Is a directory: '\.'"),
-        ("--evidence", "file", "File exists: 'file'"),
-        ("--json", "file", r"file is not a result of bench\.py \(JSONDecodeError"),
-        ("--json", "other.json", r"other\.json is not a result of bench\.py \(KeyError\('suites'\)\)"),
-    ],
-)
-def test_a_path_that_cannot_be_used_is_named_in_one_line(tmp_path, monkeypatch, option, name, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "suite_rows", lambda *_: [{"case": [1], "reason": "left out"}])
-    Path("file").write_text("{")
-    Path("other.json").write_text('{"rows": []}')
-    with pytest.raises(SystemExit, match=rf"^bench\.py: error: [^\n]*{message}[^\n]*$"):
-        bench.main([option, name])
-
-
 def test_docs_and_results_hold_what_the_roofline_predicts(capsys):
     bench.main(["--predict"])
     text = capsys.readouterr().out

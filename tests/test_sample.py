@@ -139,7 +139,7 @@ def test_a_prompt_file_may_begin_with_a_byte_order_mark_but_must_be_utf8(run):
     prompt.write_text("abc", encoding="utf-8-sig")
     assert "\nabc" in run_sample(run[0], f"--start=FILE:{prompt}", "--num_samples=1")[1]
     prompt.write_text("abc", encoding="utf-16")
-    assert f"FILE:{prompt} is not UTF-8 text" in run_sample(run[0], f"--start=FILE:{prompt}")[2]
+    assert "sample.py: error: 'utf-8' codec can't decode" in run_sample(run[0], f"--start=FILE:{prompt}")[2]
 
 
 @pytest.mark.parametrize(
@@ -160,18 +160,16 @@ def test_ctrl_c_ends_in_one_word(run, monkeypatch):
     assert run_sample(run[0])[::2] == (1, "sample.py: stopped")
 
 
-@pytest.mark.parametrize("folder_now", ["gone", "not prepared", "as it was", "other", "damaged"])
+@pytest.mark.parametrize("folder_now", ["gone", "other", "damaged"])
 def test_the_checkpoints_own_vocabulary_is_used(run, folder_now):
     folder, save, _ = run
     save(data={"tokenizer": "char", "vocab_size": len(CHARS), "chars": CHARS, "train_tokens": 9, "train_checksum": "0"})
     words = ("--start=abc", "--num_samples=1", "--temperature=0")
-    expected = run_sample(folder, *words)[1].split("\n", 1)[1]
+    expected = run_sample(folder, *words)[1]
     path = folder / "data" / "meta.json"
     (folder / "data" / "train.bin").touch()
-    if folder_now in ("gone", "not prepared"):
+    if folder_now == "gone":
         shutil.rmtree(folder / "data")
-    if folder_now == "not prepared":
-        (folder / "data").mkdir()
     if folder_now == "other":
         path.write_text(json.dumps({"tokenizer": "char", "vocab_size": len(CHARS), "chars": CHARS.upper()}))
     if folder_now == "damaged":
@@ -179,9 +177,7 @@ def test_the_checkpoints_own_vocabulary_is_used(run, folder_now):
     status, stdout, stderr = run_sample(folder, *words)
     assert status == 0, stderr
     assert stdout.endswith(expected)
-    named = {"other": "(token 1 is 'A' (there 'a')): using the checkpoint's", "damaged": "meta.json is damaged"}
-    assert ("has changed since the run" in stdout) == (folder_now in named)
-    assert named.get(folder_now, "") in stdout
+    assert ("has another vocabulary than the run had" in stdout) == (folder_now == "other")
     assert "vocabulary has no 'ABC'" in run_sample(folder, "--start=ABC")[2]
 
 

@@ -2,8 +2,7 @@
 
 Text     about 9.7e6 web pages, <|endoftext|> after each. train about 1e10 tokens (20 GB), val 0.05 % of the pages.
 Cost     a download and a cache of `datasets` of tens of GB each; tokenizing uses every core.
-         --input FILE ... reads text from disk instead, plain or .xz, with <|endoftext|> between documents, as a rule
-         alone on its line; --val FILE adds validation text. This needs no network, no `datasets` and little memory.
+         --input FILE ... reads text from disk instead. This needs no network, no `datasets` and little memory.
 Source   HuggingFaceFW/fineweb-edu, sample-10BT, on the Hugging Face hub (ODC-By 1.0).
 """
 

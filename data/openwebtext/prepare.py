@@ -2,8 +2,7 @@
 
 Text     8,013,769 web pages, <|endoftext|> after each. train about 9.0e9 tokens (17 GB), val about 4.4e6 (0.05 %).
 Cost     a download of over 10 GB, tens of GB in the cache of `datasets`; tokenizing uses every core.
-         --input FILE ... reads text from disk instead, plain or .xz, with <|endoftext|> between documents, as a rule
-         alone on its line; --val FILE adds validation text. This needs no network, no `datasets` and little memory.
+         --input FILE ... reads text from disk instead. This needs no network, no `datasets` and little memory.
 Source   Skylion007/openwebtext on the Hugging Face hub (packaging: CC0; the pages are their authors').
 """
 

@@ -55,9 +55,7 @@ def main(argv=None):
             break
         texts.append(text)
     if len(texts) < 10:
-        raise ValueError(
-            f"pystdlib_char: {len(texts)} .py files in {root}, need 10; raise --max_bytes or use a full Python"
-        )
+        raise ValueError(f"pystdlib_char: {len(texts)} .py files in {root}, need 10; raise --max_bytes")
     write_dataset(
         args.out_dir,
         (encode_chars(text, CHARS) for number, text in enumerate(texts) if number % 10 != 9),

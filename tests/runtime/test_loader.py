@@ -120,7 +120,7 @@ def test_data_that_vanishes_or_shrinks_ends_the_run_by_name(attempt, tmp_path, m
     monkeypatch.setattr(loader.Tokens, "windows", spoiled)
     done = attempt(tmp_path / "out", dataset=data, eval_interval=0)
     assert done.returncode == 1
-    assert re.match(r"train\.py: error: dataset: \S+train\.bin (was deleted during|had \d+ tokens when)", done.stderr)
+    assert re.match(r"train\.py: error: dataset: \S+train\.bin had \d+ tokens when", done.stderr)
     assert read_state(tmp_path / "out")["iter_num"] == 8
 
 
@@ -188,13 +188,6 @@ def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, changes, message):
 # Datasets of other programs
 
 
-def follow(message: str, folder) -> dict:
-    """Run the command that ends the message; return what load_meta says then."""
-    command = message.partition(": python ")[2]
-    subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
-    return loader.load_meta(folder)
-
-
 def test_nanogpts_folder_is_refused_with_the_command_that_writes_meta_json(refused, tmp_path):
     folder = make_dataset(tmp_path / "nano gpt")
     meta = json.loads((folder / "meta.json").read_text())
@@ -203,7 +196,8 @@ def test_nanogpts_folder_is_refused_with_the_command_that_writes_meta_json(refus
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": {}}))
     message = refused(tmp_path / "out", dataset=folder)
     assert "has nanoGPT's meta.pkl, need meta.json" in message
-    assert follow(message, folder) == meta
+    subprocess.run(f"{sys.executable} {message.partition(': python ')[2]}", shell=True, check=True)
+    assert loader.load_meta(folder) == meta
 
 
 IDS = np.random.default_rng(0).integers(0, 50257, 600)
@@ -213,36 +207,23 @@ HEADERS = [np.array([magic, 1, 600, *[0] * 253], dtype="<i4") for magic in (2024
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([HEADERS[0], IDS.astype("<u2")], "begins with llm.c's header"),
-        ([HEADERS[1], IDS.astype("<u4")], "has llm.c's header and 32-bit tokens"),
-        ([IDS.astype("<u4")], "has 32-bit tokens"),
-        ([IDS.astype("<i8")], "has 64-bit tokens"),
+        ([HEADERS[0], IDS.astype("<u2")], "begins with llm.c's header of 1024 bytes"),
+        ([HEADERS[1], IDS.astype("<u4")], "begins with llm.c's header of 1024 bytes"),
+        ([IDS.astype("<u4")], "has 32-bit or 64-bit tokens"),
+        ([IDS.astype("<i8")], "has 32-bit or 64-bit tokens"),
         (None, "is a .npy file"),
     ],
     ids=["header", "llama3", "uint32", "int64", "npy"],
 )
-def test_another_format_is_refused_by_name_with_the_command_that_converts_it(tmp_path, content, message):
+def test_another_format_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "train.bin"
     if content:
         path.write_bytes(b"".join(part.tobytes() for part in content))
     else:
         with path.open("wb") as file:
             np.save(file, IDS.astype("<u2"))
-    with pytest.raises(ValueError, match=f"train.bin {message}, need uint16 tokens without a header") as error:
+    with pytest.raises(ValueError, match=f"train.bin {message}, need uint16 tokens without a header; [^\n]+$"):
         loader.load_meta(tmp_path)
-    assert "\n" not in str(error.value)
-    follow(str(error.value), tmp_path)
-    assert np.array_equal(np.fromfile(path, "<u2"), IDS)
-
-
-def test_tokens_above_16_bits_are_refused_and_not_cut_off(tmp_path):
-    ids = np.random.default_rng(0).integers(0, 128_000, 600)
-    ids.astype("<u4").tofile(tmp_path / "val.bin")
-    with pytest.raises(ValueError, match=r"val.bin has 32-bit tokens") as error:
-        loader.load_meta(tmp_path)
-    with pytest.raises(subprocess.CalledProcessError):
-        follow(str(error.value), tmp_path)
-    assert np.array_equal(np.fromfile(tmp_path / "val.bin", "<u4"), ids)
 
 
 @pytest.mark.parametrize("ids", [np.tile([5, 0], 400), np.zeros(400, int), IDS], ids=["alternating", "zeros", "gpt2"])

@@ -181,7 +181,7 @@ def run_search(search: Search) -> None:
     write_results(search)
     dense = run(search, None)
     seconds = runs.last_row(run_folder(search, None))["elapsed_s"]
-    print(f"dense run done; each other run takes about {seconds / 60:.1f} minutes if equally fast", flush=True)
+    print(f"dense run done, after {seconds / 60:.1f} minutes of training", flush=True)
     for decay in search.candidates:
         search.results[decay] = compare(run(search, decay), dense)
         write_results(search)

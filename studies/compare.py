@@ -25,25 +25,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import ConfigError, check_ranges, configure, expand, write_json
+from configurator import check_ranges, configure, expand, write_json
 from runtime.loader import DATA_FOLDER, load_meta
 from runtime.metrics import read_config
 from studies import report, runs
 from studies.cost import ACCUMULATION, GPU, MICRO_BATCH, SIZE, flops_of, measured_ms, predicted_ms, switches_by_itself
 from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
-from studies.report import Paired, by_mean, interval, markdown, paired, spread
+from studies.report import Paired, by_mean, differences_from, interval, markdown, paired, spread
 
-POOLED = ("dense", "half")  # references of a table over several texts
 USUAL = {"preset": "cpu", "ratio": 1.5, "step_ms": None, "name": None}  # defaults; a result's command leaves them out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
-
-
-def folder_of(root: Path, common: str, settings: str, seed: int) -> Path:
-    """A run's folder, named by the settings that differ from `common`."""
-    differing = sorted(words(settings).items() - words(common).items())
-    return root / ("_".join(f"{name}={value}" for name, value in differing).replace("/", ":") + f"-seed{seed}")
 
 
 def is_finished(folder: Path, wanted: dict[str, str]) -> bool:
@@ -51,16 +44,11 @@ def is_finished(folder: Path, wanted: dict[str, str]) -> bool:
     config = read_config(folder)
     if not config:
         return False
-    differing = []
-    for name, value in wanted.items():
-        try:
-            parsed = configure(config, [f"--{name}={value}"])[name]
-        except ConfigError:
-            parsed = value
-        if name not in config or parsed != config[name]:
-            differing.append(f"{name}={value} (there {config.get(name, 'missing')})")
+    parsed = wanted | configure(config, [f"--{name}={value}" for name, value in wanted.items() if name in config])
+    differing = [name for name in wanted if parsed[name] != config.get(name)]
     if differing:
-        raise ValueError(f"{folder} holds another run: {', '.join(differing)}; delete it, or use another --out_dir")
+        text = ", ".join(f"{name}={wanted[name]} (there {config.get(name, 'missing')})" for name in differing)
+        raise ValueError(f"{folder} holds another run: {text}; delete it, or use another --out_dir")
     return runs.is_finished(folder, int(wanted["max_iters"]))
 
 
@@ -77,20 +65,18 @@ def common_of(args) -> tuple[str, str]:
     return ("flip_rate", FLIP_COMMON) if args.study == "flip_rate" else (args.preset, PRESETS[args.preset])
 
 
-def planned(settings: str, args) -> dict[Path, dict[str, str]]:
-    """{folder: settings} of a variant's runs, one per seed."""
-    name, common = common_of(args)
-    root, runs_of = Path(args.out_dir) / f"{name}-{Path(args.dataset).name}", {}
-    for seed in range(1, args.seeds + 1):
-        full_settings = words(f"{common} {settings} seed={seed} dataset={args.dataset}")
-        runs_of[folder_of(root, common, settings, seed)] = full_settings
-    return runs_of
+def planned(settings: str, seed: int, args) -> tuple[Path, dict[str, str]]:
+    """The folder, which is named by the variant's own settings, and all settings of a run."""
+    study, common = common_of(args)
+    differing = sorted(words(settings).items() - words(common).items())
+    name = "_".join(f"{name}={value}" for name, value in differing).replace("/", ":")
+    folder = Path(args.out_dir) / f"{study}-{Path(args.dataset).name}" / f"{name}-seed{seed}"
+    return folder, words(f"{common} {settings} seed={seed} dataset={args.dataset}")
 
 
 def run_all(variants: list[str], args) -> None:
     """Finish every variant for every seed, `args.jobs` at a time. All variants of a seed run before the next seed."""
-    seeds = zip(*(planned(settings, args).items() for settings in variants), strict=True)
-    in_order = dict(run for seed in seeds for run in seed)
+    in_order = dict(planned(settings, seed, args) for seed in range(1, args.seeds + 1) for settings in variants)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             for future in as_completed([pool.submit(run, *one) for one in in_order.items()]):
@@ -102,13 +88,12 @@ def run_all(variants: list[str], args) -> None:
 
 def run_and_read(variants: dict[str, str], args) -> dict[str, list[Path]]:
     """Run the variants, or those in --only. Returns {label: run folders, one per seed} of all finished variants."""
-    if not args.table_only:
-        run_all([text for label, text in variants.items() if not args.only or label.split(" @ ")[0] in args.only], args)
+    run_all([text for label, text in variants.items() if not args.only or label.split(" @ ")[0] in args.only], args)
     folders = {}
     for label, settings in variants.items():
-        runs_of = planned(settings, args)
-        if all(is_finished(*one) for one in runs_of.items()):
-            folders[label] = list(runs_of)
+        runs_of_label = [planned(settings, seed, args) for seed in range(1, args.seeds + 1)]
+        if all(is_finished(*one) for one in runs_of_label):
+            folders[label] = [folder for folder, _ in runs_of_label]
         else:
             print(f"not in the table because seeds are missing: {label}")
     return folders
@@ -133,7 +118,7 @@ def compare(args) -> tuple[dict, list[str]]:
     folders = run_and_read(study.variants, args)
     losses = {label: final_losses(of_label) for label, of_label in folders.items()}
     pruned = complete({label: final_losses(of_label, "val_loss_24") for label, of_label in folders.items()})
-    panels = {f"minus {name}": paired_to(losses, name) for name in study.references if name in losses}
+    panels = differences_from(study.references, losses)
     mus = mus_of(folders, 1.5, 5)
     flops = relative_flops({k: v for k, v in study.variants.items() if not switches_by_itself(v)}, args)
     note = f"Mean +- sample standard deviation over {args.seeds} seeds; differences are taken within each seed. FLOPs: "
@@ -166,10 +151,6 @@ def early_mus(folders: list[Path], dense: list[Path], first: float, end: float) 
         comparable = steps and config["flip_mask"] == read_config(reference)["flip_mask"]
         mus.append(sum(rates[i] for i in steps) / sum(dense_rates[i] for i in steps) if comparable else None)
     return mus
-
-
-def paired_to(losses: dict[str, list[float]], reference: str) -> dict[str, Paired]:
-    return {label: paired(v, losses[reference]) for label, v in losses.items() if label != reference}
 
 
 def environment(folders: dict[str, list[Path]]) -> dict:
@@ -219,13 +200,12 @@ def equal_cost(args) -> tuple[dict, list[str]]:
     for label, of_label in folders.items():
         variant, name = label.split(" @ ")
         losses[name][variant] = final_losses(of_label)
-    differences = {
-        name: {reference: paired_to(by_label, reference) for reference in study.references if reference in by_label}
-        for name, by_label in losses.items()
-    }
-    panels = {f"at equal {name}, minus {k}": v for name, by_ref in differences.items() for k, v in by_ref.items()}
+    panels = {}
+    for name, by_label in losses.items():
+        differences = differences_from(study.references, by_label)
+        panels |= {f"at equal {name}, {title}": panel for title, panel in differences.items()}
     data = {"variants": study.variants, "cost": costs, "steps": steps, "val_loss": losses, "panels": panels}
-    table = report.equal_cost_table(costs, steps, losses, differences)
+    table = report.equal_cost_table(costs, steps, losses, study.references)
     return data | environment(folders), [*table, "", equal_cost_note(args)]
 
 
@@ -271,9 +251,8 @@ def flip_rate(args) -> tuple[dict, list[str]]:
     rates = {label: [window_means(folder) for folder in of_label] for label, of_label in folders.items()}
     if "dense" not in rates:
         raise ValueError("flip_rate: the dense runs are not finished, and mu needs them; run them too")
-    return {"variants": variants, "t0": WINDOWS, "flip_rate": rates} | environment(folders), report.flip_table(
-        rates, WINDOWS
-    )
+    data = {"variants": variants, "t0": WINDOWS, "flip_rate": rates}
+    return data | environment(folders), report.flip_table(rates, WINDOWS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +276,7 @@ def pooled(args) -> None:
     labels = [label for label in tables[0] if all(label in table for table in tables)]
     means = [{label: f"{paired(table[label], table['dense']).mean:.4f}" for label in labels} for table in tables]
     losses = {label: [x for table in tables for x in table[label]] for label in labels}
-    panels = {f"minus {name}": paired_to(losses, name) for name in POOLED}
+    panels = differences_from(("dense", "half"), losses)
     names = [Path(text).name for text in args.texts]
     heads = ["method", *(f"minus dense: {name.removesuffix('_char')}" for name in names)]
     for title in panels:
@@ -308,7 +287,7 @@ def pooled(args) -> None:
         for panel in panels.values():
             d = panel.get(label)
             seeds = interval(by_seed(d, len(names))) if d else ""
-            row += [spread(d.differences), interval(d), seeds, f"{d.lower} of {len(d.differences)}"] if d else [""] * 4
+            row += [spread(d.differences), interval(d), seeds, d.lower_in] if d else [""] * 4
         rows.append(row)
     command = f"python -m studies.compare {args.study} --texts {' '.join(names)}"
     command += f" --name={args.name}" if args.name else ""
@@ -371,21 +350,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=expand, default="shakespeare_char", help="folder under data/, or a path")
     parser.add_argument("--preset", choices=PRESETS, help="the settings that all runs share")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--only", nargs="+", metavar="LABEL", help="variants to run; the table has all finished variants"
-    )
-    parser.add_argument(
-        "--texts", nargs="+", metavar="DATASET", help="write one table over these datasets from finished studies"
-    )
-    parser.add_argument("--table_only", action="store_true", help="run nothing")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="variants to run; the table has all finished ones")
+    parser.add_argument("--texts", nargs="+", metavar="DATASET", help="one table of finished studies of these datasets")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: 2, on a GPU 1")
     parser.add_argument("--out_dir", type=expand, default="out-study", help="folder of the runs")
     parser.add_argument("--results", type=expand, default="results", help="folder of the table and the figure")
     parser.add_argument("--name", help="name of the files below --results; default: study, dataset and preset")
     parser.add_argument("--ratio", type=float, help="equal_cost: dense over 2:4 time of a GEMM, for predictions")
-    parser.add_argument(
-        "--step_ms", type=expand, help="equal_cost: JSON of {label: ms of a step}; default: predictions"
-    )
+    parser.add_argument("--step_ms", type=expand, help="equal_cost: JSON of {label: ms of a step}, not predictions")
     parser.add_argument("--calibrate", type=int, metavar="N", help="only measure step times, in runs of N iterations")
     args = parser.parse_args(argv)
     args.jobs = args.jobs or (1 if args.preset == "gpu" else 2)

@@ -27,36 +27,34 @@ def fitted(defaults: dict, settings: str) -> dict:
     return defaults | configure(defaults, [f"--{k}={v}" for k, v in words(settings).items() if k in defaults])
 
 
-def is_dense(settings: str) -> bool:
-    return words(settings).get("sparse", "none") == "none"
-
-
-def _recipe(settings: str) -> Recipe:
-    recipe = get_recipe(words(settings)["sparse"])
+def recipe_of(settings: str) -> Recipe | None:
+    """The recipe of these settings; None for a dense run."""
+    name = words(settings).get("sparse", "none")
+    if name == "none":
+        return None
+    recipe = get_recipe(name)
     return replace(recipe, **fitted({name: getattr(recipe, name) for name in SETTINGS}, settings))
 
 
 def switches_by_itself(settings: str) -> bool:
     """True if the optimizer ends the dense start, as in STEP. Then a step's mean cost is unknown before the run."""
-    return not is_dense(settings) and _recipe(settings).dense_pretrain_latest > 0
-
-
-def recipe_of(settings: str) -> Recipe | None:
-    """The recipe of these settings; None for a dense run. Raises ValueError if the dense phase has no known length."""
-    if switches_by_itself(settings):
-        raise ValueError(f"{settings}: equal cost needs a dense phase of known length")
-    return None if is_dense(settings) else _recipe(settings)
+    recipe = recipe_of(settings)
+    return recipe is not None and recipe.dense_pretrain_latest > 0
 
 
 def sparse_gemms(recipe: Recipe) -> list[str]:
     """The GEMMs of a feed-forward layer that have a 2:4 operand. dX needs weights pruned along the outputs."""
-    layer = recipe.layer or Sparse24Linear
-    backward_mask = layer.backward_mask is not Sparse24Linear.backward_mask  # the method overrides it
-    both = recipe.mask == "transposable" or backward_mask
-    return ["z", "y", *(["da", "dx"] if both else []), *(["dw1", "dw2"] if recipe.mvue else [])]
+    gemms, layer = ["z", "y"], recipe.layer or Sparse24Linear
+    overrides_backward_mask = layer.backward_mask is not Sparse24Linear.backward_mask
+    if recipe.mask == "transposable" or overrides_backward_mask:
+        gemms += ["da", "dx"]
+    return gemms + (["dw1", "dw2"] if recipe.mvue else [])
 
 
 def sparse_share(recipe: Recipe) -> float:
+    """The share of sparse steps. Raises ValueError if the optimizer ends the dense start, as in STEP."""
+    if recipe.dense_pretrain_latest > 0:
+        raise ValueError(f"sparse={recipe.name}: equal cost needs a dense phase of known length")
     return 1 - recipe.dense_finetune - recipe.dense_pretrain
 
 
@@ -78,14 +76,13 @@ def predicted_ms(settings: str, ratio: float) -> float:
 
     ratio: dense over 2:4 time of a GEMM. In each micro-step the gradient of soft weights (not the straight-through one)
     reads the weights and dW and writes dW, all in fp32."""
-    shape = " ".join(f"{name}={v}" for name, v in words(settings).items() if name in ("ffn_ratio", "activation"))
-    config = GPTConfig(**fitted(asdict(gpt2(SIZE)), shape))
+    config = GPTConfig(**fitted(asdict(gpt2(SIZE)), settings))
     recipe, card = recipe_of(settings), roofline.GPUS[GPU]
     dense = predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
     if recipe is None:
         return dense
-    options = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": recipe.mvue}
-    options["mask_interval"] = recipe.mask_interval
+    ratios = dict.fromkeys(sparse_gemms(recipe), ratio)
+    options = {"ratio": ratios, "mvue": recipe.mvue, "mask_interval": recipe.mask_interval}
     sparse = predict_step(card, config, MICRO_BATCH, options, ACCUMULATION)["ms"]
     if recipe.mask == "soft" and recipe.weight_gradient != "straight":
         weights = config.n_layer * roofline.ffn_weights(config.n_embd, config.d_ff, config.activation)
@@ -98,12 +95,12 @@ def measured_ms(folder: Path, settings: str) -> float:
     which includes compilation, does not count."""
     config, recipe = read_config(folder), recipe_of(settings)
     tokens = config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"]
-    share = {"sparse": sparse_share(recipe) if recipe else 0.0}
-    share["dense"] = 1 - share["sparse"]
-    total = 0.0
-    for phase in (phase for phase in share if share[phase] > 1e-9):
+    sparse, total = sparse_share(recipe) if recipe else 0.0, 0.0
+    for phase, share in (("sparse", sparse), ("dense", 1 - sparse)):
+        if share < 1e-9:  # rounding of 1 - sparse
+            continue
         rows = [row for row in read_metrics(folder) if row["phase"] == phase and row["tokens_per_s"]][1:]
         if not rows:
             raise ValueError(f"{folder} has too few {phase} rows; give --calibrate more iterations")
-        total += share[phase] * 1e3 * tokens / statistics.median(row["tokens_per_s"] for row in rows)
+        total += share * 1e3 * tokens / statistics.median(row["tokens_per_s"] for row in rows)
     return total

@@ -20,6 +20,7 @@ PRESETS = {
 # fst's decay factor. cpu: the best on shakespeare_char with seeds 1 to 3 (results/decay.md). gpu: the paper's
 DECAY = {"cpu": "2e-3", "gpu": "6e-5"}
 FST = f"sparse=fst masked_decay={DECAY['cpu']} mask_interval=40"
+DECAYS = ("0", "6e-5", "2e-4", "6e-4", "2e-3", "6e-3", "2e-2")
 
 STRAIGHT = "sparse=s_ste_straight"  # the paper's gradient; s_ste has the true one
 
@@ -108,11 +109,7 @@ STUDIES = {
     ),
     # Section 4.3: is mu of the best decay factor inside the band?
     "decay": Study(
-        {"dense": "sparse=none"}
-        | {
-            f"fst, decay {decay}": f"{FST} masked_decay={decay}"
-            for decay in ("0", "6e-5", "2e-4", "6e-4", "2e-3", "6e-3", "2e-2")
-        },
+        {"dense": "sparse=none"} | {f"fst, decay {decay}": f"{FST} masked_decay={decay}" for decay in DECAYS}
     ),
     "flip_rate": Study(
         {"dense": "sparse=none"}

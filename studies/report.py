@@ -26,6 +26,10 @@ class Paired:
     high: float | None
     lower: int
 
+    @property
+    def lower_in(self) -> str:
+        return f"{self.lower} of {len(self.differences)}"
+
 
 def paired(values: list[float], reference: list[float]) -> Paired:
     """values minus reference, seed by seed."""
@@ -36,6 +40,16 @@ def paired(values: list[float], reference: list[float]) -> Paired:
     deviation = statistics.stdev(differences)
     half = T975[min(n - 1, len(T975)) - 1] * deviation / math.sqrt(n)
     return Paired(differences, mean, deviation, mean - half, mean + half, lower)
+
+
+def differences_from(references: tuple[str, ...], losses: dict[str, list[float]]) -> dict[str, dict[str, Paired]]:
+    """{"minus <reference>": {label: difference}} of the references that have losses."""
+    panels = {}
+    for name in references:
+        if name in losses:
+            others = {label: values for label, values in losses.items() if label != name}
+            panels[f"minus {name}"] = {label: paired(values, losses[name]) for label, values in others.items()}
+    return panels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,20 +91,18 @@ def loss_table(
             row.append(f"{statistics.fmean(mus[label]):.2f}" if label in mus else "")
         for panel in panels.values():
             d = panel.get(label)
-            row += [spread(d.differences), interval(d), f"{d.lower} of {len(d.differences)}"] if d else [""] * 3
+            row += [spread(d.differences), interval(d), d.lower_in] if d else [""] * 3
         rows.append(row)
     return markdown(heads, rows)
 
 
-def equal_cost_table(costs: dict, steps: dict, losses: dict, panels: dict[str, dict[str, dict]]) -> list[str]:
-    """costs (of a step over dense), steps, losses: {criterion: {label: value}}. panels: {criterion: {reference: {label:
-    difference}}}."""
-    heads = ["method"]
-    for name in costs:
-        heads += [f"{name} of a step", "steps", f"loss at equal {name}", *(f"minus {k}" for k in panels[name])]
-    shown = losses["time"] or losses["FLOPs"]
+def equal_cost_table(costs: dict, steps: dict, losses: dict, references: tuple[str, ...]) -> list[str]:
+    """costs (of a step over dense), steps, losses: {criterion: {label: value}}."""
+    heads, panels = ["method"], {name: differences_from(references, losses[name]) for name in costs}
+    for name, panel in panels.items():
+        heads += [f"{name} of a step", "steps", f"loss at equal {name}", *panel]
     rows = []
-    for label in by_mean(shown) + [label for label in by_mean(losses["FLOPs"]) if label not in shown]:
+    for label in dict.fromkeys(by_mean(losses["time"]) + by_mean(losses["FLOPs"])):
         row = [label]
         for name in costs:
             values = losses[name].get(label)

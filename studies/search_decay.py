@@ -2,14 +2,14 @@
 
     python -m studies.search_decay config/train_gpt2_sparse.py --launcher="torchrun --standalone --nproc_per_node=8"
 
-Give it the arguments of the training command. It trains the dense model in search_dir/dense, and one sparse run per
-candidate lambda in search_dir/decay-<lambda>. Then it computes mu(lambda) = mean r' / mean r over the window. If no mu
-is in [0.60, 0.95], it runs up to `refine` more candidates, interpolated or further out. It writes search.json and
-search.png, and prints the training command.
+Give it the arguments of the training command; the search's own settings follow them. It trains the dense model in
+search_dir/dense, and one sparse run per candidate lambda in search_dir/decay-<lambda>. Then it computes mu(lambda) =
+mean r' / mean r over the window, writes search.json and search.png, and prints the training command with the lambda
+whose mu lies in [0.60, 0.95], nearest to the middle on a log scale. If there is none, give more --candidates: the same
+command does not repeat finished runs.
 
 r' and r are the flip rates (Definition 4.1, fraction of mask entries per step) of the candidate and of the dense run at
-the same steps. Seed, initial weights and batches are equal, so only the method differs. The recommended lambda is the
-one whose mu lies in the band, nearest to its middle on a log scale.
+the same steps. Seed, initial weights and batches are equal, so only the method differs.
 
 A run has 1.5 * warmup_iters steps, all sparse, of the training run's schedule (lr_decay_iters stays). The window is the
 last fifth, 1.2 to 1.5 warm-ups. Before the end of the warm-up lambda has little effect on the masks; later steps cost
@@ -20,14 +20,12 @@ The same command resumes a search that was stopped or killed. The checkpoint of 
 """
 
 import argparse
-import itertools
 import json
 import math
 import shlex
 import shutil
 import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,15 +37,7 @@ from runtime.plot import curve, finish, new_figure
 from sparse24 import SETTINGS, Recipe, get_recipe, recipe_of
 from studies import runs
 
-OWNED = {  # settings that the search sets itself, and why they are refused on the command line
-    "out_dir": "each run has its own folder; choose the parent with --search_dir",
-    "masked_decay": "the search looks for it; choose the candidates with --candidates",
-    "max_iters": "--steps is the length of the search; put the training run's length into its config file",
-    "dense_start": "a search has no dense phase; leave it out",
-    "flip_reference": "the search runs the dense model itself; leave it out",
-}
 HARMLESS = ("log_interval", "wandb_project", "wandb_run_name")  # these may change between two calls
-FACTOR = 3.0  # between the outermost candidate and the next one
 
 
 @dataclass
@@ -59,22 +49,22 @@ class Search:
     search_settings: dict  # settings of the search, which follow the user's
     settings: dict  # all settings of a candidate without out_dir and masked_decay
     real_steps: int  # steps of the training run
-    refined: list[float] = field(default_factory=list)  # candidates that the search added to --candidates
     results: dict[float, dict] = field(default_factory=dict)  # {lambda: what `compare` returns}
 
     def __post_init__(self):
         self.folder, self.steps = Path(self.args.search_dir), self.settings["max_iters"]
+        self.candidates = parse_candidates(self.args.candidates)
         self.first = self.steps - window_size(self.steps)  # first step of the window
         python = self.args.launcher == "python"
         self.launcher = [sys.executable] if python else shlex.split(self.args.launcher)
 
     @property
-    def decays(self) -> list[float]:
-        return sorted({*self.args.candidates, *self.refined})
+    def mus(self) -> dict[float, float]:
+        return {decay: result["mu"] for decay, result in self.results.items()}
 
     @property
-    def mus(self) -> dict[float, float]:
-        return {decay: result["mu"] for decay, result in sorted(self.results.items())}
+    def best(self) -> float | None:
+        return recommend(self.mus)
 
 
 def window_size(steps: int) -> int:
@@ -103,26 +93,6 @@ def parse_candidates(text: str) -> list[float]:
     return values
 
 
-def check_words(typed: dict, settings: dict) -> None:
-    """Raise ValueError for settings that a search cannot have. typed: only those of the command line."""
-    for name in OWNED.keys() & typed.keys():
-        raise ValueError(f"--{name} cannot be given: {OWNED[name]}")
-    if typed.get("sparse") == "none":
-        raise ValueError("--sparse=none: a search needs a sparse recipe, and runs the dense model itself; leave it out")
-    if settings["init_from"] not in ("auto", "scratch"):
-        raise ValueError(f"init_from={settings['init_from']}: a search starts from scratch; give --init_from=auto")
-    if settings["eval_only"]:
-        raise ValueError("eval_only=True: a search has to train; give --eval_only=False")
-
-
-def resolve_recipe(name: str, overrides: dict) -> Recipe:
-    """The recipe of the candidates: the user's, or fst if the config file is for a dense run."""
-    recipe = recipe_of({**overrides, "sparse": "fst" if name == "none" else name})
-    if get_recipe(recipe.name).dense_pretrain:
-        raise ValueError(f"sparse={recipe.name}: its dense start fills the warm-up that a search measures; use another")
-    return recipe
-
-
 def settings_of_search(recipe: Recipe, steps: int, flip_mask: str) -> dict:
     """The settings that the search adds after the user's."""
     settings = {"sparse": recipe.name, "max_iters": steps, "dense_start": steps, "dense_pretrain": 0.0}
@@ -137,36 +107,40 @@ def prepare(args: argparse.Namespace, words: list[str]) -> Search:
     defaults = train_defaults()
     overrides = configure(defaults, words)
     settings = {name: defaults[name] for name in setting_names(defaults)} | overrides
-    check_words(configure(defaults, [word for word in words if word.startswith("-")]), settings)
+    if settings["init_from"] not in ("auto", "scratch"):
+        raise ValueError(f"init_from={settings['init_from']}: a search starts from scratch; give --init_from=auto")
+    if settings["eval_only"]:
+        raise ValueError("eval_only=True: a search has to train; give --eval_only=False")
     usual = min(max(round(1.5 * settings["warmup_iters"]), 100), max(settings["max_iters"], 10))
     steps = usual if args.steps is None else args.steps
-    if steps < 10 or args.refine < 0:
-        raise ValueError(f"--steps={steps} --refine={args.refine}, need at least 10 steps ({usual} is usual) and 0")
-    args.candidates = parse_candidates(args.candidates)
-    recipe = resolve_recipe(settings["sparse"], overrides)
+    if steps < 10:
+        raise ValueError(f"--steps={steps}, need at least 10 steps ({usual} is usual)")
+    sparse = "fst" if settings["sparse"] == "none" else settings["sparse"]  # the config file may be for a dense run
+    if get_recipe(sparse).dense_pretrain:
+        raise ValueError(f"sparse={sparse}: its dense start fills the warm-up that a search measures; use another")
+    recipe = recipe_of({**overrides, "sparse": sparse})
     added = settings_of_search(recipe, steps, settings["flip_mask"])
     data = DATA_FOLDER / settings["dataset"]
     for split in ("train", "val"):
         Tokens(data, split, settings["block_size"], load_meta(data)["vocab_size"])
     full = settings | {name: getattr(recipe, name) for name in SETTINGS} | added
-    full = {name: value for name, value in full.items() if name not in ("name", "out_dir", "masked_decay")}
+    del full["out_dir"], full["masked_decay"]
     search = Search(args, words, added, full, settings["max_iters"])
     if not args.launcher.strip() or not shutil.which(search.launcher[0]):
         raise ValueError(f"--launcher={args.launcher}: there is no such program; give its path, or activate .venv")
-    read_earlier(search)
+    check_folder(search)
     return search
 
 
-def read_earlier(search: Search) -> None:
-    """Take over the candidates that an earlier call added. Raises ValueError if search_dir holds something else."""
+def check_folder(search: Search) -> None:
+    """Raise ValueError if search_dir holds something else than this search."""
     folder, path = search.folder, search.folder / "search.json"
-    if not path.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not path.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else than a search; use another --search_dir")
     if not any(folder.glob("*/metrics.jsonl")):
         return  # no run has begun, so the settings may change
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        saved, refined = earlier["settings"], [c["masked_decay"] for c in earlier["candidates"] if c["refined"]]
+        saved = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is broken; delete {folder}, or use another --search_dir") from None
     saved = without_removed(saved, path)
@@ -177,11 +151,10 @@ def read_earlier(search: Search) -> None:
             f"{folder} holds a search with other settings: {', '.join(differing)}; use those (max_iters is --steps), "
             "or another --search_dir"
         )
-    search.refined = [decay for decay in refined if decay not in search.args.candidates]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The runs
+# The runs, and the choice of lambda
 
 
 def run_folder(search: Search, decay: float | None) -> Path:
@@ -194,17 +167,25 @@ def run_words(search: Search, decay: float | None) -> list[str]:
     return [*search.words, *(f"--{name}={value}" for name, value in added.items())]
 
 
-def run(search: Search, decay: float | None) -> float:
-    """Start or resume one run, and return its seconds. Raises RuntimeError if it fails."""
-    folder, begin = run_folder(search, decay), time.perf_counter()
+def run(search: Search, decay: float | None) -> dict[int, float]:
+    """Start or resume one run, and return the flip rates of its window. Raises RuntimeError if it fails."""
+    folder = run_folder(search, decay)
     runs.train(folder, run_words(search, decay), search.steps, search.launcher)
     for name in ("ckpt.pt", "ckpt_prev.pt"):  # gigabytes that are not needed any more
         (folder / name).unlink(missing_ok=True)
-    return max(time.perf_counter() - begin, runs.last_row(folder).get("elapsed_s") or 0.0)
+    return runs.flip_rates(folder, search.first)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# mu, and the choice of lambda
+def run_search(search: Search) -> None:
+    """Train the runs that are not finished, and compare all candidates with the dense run."""
+    write_results(search)
+    dense = run(search, None)
+    seconds = runs.last_row(run_folder(search, None))["elapsed_s"]
+    print(f"dense run done, after {seconds / 60:.1f} minutes of training", flush=True)
+    for decay in search.candidates:
+        search.results[decay] = compare(run(search, decay), dense)
+        write_results(search)
+        print(f"lambda = {decay:g}: mu = {search.results[decay]['mu']:.3f}", flush=True)
 
 
 def compare(sparse: dict[int, float], dense: dict[int, float]) -> dict:
@@ -230,49 +211,23 @@ def recommend(mus: dict[float, float]) -> float | None:
     return min(inside, key=lambda decay: distance(mus[decay]), default=None)
 
 
-def next_candidate(mus: dict[float, float]) -> float | None:
-    """The lambda to try next if no mu is in the band, or None if no other lambda can help.
-
-    Interpolates log lambda against log mu between the first two neighbours on both sides of the band. A lambda of 0 has
-    no logarithm and does not count. Without such a pair the next lambda is FACTOR times the largest one if that still
-    has too many flips, else the smallest one over FACTOR.
-    """
-    positive = sorted(decay for decay in mus if decay > 0)
-    for a, b in itertools.pairwise(positive):
-        if mus[a] > HEALTHY[1] and mus[b] < HEALTHY[0]:
-            low, high = math.log(max(mus[b], 1e-3)), math.log(mus[a])
-            share = (high - math.log(TARGET)) / (high - low)
-            proposal = a * (b / a) ** share
-            break
-    else:
-        proposal = positive[-1] * FACTOR if mus[positive[-1]] > HEALTHY[1] else positive[0] / FACTOR
-        if proposal < positive[0] and mus.get(0.0, 1.0) < HEALTHY[0]:
-            return None  # too few flips even without decay
-    proposal = float(f"{proposal:.2g}")
-    return None if proposal in mus else proposal
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Output
 
 
 def describe_cost(search: Search) -> str:
-    settings, folders = search.settings, [run_folder(search, decay) for decay in (None, *search.decays)]
+    settings, folders = search.settings, [run_folder(search, decay) for decay in (None, *search.candidates)]
     tokens = settings["gradient_accumulation_steps"] * settings["batch_size"] * settings["block_size"]
     total, done = len(folders) * search.steps, sum(runs.is_finished(folder, search.steps) for folder in folders)
-    more = max(0, search.args.refine - len(search.refined))
     text = (
         f"{len(folders)} runs x {search.steps:,} steps = {total:,} steps of {tokens:,} tokens, {total * tokens:,} "
         f"tokens, {100 * total / max(1, search.real_steps):.3g} % of the training run's {search.real_steps:,} steps; "
-        f"{done} of them done\nand at most {more} more runs, if no candidate fits; recipe {settings['sparse']}, seed "
-        f"{settings['seed']}; mu is sampled at steps {search.first:,} to {search.steps - 1:,}, every "
-        f"{settings['flip_interval']}"
+        f"{done} of them done\nrecipe {settings['sparse']}, seed {settings['seed']}; mu is sampled at steps "
+        f"{search.first:,} to {search.steps - 1:,}, every {settings['flip_interval']}"
     )
-    if search.first < (warmup := settings["warmup_iters"]):
-        text += (
-            f"\nnote: that begins before the warm-up's end, {warmup:,}, when mu still falls with the steps; "
-            f"--steps={round(1.5 * warmup)} would not"
-        )
+    warmup = settings["warmup_iters"]
+    if search.first < warmup:
+        text += f"\nnote: that begins before the warm-up's end, {warmup:,}; --steps={round(1.5 * warmup)} would not"
     return text
 
 
@@ -283,14 +238,16 @@ def training_command(search: Search, decay: float) -> str:
 
 
 def write_results(search: Search) -> None:
-    best, nothing = recommend(search.mus), {"flip_rate": None, "dense_flip_rate": None, "mu": None}
-    results = {"settings": search.settings, "window": [search.first, search.steps], "healthy": HEALTHY}
-    results["candidates"] = [
-        {"masked_decay": decay, "refined": decay in search.refined, **search.results.get(decay, nothing)}
-        for decay in search.decays
-    ]
-    results |= {"masked_decay": best, "command": None if best is None else training_command(search, best)}
-    results["environment"] = read_config(run_folder(search, None)).get("environment")
+    nothing = {"flip_rate": None, "dense_flip_rate": None, "mu": None}
+    results = {
+        "settings": search.settings,
+        "window": [search.first, search.steps],
+        "healthy": HEALTHY,
+        "candidates": [{"masked_decay": decay} | search.results.get(decay, nothing) for decay in search.candidates],
+        "masked_decay": search.best,
+        "command": None if search.best is None else training_command(search, search.best),
+        "environment": read_config(run_folder(search, None)).get("environment"),
+    }
     search.folder.mkdir(parents=True, exist_ok=True)
     write_json(search.folder / "search.json", results)
 
@@ -300,7 +257,7 @@ def draw(search: Search, path: Path) -> None:
     from matplotlib import colormaps
 
     figure, axes = new_figure("flip rate over the decay factor λ; μ in the window", "fraction of mask entries per step")
-    half, best = window_size(search.steps) // search.settings["flip_interval"] // 8, recommend(search.mus)
+    half, best = window_size(search.steps) // search.settings["flip_interval"] // 8, search.best
 
     def smoothed(decay):
         steps, rates = curve(read_metrics(run_folder(search, decay)), "flip_rate")
@@ -322,9 +279,9 @@ def draw(search: Search, path: Path) -> None:
 
 def report(search: Search) -> str:
     """The table of mu and the advice."""
-    best, mus = recommend(search.mus), search.mus
+    best, mus = search.best, search.mus
     lines = [f"{'lambda':>10}  {'flip rate':>10}  {'mu':>6}  smallest to largest"]
-    for decay, r in sorted(search.results.items()):
+    for decay, r in search.results.items():
         mark = "  <- recommended" if decay == best else ""
         spread = f"{r['mu_smallest']:.2f} to {r['mu_largest']:.2f}"
         lines.append(f"{decay:>10g}  {r['flip_rate']:>10.6f}  {r['mu']:>6.3f}  {spread}{mark}")
@@ -332,41 +289,16 @@ def report(search: Search) -> str:
         lines += [f"mu is healthy at lambda = {best:g}. Train with", f"    {training_command(search, best)}"]
         lines.append(f"and, to watch mu in that run too, --flip_reference={run_folder(search, None)}")
         return "\n".join(lines)
-    nearest, further = min(mus, key=lambda decay: distance(mus[decay])), next_candidate(mus)
+    nearest = min(mus, key=lambda decay: distance(mus[decay]))
     band = "mu from {:.2f} to {:.2f}".format(*HEALTHY)
     lines.append(f"no lambda has {band}; nearest is {nearest:g} with {mus[nearest]:.3f}")
-    if further is not None:
-        lines.append(f"run it again with --refine={len(search.refined) + 2}, which continues with lambda = {further:g}")
+    if mus[nearest] > HEALTHY[1]:
+        lines.append(f"add a lambda above {nearest:g} to --candidates; finished runs are not repeated")
+    elif nearest > 0:
+        lines.append(f"add a lambda below {nearest:g} to --candidates; finished runs are not repeated")
     else:
-        lines.append("more candidates will not help: measure later, with more --steps and another --search_dir")
+        lines.append("no lambda will help: measure later, with more --steps and another --search_dir")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def measure(search: Search, decay: float) -> None:
-    run(search, decay)
-    dense, sparse = (runs.flip_rates(run_folder(search, which), search.first) for which in (None, decay))
-    search.results[decay] = compare(sparse, dense)
-    write_results(search)
-    print(f"lambda = {decay:g}: mu = {search.results[decay]['mu']:.3f}", flush=True)
-
-
-def run_search(search: Search) -> None:
-    """Train the runs that are not finished, and compare all runs."""
-    write_results(search)
-    seconds = run(search, None)
-    left = sum(not runs.is_finished(run_folder(search, decay), search.steps) for decay in search.decays)
-    print(f"dense run done; the other {left} take about {seconds * left / 60:.1f} minutes if equally fast", flush=True)
-    for decay in search.decays:
-        measure(search, decay)
-    while recommend(search.mus) is None and len(search.refined) < search.args.refine:
-        decay = next_candidate(search.mus)
-        if decay is None:
-            break
-        search.refined.append(decay)
-        measure(search, decay)
 
 
 def parse(argv: list[str] | None):
@@ -379,11 +311,8 @@ def parse(argv: list[str] | None):
     )
     parser.add_argument("--candidates", default="0,2e-5,6e-5,2e-4,6e-4,2e-3,6e-3", help="decay factors, with commas")
     parser.add_argument("--steps", type=int, help="steps of each run; default: 1.5 * warmup_iters, at least 100")
-    parser.add_argument(
-        "--launcher", default="python", help="program that starts train.py, for example torchrun with its options"
-    )
+    parser.add_argument("--launcher", default="python", help="program that starts train.py, with its options")
     parser.add_argument("--search_dir", type=expand, default="out-search", help="folder of the runs and the results")
-    parser.add_argument("--refine", type=int, default=2, help="largest number of further candidates")
     parser.add_argument("--dry_run", action="store_true", help="print the cost and the commands, and stop")
     return parser.parse_known_args(argv)
 
@@ -394,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
         search = prepare(*parse(argv))
         print(describe_cost(search), flush=True)
         if search.args.dry_run:
-            for decay in (None, *search.decays):
+            for decay in (None, *search.candidates):
                 command = runs.train_command(run_folder(search, decay), run_words(search, decay), search.launcher)
                 print(shlex.join(command))
             return 0
@@ -407,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"studies.search_decay: error: {error}")
     except ImportError as error:
         print(f"wrote {picture.with_suffix('.json')}, but no figure: {error}; pip install matplotlib")
-    return 0 if recommend(search.mus) is not None else 1
+    return 0 if search.best is not None else 1
 
 
 if __name__ == "__main__":

@@ -98,8 +98,6 @@ def test_only_runs_a_part_and_the_table_has_all_that_is_finished(tmp_path, fake_
     for args.only, finished in ((["fst"], []), (["a"], ["a"]), (["c"], ["a", "c"])):
         assert list(compare.run_and_read(variants, args)) == finished
     assert "seeds are missing: b" in capsys.readouterr().out
-    args.seeds, args.table_only = 2, True
-    assert compare.run_and_read(variants, args) == {}
     assert len(fake_training) == 2
     with pytest.raises(SystemExit):
         arguments(tmp_path, "methods", "--only", "fts")
@@ -187,7 +185,7 @@ def test_flip_rates_are_means_over_windows_and_mu_is_paired_by_seed(tmp_path, mo
     assert "| lambda 0, mu | " + " | ".join(["2.50 (2.00 to 3.00)"] * 4) + " |" in lines
     assert math.isclose(float(lines[2].split("|")[2]), 1.5 * 149.5)
     with pytest.raises(ValueError, match="flip_rate: the dense runs are not finished"):
-        compare.flip_rate(arguments(tmp_path / "other", "flip_rate", "--table_only"))
+        compare.flip_rate(arguments(tmp_path / "other", "flip_rate", "--only", "lambda 0"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 import train
-from runtime.health import TARGET
 from runtime.metrics import read_config, read_metrics
 from studies import search_decay
 
@@ -65,7 +64,7 @@ def settings_of(command):
 @pytest.mark.slow
 def test_a_real_search_and_its_second_call(tmp_path, words, capsys):
     folder = tmp_path / "search"
-    status = search_decay.main([*words, "--refine=0"])
+    status = search_decay.main(words)
     out, written = capsys.readouterr().out, json.loads((folder / "search.json").read_text())
     names = ("dense", "decay-0", "decay-0.001")
     assert "3 runs x 20 steps = 60 steps of 32 tokens" in out
@@ -94,7 +93,7 @@ def test_a_real_search_and_its_second_call(tmp_path, words, capsys):
     assert status == (0 if any(0.60 <= mu <= 0.95 for mu in mus) else 1)
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
-    assert search_decay.main([*words, "--refine=0"]) == status
+    assert search_decay.main(words) == status
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
     assert json.loads((folder / "search.json").read_text()) == written
     assert "3 of them done" in capsys.readouterr().out
@@ -128,9 +127,6 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys,
 @pytest.mark.parametrize(
     ("more", "needed"),
     [
-        *((f"--{name}=1", f"--{name} cannot be given") for name in ("max_iters", "dense_start", "masked_decay")),
-        ("--out_dir=x", "choose the parent with --search_dir"),
-        ("--sparse=none", "needs a sparse recipe"),
         ("--sparse=step", "dense start fills the warm-up"),
         ("--init_from=gpt2", "starts from scratch"),
         ("--eval_only=True", "has to train"),
@@ -139,7 +135,6 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys,
         ("--candidates=0", "one above 0"),
         ("--candidates=-1,1", "at least 0"),
         ("--steps=9", "at least 10 steps"),
-        ("--refine=-1", "--refine=-1"),
         ("--launcher=no-such-program x", "no such program"),
         ("--dataset=no_such_data", "does not exist"),
     ],
@@ -151,15 +146,18 @@ def test_impossible_settings_are_refused_before_anything_is_written(tmp_path, wo
     assert not (tmp_path / "search").exists()
 
 
-def test_a_config_file_may_have_settings_of_the_search(tmp_path, words, capsys):
-    """The search's settings follow the config file's, and a dense recipe becomes fst."""
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_user_may_give_settings_of_the_search(tmp_path, words, capsys, in_file):
+    """The search's settings follow the user's, and a dense recipe becomes fst."""
     config = tmp_path / "run.py"
-    config.write_text(
+    settings = (
         'out_dir = "x"\nmax_iters = 1000\nmasked_decay = 1e-3\nsparse = "none"\ndense_start = 5\n'
         "eval_interval = 7\ndense_pretrain = 0.5\nflip_reference = 'out-dense'\n"
     )
+    config.write_text(settings)
+    typed = [f"--{line.replace(' = ', '=')}" for line in settings.splitlines()]
     given = [word for word in words if not word.startswith(("--sparse", "--steps"))]
-    search_decay.main([str(config), *given, "--dry_run"])
+    search_decay.main([*([str(config)] if in_file else typed), *given, "--dry_run"])
     out = capsys.readouterr().out
     assert "3 runs x 100 steps = 300 steps of 32 tokens" in out
     assert "30 % of the training run's 1,000 steps" in out
@@ -234,60 +232,33 @@ def test_recommended_is_the_healthy_one_nearest_to_the_middle(mus, best):
     assert search_decay.recommend(mus) == best
 
 
-@pytest.mark.parametrize(
-    ("mus", "proposal"),
-    [
-        # log mu is linear in log lambda here: 1.2 at 1e-4, TARGET**2 / 1.2 at 1e-2, so TARGET in the middle
-        ({0.0: 1.2, 1e-4: 1.2, 1e-2: TARGET**2 / 1.2}, 1e-3),
-        ({1e-4: 1.1, 3e-4: 1.0}, 9e-4),  # up
-        ({0.0: 1.1, 1e-3: 0.5, 3e-3: 0.2}, 3.3e-4),  # down: 0 is no neighbour
-        ({1e-3: 0.5, 3e-3: 0.2}, 3.3e-4),
-        ({0.0: 0.5, 1e-3: 0.4}, None),  # no lambda below can help
-        ({1e-4: 0.5, 1e-3: 1.2}, 3e-3),  # the wrong way round: up
-        ({1e-4: 1.2, 4e-4: TARGET**2 / 1.2, 1e-3: 1.2, 1e-2: 0.1}, 2e-4),  # the first crossing of several
-        ({1e-3: 1.2, 1.01e-3: 0.5}, None),  # two digits leave nothing new between them
-        ({0.0: 0.5, 1e-4: 1.2}, 3e-4),  # too many flips: up, whatever mu is at 0
-        ({1e-4: 1.1, 1e-2: 0.0}, 1.3e-4),  # a run without flips
-    ],
-)
-def test_the_next_candidate_is_interpolated_or_further_out(mus, proposal):
-    assert search_decay.next_candidate(mus) == proposal
-
-
-@pytest.mark.parametrize(
-    ("candidates", "scale", "refined"),
-    [
-        pytest.param("1e-4,1e-2", 1e-3, 1, marks=pytest.mark.slow),  # between
-        ("0,1e-5,3e-5", 1e-3, 4),  # upwards
-        pytest.param("1e-1", 1e-2, 3, marks=pytest.mark.slow),  # downwards
-    ],
-)
-def test_refinement_runs_what_it_proposes_until_one_is_inside(tmp_path, words, fake_train, candidates, scale, refined):
-    """mu = TARGET at `scale` and falls as lambda**-0.3 around it, 1.1 at 0."""
-    ran = fake_train(lambda decay: min(1.1, TARGET * (decay / scale) ** -0.3) if decay else 1.1)
-    words = [*words, f"--candidates={candidates}"]
-    assert search_decay.main([*words, "--refine=9"]) == 0
-    written = json.loads((tmp_path / "search" / "search.json").read_text())
-    new = [c for c in written["candidates"] if c["refined"]]
-    first = 1 + len(candidates.split(","))
-    assert 1 <= len(new) <= refined
-    assert len(ran) == first + len(new) == len(set(ran))
-    assert any(0.60 <= candidate["mu"] <= 0.95 for candidate in new)
-    assert f"--masked_decay={written['masked_decay']:g}" in written["command"]
-    assert search_decay.main([*words, "--refine=0"]) == 0  # the added candidates are remembered
-    assert len(ran) == first + len(new)
-
-
 def test_if_no_candidate_fits_it_gives_advice_and_writes_the_results(tmp_path, words, fake_train, capsys):
     ran = fake_train(lambda decay: 1.3 - decay)
-    assert search_decay.main([*words, "--refine=1"]) == 1
+    assert search_decay.main(words) == 1
     out = capsys.readouterr().out
-    assert "no lambda has mu from 0.60 to 0.95; nearest is 0.003 with 1.297" in out
-    assert "--refine=3, which continues with lambda = 0.009" in out
-    assert ran == ["dense", "decay-0", "decay-0.001", "decay-0.003"]
+    assert "no lambda has mu from 0.60 to 0.95; nearest is 0.001 with 1.299" in out
+    assert "add a lambda above 0.001 to --candidates" in out
+    assert ran == ["dense", "decay-0", "decay-0.001"]
     written = json.loads((tmp_path / "search" / "search.json").read_text())
     assert (written["masked_decay"], written["command"]) == (None, None)
     assert (tmp_path / "search" / "search.png").exists()
+    assert search_decay.main([*words, "--candidates=0,1e-3,0.6"]) == 0
+    assert ran == ["dense", "decay-0", "decay-0.001", "decay-0.6"]
+
+
+@pytest.mark.parametrize(
+    ("mus", "advice"),
+    [
+        ({0.0: 0.5, 1e-3: 0.4}, "no lambda will help: measure later"),
+        ({0.0: 1.1, 1e-3: 0.2}, "add a lambda above 0 to --candidates"),
+        ({0.0: 1.1, 1e-3: 0.59}, "add a lambda below 0.001 to --candidates"),
+    ],
+)
+def test_the_advice_follows_the_nearest_candidate(words, mus, advice):
+    search = search_decay.prepare(*search_decay.parse(words))
+    rates = {"flip_rate": 1.0, "mu_smallest": 1.0, "mu_largest": 1.0}
+    search.results = {decay: rates | {"mu": mu} for decay, mu in mus.items()}
+    assert advice in search_decay.report(search)
 
 
 def test_a_method_with_a_layer_of_its_own_is_searched_too(tmp_path, words, fake_train):
@@ -325,7 +296,6 @@ def test_defaults_are_train_s_and_options_do_not_hide_a_setting():
     defaults = search_decay.train_defaults()
     names = set(search_decay.setting_names(defaults))
     assert not vars(search_decay.parse([])[0]).keys() & names
-    assert set(search_decay.OWNED) <= names
     expected = {name: vars(train)[name] for name in search_decay.setting_names(vars(train))}
     assert {name: defaults[name] for name in search_decay.setting_names(defaults)} == expected
     assert search_decay.configure(defaults, ["--compile=None"]) == {"compile": None}

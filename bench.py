@@ -238,7 +238,7 @@ def run_kernels(args, device: torch.device) -> None:
 
 def run_evidence(args) -> None:
     """Run stages of benchmarks/evidence.py. This process does not use the GPU."""
-    name = evidence.device_name()
+    name = gpu_state().get("name")
     held = Path("results") / slug(name) / "evidence" / "evidence.json" if name else None
     try:
         ended_well = evidence.run(args.evidence, args.minutes, args.stages, evidence.STAGES, held)

@@ -130,11 +130,14 @@ def _adamw(rows, columns, order, device):
     return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars)
 
 
-# lambdas, since there is no module `kernels` without Triton
-_SEARCH, _PAIRS = {"kernel": lambda w: kernels.transposable_index(w)}, {"kernel": lambda w: kernels.pair_index(w)}
-_SOFT, _SCALE = {"kernel": lambda w: kernels.soft_threshold24(w)}, {"kernel": lambda w: kernels.sste_scale(w)}
+# These are lambdas, since there is no module `kernels` without Triton.
+_SEARCH = {"kernel": lambda w: kernels.transposable_index(w)}
+_PAIRS = {"kernel": lambda w: kernels.pair_index(w)}
+_SOFT = {"kernel": lambda w: kernels.soft_threshold24(w)}
+_SCALE = {"kernel": lambda w: kernels.sste_scale(w)}
 _BF16 = {"dtype": torch.bfloat16}
-_BF16_FORWARD, _BF16_BACKWARD = _BF16 | {"forms": (True, False)}, _BF16 | {"forms": (False, True)}
+_BF16_FORWARD = _BF16 | {"forms": (True, False)}
+_BF16_BACKWARD = _BF16 | {"forms": (False, True)}
 CASES = [
     Case("mask search, fp32 weights", BLOCK, 65, 265, (4, 0), _of_weight, _SEARCH),
     Case("mask search, bf16 weights", BLOCK, 33, 270, (0, 0), _of_weight, _SEARCH | _BF16),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import roofline
-from benchmarks.steps import gpt2, predict_step
+from benchmarks.steps import gpt2
 from configurator import configure
 from model import GPT, GPTConfig
 from runtime.metrics import read_config, read_metrics
@@ -81,12 +81,12 @@ def predicted_ms(settings: str, ratio: float) -> float:
     shape = " ".join(f"{name}={v}" for name, v in words(settings).items() if name in ("ffn_ratio", "activation"))
     config = GPTConfig(**fitted(asdict(gpt2(SIZE)), shape))
     recipe, card = recipe_of(settings), roofline.GPUS[GPU]
-    dense = predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
+    dense = roofline.predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
     if recipe is None:
         return dense
     options = {"ratio": dict.fromkeys(sparse_gemms(recipe), ratio), "mvue": recipe.mvue}
     options["mask_interval"] = recipe.mask_interval
-    sparse = predict_step(card, config, MICRO_BATCH, options, ACCUMULATION)["ms"]
+    sparse = roofline.predict_step(card, config, MICRO_BATCH, options, ACCUMULATION)["ms"]
     if recipe.mask == "soft" and recipe.weight_gradient != "straight":
         weights = config.n_layer * roofline.ffn_weights(config.n_embd, config.d_ff, config.activation)
         sparse += 1e3 * ACCUMULATION * 12 * weights / card.bandwidth

@@ -7,7 +7,8 @@ import torch
 
 import bench
 from benchmarks import roofline, steps
-from benchmarks.steps import TOY, predict_step
+from benchmarks.roofline import predict_step
+from benchmarks.steps import TOY
 from benchmarks.suites import MASK_INTERVAL, Settings
 from gemm24.ffn import pack_weights
 from sparse24 import refresh_masks, sparse_linears

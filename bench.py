@@ -37,7 +37,7 @@ from benchmarks import evidence, kernel_times, roofline, steps, suites
 from benchmarks.machine import attempt, gpu_state, machine, read_json, release
 from benchmarks.machine import device as this_device
 from benchmarks.report import table, with_spread
-from benchmarks.steps import PAPER_BATCH, gpt2, predict_step
+from benchmarks.steps import PAPER_BATCH, gpt2
 from benchmarks.suites import MASK_INTERVAL, WIDTHS, Settings
 from configurator import expand, write_json
 from model import PRESETS, GPTConfig
@@ -168,7 +168,7 @@ def prediction(name: str) -> str:
         s = (roofline.block_s_model(gpu, d, 4 * d, 16384, n, **one) for one in sparse)
         blocks.append([str(n), str(d), *map("{:.2f}".format, s)])
     for size, batch in PAPER_BATCH.items():
-        dense, *predicted = (predict_step(gpu, gpt2(size), batch, one) for one in (None, *sparse))
+        dense, *predicted = (roofline.predict_step(gpu, gpt2(size), batch, one) for one in (None, *sparse))
         speeds = [f"{dense['ms'] / one['ms']:.2f}: {one['tokens_per_s']:,.0f}" for one in predicted]
         step_rows.append([size, str(batch), f"{dense['ms']:.1f}", f"{dense['tokens_per_s']:,.0f}", *speeds])
     head = (
@@ -233,7 +233,7 @@ def run_kernels(args, device: torch.device) -> None:
 
 def run_evidence(args) -> None:
     """Run stages of benchmarks/evidence.py. This process does not use the GPU."""
-    name = evidence.device_name()
+    name = gpu_state().get("name")
     held = Path("results") / slug(name) / "evidence" / "evidence.json" if name else None
     try:
         if not evidence.run(args.evidence, args.minutes, args.stages, evidence.STAGES, held):

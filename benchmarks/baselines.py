@@ -36,9 +36,8 @@ def pattern_table(patterns: torch.Tensor) -> torch.Tensor:
 def transposable_index_dot(w: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Baseline: the paper's search (Figure 4), which computes all 90 scores by matrix products and takes the argmax.
 
-    table: `pattern_table`. Masks are optimal within TF32's rounding of |w| (2^-11). Returns what
-    kernels.transposable_index returns.
-    """
+    table: `pattern_table`. Returns what kernels.transposable_index returns; optimal within TF32's rounding of |w|
+    (2^-11)."""
     index = torch.empty((w.shape[0] // 4, w.shape[1] // 4), dtype=torch.uint8, device=w.device)
     sizes, grid = (index.shape[1], index.numel(), *w.stride()), triton.cdiv(index.numel(), 128)
     _launch(_transposable_index_dot_kernel, grid, w, table, index, *sizes, BLOCKS=128, num_warps=4)

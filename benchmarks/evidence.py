@@ -14,6 +14,7 @@ put these files into .evidence before a later call. The stage `train` reads the 
 if the copy has no git history.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -81,14 +82,6 @@ def code_id(stage: Stage) -> str:
     return digest.hexdigest()[:12]
 
 
-def earlier_stages(*files: Path) -> dict[str, dict]:
-    """The stages of earlier calls by name. Later files take precedence."""
-    stages = {}
-    for path in files:
-        stages |= (read_json(path) or {"stages": {}})["stages"]
-    return stages
-
-
 def run_stage(stage: Stage, out: Path, seconds: float, log) -> dict:
     """Run one stage for at most `seconds`. Returns its status, time and, unless it is "ok", the end of its output."""
     caches = out / "caches"
@@ -117,17 +110,12 @@ def run_stage(stage: Stage, out: Path, seconds: float, log) -> dict:
 
 def _end_group(process: subprocess.Popen) -> None:
     """End a process and its children: SIGTERM first, then SIGKILL."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:  # the group is empty
-            break
-        if process.poll() is None:
-            try:
-                process.wait(KILL_S)
-            except subprocess.TimeoutExpired:
-                continue
+    with contextlib.suppress(ProcessLookupError):  # the group may be empty
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_S)
         time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -175,11 +163,6 @@ def pack_up(out: Path) -> None:
             path.unlink()
 
 
-def device_name() -> str | None:
-    """The first GPU's name, from nvidia-smi; None without a GPU."""
-    return gpu_state().get("name")
-
-
 def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage], held: Path | None = None) -> bool:
     """Run the named stages, or all, within `minutes`. held: the evidence.json of earlier calls. Returns True if every
     stage that began succeeded. Raises ValueError for an unknown stage."""
@@ -187,10 +170,12 @@ def run(out: Path, minutes: float, names: Sequence[str], stages: dict[str, Stage
         raise ValueError(f"--evidence: no stage {unknown[0]!r}, need some of {', '.join(stages)}")
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    device = device_name()
+    device = gpu_state().get("name")
     bring_back(out)
-    done = earlier_stages(*([held] if held else []), out / "evidence.json")
-    ran = []
+    done, ran = {}, []
+    for path in (held, out / "evidence.json"):
+        if path and path.exists():
+            done |= read_json(path)["stages"]
     with open(out / "log.txt", "a", encoding="utf-8") as log:
         for name in names or stages:
             code = code_id(stages[name])

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -76,17 +77,13 @@ def _index(w: torch.Tensor) -> torch.Tensor:
     return index.view(w.shape[0] // 4, w.shape[1] // 4)
 
 
-def _randn(*shape: int, device: str, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, device=device, dtype=dtype)
-
-
-def _search(rows, columns, order, device, dtype=torch.float32):
-    w = _randn(rows, columns, device=device, dtype=dtype)
-    return lambda: kernels.transposable_index(w)
+def _of_weight(rows, columns, order, device, kernel, dtype=torch.float32):
+    w = torch.randn(rows, columns, device=device, dtype=dtype)
+    return lambda: kernel(w)
 
 
 def _pack(rows, columns, order, device, dtype=torch.float32, forms=(True, True), pairs=False, **options):
-    w = _randn(rows, columns, device=device, dtype=dtype)
+    w = torch.randn(rows, columns, device=device, dtype=dtype)
     sizes = [w.numel() * 9 // 16 if form else None for form in forms]
     packed = [size and torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
     index = sparse24.pair_index(w) if pairs else _index(w)
@@ -94,19 +91,19 @@ def _pack(rows, columns, order, device, dtype=torch.float32, forms=(True, True),
 
 
 def _mvue(rows, columns, order, device, dtype=torch.bfloat16, token_major=False):
-    x, seed = _randn(rows, columns, device=device, dtype=dtype), torch.tensor(1, device=device)
+    x, seed = torch.randn(rows, columns, device=device, dtype=dtype), torch.tensor(1, device=device)
     x = x.t().contiguous().t() if token_major else x
     return lambda: kernels.mvue24(x, seed)
 
 
 def _mvue_pack(rows, columns, order, device, token_major=False):
     shape = (columns, rows) if token_major else (rows, columns)
-    x, seed = _randn(*shape, device=device, dtype=torch.bfloat16), torch.tensor(1, device=device)
+    x, seed = torch.randn(*shape, device=device, dtype=torch.bfloat16), torch.tensor(1, device=device)
     return lambda: kernels.mvue24_pack(x, seed, order, token_major)
 
 
 def _z_and_da(rows, columns, device, activation):
-    z = _randn(rows * (2 if activation in GATED else 1), columns, device=device, dtype=torch.bfloat16)
+    z = torch.randn(rows * (2 if activation in GATED else 1), columns, device=device, dtype=torch.bfloat16)
     return z, z[:rows].clone()
 
 
@@ -126,69 +123,51 @@ def _fused(rows, columns, order, device, activation, bias=False):
     return lambda: kernels.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
 
 
-def _soft(rows, columns, order, device, scale=False):
-    w = _randn(rows, columns, device=device)
-    return lambda: (kernels.sste_scale if scale else kernels.soft_threshold24)(w)
-
-
-def _pairs(rows, columns, order, device):
-    w = _randn(rows, columns, device=device)
-    return lambda: kernels.pair_index(w)
-
-
 def _adamw(rows, columns, order, device):
-    p, g, m, v = (_randn(rows, columns, device=device).abs_() for _ in range(4))
+    p, g, m, v = (torch.randn(rows, columns, device=device).abs_() for _ in range(4))
     scalars = [sparse24.adamw_scalars(1, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1e-4)]
     index = _index(p)
     return lambda: kernels.adamw_([p], [g], [m], [v], [index], scalars)
 
 
+# These are lambdas, since there is no module `kernels` without Triton.
+_SEARCH = {"kernel": lambda w: kernels.transposable_index(w)}
+_PAIRS = {"kernel": lambda w: kernels.pair_index(w)}
+_SOFT = {"kernel": lambda w: kernels.soft_threshold24(w)}
+_SCALE = {"kernel": lambda w: kernels.sste_scale(w)}
 _BF16 = {"dtype": torch.bfloat16}
+_BF16_FORWARD = _BF16 | {"forms": (True, False)}
+_BF16_BACKWARD = _BF16 | {"forms": (False, True)}
 CASES = [
-    Case("mask search, fp32 weights", BLOCK, 65, 265, (4, 0), _search),
-    Case("mask search, bf16 weights", BLOCK, 33, 270, (0, 0), _search, _BF16),
+    Case("mask search, fp32 weights", BLOCK, 65, 265, (4, 0), _of_weight, _SEARCH),
+    Case("mask search, bf16 weights", BLOCK, 33, 270, (0, 0), _of_weight, _SEARCH | _BF16),
     Case("weight pack, values", BLOCK, 97, 250, (4, 0), _pack, {"metadata": False}),
     Case("weight pack, values and metadata", BLOCK, 101, 400, (4, 0), _pack),
     # FSDP packs the gathered bf16 weight in the forward and again in the backward:
-    Case("weight pack of bf16", BLOCK, 51, 245, (0, 0), _pack, _BF16 | {"forms": (True, False)}),
-    Case("weight pack of bf16, transposed", BLOCK, 51, 262, (0, 0), _pack, _BF16 | {"forms": (False, True)}),
-    Case(
-        *("weight pack of bf16, row-wise mask", BLOCK, 54, 275, (0, 0), _pack),
-        _BF16 | {"forms": (True, False), "pairs": True},
-    ),
+    Case("weight pack of bf16", BLOCK, 51, 245, (0, 0), _pack, _BF16_FORWARD),
+    Case("weight pack of bf16, transposed", BLOCK, 51, 262, (0, 0), _pack, _BF16_BACKWARD),
+    Case("weight pack of bf16, row-wise mask", BLOCK, 54, 275, (0, 0), _pack, _BF16_FORWARD | {"pairs": True}),
     Case("MVUE, masked dense", GROUP, 16, 80, (4, 4), _mvue),
     Case("MVUE, transposed to masked dense", GROUP, 16, 92, (4, 4), _mvue, {"token_major": True}),
     Case("MVUE, masked dense, fp32", GROUP, 32, 110, (8, 8), _mvue, {"dtype": torch.float32}),
     Case("MVUE, packed", GROUP, 12.5, 85, (4, 0), _mvue_pack),
     Case("MVUE, transposed and packed", GROUP, 12.5, 97, (4, 0), _mvue_pack, {"token_major": True}),
-    *(
-        Case(f"{name}, forward", ELEMENT, size, ceiling, (loads, 1), _activation, {"activation": name})
-        for name, size, ceiling, loads in (
-            *(("gelu", 4, 23, 1), ("relu2", 4, 9, 1)),
-            *(("geglu", 6, 26, 2), ("swiglu", 6, 17, 2)),
-        )
-    ),
-    *(
-        Case(f"{name}, backward", ELEMENT, size, ceiling, wide, _activation_backward, {"activation": name})
-        for name, size, ceiling, wide in (
-            *(("gelu", 6, 26, (2, 1)), ("relu2", 6, 12, (2, 1))),
-            *(("geglu", 10, 32, (3, 2)), ("swiglu", 10, 25, (3, 2))),
-        )
-    ),
-    *(
-        Case(
-            *(f"{name} backward, MVUE, packed{', bias' if bias else ''}", GROUP, size, ceiling, wide, _fused),
-            {"activation": name, "bias": bias},
-        )
-        for name, bias, size, ceiling, wide in (
-            *(("gelu", False, 28.5, 175, (8, 4)), ("gelu", True, 28.5, 185, (8, 4))),
-            *(("relu2", False, 28.5, 122, (8, 4)), ("geglu", False, 49, 280, (12, 8))),
-            ("swiglu", False, 49, 245, (12, 8)),
-        )
-    ),
-    Case("row mask, fp32", GROUP, 17, 90, (1, 0), _pairs),
-    Case("soft threshold, fp32", GROUP, 32, 80, (1, 1), _soft),
-    Case("soft threshold and scale, fp32", GROUP, 32, 150, (1, 1), _soft, {"scale": True}),
+    Case("gelu, forward", ELEMENT, 4, 23, (1, 1), _activation, {"activation": "gelu"}),
+    Case("relu2, forward", ELEMENT, 4, 9, (1, 1), _activation, {"activation": "relu2"}),
+    Case("geglu, forward", ELEMENT, 6, 26, (2, 1), _activation, {"activation": "geglu"}),
+    Case("swiglu, forward", ELEMENT, 6, 17, (2, 1), _activation, {"activation": "swiglu"}),
+    Case("gelu, backward", ELEMENT, 6, 26, (2, 1), _activation_backward, {"activation": "gelu"}),
+    Case("relu2, backward", ELEMENT, 6, 12, (2, 1), _activation_backward, {"activation": "relu2"}),
+    Case("geglu, backward", ELEMENT, 10, 32, (3, 2), _activation_backward, {"activation": "geglu"}),
+    Case("swiglu, backward", ELEMENT, 10, 25, (3, 2), _activation_backward, {"activation": "swiglu"}),
+    Case("gelu backward, MVUE, packed", GROUP, 28.5, 175, (8, 4), _fused, {"activation": "gelu"}),
+    Case("gelu backward, MVUE, packed, bias", GROUP, 28.5, 185, (8, 4), _fused, {"activation": "gelu", "bias": True}),
+    Case("relu2 backward, MVUE, packed", GROUP, 28.5, 122, (8, 4), _fused, {"activation": "relu2"}),
+    Case("geglu backward, MVUE, packed", GROUP, 49, 280, (12, 8), _fused, {"activation": "geglu"}),
+    Case("swiglu backward, MVUE, packed", GROUP, 49, 245, (12, 8), _fused, {"activation": "swiglu"}),
+    Case("row mask, fp32", GROUP, 17, 90, (1, 0), _of_weight, _PAIRS),
+    Case("soft threshold, fp32", GROUP, 32, 80, (1, 1), _of_weight, _SOFT),
+    Case("soft threshold and scale, fp32", GROUP, 32, 150, (1, 1), _of_weight, _SCALE),
     Case("AdamW with masked decay", ELEMENT, 28.0625, 112, (4, 3), _adamw, graph=False),
 ]
 DEVICE = "cuda"  # the device that is measured
@@ -197,50 +176,32 @@ TOKENS = 32 * 512
 # The shapes of the paper's tables.
 TABLE2 = ((3072, 768), (4096, 1024), (5120, 1280), (1024, 1600), (8192, 2048), (16384, 4096), (30768, 8192))
 TABLE3 = (768, 1024, 1280, 1600, 2048, 4096, 8192)
-# These kernels issue more instructions than an H200 can issue while it moves their bytes, for the reason given. (Two
-# more kernels would be limited by the ALU pipe, if it runs at half rate as NVIDIA's table says.)
-ISSUE_BOUND = {
-    "mask search, bf16 weights": "half the bytes for the same search; the master weights of training are float32",
-    "MVUE, transposed and packed": "dY alone, a fifth of what is drawn; its exchange by shared memory comes on top",
-}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction
-
-
-class _Target:
-    """Stands in for Triton's CUDA driver, so that launchers compile for an architecture without its GPU."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch  # one cache of compiled kernels per architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
 
 
 @contextlib.contextmanager
 def redirected(arch: int, launch: Callable):
     """While this context is open, each kernel launch compiles for sm_`arch` and calls launch(compiled, grid,
     {argument: value}) instead of running on a GPU."""
+    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
+    stand_in = SimpleNamespace(  # for Triton's CUDA driver, so that launchers compile without the GPU
+        get_current_device=lambda: arch,  # one cache of compiled kernels per architecture
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
 
     def compile_it(self, *args, grid, warmup, **options):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         launch(compiled, grid, dict(zip(self.arg_names, args, strict=False)) | options)
         return compiled
 
-    driver.set_active(_Target(arch))
+    driver.set_active(stand_in)
     JITFunction.run = compile_it
     try:
         yield
@@ -258,10 +219,8 @@ def compile_only(call: Callable, arch: int) -> list[tuple]:
 
 
 def read_code(compiled) -> dict:
-    """Registers, stack, shared memory and instructions of a compiled kernel, from its machine code.
-
-    Assumes that forward branches are not taken. Raises RuntimeError for a loop.
-    """
+    """Registers, stack, shared memory and instructions of a compiled kernel, from its machine code. Assumes that no
+    forward branch is taken. Raises RuntimeError for a loop."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -345,8 +304,7 @@ def time_calls(calls: list[Callable], repetitions: int, graph: bool = True) -> l
 
 def measure(make: Callable[[], Callable], moved: float, repetitions: int, graph: bool = True) -> dict:
     """Time a kernel that moves `moved` bytes, and a copy of as many bytes, on sets of tensors that are together four
-    times the L2 cache. The limit of 256 sets means that kernels below a 64th of the L2 run inside it, like their copy.
-    """
+    times the L2 cache. With the limit of 256 sets, kernels below a 64th of the L2 run inside it, like their copy."""
     sets = min(256, max(2, int(4 * torch.cuda.get_device_properties(0).L2_cache_size / moved) + 1))
     sources = [torch.empty(int(moved) // 2, dtype=torch.uint8, device=DEVICE) for _ in range(sets)]
     targets = [torch.empty_like(source) for source in sources]
@@ -397,11 +355,7 @@ def table2(shapes, repetitions: int) -> Iterator[dict]:
         for name, (search, written) in searches.items():
             if search is _torch_tile and (dtype != torch.bfloat16 or any(n % 128 for n in shape)):
                 continue
-
-            def make(search=search, shape=shape, dtype=dtype):
-                w = _randn(*shape, device=DEVICE, dtype=dtype)
-                return lambda: search(w)
-
+            make = functools.partial(_of_weight, *shape, "", DEVICE, search, dtype)
             moved = shape[0] * shape[1] / 16 * (16 * dtype.itemsize + written)
             rows.append(({"shape": shape, "dtype": str(dtype)[6:], "search": name}, make, moved))
         yield from compared(rows, repetitions)
@@ -415,24 +369,24 @@ def table3(widths, repetitions: int) -> Iterator[dict]:
     """The paper's Table 3: GEGLU on feature-major tensors of 32x512 tokens, along tokens, along features, compiled."""
     compiled = torch.compile(lambda z: activation_ref(z, "geglu"))
 
-    def by_torch(width, *_):
-        z, _ = _z_and_da(width, TOKENS, DEVICE, "geglu")
+    def by_torch(*shape):
+        z, _ = _z_and_da(*shape, DEVICE, "geglu")
         return lambda: compiled(z)
 
-    orders = {"along tokens (ours)": {"by_token": False}, "along features (intuitive)": {"by_token": True}}
-    for width in widths:
-        for make, moved in ((_activation, 6), (_activation_backward, 10)):
-            ways = {order: functools.partial(make, activation="geglu", **options) for order, options in orders.items()}
-            if make is _activation:
-                ways["torch.compile"] = by_torch
-            rows = []
-            for order, way in ways.items():
-                name = {"width": width, "order": order, "pass": make.__name__[1:]}
-                rows.append((name, functools.partial(way, width, TOKENS, "", DEVICE), moved * width * TOKENS))
-            yield from compared(rows, repetitions)
+    passes = (("activation", _activation, 6), ("activation_backward", _activation_backward, 10))
+    for width, (name, make, moved) in itertools.product(widths, passes):
+        ours = functools.partial(make, width, TOKENS, "", DEVICE, "geglu")
+        ways = {"along tokens (ours)": ours, "along features (intuitive)": functools.partial(ours, by_token=True)}
+        if name == "activation":
+            ways["torch.compile"] = functools.partial(by_torch, width, TOKENS)
+        rows = []
+        for order, way in ways.items():
+            rows.append(({"width": width, "order": order, "pass": name}, way, moved * width * TOKENS))
+        yield from compared(rows, repetitions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Tables
 
 
 def markdown(results: dict) -> str:
@@ -524,9 +478,7 @@ def spread_out(shapes: Sequence, count: int) -> list:
     return list(shapes[:: max(1, len(shapes) // count)][:count])
 
 
-def run(
-    out: Path, environment: dict, measuring: bool, repetitions: int = 10, tables: int = 7, counting: bool = True
-) -> dict:
+def run(out: Path, environment: dict, measuring: bool, repetitions=10, tables=7, counting=True) -> dict:
     """Compile and count every kernel, and write `out`/kernels.json and kernels.md.
 
     measuring: also measure the kernels and `tables` shapes of each of the paper's tables, on a CUDA GPU. Otherwise the

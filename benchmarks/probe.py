@@ -41,10 +41,6 @@ def median_us(call: Callable) -> float:
     return statistics.median(choose.time_interleaved([call], 7, False, device())[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine
-
-
 def machine() -> dict:
     """Card, versions, and the rates of a copy and of a large GEMM."""
     a, b = (torch.randn(WIDTH, WIDTH, device=device(), dtype=torch.bfloat16) for _ in range(2))
@@ -56,14 +52,8 @@ def machine() -> dict:
 
 
 def kernels() -> dict:
-    """Compare the Triton kernels with their specifications, and time the comparison."""
-    start = time.perf_counter()
-    status = sparse24.use_kernels(device())
-    return {"status": status, "seconds": time.perf_counter() - start}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The library's byte order
+    """Compare the Triton kernels with their specifications."""
+    return {"status": sparse24.use_kernels(device())}
 
 
 def compare_order(rows: int, columns: int) -> dict:
@@ -87,10 +77,6 @@ def order() -> dict:
         print("order", rows, columns, row, flush=True)
     trusted, why = choose.trusted_order(device())
     return results | {"trusted": trusted, "why": why}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Host time of a call; CUDA graphs
 
 
 def operands(gemm: Gemm, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,8 +144,6 @@ def as_training(packed, b, gemm: Gemm, alg_id: int) -> torch.Tensor:
 def graph() -> dict:
     return {"2:4 by torch's op": replays(by_torch), "2:4, as training calls it": replays(as_training)}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 PARTS = {part.__name__: part for part in (kernels, machine, order, host, graph)}
 

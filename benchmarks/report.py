@@ -21,6 +21,11 @@ KINDS = (  # (kind of kernel, pattern of its name); the first match counts
     ("gelu (the compiler's)", r"gelu"),
     ("AdamW (ours)", r"_adamw"),
 )
+LABELS = {  # newer names of rows that the probe at b79c636 wrote
+    "cusparselt": "2:4 by torch's op, as a custom op",
+    "cusparselt-plan": "2:4 by cached plans, as a custom op",
+    "raw torch op": "2:4 by torch's op",
+}
 
 
 def load(folder: Path, name: str) -> dict | None:
@@ -35,36 +40,24 @@ def with_spread(s: dict) -> str:
     return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts
-
-
-LABELS = {  # newer names of rows that the probe at b79c636 wrote
-    "cusparselt": "2:4 by torch's op, as a custom op",
-    "cusparselt-plan": "2:4 by cached plans, as a custom op",
-    "raw torch op": "2:4 by torch's op",
-}
-
-
 def machine_text(probe: dict) -> str:
     m, version = probe["machine"], probe["machine"]["cusparselt"]
-    shapes = {name: row for name, row in probe["order"].items() if re.fullmatch(r"\d+x\d+", name)}
-    packed = all(row.get("sm90") is True and not row["padding"] for row in shapes.values())
+    shapes = [row for name, row in probe["order"].items() if re.fullmatch(r"\d+x\d+", name)]
+    packed = all(row.get("sm90") is True and not row["padding"] for row in shapes)
     where = f"at all {len(shapes)} shapes tried, without padding" if packed else "but not at every shape"
-    replays = {name: all(right) for name, right in probe["graph"].items() if isinstance(right, list)}
     calls = {name.removesuffix(" us"): us for name, us in probe["host"].items() if name.endswith(" us")}
-    return "\n\n".join(
-        [
-            f"{m['device_name']}, torch {m['torch']}, triton {m['triton']}, cuSPARSELt {version // 1000}."
-            f"{version // 100 % 10}.{version % 100}. A copy moves {m['copy_tb_per_s']:.2f} TB/s. A product of random "
-            f"bf16 matrices, 8192 x 8192 x 8192, runs at {m['product_tflops']:.0f} TFLOP/s. Triton kernels: "
-            f"{probe['kernels']['status']}.",
-            f"cuSPARSELt {probe['order']['why']}, {where}.",
-            "A captured product is right at every replay. "
-            f"{'; '.join(f'{LABELS.get(name, name)}: {right}' for name, right in replays.items())}.",
-            table(["time of one call", "us"], [[LABELS.get(name, name), f"{us:.0f}"] for name, us in calls.items()]),
-        ]
-    )
+    replays = {name: all(right) for name, right in probe["graph"].items() if isinstance(right, list)}
+    replay_texts = [f"{LABELS.get(name, name)}: {right}" for name, right in replays.items()]
+    parts = [
+        f"{m['device_name']}, torch {m['torch']}, triton {m['triton']}, cuSPARSELt {version // 1000}."
+        f"{version // 100 % 10}.{version % 100}. A copy moves {m['copy_tb_per_s']:.2f} TB/s. A product of random bf16 "
+        f"matrices, 8192 x 8192 x 8192, runs at {m['product_tflops']:.0f} TFLOP/s. Triton kernels: "
+        f"{probe['kernels']['status']}.",
+        f"cuSPARSELt {probe['order']['why']}, {where}.",
+        f"A captured product is right at every replay. {'; '.join(replay_texts)}.",
+        table(["time of one call", "us"], [[LABELS.get(name, name), f"{us:.0f}"] for name, us in calls.items()]),
+    ]
+    return "\n\n".join(parts)
 
 
 def gemm_rows(gemm: dict) -> dict[int, dict[str, dict]]:

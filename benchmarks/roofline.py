@@ -19,7 +19,7 @@ Units are seconds, bytes and FLOPs; d = width, d_ff = hidden width, tokens = num
 from dataclasses import dataclass
 
 from gemm24.operands import GATED
-from model import PEAK_TFLOPS
+from model import PEAK_TFLOPS, GPTConfig
 
 GEMM_SHARE, COPY_SHARE = 0.8, 0.9
 FLASH_SHARE = 0.5  # assumed rate of attention over that of GEMMs
@@ -100,36 +100,32 @@ def ffn_weights(d: int, d_ff: int, activation: str) -> int:
     return d * d_ff * (3 if activation in GATED else 2)
 
 
-def ffn_dense(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str = "gelu", recompute: bool = True) -> float:
-    """Seconds of one dense feed-forward layer, forward and backward, as a compiler fuses it."""
-    moved = activation_bytes(d_ff, tokens, activation, recompute, fused=True)
-    return gemm_seconds(gpu, gemm_flops(d, d_ff, tokens, activation)) + moved / gpu.bandwidth
+@dataclass(frozen=True)
+class Sparse:
+    """The 2:4 layer that is predicted. Functions take its fields as a dictionary `sparse`, which is None for dense."""
+
+    ratio: float | dict[str, float] = 2.0  # see gemm_seconds
+    mvue: bool = True  # for dense weight gradients: False, and a ratio {"z": 2, "y": 2, ...} without dw1 and dw2
+    accumulation: int = 1  # the layer is packed once per this number of micro-steps
+    mask_interval: int = 40
 
 
-def ffn_sparse(
-    gpu: GPU,
-    d: int,
-    d_ff: int,
-    tokens: int,
-    activation: str = "gelu",
-    ratio=2.0,
-    mvue: bool = True,
-    accumulation: int = 1,
-    mask_interval: int = 40,
-    recompute: bool = True,
-) -> float:
-    """Seconds of one sparse feed-forward layer, forward and backward, with 1/accumulation of the packing. ratio: see
-    gemm_seconds. For dense weight gradients give {"z": 2, "y": 2, ...} without dw1 and dw2, and mvue=False."""
-    moved = activation_bytes(d_ff, tokens, activation, recompute)
-    moved += mvue_bytes(d, d_ff, tokens, activation) if mvue else 0
-    moved += pack_bytes(ffn_weights(d, d_ff, activation), mask_interval) / accumulation
+def ffn_seconds(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str, sparse: dict | None, recompute=True):
+    """Seconds of one feed-forward layer, forward and backward. A compiler fuses the dense one."""
+    moved = activation_bytes(d_ff, tokens, activation, recompute, fused=sparse is None)
+    ratio = 1.0
+    if sparse is not None:
+        layer = Sparse(**sparse)
+        moved += mvue_bytes(d, d_ff, tokens, activation) if layer.mvue else 0
+        moved += pack_bytes(ffn_weights(d, d_ff, activation), layer.mask_interval) / layer.accumulation
+        ratio = layer.ratio
     return gemm_seconds(gpu, gemm_flops(d, d_ff, tokens, activation), ratio) + moved / gpu.bandwidth
 
 
 def s_model(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str = "gelu", recompute: bool = True, **sparse):
-    """Dense time over sparse time of one feed-forward layer; `sparse` are ffn_sparse's other arguments."""
-    dense = ffn_dense(gpu, d, d_ff, tokens, activation, recompute)
-    return dense / ffn_sparse(gpu, d, d_ff, tokens, activation, recompute=recompute, **sparse)
+    """Dense time over sparse time of one feed-forward layer."""
+    dense, ours = (ffn_seconds(gpu, d, d_ff, tokens, activation, way, recompute) for way in (None, sparse))
+    return dense / ours
 
 
 def attention_seconds(gpu: GPU, d: int, tokens: int, sequence: int) -> float:
@@ -143,9 +139,8 @@ def attention_seconds(gpu: GPU, d: int, tokens: int, sequence: int) -> float:
 
 
 def block_seconds(gpu: GPU, d: int, d_ff: int, tokens: int, sequence: int, activation="gelu", sparse=None) -> float:
-    """Seconds of one transformer block, forward and backward. sparse: None, or ffn_sparse's other arguments."""
-    ffn = ffn_dense if sparse is None else ffn_sparse
-    return ffn(gpu, d, d_ff, tokens, activation, **(sparse or {})) + attention_seconds(gpu, d, tokens, sequence)
+    """Seconds of one transformer block, forward and backward."""
+    return ffn_seconds(gpu, d, d_ff, tokens, activation, sparse) + attention_seconds(gpu, d, tokens, sequence)
 
 
 def block_s_model(gpu: GPU, d: int, d_ff: int, tokens: int, sequence: int, activation="gelu", **sparse) -> float:
@@ -154,32 +149,21 @@ def block_s_model(gpu: GPU, d: int, d_ff: int, tokens: int, sequence: int, activ
     return dense / block_seconds(gpu, d, d_ff, tokens, sequence, activation, sparse)
 
 
-def train_step(
-    gpu: GPU,
-    n_layer: int,
-    n_embd: int,
-    d_ff: int,
-    vocab_size: int,
-    block_size: int,
-    batch_size: int,
-    activation: str = "gelu",
-    accumulation: int = 1,
-    sparse: dict | None = None,
-) -> dict:
-    """One optimizer step of `accumulation` micro-batches of `batch_size` sequences. sparse: None, or ffn_sparse's
-    arguments. Returns "ms", "tokens_per_s" and "parts", whose milliseconds add up to "ms"."""
-    tokens, ffn = batch_size * block_size, ffn_weights(n_embd, d_ff, activation)
-    matrices = n_layer * (4 * n_embd**2 + ffn) + vocab_size * n_embd
-    parameters = matrices + block_size * n_embd
-    cast = 6 * (matrices - (n_layer * ffn if sparse else 0))  # read fp32, write bf16; packed weights need no cast
+def predict_step(gpu: GPU, config: GPTConfig, batch_size: int, sparse: dict | None = None, accumulation=1) -> dict:
+    """One optimizer step of `accumulation` micro-batches of `batch_size` sequences. Returns "ms", "tokens_per_s"
+    and "parts", whose milliseconds add up to "ms"."""
+    d, d_ff, layers, activation = config.n_embd, config.d_ff, config.n_layer, config.activation
+    tokens, ffn = batch_size * config.block_size, ffn_weights(d, d_ff, activation)
+    matrices = layers * (4 * d**2 + ffn) + config.vocab_size * d
+    parameters = matrices + config.block_size * d
+    cast = 6 * (matrices - (layers * ffn if sparse else 0))  # read fp32, write bf16; packed weights need no cast
     cast += 6 * matrices + 12 * parameters * (accumulation - 1) / accumulation  # cast gradients to fp32 and add them up
     sparse = {"accumulation": accumulation} | sparse if sparse else None
-    block = block_seconds(gpu, n_embd, d_ff, tokens, block_size, activation, sparse)
     micro = {
-        "blocks": n_layer * block,
-        "lm_head": 6 * tokens * n_embd * vocab_size / gpu.flops,
-        "cross_entropy": 8 * tokens * vocab_size / gpu.bandwidth,  # bf16 logits: three reads and one write
-        "embeddings_and_last_norm": (24 + 28) * tokens * n_embd / gpu.bandwidth,
+        "blocks": layers * block_seconds(gpu, d, d_ff, tokens, config.block_size, activation, sparse),
+        "lm_head": 6 * tokens * d * config.vocab_size / gpu.flops,
+        "cross_entropy": 8 * tokens * config.vocab_size / gpu.bandwidth,  # bf16 logits: three reads and one write
+        "embeddings_and_last_norm": (24 + 28) * tokens * d / gpu.bandwidth,
         "casts": cast / gpu.bandwidth,
     }
     parts = {name: 1e3 * seconds * accumulation for name, seconds in micro.items()}

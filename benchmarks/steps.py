@@ -25,8 +25,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import machine, roofline
+from benchmarks import machine
 from benchmarks.machine import copy_bandwidth, spread
+from benchmarks.roofline import predict_step
 from benchmarks.suites import MASK_INTERVAL, Settings, compiled, describe, measured_card, plan, time_ms
 from gemm24 import choose
 from gemm24 import plan as ffn_plan
@@ -62,11 +63,6 @@ def gpt2(size: str) -> GPTConfig:
     if size == "toy":
         return TOY
     return GPTConfig(vocab_size=50304, block_size=1024, dropout=0.0, bias=False, **PRESETS[size])
-
-
-def predict_step(gpu: roofline.GPU, config: GPTConfig, batch: int, sparse: dict | None, accumulation: int = 1) -> dict:
-    shape = (config.n_layer, config.n_embd, config.d_ff, config.vocab_size, config.block_size)
-    return roofline.train_step(gpu, *shape, batch, config.activation, accumulation, sparse)
 
 
 class Run:
@@ -118,10 +114,6 @@ class Run:
         if self.sparse:
             pack_weights(self.model)
         self.iter_num += 1
-
-    def refresh(self) -> None:
-        """Search new masks. Pack the weights before the next step."""
-        refresh_masks(self.model, measure=False)
 
 
 def kernel_times(call) -> dict[str, list]:
@@ -184,8 +176,8 @@ def row_of(case: Case, settings: Settings) -> dict:
         runs[name] = run
     sparse = runs["sparse"]
     row["plan"] = describe(sparse.plan, sparse.report)
-    row["refresh_ms"] = spread(time_ms([sparse.refresh], settings)[0])
-    pack_weights(sparse.model)
+    row["refresh_ms"] = spread(time_ms([partial(refresh_masks, sparse.model, measure=False)], settings)[0])
+    pack_weights(sparse.model)  # with the new masks
     time_steps = partial(timed, runs, row["tokens"], row["refresh_ms"]["median"], settings)
     row["compiled"] = time_steps()
     if on_gpu:

@@ -62,8 +62,7 @@ def measured_card(report, bandwidth: float) -> tuple[roofline.GPU, dict[str, flo
     """(this card's rates, {GEMM: ratio}) for the roofline, from a report of `choose`; None if no GEMM was timed.
 
     The rate differs between shapes, so all GEMMs are pooled into one rate and one ratio. Dense times are of the pruned
-    matrix, which a GPU at its power limit may multiply faster than a dense one.
-    """
+    matrix, which a GPU at its power limit may multiply faster than a dense one."""
     if report is None or not report.rows:
         return None
     dense = sum(row["dense_us"] for row in report.rows)

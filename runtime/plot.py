@@ -78,13 +78,17 @@ def mark_switches(axes, runs):
         axes.annotate(f"{phase} from {iteration:,}", **place, xytext=(-3, 0), **font)
 
 
-def finish(figure, runs, path):
-    """Mark the changes of phase, add the legend below the axes and write the file. Returns False if there are no runs,
-    which gives no file."""
+def finish(figure, path):
+    """Add the legend below the axes and write the file."""
+    figure.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=2)
+    figure.savefig(path)
+
+
+def mark_and_finish(figure, runs, path):
+    """Mark the changes of phase, and `finish`. Returns False, without a file, if there are no runs."""
     if runs:
         mark_switches(figure.axes[0], runs)
-        figure.legend(fontsize=8.5, frameon=False, loc="outside lower center")
-        figure.savefig(path)
+        finish(figure, path)
     return bool(runs)
 
 
@@ -103,7 +107,7 @@ def plot_loss(runs, path):
     if settled and max(settled) > min(settled):
         margin = 0.04 * (max(settled) - min(settled))
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    return finish(figure, drawn, path)
+    return mark_and_finish(figure, drawn, path)
 
 
 def plot_flip_rate(runs, path):
@@ -120,7 +124,7 @@ def plot_flip_rate(runs, path):
             axes.plot(xs, smooth(ys, half), **run["style"], linewidth=1.6, label=label)
             label = None
         drawn += [run] if rows else []
-    return finish(figure, drawn, path)
+    return mark_and_finish(figure, drawn, path)
 
 
 def main(argv=None):

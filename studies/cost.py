@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import roofline
-from benchmarks.steps import gpt2, predict_step
+from benchmarks.steps import gpt2
 from configurator import configure
 from model import GPT, GPTConfig
 from runtime.metrics import read_config, read_metrics
@@ -78,12 +78,12 @@ def predicted_ms(settings: str, ratio: float) -> float:
     reads the weights and dW and writes dW, all in fp32."""
     config = GPTConfig(**fitted(asdict(gpt2(SIZE)), settings))
     recipe, card = recipe_of(settings), roofline.GPUS[GPU]
-    dense = predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
+    dense = roofline.predict_step(card, config, MICRO_BATCH, None, ACCUMULATION)["ms"]
     if recipe is None:
         return dense
     ratios = dict.fromkeys(sparse_gemms(recipe), ratio)
     options = {"ratio": ratios, "mvue": recipe.mvue, "mask_interval": recipe.mask_interval}
-    sparse = predict_step(card, config, MICRO_BATCH, options, ACCUMULATION)["ms"]
+    sparse = roofline.predict_step(card, config, MICRO_BATCH, options, ACCUMULATION)["ms"]
     if recipe.mask == "soft" and recipe.weight_gradient != "straight":
         weights = config.n_layer * roofline.ffn_weights(config.n_embd, config.d_ff, config.activation)
         sparse += 1e3 * ACCUMULATION * 12 * weights / card.bandwidth

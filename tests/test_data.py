@@ -217,6 +217,7 @@ def test_a_missing_vocabulary_names_the_way_out(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    common.gpt2_encoding.cache_clear()
     with pytest.raises(RuntimeError, match=r"no GPT-2 vocabulary \(no route\).* TIKTOKEN_CACHE_DIR"):
         common.gpt2_encoding()
 

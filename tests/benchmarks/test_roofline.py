@@ -66,8 +66,8 @@ def test_assumed_rates_are_shares_of_the_data_sheets():
 def test_block_and_step_gain_less_than_the_layer(gpu):
     ffn = roofline.s_model(GPUS[gpu], 1024, 4096, 16384, ratio=2.0)
     block = roofline.block_s_model(GPUS[gpu], 1024, 4096, 16384, 1024, ratio=2.0)
-    shape = (GPUS[gpu], 24, 1024, 4096, 50304, 1024, 16)
-    dense, sparse = (roofline.train_step(*shape, sparse=s) for s in (None, {"ratio": 2.0}))
+    config = GPTConfig(**PRESETS["350M"])
+    dense, sparse = (roofline.predict_step(GPUS[gpu], config, 16, s) for s in (None, {"ratio": 2.0}))
     assert 1 < dense["ms"] / sparse["ms"] < block < ffn < 2
     assert sparse["tokens_per_s"] == pytest.approx(16 * 1024e3 / sparse["ms"])
     assert sum(sparse["parts"].values()) == sparse["ms"]
@@ -78,8 +78,7 @@ def test_longer_sequences_gain_less_and_accumulation_gains_more():
     block = [roofline.block_s_model(GPUS["h200"], 1024, 4096, 16384, n) for n in (512, 1024, 2048)]
     assert block[0] > block[1] > block[2]
     assert roofline.s_model(NOTED, 768, 3072, 4096, accumulation=8) > roofline.s_model(NOTED, 768, 3072, 4096)
-    shape = (GPUS["h200"], 12, 768, 3072, 50304, 1024, 4)
-    once, often = (roofline.train_step(*shape, accumulation=g, sparse={"ratio": 2.0}) for g in (1, 8))
+    once, often = (roofline.predict_step(GPUS["h200"], GPTConfig(), 4, {"ratio": 2.0}, g) for g in (1, 8))
     assert often["ms"] < 8 * once["ms"]
     assert often["tokens_per_s"] > once["tokens_per_s"]
 
@@ -90,7 +89,7 @@ def test_nothing_but_gemms_is_the_ratio_itself():
     fast = GPU(1e12, float("inf"))
     assert roofline.s_model(fast, 768, 3072, 1024, ratio=1.7) == pytest.approx(1.7)
     config = GPTConfig(vocab_size=64, block_size=32, bias=False, **PRESETS["124M"])
-    step = roofline.train_step(fast, 12, 768, 3072, 64, 32, 2)
+    step = roofline.predict_step(fast, config, 2)
     attention = 12 * 12 * 768 * 32
     exact = GPT(config).flops_per_token() - attention + attention / 12 * 7 / roofline.FLASH_SHARE
     assert step["ms"] * 1e-3 * fast.flops == pytest.approx(exact * 64, rel=1e-6)
@@ -99,8 +98,8 @@ def test_nothing_but_gemms_is_the_ratio_itself():
 def test_bytes_of_a_step_by_hand():
     """On a GPU whose GEMMs take no time and that copies 1000 B/s, milliseconds are bytes: two micro-batches."""
     slow, tokens, d, vocab = GPU(float("inf"), 1e3), 2 * 32, 64, 128
-    shape = (slow, 3, d, 4 * d, vocab, 32, 2)
-    dense, sparse = (roofline.train_step(*shape, accumulation=2, sparse=s)["parts"] for s in (None, {"ratio": 2.0}))
+    config = GPTConfig(n_layer=3, n_head=1, n_embd=d, vocab_size=vocab, block_size=32)
+    dense, sparse = (roofline.predict_step(slow, config, 2, s, 2)["parts"] for s in (None, {"ratio": 2.0}))
     matrices = 3 * 12 * d**2 + vocab * d
     parameters = matrices + 32 * d
     layer = 48 + 2 * (12 + 16) + 12  # bytes per token and width: the feed-forward layer, two residual norms, q, k, v

@@ -33,23 +33,22 @@ def test_flops_by_hand():
 
 
 def test_predicted_times_are_rooflines():
-    p, card = PRESETS["774M"], roofline.GPUS["h200"]
+    card = roofline.GPUS["h200"]
 
-    def step(d_ff, activation="gelu", **sparse):
-        shape = (card, p["n_layer"], 1280, d_ff, 50304, 1024, 16, activation, 32)
-        return roofline.train_step(*shape, sparse=sparse or None)["ms"]
+    def step(ffn_ratio, activation="gelu", **sparse):
+        config = GPTConfig(**PRESETS["774M"], ffn_ratio=ffn_ratio, activation=activation)
+        return roofline.predict_step(card, config, 16, sparse or None, 32)["ms"]
 
-    gated = GPTConfig(**p, activation="swiglu").d_ff
-    assert cost.predicted_ms("sparse=none activation=swiglu", 1.5) == step(gated, "swiglu")
-    assert cost.predicted_ms("sparse=none", 1.5) == step(5120)
-    assert cost.predicted_ms("sparse=none ffn_ratio=8", 1.5) == step(10240)
-    fst = step(10240) / 6 + step(10240, ratio=1.5, mask_interval=40) * 5 / 6
+    assert cost.predicted_ms("sparse=none activation=swiglu", 1.5) == step(4, "swiglu")
+    assert cost.predicted_ms("sparse=none", 1.5) == step(4)
+    assert cost.predicted_ms("sparse=none ffn_ratio=8", 1.5) == step(8)
+    fst = step(8) / 6 + step(8, ratio=1.5, mask_interval=40) * 5 / 6
     assert cost.predicted_ms(f"{FST} ffn_ratio=8", 1.5) == pytest.approx(fst)
-    soft = step(5120, ratio=dict.fromkeys(("z", "y", "dw1", "dw2"), 2.0), mask_interval=1, mvue=True)
+    soft = step(4, ratio=dict.fromkeys(("z", "y", "dw1", "dw2"), 2.0), mask_interval=1, mvue=True)
     assert cost.predicted_ms("sparse=s_ste_straight", 2.0) == pytest.approx(soft)
     jacobian = 32 * 36 * 2 * 1280 * 5120 * 12 / card.bandwidth * 1e3  # two fp32 reads, one write
     assert cost.predicted_ms("sparse=s_ste", 2.0) == pytest.approx(soft + jacobian)
-    row = step(5120, ratio=dict.fromkeys(("z", "y"), 2.0), mask_interval=1, mvue=False)
+    row = step(4, ratio=dict.fromkeys(("z", "y"), 2.0), mask_interval=1, mvue=False)
     assert cost.predicted_ms("sparse=sr_ste", 2.0) == pytest.approx(row)
 
 

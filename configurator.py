@@ -53,7 +53,7 @@ REMOVED = {
     "dense_blocks": (0, "all blocks are sparse; sparse24.sparsify makes chosen linears sparse"),
     "rewarm_iters": (0, "the learning rate is warmed up once, at the start"),
     "decay_schedule": ("constant", "masked_decay is constant"),
-    "mvue_estimator": ("exact", "MVUE is the exact one; sparse24.mvue24_sequential is the predecessors'"),
+    "mvue_estimator": ("exact", "MVUE is the exact one"),
     "mvue_layers": ("", "mvue is for all sparse layers"),
     "decay_on": ({"sr_ste": "weight", "": "grad"}, _IN_RECIPE),
     "mask": ({"s_ste": "soft", **dict.fromkeys(("sr_ste", "step", "bi_mask"), "row"), "": "transposable"}, _IN_RECIPE),

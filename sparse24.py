@@ -26,7 +26,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -396,17 +396,17 @@ def _seed_tensor(seed, device) -> torch.Tensor:
     return torch.tensor((int(seed) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
-def group_uniforms(rows: int, groups: int, seed, device=None, stream: int = 0) -> torch.Tensor:
+def group_uniforms(rows: int, groups: int, seed, device=None) -> torch.Tensor:
     """One uniform in [0, 1) per (row, group of four), float32 (rows, groups), multiples of 2^-23.
 
-    seed: the Philox key, an int (taken modulo 2^64) or an int64 0-d tensor. Streams give independent draws.
+    seed: the Philox key, an int (taken modulo 2^64) or an int64 0-d tensor.
     Counter of (r, q): (8 (r//16) + r%8) * 4 ceil(groups/8) + 4 (q//8) + q%4; word: 2 (r//8 % 2) + (q//4 % 2).
     """
     tiles, panels = -(-rows // 16), -(-groups // 8)
     seed = _seed_tensor(seed, device)
     counter = torch.arange(tiles * 8 * panels * 4, dtype=torch.int64, device=seed.device)
     zero, key = torch.zeros_like(counter), (seed & _MASK32, (seed >> 32) & _MASK32)
-    words = philox4x32((counter & _MASK32, counter >> 32, zero + stream, zero), key)
+    words = philox4x32((counter & _MASK32, counter >> 32, zero, zero), key)
     words = torch.stack(words).view(2, 2, tiles, 8, panels, 4)  # (row half, column half, tile, row, panel, column)
     words = words.permute(2, 0, 3, 4, 1, 5).reshape(tiles * 16, panels * 8)[:rows, :groups]
     return (words & 0x7FFFFF).float() * 2.0**-23
@@ -455,39 +455,6 @@ def mvue24(x: torch.Tensor, seed, u: torch.Tensor | None = None) -> torch.Tensor
     stays non-finite. Raises ValueError for a 1-D x, n % 4 != 0 or another shape of u.
     """
     return mvue24_with_mask(x, seed, u)[0]
-
-
-def mvue24_sequential(x: torch.Tensor, seed) -> torch.Tensor:
-    """The predecessors' estimator, as a baseline: two draws without replacement, unbiased but with a larger variance.
-
-    It draws i, then j != i, with probability proportional to magnitude, and divides by the exact inclusion probability
-    a_i/S + a_i * sum_{j != i} a_j / (S (S - a_j)). Arguments, dtypes and errors are those of `mvue24`.
-    """
-    _check_groups("mvue24_sequential", x)
-    shape = (*x.shape[:-1], x.shape[-1] // 4, 1)
-    u, v = (
-        group_uniforms(math.prod(shape[:-2]), shape[-2], seed, x.device, stream).to(x.device).view(shape)
-        for stream in (0, 1)
-    )
-    groups = x.unflatten(-1, (-1, 4))
-    a = _magnitude(groups)
-    sums = a.sum(-1, keepdim=True)
-    inclusion = a / sums
-    for j in range(4):  # j first, then i
-        others = [i for i in range(4) if i != j]
-        rest = a[..., others].sum(-1, keepdim=True)  # S - a_j, without cancellation
-        inclusion[..., others] += torch.where(rest > 0, a[..., j : j + 1] / sums * (a[..., others] / rest), 0)
-
-    def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        running = weights.cumsum(-1)
-        return (running <= uniform * running[..., -1:]).sum(-1, keepdim=True).clamp(max=3)
-
-    first = draw(a, u)
-    second = draw(a.scatter(-1, first, 0), v)
-    mask = torch.zeros_like(a, dtype=torch.bool).scatter_(-1, first, True).scatter_(-1, second, True)
-    values = torch.where(groups == 0, 0, groups / inclusion)
-    finite = torch.isfinite(sums)
-    return torch.where(mask | ~finite, values, 0).flatten(-2).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,32 +568,31 @@ class Recipe:
     optimizer: type | None = None  # subclass of MaskedDecayAdamW that the method trains with; None = MaskedDecayAdamW
 
     def __post_init__(self):
-        recipe = f"Recipe {self.name!r}"
-        choices = {"mask": ("transposable", "row", "soft"), "decay_on": ("grad", "weight")}
-        for field, values in (choices | {"weight_gradient": ("straight", "true")}).items():
-            if getattr(self, field) not in values:
-                raise ValueError(f"{recipe}: {field}={getattr(self, field)!r}, need one of {', '.join(values)}")
-        if not 0 <= self.masked_decay < math.inf:
-            raise ValueError(f"{recipe}: masked_decay={self.masked_decay}, need a finite factor of at least 0")
-        if self.mask_interval < 1:
-            raise ValueError(f"{recipe}: mask_interval={self.mask_interval}, need at least 1 step")
-        for field in ("dense_finetune", "dense_pretrain", "dense_pretrain_latest"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{recipe}: {field}={getattr(self, field)}, need a fraction of max_iters from 0 to 1")
-        for field, base in (("layer", "Sparse24Linear"), ("optimizer", "MaskedDecayAdamW")):  # defined below
-            value = getattr(self, field)
-            if value is not None and not (isinstance(value, type) and issubclass(value, globals()[base])):
-                raise ValueError(f"{recipe}: {field}={value!r}, need a subclass of {base}, or None")
-        soft, first, latest = self.mask == "soft", self.dense_pretrain, self.dense_pretrain_latest
-        needs = {
-            "dense_pretrain + dense_finetune <= 1": first + self.dense_finetune <= 1,
-            "mask='soft' for weight_gradient='true'": soft or self.weight_gradient == "straight",
-            "mask_interval=1 for mask='soft', which follows every step": not soft or self.mask_interval == 1,
-            f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}": not latest or 0 < first <= latest,
-        }
-        unmet = [need for need, met in needs.items() if not met]
-        if unmet:
-            raise ValueError(f"{recipe}: need {'; '.join(unmet)}")
+        def extends(value, base: str) -> bool:
+            return value is None or (isinstance(value, type) and issubclass(value, globals()[base]))  # defined below
+
+        soft, share = self.mask == "soft", "a fraction of max_iters from 0 to 1"
+        first, last, latest = self.dense_pretrain, self.dense_finetune, self.dense_pretrain_latest
+        start = f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}"
+        needs = [  # (field, whether its value is right, the need)
+            ("mask", self.mask in ("transposable", "row", "soft"), "transposable, row or soft"),
+            ("decay_on", self.decay_on in ("grad", "weight"), "grad or weight"),
+            ("weight_gradient", self.weight_gradient in ("straight", "true"), "straight or true"),
+            ("weight_gradient", soft or self.weight_gradient == "straight", "mask='soft' for weight_gradient='true'"),
+            ("masked_decay", 0 <= self.masked_decay < math.inf, "a finite factor of at least 0"),
+            ("mask_interval", self.mask_interval >= 1, "at least 1 step"),
+            ("mask_interval", not soft or self.mask_interval == 1, "mask_interval=1 for mask='soft'"),
+            ("dense_finetune", 0 <= last <= 1, share),
+            ("dense_pretrain", 0 <= first <= 1, share),
+            ("dense_pretrain_latest", 0 <= latest <= 1, share),
+            ("dense_pretrain", first + last <= 1, "dense_pretrain + dense_finetune <= 1"),
+            ("dense_pretrain", not latest or 0 < first <= latest, start),
+            ("layer", extends(self.layer, "Sparse24Linear"), "a subclass of Sparse24Linear, or None"),
+            ("optimizer", extends(self.optimizer, "MaskedDecayAdamW"), "a subclass of MaskedDecayAdamW, or None"),
+        ]
+        for field, met, need in needs:
+            if not met:
+                raise ValueError(f"Recipe {self.name!r}: {field}={getattr(self, field)!r}, need {need}")
 
     @property
     def virtual_mask(self) -> str:
@@ -826,10 +792,8 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def operands(master, index, backward_mask, beta, dtype, mode, dz=None):
         """The weight operands of Z and of dX. dz: only in the backward."""
-        if dz is None:
-            w_24 = prune(master, index, beta, mode.mask).to(dtype)
-        else:
-            w_24 = _prune_again(master, index, beta, mode.mask, dz).to(dtype)
+        pruning = (master, index, beta, mode.mask)
+        w_24 = (prune(*pruning) if dz is None else _prune_again(*pruning, dz)).to(dtype)
         w_back = w_24 if backward_mask is None else torch.where(backward_mask, w_24, 0)
         if mode.fp8:
             w_24 = simulate_fp8(w_24, torch.float8_e4m3fn)
@@ -912,18 +876,10 @@ class Sparse24Linear(nn.Linear):
 
     def _begin_sparse(self, recipe: Recipe) -> None:
         """Give this linear, whose class is a sparse one now, its attributes and buffers."""
-        before, self.added = {*dir(self)}, {"added"}
+        before = {*dir(self)}
         self.recipe, self.sparse, self.seeded, self.prune_again = recipe, True, False, False
-        self.sparse_class = type(self)
-        try:
-            self.make_state()
-        finally:
-            self.added |= {*dir(self)} - before
-
-    def _end_sparse(self) -> None:
-        for name in self.added & {*dir(self)}:
-            delattr(self, name)
-        self.__class__ = nn.Linear
+        self.make_state()
+        self.added = {*dir(self), "added"} - before  # densify removes them
 
     def make_state(self) -> None:
         """Create the buffers, for the present weight."""
@@ -1067,16 +1023,15 @@ def _disable_encoder_fast_path(model: nn.Module) -> None:
 
 def _obstacle(linear: nn.Linear) -> str | None:
     """The reason why this linear cannot become sparse, or None."""
-    state = {"index", "beta", "seed", "mask", "scale", "recipe", "sparse", "seeded", "prune_again", "added"}
-    taken = state & {*dir(linear)} | {"forward"} & {*vars(linear)}  # such a `forward` would bypass the class
     if type(linear) is not nn.Linear or "weight" not in linear._parameters:
         return _NEED_WEIGHT
     if is_dtensor(linear.weight):
         return "has a sharded weight; call sparsify before it is sharded"
     if linear.in_features % 4 or linear.out_features % 4:
         return f"has {linear.in_features} in, {linear.out_features} out, {_NEED_FOURS}"
-    names = ", ".join(sorted(taken))
-    return f"has attributes that a sparse layer needs itself ({names}); rename or remove them" if names else None
+    if "forward" in vars(linear):  # accelerate's hooks set one; it would bypass the sparse class
+        return "has a forward beside that of its class; remove the hook or wrapper that set it"
+    return None
 
 
 def sparsify(
@@ -1101,17 +1056,13 @@ def sparsify(
             f"sparsify: {'no nn.Linear named ' + ', '.join(unknown) if unknown else 'no nn.Linear matches'}; "
             f"the model has {', '.join(linears) or 'none'}"
         )
-    layer_class = recipe.layer or Sparse24Linear
     dense = {linears[name]: name for name in chosen if not isinstance(linears[name], Sparse24Linear)}
     for linear, name in dense.items():
         if obstacle := _obstacle(linear):
             raise ValueError(f"sparsify: {name or 'the model'} {obstacle}")
-    with ExitStack() as undo:  # in case that the memory is full, or that a method's make_state has a mistake
-        for linear in dense:
-            linear.__class__ = layer_class
-            undo.callback(linear._end_sparse)
-            linear._begin_sparse(recipe)
-        undo.pop_all()
+    for linear in dense:
+        linear.__class__ = recipe.layer or Sparse24Linear
+        linear._begin_sparse(recipe)
     _disable_encoder_fast_path(model)
     return [name for name, m in linears.items() if m in dense]  # a shared layer has several names
 
@@ -1121,17 +1072,16 @@ def densify(model: nn.Module, prune: bool = False) -> list[str]:
     """Make every Sparse24Linear an nn.Linear, in place, for export. The layers stay the same objects, as in sparsify.
 
     prune: also prune the weights of layers in their sparse phase, so that the model computes the same as before.
-    Returns the names of the layers. Raises ValueError if something else has changed the class of one.
+    Returns the names of the layers.
     """
-    layers = sparse_linears(model)
-    named = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)}
-    if changed := [name for name, m in named.items() if type(m) is not m.sparse_class]:
-        raise ValueError(f"densify: undo what changed the class of {', '.join(changed)} (parametrize, fully_shard)")
-    for layer in layers:
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)]
+    for layer in sparse_linears(model):
         if prune and layer.sparse:
             layer.weight.copy_(layer.pruned_weight())
-        layer._end_sparse()
-    return list(named)
+        for name in layer.added & {*dir(layer)}:
+            delattr(layer, name)
+        layer.__class__ = nn.Linear
+    return names
 
 
 @torch.no_grad()

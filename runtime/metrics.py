@@ -161,12 +161,15 @@ def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
     rows, damaged = [], []
     for line in filter(None, text.split(b"\n")):
         try:
-            row = {**dict.fromkeys(COLUMNS), **json.loads(line.decode().strip("\0"))}  # a lost block reads as zeros
-            types = {type(row[name]) for name in COLUMNS if name not in ("iter", "phase")} - {int, float, type(None)}
-            if types or type(row["iter"]) is not int or row["phase"] not in ("sparse", "dense"):
-                raise ValueError("not a row")
-            rows.append(row)
+            row = dict.fromkeys(COLUMNS) | json.loads(line.decode().strip("\0"))  # a lost block reads as zeros
+            is_row = type(row["iter"]) is int and row["phase"] in ("sparse", "dense")
+            numbers = [row[name] for name in COLUMNS if name != "phase" and row[name] is not None]
+            is_row = is_row and all(isinstance(number, int | float) for number in numbers)
         except (ValueError, TypeError, RecursionError):
+            is_row = False
+        if is_row:
+            rows.append(row)
+        else:
             damaged.append(line)
     return sorted(rows, key=lambda row: row["iter"]), damaged
 
@@ -184,9 +187,10 @@ def read_metrics(folder):
         raise FileNotFoundError(f"no {path} yet; train.py writes it at its first measured iteration")
     text = Path(path).read_bytes()
     rows, damaged = _parse(text)
-    count = len(damaged) - (damaged[-1:] == [text.rpartition(b"\n")[2]])
-    if count:
-        print(f"warning: {path}: damaged lines are ignored, {count} of them", file=sys.stderr)
+    incomplete = text.rpartition(b"\n")[2]  # the run may be writing this line
+    damaged = [line for line in damaged if line != incomplete]
+    if damaged:
+        print(f"warning: {path}: damaged lines are ignored, {len(damaged)} of them", file=sys.stderr)
     return rows
 
 

@@ -137,7 +137,9 @@ def launch(out_dir, settings: dict, fault: dict | None = None, ranks: int = 1) -
 def strike(data, out, number, victim, rows=3, max_restarts=2, **changes):
     """The end of a run by torchrun after a signal to one of its two ranks, when `rows` lines of metrics are there."""
     settings = {**SETTINGS, "max_iters": 10**6, "lr_decay_iters": 10**6, "dense_start": 10**6, "eval_interval": 0}
-    process = start(out, {**settings, "dataset": data, **changes}, ranks=2, max_restarts=max_restarts)
+    share_store = {} if max_restarts else {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}  # as torchrun does by default
+    settings |= {"dataset": data, **changes}
+    process = start(out, settings, ranks=2, max_restarts=max_restarts, place=share_store)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (rows <= rows_written(out)):
         time.sleep(0.05)

@@ -285,26 +285,6 @@ def transposable_mask(w: torch.Tensor) -> torch.Tensor:
     return expand_index(transposable_index(w))
 
 
-def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
-    """Sort-and-pick 2-approximation of Hubara et al. (2021), the baseline of the paper's Table 2.
-
-    It visits the 16 entries of a block by decreasing magnitude and keeps an entry if its row and column have fewer than
-    two. Some blocks end with 7 entries. w: (out, in). Returns bool (out, in). Raises ValueError for other shapes.
-    """
-    _check_blocks("transposable_mask_2approx", w)
-    blocks = w.detach().abs().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).flatten(2)  # (R, C, 16)
-    order = blocks.sort(dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(blocks, dtype=torch.bool)
-    in_row, in_column = (torch.zeros(*blocks.shape[:2], 4, dtype=torch.int8, device=w.device) for _ in range(2))
-    for entry in order.unbind(-1):
-        entry = entry.unsqueeze(-1)
-        free = (in_row.gather(-1, entry // 4) < 2) & (in_column.gather(-1, entry % 4) < 2)
-        mask.scatter_(-1, entry, free)
-        in_row.scatter_add_(-1, entry // 4, free.to(torch.int8))
-        in_column.scatter_add_(-1, entry % 4, free.to(torch.int8))
-    return mask.unflatten(-1, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
-
-
 @torch.no_grad()
 @kernel("pair_index", takes=_in_groups)
 def pair_index(x: torch.Tensor) -> torch.Tensor:
@@ -637,10 +617,8 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
         return RECIPES[recipe]
     if recipe not in names:
         likely = difflib.get_close_matches(recipe, names, 1)
-        raise ValueError(
-            f"recipe {recipe!r} is unknown, need one of {', '.join(names)}; "
-            + (f"did you mean {likely[0]!r}?" if likely else "a new one is a file in methods/, see its README.md")
-        )
+        advice = f"did you mean {likely[0]!r}?" if likely else "a new one is a file in methods/, see its README.md"
+        raise ValueError(f"recipe {recipe!r} is unknown, need one of {', '.join(names)}; {advice}")
     try:
         module = importlib.import_module(f"methods.{recipe}")
     except Exception as error:  # the file is the user's, and so are its mistakes
@@ -722,13 +700,10 @@ def by_rows(function: Callable, w: torch.Tensor, per_row: int) -> torch.Tensor:
 
 
 def total(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The sum of `part` over the ranks that hold shards of `like`. A collective if `like` is sharded."""
-    if not is_dtensor(like):
-        return part
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    placements = [*[Replicate()] * (like.device_mesh.ndim - 1), Partial()]
-    return DTensor.from_local(part, like.device_mesh, placements, run_check=False).full_tensor()
+    """Sum `part`, in place, over the ranks that hold shards of `like`. A collective if `like` is sharded."""
+    if is_dtensor(like):
+        torch.distributed.all_reduce(part, group=like.device_mesh.get_group(like.device_mesh.ndim - 1))
+    return part
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -982,7 +957,8 @@ class Sparse24Linear(nn.Linear):
         self.sparse = bool(state["sparse"] if isinstance(state, dict) else state)  # earlier releases saved a dict
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        index, missing, patterns = state_dict.get(prefix + "index"), [], 90 if self.recipe.mask == "transposable" else 6
+        index, missing = state_dict.get(prefix + "index"), []
+        patterns = 90 if self.recipe.mask == "transposable" else 6
         if index is not None and (index.dtype != torch.uint8 or (not index.is_meta and (index >= patterns).any())):
             need = f"need uint8 numbers below {patterns}; without the mask's keys, it is made from the weights"
             error_msgs.append(f"{prefix}index has {index.dtype} numbers, some may be too large, {need}")
@@ -1189,10 +1165,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
         if not masked_decay >= 0 or decay_on not in ("grad", "weight"):
-            raise ValueError(
-                f"MaskedDecayAdamW: masked_decay={masked_decay}, decay_on={decay_on!r}; need a factor of at least 0 "
-                "and 'grad' or 'weight'"
-            )
+            need = "need a factor of at least 0 and 'grad' or 'weight'"
+            raise ValueError(f"MaskedDecayAdamW: masked_decay={masked_decay}, decay_on={decay_on!r}; {need}")
         super().__init__(params, *args, **kwargs)
         self.masked_decay = masked_decay
         self.decay_on = decay_on

@@ -109,7 +109,7 @@ def _transposable_mask_2approx_kernel(
 
 
 def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
-    """Baseline: sort-and-pick, one thread per 4x4 block. Specification: sparse24.transposable_mask_2approx."""
+    """Baseline: sort-and-pick, one thread per 4x4 block. Specification: tests/by_hand.py."""
     mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     sizes, grid = (w.shape[1] // 4, w.numel() // 16, *w.stride()), triton.cdiv(w.numel() // 16, 128)
     _launch(_transposable_mask_2approx_kernel, grid, w, mask.view(torch.uint8), *sizes, BLOCKS=128, num_warps=4)

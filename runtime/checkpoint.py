@@ -97,13 +97,11 @@ def _numbers_to_keep(saved: set[int], iter_num: int, keep_last: int, keep_every:
 
 
 def _delete_numbered(folder: Path, iter_num: int, keep_last: int, keep_every: int) -> None:
-    """Delete the numbered checkpoints that neither rule keeps, and temporary files that a kill left."""
-    matches = {path: re.fullmatch(r"ckpt_(\d{8,})\.pt(\.tmp)?", path.name) for path in folder.glob("ckpt_*")}
-    numbers = {path: int(match[1]) for path, match in matches.items() if match and not match[2]}
-    keep = _numbers_to_keep(set(numbers.values()), iter_num, keep_last, keep_every)
-    for path, match in matches.items():
-        if match and numbers.get(path) not in keep:
-            path.unlink(missing_ok=True)
+    """Delete the numbered checkpoints that neither rule keeps."""
+    paths = [path for path in folder.glob("ckpt_*.pt") if re.fullmatch(r"ckpt_\d{8,}", path.stem)]
+    numbered = {int(path.stem.removeprefix("ckpt_")): path for path in paths}
+    for number in numbered.keys() - _numbers_to_keep({*numbered}, iter_num, keep_last, keep_every):
+        numbered[number].unlink(missing_ok=True)
 
 
 def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2, keep_every: int = 0) -> Path:
@@ -156,16 +154,16 @@ def probe(out_dir: str | Path, size: float, keep_last: int) -> None:
             need = f"need {count * size / 1e9:.3g} GB for {count} more checkpoints; free space"
             raise OSError(f"it has {disk.free / 1e9:.3g} GB free, {need}")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # it stays if it holds files
         raise CheckpointError(f"out_dir={out_dir} cannot be used: {error}, or set another out_dir") from error
 
 
 def clear(out_dir: str | Path) -> None:
-    """Delete all checkpoints in a run's folder: also ckpt_best.pt, numbered ones, and shards of earlier releases."""
+    """Delete all checkpoints in a run's folder: also ckpt_best.pt and numbered ones."""
     for path in Path(out_dir).glob("ckpt*"):
         if re.fullmatch(r"ckpt(_prev|_best|_\d{8,})?\.pt(\.tmp)?", path.name):
             path.unlink()
-        if re.fullmatch(r"ckpt_\d{8,}(\.\d+)?\.shards", path.name):
-            shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,6 @@ class Log:
 
     def open_wandb(self) -> None:
         """Begin a run in wandb, or continue run `wandb_id` there. Raises ValueError if wandb fails."""
-        Path(self.s.out_dir).mkdir(parents=True, exist_ok=True)
         self.wandb_id = self.wandb_id or uuid.uuid4().hex[:12]
         names = {"project": self.s.wandb_project, "name": self.s.wandb_run_name, "dir": self.s.out_dir}
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")  # a prompt must not hold up a batch job

@@ -131,7 +131,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
         resources.callback(Watchdog(ranks, s.rank_timeout).close)
     ranks.agree(inputs and inputs.facts, error)
     script.update(vars(s))
-    recipe, device, start = inputs.recipe, inputs.device, inputs.start
+    recipe, device, start, path = inputs.recipe, inputs.device, inputs.start, inputs.path
 
     # the model, its GEMMs, and the optimizer
     model, report = place_model(s, inputs, ranks)
@@ -139,8 +139,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     # All settings are checked now.
     if inputs.state and start["iter_num"] >= s.max_iters and start.get("finished", True) and not s.eval_only:
         if ranks.master:
-            done = f"all of max_iters={s.max_iters} iterations are done; raise max_iters or delete {s.out_dir}"
-            print(f"{inputs.path}: {done}")
+            print(f"{path}: all of max_iters={s.max_iters} iterations are done; raise max_iters or delete {s.out_dir}")
         ranks.leave()
         return None
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
@@ -172,7 +171,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     saver = Saver(s, writer, ranks, phase, guard, log, parts, about, start)
     if ranks.master:
-        settings.announce(s, model, inputs.path, start, about, ranks, report)
+        settings.announce(s, model, path, start, about, ranks, report)
     return Training(
         settings=s, ranks=ranks, device=device, train_data=inputs.splits[0], val_data=inputs.splits[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
@@ -230,9 +229,9 @@ def signature(folder: Path) -> dict:
 
 def fresh_state(s, recipe: Recipe | None) -> dict:
     """The initial state of a new run, with the keys of a checkpoint."""
-    progress = {"iter_num": 0, "best_val_loss": math.inf, "elapsed_s": 0.0, "skipped": (0, 0), "scaler": {}}
     decided_later = recipe and recipe.dense_pretrain_latest  # by the method's optimizer
     sparse_start = None if decided_later else round(s.max_iters * s.dense_pretrain)
+    progress = {"iter_num": 0, "best_val_loss": math.inf, "elapsed_s": 0.0, "skipped": (0, 0), "scaler": {}}
     return progress | {"sparse_start": sparse_start, "autoswitch": None}
 
 
@@ -286,8 +285,6 @@ def open_folder(s, inputs, model: GPT, report, starts: list[dict], log: Log, wat
 
     Raises FolderInUse if the run that is there is not the one that load_inputs has seen.
     """
-    if s.wandb_log:  # before an earlier run is deleted, because it may fail
-        log.open_wandb()
     folder = Path(s.out_dir)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     checkpoint.probe(folder, 3.1 * weights, s.keep_last)  # weights, two moments, and masks
@@ -295,6 +292,8 @@ def open_folder(s, inputs, model: GPT, report, starts: list[dict], log: Log, wat
     if signature(folder) != inputs.files:
         raise FolderInUse(f"out_dir={folder}: another run has written there during this start; start once more")
     sign(lock)
+    if s.wandb_log:  # before an earlier run is deleted, because it may fail
+        log.open_wandb()
     for leftover in (*folder.glob("ckpt*.tmp"), *folder.glob("*.json*.*.tmp")):  # left by a kill
         leftover.unlink()
     if inputs.state is None:

@@ -28,6 +28,25 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
+def transposable_mask_2approx(w: torch.Tensor) -> torch.Tensor:
+    """Sort-and-pick 2-approximation of Hubara et al. (2021), the baseline of the paper's Table 2.
+
+    It visits the 16 entries of a block by decreasing magnitude and keeps an entry if its row and column have fewer than
+    two. Some blocks end with 7 entries. w: (out, in). Returns bool (out, in).
+    """
+    blocks = w.detach().abs().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).flatten(2)  # (R, C, 16)
+    order = blocks.sort(dim=-1, descending=True, stable=True).indices
+    mask = torch.zeros_like(blocks, dtype=torch.bool)
+    in_row, in_column = (torch.zeros(*blocks.shape[:2], 4, dtype=torch.int8, device=w.device) for _ in range(2))
+    for entry in order.unbind(-1):
+        entry = entry.unsqueeze(-1)
+        free = (in_row.gather(-1, entry // 4) < 2) & (in_column.gather(-1, entry % 4) < 2)
+        mask.scatter_(-1, entry, free)
+        in_row.scatter_add_(-1, entry // 4, free.to(torch.int8))
+        in_column.scatter_add_(-1, entry % 4, free.to(torch.int8))
+    return mask.unflatten(-1, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 def lognormal(*shape, sigma, seed=0):
     sign = 2.0 * torch.randint(2, shape, generator=generator(seed + 1)) - 1
     return sign * (sigma * normal(*shape, seed=seed, dtype=torch.float32)).exp()

@@ -11,7 +11,7 @@ from functools import partial
 import by_hand
 import pytest
 import torch
-from by_hand import generator, layouts, lognormal, soft, top2
+from by_hand import generator, layouts, lognormal, soft, top2, transposable_mask_2approx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,6 @@ from sparse24 import (
     sste_scale,
     transposable_index,
     transposable_mask,
-    transposable_mask_2approx,
 )
 
 normal = partial(by_hand.normal, dtype=torch.float32)
@@ -176,7 +175,7 @@ def test_mask_of_the_transpose_is_the_transposed_mask():
 def test_layout_does_not_matter(name):
     view = layouts(normal(16, 24))[name]
     before = view.clone()
-    for function in (transposable_index, transposable_mask, transposable_mask_2approx, mask24, soft_threshold24):
+    for function in (transposable_index, transposable_mask, mask24, soft_threshold24):
         assert torch.equal(function(view), function(view.contiguous()))
     assert float(sste_scale(view)) == pytest.approx(float(sste_scale(view.contiguous())), rel=1e-6)
     assert torch.equal(view, before)
@@ -240,7 +239,7 @@ def test_pair_index_keeps_two_of_groups_that_are_not_finite():
 # ---------------------------------------------------------------------------------------------------------------------
 # Refused shapes
 
-BLOCKS = (transposable_index, transposable_mask, transposable_mask_2approx)
+BLOCKS = (transposable_index, transposable_mask)
 GROUPS = (pair_index, mask24, soft_threshold24, sste_scale, lambda w: soft_threshold24_backward(w, w))
 
 

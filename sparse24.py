@@ -312,7 +312,6 @@ def _expand(index: torch.Tensor, kind: str) -> torch.Tensor:
 
 def mask24(w: torch.Tensor) -> torch.Tensor:
     """The mask of `pair_index`, bool of w's shape. Raises ValueError for other shapes."""
-    _check_groups("mask24", w)
     return expand_pairs(pair_index(w))
 
 
@@ -329,10 +328,9 @@ def flip_rate(before, after) -> float:
     flips, entries = [], 0
     for old, new in zip(before, after, strict=True):
         if old.shape != new.shape or old.dtype != new.dtype or old.dtype not in (torch.bool, torch.uint8):
-            raise ValueError(
-                f"flip_rate: {old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}, "
-                "need two bool masks or two uint8 index matrices of one shape"
-            )
+            need = "need two bool masks or two uint8 index matrices of one shape"
+            given = f"{old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}"
+            raise ValueError(f"flip_rate: {given}, {need}")
         old_rows, new_rows, is_mask = local(old), local(new), old.dtype == torch.bool
         distance = old_rows != new_rows
         if not is_mask:
@@ -480,7 +478,6 @@ def soft_threshold24_backward(ds: torch.Tensor, w: torch.Tensor) -> torch.Tensor
 def sste_scale(w: torch.Tensor) -> torch.Tensor:
     """S-STE's least-squares scale beta = <w, S(w)> / <S(w), S(w)>, or 1 if S(w) is 0. w: (..., n), n divisible by 4.
     Returns a float32 0-d tensor on w's device (float64 for float64 w). Raises ValueError for other shapes."""
-    _check_groups("sste_scale", w)
     soft = soft_threshold24.torch(w).to(torch.promote_types(w.dtype, torch.float32))
     square = soft.square().sum()
     return torch.where(square > 0, (w.to(soft.dtype) * soft).sum() / square, 1)
@@ -502,10 +499,9 @@ def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay
     if mask.dtype == torch.uint8 and w.dim() == 2 and mask.shape == (w.shape[0] // 4, w.shape[1] // 4):
         mask = expand_index(mask)
     if not grad.shape == w.shape == mask.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"masked_decay_: grad {tuple(grad.shape)}, w {tuple(w.shape)}, mask {mask.dtype} {tuple(mask.shape)}; "
-            "need one shape and a bool mask, or the uint8 index matrix of one"
-        )
+        given = f"grad {tuple(grad.shape)}, w {tuple(w.shape)}, mask {mask.dtype} {tuple(mask.shape)}"
+        need = "need one shape and a bool mask, or the uint8 index matrix of one"
+        raise ValueError(f"masked_decay_: {given}; {need}")
     return grad.add_(torch.where(mask, 0, w).to(grad.dtype), alpha=decay)
 
 
@@ -625,10 +621,9 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
         raise ValueError(f"methods/{recipe}.py cannot be imported: {type(error).__name__}: {error}") from error
     file_recipe = getattr(module, "RECIPE", None)
     if not isinstance(file_recipe, Recipe) or file_recipe.name != recipe:
-        raise ValueError(
-            f"methods/{recipe}.py has no RECIPE of the file's name, need RECIPE = Recipe({recipe!r}, ...); "
-            f"there it is {getattr(file_recipe, 'name', file_recipe)!r}"
-        )
+        name = getattr(file_recipe, "name", file_recipe)
+        need = f"need RECIPE = Recipe({recipe!r}, ...)"
+        raise ValueError(f"methods/{recipe}.py has no RECIPE of the file's name, {need}; there it is {name!r}")
     return file_recipe
 
 
@@ -1028,10 +1023,8 @@ def sparsify(
     chosen = [n for n, m in linears.items() if (layers(n, m) if callable(layers) else n in layers)]
     unknown = [] if callable(layers) else [name for name in layers if name not in linears]
     if unknown or not chosen:
-        raise ValueError(
-            f"sparsify: {'no nn.Linear named ' + ', '.join(unknown) if unknown else 'no nn.Linear matches'}; "
-            f"the model has {', '.join(linears) or 'none'}"
-        )
+        problem = f"no nn.Linear named {', '.join(unknown)}" if unknown else "no nn.Linear matches"
+        raise ValueError(f"sparsify: {problem}; the model has {', '.join(linears) or 'none'}")
     dense = {linears[name]: name for name in chosen if not isinstance(linears[name], Sparse24Linear)}
     for linear, name in dense.items():
         if obstacle := _obstacle(linear):

@@ -195,8 +195,7 @@ def _read(path: Path, mmap: bool = False) -> dict:
         raise CheckpointError(f"{path} does not exist; name a run's out_dir that holds a {NAME}")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{path} cannot be read: permission denied; chmod u+r {shlex.quote(str(path))}")
-    damage = _damage_of(path)
-    if damage:
+    if damage := _damage_of(path):
         raise CheckpointError(f"{path} cannot be used: {damage}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -159,13 +159,10 @@ def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
     """(rows of a metrics.jsonl, with all of COLUMNS and in the order of their iterations; damaged lines)."""
     rows, damaged = [], []
     for line in filter(None, text.split(b"\n")):
-        try:
+        is_row = False
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             row = dict.fromkeys(COLUMNS) | json.loads(line.decode().strip("\0"))  # a lost block reads as zeros
             is_row = type(row["iter"]) is int and row["phase"] in ("sparse", "dense")
-            numbers = [row[name] for name in COLUMNS if name != "phase" and row[name] is not None]
-            is_row = is_row and all(isinstance(number, int | float) for number in numbers)
-        except (ValueError, TypeError, RecursionError):
-            is_row = False
         if is_row:
             rows.append(row)
         else:

@@ -366,19 +366,14 @@ def plan_gemms(s: SimpleNamespace, model: GPT, path: Path | None, ranks: Ranks, 
     return result
 
 
-def cache_file() -> Path | None:
-    """The file of measurements that runs share; None without a home folder."""
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    with contextlib.suppress(ConfigError):
-        return Path(folder if os.path.isabs(folder) else expand("~/.cache")) / "nano24" / "spmm.json"
-
-
 def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
     """(plan or None, report). Earlier measurements are reused if they were made for the same question."""
     saved = Report.read(path)
     for note in saved.notes:
         print(note)
-    cache = cache_file()
+    folder, cache = os.environ.get("XDG_CACHE_HOME", ""), None
+    with contextlib.suppress(ConfigError):  # without a home folder, runs share no measurements
+        cache = Path(folder if os.path.isabs(folder) else expand("~/.cache")) / "nano24" / "spmm.json"
     # A CUDA graph times the GPU alone; in training the host runs ahead of it.
     options = {"graph": dev.type == "cuda", "cache": cache, "known": saved.rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):

@@ -474,9 +474,7 @@ def test_the_probe_asks_for_the_space_of_all_checkpoints_that_will_be_there(tmp_
         (shutil, "copyfileobj", FULL),
     ],
 )
-def test_the_probe_finds_all_that_would_fail_in_a_save_and_leaves_no_out_dir(
-    tmp_path, monkeypatch, module, name, error
-):
+def test_the_probe_finds_all_that_would_fail_in_a_save_and_leaves_nothing(tmp_path, monkeypatch, module, name, error):
     def fail(*args, **options):
         raise error
 

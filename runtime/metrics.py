@@ -44,7 +44,7 @@ def keep_console() -> None:
     """Let no print, warning or exit of this process fail."""
     for name in ("stdin", "stdout", "stderr"):
         # None: it was closed at the start. Without this file, the next one that is opened would get its number.
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         setattr(sys, name, stream if name == "stdin" else Console(stream))
 
 

@@ -26,7 +26,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -332,7 +332,6 @@ def _expand(index: torch.Tensor, kind: str) -> torch.Tensor:
 
 def mask24(w: torch.Tensor) -> torch.Tensor:
     """The mask of `pair_index`, bool of w's shape. Raises ValueError for other shapes."""
-    _check_groups("mask24", w)
     return expand_pairs(pair_index(w))
 
 
@@ -349,10 +348,9 @@ def flip_rate(before, after) -> float:
     flips, entries = [], 0
     for old, new in zip(before, after, strict=True):
         if old.shape != new.shape or old.dtype != new.dtype or old.dtype not in (torch.bool, torch.uint8):
-            raise ValueError(
-                f"flip_rate: {old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}, "
-                "need two bool masks or two uint8 index matrices of one shape"
-            )
+            need = "need two bool masks or two uint8 index matrices of one shape"
+            given = f"{old.dtype} {tuple(old.shape)} against {new.dtype} {tuple(new.shape)}"
+            raise ValueError(f"flip_rate: {given}, {need}")
         old_rows, new_rows, is_mask = local(old), local(new), old.dtype == torch.bool
         distance = old_rows != new_rows
         if not is_mask:
@@ -533,7 +531,6 @@ def soft_threshold24_backward(ds: torch.Tensor, w: torch.Tensor) -> torch.Tensor
 def sste_scale(w: torch.Tensor) -> torch.Tensor:
     """S-STE's least-squares scale beta = <w, S(w)> / <S(w), S(w)>, or 1 if S(w) is 0. w: (..., n), n divisible by 4.
     Returns a float32 0-d tensor on w's device (float64 for float64 w). Raises ValueError for other shapes."""
-    _check_groups("sste_scale", w)
     soft = soft_threshold24.torch(w).to(torch.promote_types(w.dtype, torch.float32))
     square = soft.square().sum()
     return torch.where(square > 0, (w.to(soft.dtype) * soft).sum() / square, 1)
@@ -555,10 +552,9 @@ def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay
     if mask.dtype == torch.uint8 and w.dim() == 2 and mask.shape == (w.shape[0] // 4, w.shape[1] // 4):
         mask = expand_index(mask)
     if not grad.shape == w.shape == mask.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"masked_decay_: grad {tuple(grad.shape)}, w {tuple(w.shape)}, mask {mask.dtype} {tuple(mask.shape)}; "
-            "need one shape and a bool mask, or the uint8 index matrix of one"
-        )
+        given = f"grad {tuple(grad.shape)}, w {tuple(w.shape)}, mask {mask.dtype} {tuple(mask.shape)}"
+        need = "need one shape and a bool mask, or the uint8 index matrix of one"
+        raise ValueError(f"masked_decay_: {given}; {need}")
     return grad.add_(torch.where(mask, 0, w).to(grad.dtype), alpha=decay)
 
 
@@ -601,32 +597,31 @@ class Recipe:
     optimizer: type | None = None  # subclass of MaskedDecayAdamW that the method trains with; None = MaskedDecayAdamW
 
     def __post_init__(self):
-        recipe = f"Recipe {self.name!r}"
-        choices = {"mask": ("transposable", "row", "soft"), "decay_on": ("grad", "weight")}
-        for field, values in (choices | {"weight_gradient": ("straight", "true")}).items():
-            if getattr(self, field) not in values:
-                raise ValueError(f"{recipe}: {field}={getattr(self, field)!r}, need one of {', '.join(values)}")
-        if not 0 <= self.masked_decay < math.inf:
-            raise ValueError(f"{recipe}: masked_decay={self.masked_decay}, need a finite factor of at least 0")
-        if self.mask_interval < 1:
-            raise ValueError(f"{recipe}: mask_interval={self.mask_interval}, need at least 1 step")
-        for field in ("dense_finetune", "dense_pretrain", "dense_pretrain_latest"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{recipe}: {field}={getattr(self, field)}, need a fraction of max_iters from 0 to 1")
-        for field, base in (("layer", "Sparse24Linear"), ("optimizer", "MaskedDecayAdamW")):  # defined below
-            value = getattr(self, field)
-            if value is not None and not (isinstance(value, type) and issubclass(value, globals()[base])):
-                raise ValueError(f"{recipe}: {field}={value!r}, need a subclass of {base}, or None")
-        soft, first, latest = self.mask == "soft", self.dense_pretrain, self.dense_pretrain_latest
-        needs = {
-            "dense_pretrain + dense_finetune <= 1": first + self.dense_finetune <= 1,
-            "mask='soft' for weight_gradient='true'": soft or self.weight_gradient == "straight",
-            "mask_interval=1 for mask='soft', which follows every step": not soft or self.mask_interval == 1,
-            f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}": not latest or 0 < first <= latest,
-        }
-        unmet = [need for need, met in needs.items() if not met]
-        if unmet:
-            raise ValueError(f"{recipe}: need {'; '.join(unmet)}")
+        def extends(value, base: str) -> bool:
+            return value is None or (isinstance(value, type) and issubclass(value, globals()[base]))  # defined below
+
+        soft, share = self.mask == "soft", "a fraction of max_iters from 0 to 1"
+        first, last, latest = self.dense_pretrain, self.dense_finetune, self.dense_pretrain_latest
+        start = f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}"
+        needs = [  # (field, whether its value is right, the need)
+            ("mask", self.mask in ("transposable", "row", "soft"), "transposable, row or soft"),
+            ("decay_on", self.decay_on in ("grad", "weight"), "grad or weight"),
+            ("weight_gradient", self.weight_gradient in ("straight", "true"), "straight or true"),
+            ("weight_gradient", soft or self.weight_gradient == "straight", "mask='soft' for weight_gradient='true'"),
+            ("masked_decay", 0 <= self.masked_decay < math.inf, "a finite factor of at least 0"),
+            ("mask_interval", self.mask_interval >= 1, "at least 1 step"),
+            ("mask_interval", not soft or self.mask_interval == 1, "mask_interval=1 for mask='soft'"),
+            ("dense_finetune", 0 <= last <= 1, share),
+            ("dense_pretrain", 0 <= first <= 1, share),
+            ("dense_pretrain_latest", 0 <= latest <= 1, share),
+            ("dense_pretrain", first + last <= 1, "dense_pretrain + dense_finetune <= 1"),
+            ("dense_pretrain", not latest or 0 < first <= latest, start),
+            ("layer", extends(self.layer, "Sparse24Linear"), "a subclass of Sparse24Linear, or None"),
+            ("optimizer", extends(self.optimizer, "MaskedDecayAdamW"), "a subclass of MaskedDecayAdamW, or None"),
+        ]
+        for field, met, need in needs:
+            if not met:
+                raise ValueError(f"Recipe {self.name!r}: {field}={getattr(self, field)!r}, need {need}")
 
     @property
     def virtual_mask(self) -> str:
@@ -671,20 +666,17 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
         return RECIPES[recipe]
     if recipe not in names:
         likely = difflib.get_close_matches(recipe, names, 1)
-        raise ValueError(
-            f"recipe {recipe!r} is unknown, need one of {', '.join(names)}; "
-            + (f"did you mean {likely[0]!r}?" if likely else "a new one is a file in methods/, see its README.md")
-        )
+        advice = f"did you mean {likely[0]!r}?" if likely else "a new one is a file in methods/, see its README.md"
+        raise ValueError(f"recipe {recipe!r} is unknown, need one of {', '.join(names)}; {advice}")
     try:
         module = importlib.import_module(f"methods.{recipe}")
     except Exception as error:  # the file is the user's, and so are its mistakes
         raise ValueError(f"methods/{recipe}.py cannot be imported: {type(error).__name__}: {error}") from error
     file_recipe = getattr(module, "RECIPE", None)
     if not isinstance(file_recipe, Recipe) or file_recipe.name != recipe:
-        raise ValueError(
-            f"methods/{recipe}.py has no RECIPE of the file's name, need RECIPE = Recipe({recipe!r}, ...); "
-            f"there it is {getattr(file_recipe, 'name', file_recipe)!r}"
-        )
+        name = getattr(file_recipe, "name", file_recipe)
+        need = f"need RECIPE = Recipe({recipe!r}, ...)"
+        raise ValueError(f"methods/{recipe}.py has no RECIPE of the file's name, {need}; there it is {name!r}")
     return file_recipe
 
 
@@ -756,13 +748,10 @@ def by_rows(function: Callable, w: torch.Tensor, per_row: int) -> torch.Tensor:
 
 
 def total(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The sum of `part` over the ranks that hold shards of `like`. A collective if `like` is sharded."""
-    if not is_dtensor(like):
-        return part
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    placements = [*[Replicate()] * (like.device_mesh.ndim - 1), Partial()]
-    return DTensor.from_local(part, like.device_mesh, placements, run_check=False).full_tensor()
+    """Sum `part`, in place, over the ranks that hold shards of `like`. A collective if `like` is sharded."""
+    if is_dtensor(like):
+        torch.distributed.all_reduce(part, group=like.device_mesh.get_group(like.device_mesh.ndim - 1))
+    return part
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -826,10 +815,8 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def operands(master, index, backward_mask, beta, dtype, mode, dz=None):
         """The weight operands of Z and of dX. dz: only in the backward."""
-        if dz is None:
-            w_24 = prune(master, index, beta, mode.mask).to(dtype)
-        else:
-            w_24 = _prune_again(master, index, beta, mode.mask, dz).to(dtype)
+        pruning = (master, index, beta, mode.mask)
+        w_24 = (prune(*pruning) if dz is None else _prune_again(*pruning, dz)).to(dtype)
         w_back = w_24 if backward_mask is None else torch.where(backward_mask, w_24, 0)
         if mode.fp8:
             w_24 = simulate_fp8(w_24, torch.float8_e4m3fn)
@@ -912,18 +899,10 @@ class Sparse24Linear(nn.Linear):
 
     def _begin_sparse(self, recipe: Recipe) -> None:
         """Give this linear, whose class is a sparse one now, its attributes and buffers."""
-        before, self.added = {*dir(self)}, {"added"}
+        before = {*dir(self)}
         self.recipe, self.sparse, self.seeded, self.prune_again = recipe, True, False, False
-        self.sparse_class = type(self)
-        try:
-            self.make_state()
-        finally:
-            self.added |= {*dir(self)} - before
-
-    def _end_sparse(self) -> None:
-        for name in self.added & {*dir(self)}:
-            delattr(self, name)
-        self.__class__ = nn.Linear
+        self.make_state()
+        self.added = {*dir(self), "added"} - before  # densify removes them
 
     def make_state(self) -> None:
         """Create the buffers, for the present weight."""
@@ -1026,7 +1005,8 @@ class Sparse24Linear(nn.Linear):
         self.sparse = bool(state["sparse"] if isinstance(state, dict) else state)  # earlier releases saved a dict
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        index, missing, patterns = state_dict.get(prefix + "index"), [], 90 if self.recipe.mask == "transposable" else 6
+        index, missing = state_dict.get(prefix + "index"), []
+        patterns = 90 if self.recipe.mask == "transposable" else 6
         if index is not None and (index.dtype != torch.uint8 or (not index.is_meta and (index >= patterns).any())):
             need = f"need uint8 numbers below {patterns}; without the mask's keys, it is made from the weights"
             error_msgs.append(f"{prefix}index has {index.dtype} numbers, some may be too large, {need}")
@@ -1067,16 +1047,15 @@ def _disable_encoder_fast_path(model: nn.Module) -> None:
 
 def _obstacle(linear: nn.Linear) -> str | None:
     """The reason why this linear cannot become sparse, or None."""
-    state = {"index", "beta", "seed", "mask", "scale", "recipe", "sparse", "seeded", "prune_again", "added"}
-    taken = state & {*dir(linear)} | {"forward"} & {*vars(linear)}  # such a `forward` would bypass the class
     if type(linear) is not nn.Linear or "weight" not in linear._parameters:
         return _NEED_WEIGHT
     if is_dtensor(linear.weight):
         return "has a sharded weight; call sparsify before it is sharded"
     if linear.in_features % 4 or linear.out_features % 4:
         return f"has {linear.in_features} in, {linear.out_features} out, {_NEED_FOURS}"
-    names = ", ".join(sorted(taken))
-    return f"has attributes that a sparse layer needs itself ({names}); rename or remove them" if names else None
+    if "forward" in vars(linear):  # accelerate's hooks set one; it would bypass the sparse class
+        return "has a forward beside that of its class; remove the hook or wrapper that set it"
+    return None
 
 
 def sparsify(
@@ -1097,21 +1076,15 @@ def sparsify(
     chosen = [n for n, m in linears.items() if (layers(n, m) if callable(layers) else n in layers)]
     unknown = [] if callable(layers) else [name for name in layers if name not in linears]
     if unknown or not chosen:
-        raise ValueError(
-            f"sparsify: {'no nn.Linear named ' + ', '.join(unknown) if unknown else 'no nn.Linear matches'}; "
-            f"the model has {', '.join(linears) or 'none'}"
-        )
-    layer_class = recipe.layer or Sparse24Linear
+        problem = f"no nn.Linear named {', '.join(unknown)}" if unknown else "no nn.Linear matches"
+        raise ValueError(f"sparsify: {problem}; the model has {', '.join(linears) or 'none'}")
     dense = {linears[name]: name for name in chosen if not isinstance(linears[name], Sparse24Linear)}
     for linear, name in dense.items():
         if obstacle := _obstacle(linear):
             raise ValueError(f"sparsify: {name or 'the model'} {obstacle}")
-    with ExitStack() as undo:  # in case that the memory is full, or that a method's make_state has a mistake
-        for linear in dense:
-            linear.__class__ = layer_class
-            undo.callback(linear._end_sparse)
-            linear._begin_sparse(recipe)
-        undo.pop_all()
+    for linear in dense:
+        linear.__class__ = recipe.layer or Sparse24Linear
+        linear._begin_sparse(recipe)
     _disable_encoder_fast_path(model)
     return [name for name, m in linears.items() if m in dense]  # a shared layer has several names
 
@@ -1121,17 +1094,16 @@ def densify(model: nn.Module, prune: bool = False) -> list[str]:
     """Make every Sparse24Linear an nn.Linear, in place, for export. The layers stay the same objects, as in sparsify.
 
     prune: also prune the weights of layers in their sparse phase, so that the model computes the same as before.
-    Returns the names of the layers. Raises ValueError if something else has changed the class of one.
+    Returns the names of the layers.
     """
-    layers = sparse_linears(model)
-    named = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)}
-    if changed := [name for name, m in named.items() if type(m) is not m.sparse_class]:
-        raise ValueError(f"densify: undo what changed the class of {', '.join(changed)} (parametrize, fully_shard)")
-    for layer in layers:
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)]
+    for layer in sparse_linears(model):
         if prune and layer.sparse:
             layer.weight.copy_(layer.pruned_weight())
-        layer._end_sparse()
-    return list(named)
+        for name in layer.added & {*dir(layer)}:
+            delattr(layer, name)
+        layer.__class__ = nn.Linear
+    return names
 
 
 @torch.no_grad()
@@ -1239,10 +1211,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
         if not masked_decay >= 0 or decay_on not in ("grad", "weight"):
-            raise ValueError(
-                f"MaskedDecayAdamW: masked_decay={masked_decay}, decay_on={decay_on!r}; need a factor of at least 0 "
-                "and 'grad' or 'weight'"
-            )
+            need = "need a factor of at least 0 and 'grad' or 'weight'"
+            raise ValueError(f"MaskedDecayAdamW: masked_decay={masked_decay}, decay_on={decay_on!r}; {need}")
         super().__init__(params, *args, **kwargs)
         self.masked_decay = masked_decay
         self.decay_on = decay_on

@@ -97,13 +97,11 @@ def _numbers_to_keep(saved: set[int], iter_num: int, keep_last: int, keep_every:
 
 
 def _delete_numbered(folder: Path, iter_num: int, keep_last: int, keep_every: int) -> None:
-    """Delete the numbered checkpoints that neither rule keeps, and temporary files that a kill left."""
-    matches = {path: re.fullmatch(r"ckpt_(\d{8,})\.pt(\.tmp)?", path.name) for path in folder.glob("ckpt_*")}
-    numbers = {path: int(match[1]) for path, match in matches.items() if match and not match[2]}
-    keep = _numbers_to_keep(set(numbers.values()), iter_num, keep_last, keep_every)
-    for path, match in matches.items():
-        if match and numbers.get(path) not in keep:
-            path.unlink(missing_ok=True)
+    """Delete the numbered checkpoints that neither rule keeps."""
+    paths = [path for path in folder.glob("ckpt_*.pt") if re.fullmatch(r"ckpt_\d{8,}", path.stem)]
+    numbered = {int(path.stem.removeprefix("ckpt_")): path for path in paths}
+    for number in numbered.keys() - _numbers_to_keep({*numbered}, iter_num, keep_last, keep_every):
+        numbered[number].unlink(missing_ok=True)
 
 
 def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2, keep_every: int = 0) -> Path:
@@ -143,10 +141,8 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
 
 
 def probe(out_dir: str | Path, size: float, keep_last: int) -> None:
-    """Create out_dir, and try there all that saves of `size` bytes need. Raises CheckpointError if they would fail, and
-    leaves nothing behind then."""
+    """Create out_dir, and try there all that saves of `size` bytes need. Raises CheckpointError if they would fail."""
     folder = Path(out_dir)
-    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="probe_", dir=folder) as trial:
@@ -158,19 +154,16 @@ def probe(out_dir: str | Path, size: float, keep_last: int) -> None:
             need = f"need {count * size / 1e9:.3g} GB for {count} more checkpoints; free space"
             raise OSError(f"it has {disk.free / 1e9:.3g} GB free, {need}")
     except OSError as error:
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # it stays if it holds files
         raise CheckpointError(f"out_dir={out_dir} cannot be used: {error}, or set another out_dir") from error
 
 
 def clear(out_dir: str | Path) -> None:
-    """Delete all checkpoints in a run's folder: also ckpt_best.pt, numbered ones, and shards of earlier releases."""
+    """Delete all checkpoints in a run's folder: also ckpt_best.pt and numbered ones."""
     for path in Path(out_dir).glob("ckpt*"):
         if re.fullmatch(r"ckpt(_prev|_best|_\d{8,})?\.pt(\.tmp)?", path.name):
             path.unlink()
-        if re.fullmatch(r"ckpt_\d{8,}(\.\d+)?\.shards", path.name):
-            shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,8 +195,7 @@ def _read(path: Path, mmap: bool = False) -> dict:
         raise CheckpointError(f"{path} does not exist; name a run's out_dir that holds a {NAME}")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{path} cannot be read: permission denied; chmod u+r {shlex.quote(str(path))}")
-    damage = _damage_of(path)
-    if damage:
+    if damage := _damage_of(path):
         raise CheckpointError(f"{path} cannot be used: {damage}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -222,19 +214,12 @@ def _read(path: Path, mmap: bool = False) -> dict:
 
 
 def _offer_previous(path: Path, error: CheckpointError) -> CheckpointError:
-    """`error`, with the command that restores the newest checkpoint before `path` that can be used, if there is one."""
-    if path != find(path.parent) or not os.access(path, os.R_OK):
-        return error
-    numbered = sorted(path.parent.glob("ckpt_[0-9]*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
-    for other in (path.with_name(PREVIOUS), *numbered, path.with_name("ckpt_best.pt")):
+    """`error`; for a damaged ckpt.pt with the command that restores ckpt_prev.pt, if that one can be used."""
+    if path.name == NAME and os.access(path, os.R_OK):
         with contextlib.suppress(CheckpointError):
-            iter_num = _read(other)["iter_num"]
-            source, target = shlex.quote(str(other)), shlex.quote(str(path.with_name(NAME)))
-            aside = f"mv {target} {target}.damaged && " if path.is_dir() else ""
-            return CheckpointError(
-                f"{error}; the checkpoint of iteration {iter_num} is intact: to continue from it, "
-                f"{aside}mv {source} {target}"
-            )
+            previous = path.with_name(PREVIOUS)
+            offer = f"the checkpoint of iteration {_read(previous)['iter_num']} is intact: to continue from it"
+            return CheckpointError(f"{error}; {offer}, mv {shlex.quote(str(previous))} {shlex.quote(str(path))}")
     return error
 
 
@@ -243,8 +228,7 @@ def load(path: str | Path, patterns_hash: str, mmap: bool = False) -> dict:
 
     patterns_hash: sparse24.PATTERNS_HASH, which must equal the checkpoint's. mmap: map the file instead of reading it,
     so that ranks share one copy in memory; the caller must copy the tensors before the file changes.
-    Raises CheckpointError for a missing, truncated, corrupted or foreign file. The message offers the newest one before
-    it that can be used.
+    Raises CheckpointError for a missing, truncated, corrupted or foreign file.
     """
     path = Path(path)
     try:

@@ -81,12 +81,11 @@ class Writer:
 
     All ranks must call save, poll and wait in the same order. If the thread fails, the first of these calls after it
     raises on all ranks, once. A process that ends without `wait` still finishes its thread.
-    keep_last, keep_every: see checkpoint.save.
+    keep: keep_last and keep_every of checkpoint.save.
     """
 
-    def __init__(self, out_dir, keep_last: int = 2, keep_every: int = 0, ranks: Ranks | None = None):
-        self.out_dir, self.ranks = Path(out_dir), ranks or Ranks()
-        self.keep = {"keep_last": keep_last, "keep_every": keep_every}
+    def __init__(self, out_dir, ranks: Ranks | None = None, **keep: int):
+        self.out_dir, self.ranks, self.keep = Path(out_dir), ranks or Ranks(), keep
         self.to_host = HostCopy()
         self.pending = False  # a save was begun, and `poll` has not yet seen its end; equal on all ranks
         self.thread = self.error = None

@@ -64,7 +64,6 @@ class Log:
 
     def open_wandb(self) -> None:
         """Begin a run in wandb, or continue run `wandb_id` there. Raises ValueError if wandb fails."""
-        Path(self.s.out_dir).mkdir(parents=True, exist_ok=True)
         self.wandb_id = self.wandb_id or uuid.uuid4().hex[:12]
         names = {"project": self.s.wandb_project, "name": self.s.wandb_run_name, "dir": self.s.out_dir}
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")  # a prompt must not hold up a batch job
@@ -160,13 +159,13 @@ def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
     """(rows of a metrics.jsonl, with all of COLUMNS and in the order of their iterations; damaged lines)."""
     rows, damaged = [], []
     for line in filter(None, text.split(b"\n")):
-        try:
-            row = {**dict.fromkeys(COLUMNS), **json.loads(line.decode().strip("\0"))}  # a lost block reads as zeros
-            types = {type(row[name]) for name in COLUMNS if name not in ("iter", "phase")} - {int, float, type(None)}
-            if types or type(row["iter"]) is not int or row["phase"] not in ("sparse", "dense"):
-                raise ValueError("not a row")
+        is_row = False
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            row = dict.fromkeys(COLUMNS) | json.loads(line.decode().strip("\0"))  # a lost block reads as zeros
+            is_row = type(row["iter"]) is int and row["phase"] in ("sparse", "dense")
+        if is_row:
             rows.append(row)
-        except (ValueError, TypeError, RecursionError):
+        else:
             damaged.append(line)
     return sorted(rows, key=lambda row: row["iter"]), damaged
 
@@ -184,9 +183,10 @@ def read_metrics(folder):
         raise FileNotFoundError(f"no {path} yet; train.py writes it at its first measured iteration")
     text = Path(path).read_bytes()
     rows, damaged = _parse(text)
-    count = len(damaged) - (damaged[-1:] == [text.rpartition(b"\n")[2]])
-    if count:
-        print(f"warning: {path}: damaged lines are ignored, {count} of them", file=sys.stderr)
+    incomplete = text.rpartition(b"\n")[2]  # the run may be writing this line
+    damaged = [line for line in damaged if line != incomplete]
+    if damaged:
+        print(f"warning: {path}: damaged lines are ignored, {len(damaged)} of them", file=sys.stderr)
     return rows
 
 

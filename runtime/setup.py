@@ -126,23 +126,18 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
     ranks = start_ranks(s.device, s.rank_timeout)
     stop = StopSignal(ranks)
-    facts = error = None
-    try:
-        facts, inputs = load_inputs(s, overrides, ranks, resources)
-    except (*ERRORS, ValueError, ImportError) as mistake:
-        error = mistake
+    inputs, error = attempt(load_inputs, s, overrides, ranks, resources)
     if ranks.control is not None and not error:
         resources.callback(Watchdog(ranks, s.rank_timeout).close)
-    ranks.agree(facts, error)
+    ranks.agree(inputs and inputs.facts, error)
     script.update(vars(s))
-    recipe, device, data, splits, path, state, lock, seen, reference = inputs
-    start = state or fresh_state(s, recipe)
+    recipe, device, start, path = inputs.recipe, inputs.device, inputs.start, inputs.path
 
     # the model, its GEMMs, and the optimizer
-    model, report = place_model(s, state, recipe, data["vocab_size"], ranks, device)
-    optimizer = build_optimizer(s, model, recipe, state)
+    model, report = place_model(s, inputs, ranks)
+    optimizer = build_optimizer(s, model, recipe, inputs.state)
     # All settings are checked now.
-    if state and start["iter_num"] >= s.max_iters and start.get("finished", True) and not s.eval_only:
+    if inputs.state and start["iter_num"] >= s.max_iters and start.get("finished", True) and not s.eval_only:
         if ranks.master:
             print(f"{path}: all of max_iters={s.max_iters} iterations are done; raise max_iters or delete {s.out_dir}")
         ranks.leave()
@@ -161,20 +156,12 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     peak = peak_flops(device)
     log = Log(s, model, ranks, peak and peak * ranks.world_size, start["elapsed_s"])
     log.wandb_id = start.get("wandb_id")
-    watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, reference)
+    watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, inputs.reference)
     this_start = {"iter_num": start["iter_num"], **environment(device, ranks.world_size)}
-    about = {"data": data, "starts": [*start.get("starts", ()), this_start]}
+    about = {"data": inputs.data, "starts": [*start.get("starts", ()), this_start]}
     error = None
     if ranks.master and not s.eval_only:
-        try:
-            if s.wandb_log:  # before an earlier run is deleted, because it may fail
-                log.open_wandb()
-            open_folder(s, path, lock, seen, model, report, about["starts"], resources)
-            log.open(start["iter_num"])
-            if state:
-                watch.replay(read_metrics(s.out_dir))
-        except (*ERRORS, ValueError) as failed:
-            error = failed
+        _, error = attempt(open_folder, s, inputs, model, report, about["starts"], log, watch, resources)
     ranks.agree({}, error)
     linears = [model.get_submodule(name) for name in model.sparse_names()]
     linears = [m for m in linears if m.in_features % 4 == m.out_features % 4 == 0]  # a dense run may have any width
@@ -186,15 +173,23 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     if ranks.master:
         settings.announce(s, model, path, start, about, ranks, report)
     return Training(
-        settings=s, ranks=ranks, device=device, train_data=splits[0], val_data=splits[1],
+        settings=s, ranks=ranks, device=device, train_data=inputs.splits[0], val_data=inputs.splits[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
         linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=stop,
         static_grads=static_grads,
     )  # fmt: skip
 
 
-def load_inputs(s, overrides: dict, ranks: Ranks, resources: contextlib.ExitStack) -> tuple[dict, tuple]:
-    """Check the settings, and load the data and the checkpoint. Returns (facts on which all ranks must agree, inputs).
+def attempt(function: Callable, *arguments) -> tuple:
+    """(the result of the call, None), or (None, its error), of which the other ranks must be told."""
+    try:
+        return function(*arguments), None
+    except (*ERRORS, ValueError, ImportError) as error:
+        return None, error
+
+
+def load_inputs(s, overrides: dict, ranks: Ranks, resources: contextlib.ExitStack) -> SimpleNamespace:
+    """Check the settings, and load the data and the checkpoint. `facts` of the result must agree on all ranks.
 
     Does not communicate, because ranks that were started with other settings would wait for each other.
     """
@@ -211,7 +206,7 @@ def load_inputs(s, overrides: dict, ranks: Ranks, resources: contextlib.ExitStac
     out_dir, lock = Path(s.out_dir), None
     if ranks.master and not s.eval_only and (out_dir / "run.lock").exists():
         lock = resources.enter_context(hold(out_dir))  # before reading, because another run may be writing there
-    seen = signature(out_dir)
+    files = signature(out_dir)
     path = find_start(s, out_dir)
     state = path and checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
     if state:
@@ -220,29 +215,33 @@ def load_inputs(s, overrides: dict, ranks: Ranks, resources: contextlib.ExitStac
     reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
     facts = vars(s) | data | {"source": source_hash(), "torch": str(torch.__version__)}
     facts["checkpoint"] = state and (str(path), state["iter_num"], state["elapsed_s"])
-    return facts, (recipe, device, data, splits, path, state, lock, seen, reference)
+    return SimpleNamespace(
+        recipe=recipe, device=device, data=data, splits=splits, path=path, state=state, lock=lock, files=files,
+        start=state or fresh_state(s, recipe), reference=reference, facts=facts,
+    )  # fmt: skip
 
 
 def signature(folder: Path) -> dict:
     """{name: inode, size, time} of a run's files. Two of them differ if another run has written in between."""
-    paths = (path for pattern in ("ckpt*.pt", "metrics.jsonl") for path in folder.glob(pattern))
-    return {path.name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.lstat()]}
+    files = {path.name: path.lstat() for path in (*folder.glob("ckpt*.pt"), *folder.glob("metrics.jsonl"))}
+    return {name: (file.st_ino, file.st_size, file.st_mtime_ns) for name, file in files.items()}
 
 
 def fresh_state(s, recipe: Recipe | None) -> dict:
     """The initial state of a new run, with the keys of a checkpoint."""
-    progress = {"iter_num": 0, "best_val_loss": math.inf, "elapsed_s": 0.0, "skipped": (0, 0), "scaler": {}}
     decided_later = recipe and recipe.dense_pretrain_latest  # by the method's optimizer
     sparse_start = None if decided_later else round(s.max_iters * s.dense_pretrain)
+    progress = {"iter_num": 0, "best_val_loss": math.inf, "elapsed_s": 0.0, "skipped": (0, 0), "scaler": {}}
     return progress | {"sparse_start": sparse_start, "autoswitch": None}
 
 
-def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, ranks: Ranks, device: torch.device):
+def place_model(s, inputs: SimpleNamespace, ranks: Ranks):
     """(the model on its device or in FSDP shards, with its weights and 2:4 GEMMs; the report on these GEMMs)."""
     torch.set_float32_matmul_precision("high")
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    state, recipe, device, vocab_size = inputs.state, inputs.recipe, inputs.device, inputs.data["vocab_size"]
     model, report, plan = build_model(s, state, recipe, vocab_size), None, None
     if vocab_size > model.config.vocab_size:
         raise ValueError(
@@ -252,7 +251,7 @@ def place_model(s, state: dict | None, recipe: Recipe | None, vocab_size: int, r
     fsdp = s.parallel == "fsdp" and ranks.control is not None
     if not fsdp:
         model.to(device)
-    if recipe and recipe.fused and not s.eval_only and (state["iter_num"] if state else 0) < s.dense_start:
+    if recipe and recipe.fused and not s.eval_only and inputs.start["iter_num"] < s.dense_start:
         path = Path(s.out_dir) / "spmm.json" if state else None
         plan, report = plan_gemms(s, model, path, ranks, fsdp, device)
     if fsdp:  # this moves the model to the device, one shard at a time
@@ -281,27 +280,32 @@ def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
     return net, ddp
 
 
-def open_folder(s, path: Path | None, lock, seen: dict, model: GPT, report, starts: list[dict], resources) -> None:
-    """Try out_dir and lock it, delete a run that is to be overwritten, and write config.json and spmm.json.
+def open_folder(s, inputs, model: GPT, report, starts: list[dict], log: Log, watch: FlipWatch, resources) -> None:
+    """Try out_dir and lock it, delete a run that is to be overwritten, and open the files of this one.
 
     Raises FolderInUse if the run that is there is not the one that load_inputs has seen.
     """
     folder = Path(s.out_dir)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     checkpoint.probe(folder, 3.1 * weights, s.keep_last)  # weights, two moments, and masks
-    lock = lock or resources.enter_context(hold(folder))
-    if signature(folder) != seen:
+    lock = inputs.lock or resources.enter_context(hold(folder))
+    if signature(folder) != inputs.files:
         raise FolderInUse(f"out_dir={folder}: another run has written there during this start; start once more")
     sign(lock)
+    if s.wandb_log:  # before an earlier run is deleted, because it may fail
+        log.open_wandb()
     for leftover in (*folder.glob("ckpt*.tmp"), *folder.glob("*.json*.*.tmp")):  # left by a kill
         leftover.unlink()
-    if path is None:
+    if inputs.state is None:
         checkpoint.clear(folder)
         for stale in ("metrics.jsonl", "spmm.json"):
             (folder / stale).unlink(missing_ok=True)
     write_json(folder / "config.json", {**vars(s), "environment": starts[-1], "starts": starts})
     if report and report.rows:
         report.save(folder / "spmm.json")
+    log.open(inputs.start["iter_num"])
+    if inputs.state:
+        watch.replay(read_metrics(folder))
 
 
 def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, vocab_size: int) -> GPT:
@@ -321,11 +325,8 @@ def build_model(s: SimpleNamespace, state: dict | None, recipe: Recipe | None, v
 
 def load_weights(model: GPT, saved: dict) -> None:
     """Load the weights and masks of a checkpoint. Each rank copies only its rows of a sharded weight."""
-    current = model.state_dict()
-    sharded = {name: target for name, target in current.items() if is_dtensor(target)}
-    model.load_state_dict(
-        {**saved, **{name: shard_like(saved[name], target) for name, target in sharded.items() if name in saved}}
-    )
+    sharded = {name: target for name, target in model.state_dict().items() if is_dtensor(target) and name in saved}
+    model.load_state_dict(saved | {name: shard_like(saved[name], target) for name, target in sharded.items()})
 
 
 def build_optimizer(s: SimpleNamespace, model: GPT, recipe: Recipe | None, state: dict | None):
@@ -365,19 +366,14 @@ def plan_gemms(s: SimpleNamespace, model: GPT, path: Path | None, ranks: Ranks, 
     return result
 
 
-def cache_file() -> Path | None:
-    """The file of measurements that runs share; None without a home folder."""
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    with contextlib.suppress(ConfigError):
-        return Path(folder if os.path.isabs(folder) else expand("~/.cache")) / "nano24" / "spmm.json"
-
-
 def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size: int, fsdp: bool, dev: torch.device):
     """(plan or None, report). Earlier measurements are reused if they were made for the same question."""
     saved = Report.read(path)
     for note in saved.notes:
         print(note)
-    cache = cache_file()
+    folder, cache = os.environ.get("XDG_CACHE_HOME", ""), None
+    with contextlib.suppress(ConfigError):  # without a home folder, runs share no measurements
+        cache = Path(folder if os.path.isabs(folder) else expand("~/.cache")) / "nano24" / "spmm.json"
     # A CUDA graph times the GPU alone; in training the host runs ahead of it.
     options = {"graph": dev.type == "cuda", "cache": cache, "known": saved.rows}
     if dev.type == "cuda" and s.spmm not in ("dense", "masked"):

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from by_hand import make_mlp
-from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, remove_weight_norm, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -588,38 +588,14 @@ def test_weights_that_torch_computes_are_refused_before_and_after(compute):
 
 def test_linears_that_cannot_become_sparse_are_refused(monkeypatch):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    for name in ("seed", "scale", "forward"):
-        setattr(model[1], name, model[1].forward)  # accelerate's hooks set a `forward`, which would bypass the class
-        with pytest.raises(ValueError, match=rf"1 has attributes that a sparse layer needs itself \({name}\); rename"):
-            sparsify(model, "fst", ["0", "1"])
-        delattr(model[1], name)
+    model[1].forward = model[1].forward  # as accelerate's hooks do
+    with pytest.raises(ValueError, match="1 has a forward beside that of its class; remove the hook"):
+        sparsify(model, "fst", ["0", "1"])
+    del model[1].forward
     monkeypatch.setattr(sparse24, "is_dtensor", lambda t: t is model[1].weight)
     with pytest.raises(ValueError, match="1 has a sharded weight; call sparsify before"):
         sparsify(model, "fst", ["0", "1"])
     assert [type(linear) for linear in model] == [nn.Linear] * 2
-
-
-def test_a_layer_whose_class_has_changed_is_not_densified():
-    model = make_mlp()
-    parametrize.register_parametrization(model[2], "bias", nn.Tanh())
-    with pytest.raises(ValueError, match="densify: undo what changed the class of 2"):
-        densify(model)
-    assert isinstance(model[0], Sparse24Linear)
-
-
-def test_a_failure_while_layers_become_sparse_leaves_the_model_as_it_was():
-    class Failing(Sparse24Linear):
-        def make_state(self):
-            super().make_state()
-            if self.out_features == 12:
-                raise MemoryError
-
-    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 12))
-    names = [{*dir(linear)} for linear in model]
-    with pytest.raises(MemoryError):
-        sparsify(model, sparse24.Recipe("failing", layer=Failing), ["0", "1"])
-    assert [type(linear) for linear in model] == [nn.Linear] * 2
-    assert [{*dir(linear)} for linear in model] == names
 
 
 @pytest.mark.slow

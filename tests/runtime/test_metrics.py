@@ -234,7 +234,6 @@ DAMAGED = {  # a line of metrics.jsonl: whether its row can be read
     b'{"iter": 9}': False,
     b'{"iter": null, "phase": "sparse"}': False,
     b'{"iter": 9, "phase": "spbrse"}': False,
-    b'{"iter": 9, "phase": "sparse", "lr": "high"}': False,
     b"[" * 10**5: False,
     b'{"iter": 9, "x": "\xc3': False,
     b"\xff\xfe\x00\x85\x0b garbage": False,

@@ -10,6 +10,7 @@ The report, which is printed at the start and saved with the run, has a line for
 """
 
 import functools
+import hashlib
 import json
 import math
 import statistics
@@ -21,13 +22,12 @@ from pathlib import Path
 import torch
 
 from configurator import write_json
-from gemm24.layout import ORDERS, check_packable, compress24
+from gemm24.layout import check_packable, compress24
 from gemm24.matmul import Choice, Gemm, matmul24
 from gemm24.operands import mvue24_pack, pack_matrix, pack_weight_
 from sparse24 import expand_index, transposable_index
 
 MODES = ("auto", "dense", "masked", "cusparselt", "emulated")  # the values of the setting `spmm`
-_CUTLASS = "removed after commit 8751ec3"
 _NOTES = {  # the modes that measure nothing
     "dense": "no 2:4 GEMMs: pruned matrices are multiplied, layer by layer (spmm=dense)",
     "masked": "no 2:4 GEMMs: pruned matrices are multiplied, by the fused feed-forward layer (spmm=masked)",
@@ -38,7 +38,7 @@ _NOTES = {  # the modes that measure nothing
 def check_mode(mode: str) -> None:
     """Raises ValueError if the setting `spmm` has no such value."""
     if mode == "cutlass":
-        raise ValueError(f"spmm='cutlass' was {_CUTLASS}: Ampere has cuSPARSELt too; use spmm='auto'")
+        raise ValueError("spmm='cutlass' was removed after commit 8751ec3: Ampere has cuSPARSELt too; use spmm='auto'")
     if mode not in MODES:
         raise ValueError(f"spmm={mode!r}, need one of {', '.join(MODES)}")
 
@@ -101,13 +101,11 @@ def trusted_order(device: torch.device) -> tuple[str, str]:
     for order in ("sm90", "sm80"):
         try:
             pairs = packed_samples(order, device)
-            same = all(torch.equal(compress24(x), packed) for _ in range(_REPEATS) for x, packed in pairs)
+            if all(torch.equal(compress24(x), packed) for _ in range(_REPEATS) for x, packed in pairs):
+                return order, f"packs in order {order}, byte for byte its own compress"
+            wrong.append(f"{order}: other bytes than its own compress makes")
         except (RuntimeError, ValueError) as error:
             wrong.append(f"{order}: {reason(error)}")
-            continue
-        if same:
-            return order, f"packs in order {order}, byte for byte its own compress"
-        wrong.append(f"{order}: other bytes than its own compress makes")
     return "library", "; ".join(["packs by its own compress", *wrong])
 
 
@@ -217,30 +215,8 @@ def wins(sparse_us: Sequence[float], dense_us: Sequence[float]) -> bool:
     return statistics.quantiles(sparse_us, n=4)[2] < statistics.quantiles(dense_us, n=4)[0]
 
 
-def _are_times(us) -> bool:
-    return all(type(one) in (int, float) and 1e-2 <= one <= 1e9 for one in us)  # microseconds
-
-
-def _can_be_measured(row: dict) -> bool:
-    """Returns whether `_Trial.measure` can have made this row. A missing or wrong field may raise an error instead."""
-    _, (*shape, _, _, _, _), _, mode, *_ = json.loads(row["key"])
-    us = [row["dense_us"], *([] if row["best_us"] is None else [row["best_us"]])]
-    valid = _are_times(us) and all(type(n) is int for n in (*shape, row["alg_id"], row["split_k"]))
-    valid &= shape == [row["m"], row["n"], row["k"]] and type(row["chosen"]) is bool
-    valid &= all(type(text) is str for text in (row["reason"], *row["faults"].values()))
-    valid &= len(us) == 1 or math.isclose(row["ratio"], us[0] / us[1])
-    if row["chosen"]:  # not 20 times as fast, because 2:4 halves the arithmetic
-        valid &= us[1] < (us[0] if mode == "auto" else math.inf) and row["ratio"] < 20
-        valid &= row["backend"] == "cusparselt" and row["order"] in (*ORDERS, "library")
-        valid &= 0 <= row["alg_id"] < ALGORITHMS and 1 <= row["split_k"] <= 8
-    return valid
-
-
-def _can_be_timed(layer: dict) -> bool:
-    """The same for the times of a layer, which plan.time_ways makes."""
-    us, taken = layer["us"], layer["taken"]
-    valid = _are_times([*us["dense"], *us["layers"], *us["plan"], *layer.get("host_us", {}).values()])
-    return valid and {len(times) for times in us.values()} == {3} and us[taken][0] <= us["layers"][0]
+def _checksum(rows: list[dict], layer: dict | None) -> str:
+    return hashlib.sha256(json.dumps([rows, layer]).encode()).hexdigest()
 
 
 @dataclass
@@ -255,27 +231,23 @@ class Report:
 
     @classmethod
     def read(cls, path: Path | None) -> "Report":
-        """The rows and layer times saved at `path`. A file that cannot be read gives an empty report with a note. The
-        GEMMs are then measured again, and the run goes on."""
-        notes = []
+        """The rows and layer times that `save` wrote to `path`. A file that cannot be read or has been changed gives an
+        empty report with a note: the run measures its GEMMs again."""
         try:
-            saved = json.loads(path.read_bytes()) if path and path.exists() else {"rows": [], "whole": None}
-            if "rows" not in saved:  # the cache of releases up to commit 8751ec3
-                saved = {"rows": [{**row, "key": key} for key, row in saved.items()], "whole": None}
-            rows, layer = saved["rows"], saved["whole"]
-            usable = [row for row in rows if "cutlass" not in row["key"]]
-            if not all(map(_can_be_measured, usable)) or not (layer is None or _can_be_timed(layer)):
-                raise ValueError("it has other values than measurements give")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            if path is None or not path.exists():
+                return cls({}, [], [])
+            saved = json.loads(path.read_bytes())
+            if saved["checksum"] != _checksum(saved["rows"], saved["whole"]):
+                raise ValueError("its checksum differs")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             return cls({}, [], [f"{path} cannot be read ({reason(error)}): GEMMs are measured anew"])
-        if len(usable) < len(rows):
-            notes = [f"{path} has verdicts on the backend cutlass, which was {_CUTLASS}: those GEMMs are measured anew"]
-        return cls({}, usable, notes, layer)
+        return cls({}, saved["rows"], [], saved["whole"])
 
     def save(self, path: Path) -> None:
         """Write atomically. Rows that ran out of memory are left out: a later run may have room."""
         rows = [row for row in self.rows if not ran_out_of_memory(row)]
-        write_json(path, {"notes": self.notes, "rows": rows, "whole": self.layer})
+        checksum = _checksum(rows, self.layer)
+        write_json(path, {"notes": self.notes, "rows": rows, "whole": self.layer, "checksum": checksum})
 
     def pays(self) -> bool:
         """Returns whether a 2:4 layer was faster than a dense one. If no layer was timed, whether any GEMM was."""
@@ -306,19 +278,15 @@ class Report:
         return "\n".join(lines)
 
 
-def _add_to_cache(cache: Path | None, row: dict, notes: list[str]) -> Path | None:
-    """Add a row to the cache, which is read again because another run may have written to it. Returns the cache, or
-    None after a note if it cannot be written."""
-    if cache is None or ran_out_of_memory(row):
-        return cache
+def _add_to_cache(cache: Path, rows: list[dict], notes: list[str]) -> None:
+    """Add rows to the cache, which is read again because another run may have written to it."""
+    keys = {row["key"] for row in rows}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        rows = [other for other in Report.read(cache).rows if other["key"] != row["key"]]
-        Report({}, [*rows, row], []).save(cache)
+        others = [row for row in Report.read(cache).rows if row["key"] not in keys]
+        Report({}, [*others, *rows], []).save(cache)
     except OSError as error:
         notes.append(f"verdicts are not saved: {error}")
-        return None
-    return cache
 
 
 class _Trial:
@@ -346,20 +314,12 @@ class _Trial:
     def is_sound(self, choice: Choice) -> bool:
         """Run an algorithm until it can be trusted or shows a fault."""
         gemm = self.gemm
-        try:
-            if not gemm.fresh and choice.order in ORDERS:  # a weight is packed with its transpose, which must fit too
-                check_packable("transposed weight", gemm.k, gemm.m, choice.order)
-            if choice.order not in self.operands:
-                self.operands[choice.order] = self._pack(choice.order)
-        except (RuntimeError, ValueError) as error:
-            self.faults[choice] = f"raises {reason(error)}"
-            return False
-        # The converter packs a gradient in each call, so its time counts. Our own packers pack while they draw MVUE.
-        operand, convert = self.operands[choice.order], gemm.fresh and choice.order == "library"
 
         def call():
-            a = compress24(self.a) if convert else operand
-            return matmul24(a, self.b, self.bias, gemm.m, gemm.transposed, choice)
+            operand = self._operand(choice.order)
+            if gemm.fresh and choice.order == "library":  # the converter packs a gradient in each call
+                operand = compress24(self.a)
+            return matmul24(operand, self.b, self.bias, gemm.m, gemm.transposed, choice)
 
         fault = fault_of(call, self.reference) or (fault_in_graph(call, self.reference) if self.captured else None)
         if fault is None:
@@ -369,24 +329,26 @@ class _Trial:
             self._check_context(choice)
         return fault is None
 
-    def _pack(self, order: str) -> torch.Tensor:
+    def _operand(self, order: str) -> torch.Tensor:
         """The packed A. Raises ValueError if our packer writes other bytes than the library's compress at this shape:
         the library may pad or order small or ragged shapes in another way."""
-        operand = pack_matrix(self.a, order)
-        if order != "library" and not torch.equal(operand, compress24(self.a)):
-            raise ValueError(f"order {order} is not what the library's compress writes at this shape")
-        return operand
+        if order not in self.operands:
+            if order != "library" and not self.gemm.fresh:  # a weight is packed with its transpose
+                check_packable("transposed weight", self.gemm.k, self.gemm.m, order)
+            operand = pack_matrix(self.a, order)
+            if order != "library" and not torch.equal(operand, compress24(self.a)):
+                raise ValueError(f"order {order} is not what the library's compress writes at this shape")
+            self.operands[order] = operand
+        return self.operands[order]
 
     def _check_context(self, choice: Choice) -> None:
         """Raises RuntimeError if an algorithm has broken the CUDA context, so that nothing more can run."""
-        if self.a.is_cuda:
-            try:
+        try:
+            if self.a.is_cuda:
                 torch.cuda.synchronize()
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"{choice} of the 2:4 GEMM {self.gemm} broke the CUDA context ({self.faults[choice]}); "
-                    "use --spmm=masked"
-                ) from error
+        except RuntimeError as error:
+            message = f"{choice} of the 2:4 GEMM {self.gemm} broke the CUDA context ({self.faults[choice]})"
+            raise RuntimeError(f"{message}; use --spmm=masked") from error
 
     def _fastest(self) -> list[Choice]:
         times = self.time(list(self.sound.values()), 3)
@@ -475,7 +437,7 @@ def choose(
     saved = Report.read(cache)
     notes = [f"cusparselt: {why}", *saved.notes]
     earlier = {row["key"]: row for row in (*saved.rows, *known)}
-    by_key, reused, rows = {}, 0, []  # two GEMMs of one shape have one key and share a row
+    by_key, measured, rows = {}, [], []  # two GEMMs of one shape have one key and share a row
     for name, gemm in gemms.items():
         settings = [str(dtype), mode, {"cusparselt": order}, graph, *_machine(device)]
         key = json.dumps([_FORMAT, gemm[1:], *settings])
@@ -484,13 +446,16 @@ def choose(
             if row and row["chosen"] and (fault := trial().fault_now(_choice_of(row))):
                 notes.append(f"{name}: {_choice_of(row)} was chosen earlier but now {fault}")
                 row = None
-            reused += row is not None
-            by_key[key] = row or {**trial().measure(forced=mode != "auto"), "key": key}
-            cache = cache if row else _add_to_cache(cache, by_key[key], notes)
+            if row is None:
+                row = {**trial().measure(forced=mode != "auto"), "key": key}
+                measured.append(row)
+            by_key[key] = row
         rows.append({**by_key[key], "name": name})
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if reused:
+    if new_rows := [row for row in measured if cache and not ran_out_of_memory(row)]:
+        _add_to_cache(cache, new_rows, notes)
+    if reused := len(by_key) - len(measured):
         source = cache or "the run"
         notes.append(f"{reused} of {len(by_key)} GEMMs as measured earlier, see {source}: delete it to measure anew")
     if failed := [row for row in rows if mode != "auto" and not row["chosen"]]:

@@ -74,7 +74,7 @@ def configure(defaults, argv):
 
     `defaults`: a script's globals(), with annotations for settings such as `compile: bool | None = None`.
     `argv`: config file paths and --name=value, or --help, which prints every setting and raises SystemExit(0).
-    Raises ConfigError for mistakes of the user, TypeError for mistakes of the script's author.
+    Raises ConfigError for mistakes of the user.
     """
     kinds = _kinds(defaults)
     if any(word.translate(_DASHES) in ("-h", "-help", "--help") for word in argv):
@@ -145,16 +145,10 @@ def _kinds(defaults):
     by_name = {kind.__name__: kind for kind in NEEDS} | {"None": NoneType}
     kinds = {}
     for name, default in defaults.items():
-        if name.startswith("_") or type(default) not in NEEDS:
-            continue
-        annotation = annotations.get(name, type(default))
-        parts = annotation.split("|") if isinstance(annotation, str) else typing.get_args(annotation) or (annotation,)
-        kinds[name] = tuple(by_name.get(part.strip()) if isinstance(part, str) else part for part in parts)
-        if kinds[name] == (NoneType,) or not set(kinds[name]) <= set(NEEDS):
-            raise TypeError(
-                f"setting {name!r}: type {annotation!r} is not supported, need int, float, bool or str, with or "
-                f"without None; annotate it in {_script_name(defaults)}, for example `{name}: int | None = None`"
-            )
+        if type(default) in NEEDS and not name.startswith("_"):
+            kind = annotations.get(name, type(default))
+            parts = kind.split("|") if isinstance(kind, str) else typing.get_args(kind) or (kind,)
+            kinds[name] = tuple(by_name[part.strip()] if isinstance(part, str) else part for part in parts)
     return kinds
 
 
@@ -252,8 +246,7 @@ def _read_file(word, meant, defaults, kinds):
         with open(path, "rb") as file:
             source = file.read()
     except OSError as error:
-        is_setting = meant and ("=" in word or word in kinds)
-        hint = f"write {meant}" if is_setting else "give a path such as config/name.py, or --name=value"
+        hint = f"write {meant}" if meant and "=" in word else "give a path such as config/name.py, or --name=value"
         raise ConfigError(f"cannot read config file {path!r} ({error.strerror}); {hint}") from None
     try:
         exec(compile(source, path, "exec", dont_inherit=True), namespace)
@@ -277,29 +270,26 @@ def _print_help(defaults, kinds):
     """Print every setting as --name=default with its type and comment, under the headings in the script's source."""
     notes = read_comments(defaults.get("__file__"), kinds)
     print(f"usage: python {_script_name(defaults)} [config/file.py ...] [--name=value ...]     later arguments win")
-    words = {name: f"--{name}={defaults[name]}" for name in kinds}
-    types = {name: "|".join(kind.__name__.replace("NoneType", "None") for kind in kinds[name]) for name in kinds}
-    word_width, type_width = (max(map(len, column.values()), default=0) for column in (words, types))
-    shown = ""
+    heading = ""
     for name in kinds:
-        heading, comment = notes.get(name, (shown, ""))
-        if heading != shown:
+        previous, (heading, comment) = heading, notes[name]
+        if heading != previous:
             print(f"\n{heading}")
-        shown = heading
-        print(f"  {words[name]:<{min(word_width, 44)}}  {types[name]:<{type_width}}  {comment}".rstrip())
+        types = "|".join(kind.__name__.replace("NoneType", "None") for kind in kinds[name])
+        print(f"  {f'--{name}={defaults[name]}':<36}  {types:<9}  {comment}".rstrip())
 
 
 def read_comments(path, kinds):
     """{name: (heading, comment)}: the comment after a setting's assignment, and the `# ---- heading ----` above it."""
+    notes, heading = dict.fromkeys(kinds, ("", "")), ""
     if not path or not os.path.exists(path):
-        return {}
-    notes, heading = {}, ""
+        return notes
     with open(path, encoding="utf-8") as file:
         for line in file:
             title = re.match(r"# ?--+ (.*[^-\s])", line)
             heading = title[1] if title else heading
             name = re.match(r"\w*", line)[0]
-            if name in kinds and name not in notes:
+            if name in kinds and notes[name] == ("", ""):
                 notes[name] = (heading, line.partition("  # ")[2].strip())
     return notes
 

@@ -1,12 +1,8 @@
-"""Chooses the backend of each 2:4 GEMM of a run by measuring it. Nothing is trusted.
+"""Chooses the backend of each 2:4 GEMM of a run by measuring it, as docs/fast_path.md describes.
 
-trust    We pack the library's operands ourselves only if its own compress makes the same bytes, several times.
-check    An algorithm must give the dense result, and the same bits each time. Libraries have shipped some that do not.
-choice   The fastest sound algorithm is taken if it beats the dense GEMM on the same pruned matrix by more than noise.
-cache    Rows are saved by shape, layout, dtype, versions, device and driver. A choice that is read back is checked.
-
-After a failure the next in this order is tried: our packers, the library's compress, another algorithm, the dense GEMM.
-The report, which is printed at the start and saved with the run, has a line for each failure.
+Nothing is trusted: libraries have shipped algorithms with wrong results. After a failure the next in this order is
+tried: our packers, the library's compress, another algorithm, the dense GEMM. The report, which is printed at the start
+and saved with the run, has a line for each failure. A choice that is read from the cache is checked again.
 """
 
 import functools
@@ -22,7 +18,7 @@ from pathlib import Path
 import torch
 
 from configurator import write_json
-from gemm24.layout import check_packable, compress24
+from gemm24.layout import ORDERS, check_packable, compress24
 from gemm24.matmul import Choice, Gemm, matmul24
 from gemm24.operands import mvue24_pack, pack_matrix, pack_weight_
 from sparse24 import expand_index, transposable_index
@@ -33,14 +29,6 @@ _NOTES = {  # the modes that measure nothing
     "masked": "no 2:4 GEMMs: pruned matrices are multiplied, by the fused feed-forward layer (spmm=masked)",
     "emulated": "2:4 GEMMs are emulated, to test layouts",
 }
-
-
-def check_mode(mode: str) -> None:
-    """Raises ValueError if the setting `spmm` has no such value."""
-    if mode == "cutlass":
-        raise ValueError("spmm='cutlass' was removed after commit 8751ec3: Ampere has cuSPARSELt too; use spmm='auto'")
-    if mode not in MODES:
-        raise ValueError(f"spmm={mode!r}, need one of {', '.join(MODES)}")
 
 
 def reason(error: Exception) -> str:
@@ -245,15 +233,15 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write atomically. Rows that ran out of memory are left out: a later run may have room."""
-        rows = [row for row in self.rows if not ran_out_of_memory(row)]
+        rows = [row for row in self.rows if "OutOfMemory" not in str(row["faults"])]
         checksum = _checksum(rows, self.layer)
         write_json(path, {"notes": self.notes, "rows": rows, "whole": self.layer, "checksum": checksum})
 
     def pays(self) -> bool:
         """Returns whether a 2:4 layer was faster than a dense one. If no layer was timed, whether any GEMM was."""
         if self.layer:
-            us = {way: median for way, (median, _, _) in self.layer["us"].items()}
-            return us[self.layer["taken"]] < us["dense"]
+            us = self.layer["us"]
+            return us[self.layer["taken"]][0] < us["dense"][0]
         return any(row["chosen"] for row in self.rows)
 
     def text(self) -> str:
@@ -269,22 +257,19 @@ class Report:
             us, taken = self.layer["us"], self.layer["taken"]
             ways = ", ".join(f"{way} {median / 1000:.3f} ms" for way, (median, _, _) in us.items())
             lines.append(f"one layer, forward and backward: {ways}; taken: {taken}")
-            host_us = self.layer.get("host_us", {}).get(taken, 0)  # reports of earlier versions have none
-            if host_us > us[taken][0]:
-                lines.append(
-                    f"the host takes {host_us / 1000:.3f} ms to enqueue that layer, longer than the GPU takes: "
-                    "--compile_mode=reduce-overhead replays CUDA graphs instead"
-                )
+            host_ms = self.layer["host_us"][taken] / 1000
+            if host_ms > us[taken][0] / 1000:
+                slow_host = f"the host takes {host_ms:.3f} ms to enqueue that layer, longer than the GPU takes"
+                lines.append(f"{slow_host}: --compile_mode=reduce-overhead replays CUDA graphs instead")
         return "\n".join(lines)
 
 
 def _add_to_cache(cache: Path, rows: list[dict], notes: list[str]) -> None:
     """Add rows to the cache, which is read again because another run may have written to it."""
-    keys = {row["key"] for row in rows}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        others = [row for row in Report.read(cache).rows if row["key"] not in keys]
-        Report({}, [*others, *rows], []).save(cache)
+        by_key = {row["key"]: row for row in (*Report.read(cache).rows, *rows)}
+        Report({}, [*by_key.values()], []).save(cache)
     except OSError as error:
         notes.append(f"verdicts are not saved: {error}")
 
@@ -293,9 +278,8 @@ class _Trial:
     """One GEMM on random operands: its sound algorithms, and the faults of the others."""
 
     def __init__(self, gemm: Gemm, order: str, device: torch.device, graph: bool):
-        self.gemm, self.order = gemm, order
+        self.gemm, self.order, self.device, self.graph = gemm, order, device, graph
         self.captured = graph and device.type == "cuda"
-        self.time = functools.partial(time_interleaved, graph=graph, device=device)
         self.a = random_24(gemm.m, gemm.k, device)
         options = {"generator": torch.Generator(device).manual_seed(1), "device": device, "dtype": torch.bfloat16}
         b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), **options)
@@ -303,63 +287,52 @@ class _Trial:
         self.bias = torch.randn(gemm.m, **options) if gemm.bias else None
         bias = None if self.bias is None else self.bias.float()
         self.reference = matmul24(self.a.float(), self.b.float(), bias, gemm.m, gemm.transposed, Choice())
-        self.operands: dict[str, torch.Tensor] = {}  # by order
-        self.sound: dict[Choice, Callable] = {}
+        self.operands = {"masked": self.a}  # by order
+        self.sound: list[Choice] = []
         self.faults: dict[Choice, str] = {}
         self.us: dict[Choice, float] = {}  # microseconds of each sound algorithm in the first round
 
-    def dense(self) -> torch.Tensor:
-        return matmul24(self.a, self.b, self.bias, self.gemm.m, self.gemm.transposed, Choice())
+    def multiply(self, choice: Choice) -> torch.Tensor:
+        gemm, operand = self.gemm, self._operand(choice.order)
+        if gemm.fresh and choice.order == "library":  # the converter packs a gradient in each call
+            operand = compress24(self.a)
+        return matmul24(operand, self.b, self.bias, gemm.m, gemm.transposed, choice)
 
-    def is_sound(self, choice: Choice) -> bool:
-        """Run an algorithm until it can be trusted or shows a fault."""
-        gemm = self.gemm
-
-        def call():
-            operand = self._operand(choice.order)
-            if gemm.fresh and choice.order == "library":  # the converter packs a gradient in each call
-                operand = compress24(self.a)
-            return matmul24(operand, self.b, self.bias, gemm.m, gemm.transposed, choice)
-
+    def fault(self, choice: Choice) -> str | None:
+        """Run an algorithm until it can be trusted or shows a fault. Records and returns the fault, or None."""
+        call = functools.partial(self.multiply, choice)
         fault = fault_of(call, self.reference) or (fault_in_graph(call, self.reference) if self.captured else None)
         if fault is None:
-            self.sound[choice] = call
+            self.sound.append(choice)
         else:
             self.faults[choice] = fault
-            self._check_context(choice)
-        return fault is None
+        return fault
 
     def _operand(self, order: str) -> torch.Tensor:
         """The packed A. Raises ValueError if our packer writes other bytes than the library's compress at this shape:
         the library may pad or order small or ragged shapes in another way."""
         if order not in self.operands:
-            if order != "library" and not self.gemm.fresh:  # a weight is packed with its transpose
+            if order in ORDERS and not self.gemm.fresh:  # a weight is packed with its transpose
                 check_packable("transposed weight", self.gemm.k, self.gemm.m, order)
             operand = pack_matrix(self.a, order)
-            if order != "library" and not torch.equal(operand, compress24(self.a)):
+            if order in ORDERS and not torch.equal(operand, compress24(self.a)):
                 raise ValueError(f"order {order} is not what the library's compress writes at this shape")
             self.operands[order] = operand
         return self.operands[order]
 
-    def _check_context(self, choice: Choice) -> None:
-        """Raises RuntimeError if an algorithm has broken the CUDA context, so that nothing more can run."""
-        try:
-            if self.a.is_cuda:
-                torch.cuda.synchronize()
-        except RuntimeError as error:
-            message = f"{choice} of the 2:4 GEMM {self.gemm} broke the CUDA context ({self.faults[choice]})"
-            raise RuntimeError(f"{message}; use --spmm=masked") from error
+    def _time(self, choices: list[Choice], repetitions: int) -> list[list[float]]:
+        calls = [functools.partial(self.multiply, choice) for choice in choices]
+        return time_interleaved(calls, repetitions, graph=self.graph, device=self.device)
 
     def _fastest(self) -> list[Choice]:
-        times = self.time(list(self.sound.values()), 3)
+        times = self._time(self.sound, 3)
         self.us = dict(zip(self.sound, map(statistics.median, times), strict=True))
         return sorted(self.sound, key=self.us.get)[:3]
 
     def _try_algorithms(self, order: str) -> None:
         raised = 0
         for alg_id in range(ALGORITHMS):
-            choice = Choice("cusparselt", order, alg_id)
-            fault = None if self.is_sound(choice) else self.faults[choice]
+            fault = self.fault(Choice("cusparselt", order, alg_id))
             raised = raised + 1 if fault and fault.startswith("raises") else 0
             if order not in self.operands or raised == _NO_MORE or (fault and fault.startswith(_NO_CAPTURE)):
                 break
@@ -372,13 +345,17 @@ class _Trial:
         if not self.sound:
             return []
         best = self._fastest()
-        split = [self.is_sound(c._replace(split_k=n)) for c in best for n in (2, 4, 8) if self.gemm.k >= 2048]
-        return self._fastest() if any(split) else best
+        if self.gemm.k < 2048:
+            return best
+        for choice in best:
+            for split_k in (2, 4, 8):
+                self.fault(choice._replace(split_k=split_k))
+        return self._fastest()
 
     def measure(self, forced: bool) -> dict:
         """A row of the report, in JSON types; times in microseconds. forced: choose 2:4 even if it is slower."""
         finalists = self.finalists()
-        dense_us, *sparse_us = self.time([self.dense, *(self.sound[choice] for choice in finalists)], 15)
+        dense_us, *sparse_us = self._time([Choice(), *finalists], 15)
         row = {**self.gemm._asdict(), "dense_us": statistics.median(dense_us)}
         row["dense_spread_us"] = [min(dense_us), max(dense_us)]
         row |= {"best_us": None, "best_spread_us": None, "ratio": None, "chosen": False, **Choice()._asdict()}
@@ -390,14 +367,7 @@ class _Trial:
             row |= {"best_us": statistics.median(us), "best_spread_us": [min(us), max(us)], **choice._asdict()}
             row |= {"ratio": row["dense_us"] / row["best_us"], "chosen": forced or wins(us, dense_us)}
             row["reason"] = "" if row["chosen"] else "not faster by more than the noise"
-        self.sound.clear()  # its closures hold the trial, and so gigabytes of operands
         return row
-
-    def fault_now(self, choice: Choice) -> str | None:
-        """The fault that an algorithm chosen earlier has today, or None."""
-        self.is_sound(choice)
-        self.sound.clear()
-        return self.faults.get(choice)
 
 
 def _label(choice: Choice) -> str:
@@ -425,9 +395,13 @@ def choose(
     run replays CUDA graphs, so host time does not count. cache: file of rows that runs share. known: rows of the run
     that is resumed; they win over those of the cache. Raises ValueError if "cusparselt" cannot multiply a GEMM.
     """
-    check_mode(mode)
+    if mode not in MODES:
+        raise ValueError(f"spmm={mode!r}, need one of {', '.join(MODES)}")
     if mode in _NOTES:
-        choices = {name: _emulated(gemm) if mode == "emulated" else Choice() for name, gemm in gemms.items()}
+        choices = dict.fromkeys(gemms, Choice())
+        for name, gemm in gemms.items():  # an operand or its transpose may not fit order sm90
+            if mode == "emulated" and gemm.m % 64 == gemm.k % 64 == gemm.n % 8 == 0:
+                choices[name] = Choice("emulated", "sm90")
         return Report(choices, [], [_NOTES[mode]])
     if why := unavailable(device, dtype):
         if mode != "auto":
@@ -443,7 +417,7 @@ def choose(
         key = json.dumps([_FORMAT, gemm[1:], *settings])
         if key not in by_key:
             row, trial = earlier.get(key), functools.partial(_Trial, gemm, order, device, graph)
-            if row and row["chosen"] and (fault := trial().fault_now(_choice_of(row))):
+            if row and row["chosen"] and (fault := trial().fault(_choice_of(row))):
                 notes.append(f"{name}: {_choice_of(row)} was chosen earlier but now {fault}")
                 row = None
             if row is None:
@@ -453,24 +427,14 @@ def choose(
         rows.append({**by_key[key], "name": name})
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if new_rows := [row for row in measured if cache and not ran_out_of_memory(row)]:
-        _add_to_cache(cache, new_rows, notes)
+    if measured and cache:
+        _add_to_cache(cache, measured, notes)
     if reused := len(by_key) - len(measured):
         source = cache or "the run"
         notes.append(f"{reused} of {len(by_key)} GEMMs as measured earlier, see {source}: delete it to measure anew")
     if failed := [row for row in rows if mode != "auto" and not row["chosen"]]:
         raise ValueError(f"spmm={mode!r}: {failed[0]['name']}: {failed[0]['reason']}; use spmm='auto'")
     return Report({row["name"]: _choice_of(row) for row in rows}, rows, notes)
-
-
-def _emulated(gemm: Gemm) -> Choice:
-    """The emulated GEMM in order sm90, or the dense one if an operand or its transpose does not fit that order."""
-    return Choice("emulated", "sm90") if gemm.m % 64 == gemm.k % 64 == gemm.n % 8 == 0 else Choice()
-
-
-def ran_out_of_memory(row: dict) -> bool:
-    """True if an algorithm failed for lack of memory. Such a row is not saved."""
-    return any("OutOfMemory" in fault for fault in row["faults"].values())
 
 
 def _machine(device: torch.device) -> list:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -51,21 +52,17 @@ class Ranks:
 
     def maximum(self, value: int) -> int:
         """The largest `value` over all ranks."""
-        self.go_on()
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return int(tensor)
+        return int(self._reduced(torch.tensor(int(value)), dist.ReduceOp.MAX))
 
     def total(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
+        return self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM).tolist()
+
+    def _reduced(self, tensor: torch.Tensor, operation) -> torch.Tensor:
         self.go_on()
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.control)
-        return tensor.tolist()
+        if self.world_size > 1:
+            dist.all_reduce(tensor, operation, group=self.control)
+        return tensor
 
     def decide(self, value):
         """Rank 0's `value`, on every rank."""
@@ -169,25 +166,23 @@ def outvoted(sums: list[tuple[int, int]]) -> list[int]:
 
     sums: (number of the shard, sum of its bits) for each rank.
     """
-    majority = {}
-    for shard in {shard for shard, _ in sums}:
-        (first, count), *others = Counter(pair for pair in sums if pair[0] == shard).most_common(2)
-        majority[shard] = first if not others or others[0][1] < count else None
-    return [rank for rank, pair in enumerate(sums) if pair != majority[pair[0]]]
+    counts = Counter(sums)
+
+    def is_outvoted(shard: int, value: int) -> bool:
+        return any(counts[other] >= counts[shard, value] for other in counts if other[0] == shard and other[1] != value)
+
+    return [rank for rank, pair in enumerate(sums) if is_outvoted(*pair)]
 
 
 def torchrun_rank() -> int | None:
-    """The local rank that torchrun gave this process; None without torchrun. Raises ValueError if its variables in the
-    environment do not fit."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    texts = {name: os.environ.get(name, "not set") for name in names}
-    rank, local_rank, world_size, port, address = texts.values()
+    """The local rank that torchrun gave this process, or None. Raises ValueError if its variables do not fit."""
+    texts = [os.environ.get(name, "not set") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    rank, local_rank, world_size = texts
     if world_size in ("not set", "1") and {rank, local_rank} <= {"not set", "-1"}:
         return None
-    are_numbers = all(text.isdecimal() for text in (rank, local_rank, world_size, port))
-    if not are_numbers or max(int(rank), int(local_rank)) >= int(world_size) or address == "not set":
-        values = ", ".join(f"{name}={text}" for name, text in texts.items())
+    if not all(text.isdecimal() for text in texts) or max(int(rank), int(local_rank)) >= int(world_size):
         remedy = "start train.py with torchrun, or unset these variables to run alone"
+        values = f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}"
         raise ValueError(f"the environment has {values}, which torchrun does not set; {remedy}")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
@@ -243,8 +238,7 @@ def hold(folder: Path):
 
 def sign(file) -> None:
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
 
 
 class StopSignal:
@@ -281,10 +275,10 @@ class StopSignal:
         torchrun does not send SIGUSR1. The first rank that got a signal does it.
         """
         ranks = self.ranks
-        received = ranks.total(
-            [float(self.received) if rank == ranks.rank else 0.0 for rank in range(ranks.world_size)]
-        )
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+        received = [0.0] * ranks.world_size
+        received[ranks.rank] = float(self.received)
+        received = ranks.total(received)
+        if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
             return
         first = ranks.rank - ranks.local_rank
         node = range(first, first + int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -297,11 +291,9 @@ class StopSignal:
 def environment(device: torch.device, world_size: int) -> dict:
     """The versions and the machine, on which a run's numbers depend besides its settings."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
-        commit = None
-    commit = os.environ.get("NANO24_COMMIT", commit)  # for a copy of the tree without its git history
+    commit = os.environ.get("NANO24_COMMIT")  # for a copy of the tree without its git history
+    if commit is None and shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     try:
         triton = version("triton")
     except PackageNotFoundError:

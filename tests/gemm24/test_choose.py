@@ -160,8 +160,6 @@ def test_modes_that_measure_nothing(mode):
 def test_other_modes_are_refused():
     with pytest.raises(ValueError, match="need one of auto, dense, masked, cusparselt, emulated"):
         choose(GEMMS, CPU, "fast")
-    with pytest.raises(ValueError, match=r"spmm='cutlass' was removed after commit 8751ec3: .* use spmm='auto'"):
-        choose(GEMMS, CPU, "cutlass")
 
 
 def test_without_a_library_auto_is_dense_and_cusparselt_is_refused():
@@ -241,7 +239,7 @@ def test_a_row_that_ran_out_of_memory_is_not_saved(decide, tmp_path):
     library = Library({(0, 1): 80}, {(0, 1): "out of memory"})
     report = decide(library, cache=tmp_path / "c")
     assert "OutOfMemoryError" in report.rows[0]["reason"]
-    assert not (tmp_path / "c").exists()
+    assert Report.read(tmp_path / "c").rows == []
     report.save(tmp_path / "run")
     assert Report.read(tmp_path / "run").rows == []
     library.faults = {}
@@ -514,7 +512,7 @@ def test_the_committed_rows_have_the_keys_of_this_release(decide, monkeypatch):
     machine = json.loads(rows[0]["key"])[6:]
     monkeypatch.setattr(chooser, "_machine", lambda device: machine)
     monkeypatch.setattr(chooser._Trial, "__init__", lambda *args: None)
-    monkeypatch.setattr(chooser._Trial, "fault_now", lambda *args: None)
+    monkeypatch.setattr(chooser._Trial, "fault", lambda *args: None)
     gemms = ffn_gemms(1600, 6400, 16384, "gelu", False, True)
     report = decide(Library({}), gemms=gemms, graph=True, known=rows)
     assert report.notes[-1].startswith("4 of 4 GEMMs as measured earlier")  # z and da, y and dx have one shape
@@ -554,10 +552,10 @@ def test_calls_are_timed_in_turns():
     assert first_of_each_turn == [0, 1, 2] * 4
 
 
-@pytest.mark.parametrize(("host_us", "advised"), [({}, False), ({"plan": 900.0}, False), ({"plan": 1100.0}, True)])
+@pytest.mark.parametrize(("host_us", "advised"), [(900.0, False), (1100.0, True)])
 def test_a_host_that_is_slower_than_the_gpu_is_reported(host_us, advised):
     us = {"dense": [2000.0, 1990.0, 2010.0], "plan": [1000.0, 990.0, 1010.0]}
-    text = Report({}, [], [], {"us": us, "taken": "plan", "host_us": host_us}).text()
+    text = Report({}, [], [], {"us": us, "taken": "plan", "host_us": {"plan": host_us}}).text()
     advice = "the host takes 1.100 ms to enqueue that layer, longer than the GPU takes: --compile_mode=reduce-overhead"
     assert (advice in text) == advised
     assert ("reduce-overhead" in text) == advised

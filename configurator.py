@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import sys
-import tokenize
 import traceback
 import typing
 import warnings
@@ -30,9 +29,8 @@ NEEDS = {bool: "True or False", int: "an int", float: "a float", str: "a string"
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.USub: operator.neg, ast.UAdd: operator.pos}
 PATHS = ("out_dir", "dataset", "flip_reference")  # settings in which ~ is the home folder
-_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212-"  # word processors write these for - and --
-_MEANT = {"true": "True", "yes": "True", "on": "True", "1": "True", "none": "None"}
-_MEANT |= dict.fromkeys(("false", "no", "off", "0"), "False")
+_DASHES = dict.fromkeys(range(0x2010, 0x2016), "-") | {0x2212: "-"}  # for str.translate; word processors write these
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "none": None}
 
 # Settings that train.py had up to this commit: {name: (the value that all runs use now, what replaces the setting)}.
 # A dict has a value for each recipe, and "" for all others. None means any value: no weight depends on the setting.
@@ -76,16 +74,16 @@ def configure(defaults, argv):
 
     `defaults`: a script's globals(), with annotations for settings such as `compile: bool | None = None`.
     `argv`: config file paths and --name=value, or --help, which prints every setting and raises SystemExit(0).
-    Raises ConfigError for mistakes of the user, TypeError for mistakes of the script's author.
+    Raises ConfigError for mistakes of the user.
     """
     kinds = _kinds(defaults)
-    if any(word.startswith(tuple(_DASHES)) and word.lstrip(_DASHES).lower() in ("h", "help") for word in argv):
+    if any(word.translate(_DASHES) in ("-h", "-help", "--help") for word in argv):
         _print_help(defaults, kinds)
         raise SystemExit(0)
     overrides = {}
     for place, word in enumerate(argv):
-        read = _read_word if word.startswith(tuple(_DASHES)) else _read_file
-        overrides |= read(argv[place : place + 3], defaults, kinds)
+        read = _read_word if word.translate(_DASHES).startswith("-") else _read_file
+        overrides |= read(word, _meant(word, argv[place + 1 :], defaults, kinds), defaults, kinds)
     return overrides
 
 
@@ -147,27 +145,23 @@ def _kinds(defaults):
     by_name = {kind.__name__: kind for kind in NEEDS} | {"None": NoneType}
     kinds = {}
     for name, default in defaults.items():
-        if name.startswith("_") or type(default) not in NEEDS:
-            continue
-        annotation = annotations.get(name, type(default))
-        parts = annotation.split("|") if isinstance(annotation, str) else typing.get_args(annotation) or (annotation,)
-        kinds[name] = tuple(by_name.get(part.strip()) if isinstance(part, str) else part for part in parts)
-        if kinds[name] == (NoneType,) or not set(kinds[name]) <= set(NEEDS):
-            raise TypeError(
-                f"setting {name!r}: type {annotation!r} is not supported, need int, float, bool or str, with or "
-                f"without None; annotate it in {_script_name(defaults)}, for example `{name}: int | None = None`"
-            )
+        if type(default) in NEEDS and not name.startswith("_"):
+            kind = annotations.get(name, type(default))
+            parts = kind.split("|") if isinstance(kind, str) else typing.get_args(kind) or (kind,)
+            kinds[name] = tuple(by_name[part.strip()] if isinstance(part, str) else part for part in parts)
     return kinds
 
 
 def _check_name(name, kinds, where, meant=None):
-    if name not in kinds and name in REMOVED:
+    if name in kinds:
+        return
+    if name in REMOVED:
         raise ConfigError(f"{name} {where} was removed after commit {LAST_WITH_REMOVED}: {REMOVED[name][1]}")
-    if name not in kinds:
-        near = difflib.get_close_matches(name.lower().replace("-", "_"), kinds, n=1)
-        remedy = f"name a helper _{name}" if where.startswith("in ") else "--help lists the settings"
-        remedy = f"did you mean {near[0]!r}?" if near else remedy
-        raise ConfigError(f"unknown setting {name!r} {where}; {remedy}" + (f" write {meant}" if meant else ""))
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), kinds, n=1)
+    remedy = f"name a helper _{name}" if where.startswith("in ") else "--help lists the settings"
+    if near:
+        remedy = f"did you mean {near[0]!r}?" + (f" write {meant}" if meant else "")
+    raise ConfigError(f"unknown setting {name!r} {where}; {remedy}")
 
 
 def _fit(name, value, defaults, kinds, where, meant=None):
@@ -186,37 +180,37 @@ def _fit(name, value, defaults, kinds, where, meant=None):
     raise ConfigError(f"setting {name!r} {where}: got {value!r}, need {need}; {remedy}")
 
 
-def _read_word(words, defaults, kinds):
-    """{name: value} of the first of `words`, a --name=value. The next two help to find what the user meant."""
-    word, where, meant = words[0], "on the command line", _meant(words, defaults, kinds)
-    name, *text = re.split("[=:]", word.lstrip(_DASHES), maxsplit=1)
-    _check_name(name, kinds, where, meant)
-    if [word] != [f"--{name}={value}" for value in text]:
-        raise ConfigError(f"{word!r} {where} is not of the form --name=value; write {meant}")
-    return {name: _fit(name, _parse(text[0], kinds[name]), defaults, kinds, where, meant)}
+def _meant(word, later_words, defaults, kinds):
+    """The --name=value that the user meant by `word`, in quotes for a shell; None if that is unclear, or `word` itself.
 
-
-def _meant(words, defaults, kinds):
-    """The --name=value that the user meant by the first of `words`, in quotes for a shell; None if that is unclear.
-
-    The value is in the word itself, as in -name=value and --name:value, or in the next two, as in --name = value."""
-    pattern = rf"[{_DASHES}]*(\w[\w{_DASHES}]*)(?:\s*[=:][\0=:\s]*|\0[\0=:]*|$)((?!--)[^\0]*|)"
-    match = re.match(pattern, "\0".join(words))
-    name = re.sub(f"[{_DASHES}]", "_", match[1].lower()) if match else ""
-    if name not in kinds and bool in kinds.get(name.removeprefix("no_"), ()):
+    Covers argparse's form, whose value is the next word; one dash, none or those of word processors; and --no-name."""
+    name, separator, value = re.fullmatch("([^=:]*)([=:]*)(.*)", word, re.DOTALL).groups()
+    name = name.translate(_DASHES).lstrip("-").replace("-", "_").lower()
+    if bool in kinds.get(name.removeprefix("no_"), ()) and name not in kinds:
         return f"--{name.removeprefix('no_')}=False"
-    is_setting = words[0].startswith(tuple(_DASHES)) or "=" in words[0]
-    near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.6 if is_setting else 1.0)
+    near = difflib.get_close_matches(name, kinds, n=1)
     if not near:
         return None
-    name, text = near[0], match[2].strip()
-    for value in (text, re.sub(f"[{_DASHES}]", "-", text), _MEANT.get(text.lower(), text)):
-        with contextlib.suppress(ConfigError):
-            _fit(name, _parse(value, kinds[name]), defaults, kinds, "")
-            return shlex.quote(f"--{name}={value}")
-    if not text or (bool in kinds[name] and "=" not in words[0]):  # the next word is another argument
-        text = True if bool in kinds[name] else defaults[name]
-    return None if words[0] == f"--{name}={text}" else shlex.quote(f"--{name}={text}")
+    name = near[0]
+    next_word = next((other for other in later_words if other != "="), "--")
+    value = value.strip() or ("" if next_word.startswith("--") else next_word.lstrip("="))
+    if str not in kinds[name]:
+        value = value.translate(_DASHES)
+    if bool in kinds[name]:
+        value = _BOOLS.get(value.lower(), value if separator else True)
+    meant = f"--{name}={defaults[name] if value == '' else value}"
+    return None if meant == word else shlex.quote(meant)
+
+
+def _read_word(word, meant, defaults, kinds):
+    """{name: value} of --name=value."""
+    where = "on the command line"
+    name, _, text = word.partition("=")
+    name = name.translate(_DASHES).lstrip("-")
+    _check_name(name, kinds, where, meant)
+    if word != f"--{name}={text}":
+        raise ConfigError(f"{word!r} {where} is not of the form --name=value; write {meant}")
+    return {name: _fit(name, _parse(text, kinds[name]), defaults, kinds, where, meant)}
 
 
 def _parse(text, kinds):
@@ -244,15 +238,15 @@ def _arithmetic(node):
     raise ValueError("not arithmetic on numbers")
 
 
-def _read_file(words, defaults, kinds):
-    """{name: value} of the settings that the config file words[0] assigns. The file runs in a fresh dict."""
-    path, meant = expand(words[0]), _meant(words, defaults, kinds)
+def _read_file(word, meant, defaults, kinds):
+    """{name: value} of the settings that a config file assigns. The file runs in a fresh dict."""
+    path = expand(word)
     namespace = {"__name__": "config", "__file__": path}
     try:
         with open(path, "rb") as file:
             source = file.read()
     except OSError as error:
-        hint = f"write {meant}" if meant else "give a path such as config/name.py, or --name=value"
+        hint = f"write {meant}" if meant and "=" in word else "give a path such as config/name.py, or --name=value"
         raise ConfigError(f"cannot read config file {path!r} ({error.strerror}); {hint}") from None
     try:
         exec(compile(source, path, "exec", dont_inherit=True), namespace)
@@ -276,34 +270,27 @@ def _print_help(defaults, kinds):
     """Print every setting as --name=default with its type and comment, under the headings in the script's source."""
     notes = read_comments(defaults.get("__file__"), kinds)
     print(f"usage: python {_script_name(defaults)} [config/file.py ...] [--name=value ...]     later arguments win")
-    words = {name: f"--{name}={defaults[name]}" for name in kinds}
-    types = {name: "|".join(kind.__name__.replace("NoneType", "None") for kind in kinds[name]) for name in kinds}
-    word_width, type_width = (max(map(len, column.values()), default=0) for column in (words, types))
-    shown = ""
+    heading = ""
     for name in kinds:
-        heading, comment = notes.get(name, (shown, ""))
-        if heading != shown:
+        previous, (heading, comment) = heading, notes[name]
+        if heading != previous:
             print(f"\n{heading}")
-        shown = heading
-        print(f"  {words[name]:<{min(word_width, 44)}}  {types[name]:<{type_width}}  {comment}".rstrip())
+        types = "|".join(kind.__name__.replace("NoneType", "None") for kind in kinds[name])
+        print(f"  {f'--{name}={defaults[name]}':<36}  {types:<9}  {comment}".rstrip())
 
 
 def read_comments(path, kinds):
     """{name: (heading, comment)}: the comment after a setting's assignment, and the `# ---- heading ----` above it."""
+    notes, heading = dict.fromkeys(kinds, ("", "")), ""
     if not path or not os.path.exists(path):
-        return {}
-    notes, heading, name = {}, "", None
-    with tokenize.open(path) as file:
-        for token in tokenize.generate_tokens(file.readline):
-            first = token.start[1] == 0
-            if token.type == tokenize.COMMENT and first:
-                title = re.fullmatch(r"#\s*-{2,}\s*(.*?[^-\s])\s*-*", token.string)
-                heading = title[1] if title else heading
-            elif token.type == tokenize.COMMENT and name:
-                notes[name] = (notes[name][0], f"{notes[name][1]} {token.string.lstrip('# ')}".strip())
-            elif token.type == tokenize.NAME and first:
-                name = token.string if token.string in kinds and token.string not in notes else None
-                notes.update({name: (heading, "")} if name else {})
+        return notes
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            title = re.match(r"# ?--+ (.*[^-\s])", line)
+            heading = title[1] if title else heading
+            name = re.match(r"\w*", line)[0]
+            if name in kinds and notes[name] == ("", ""):
+                notes[name] = (heading, line.partition("  # ")[2].strip())
     return notes
 
 

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -51,21 +52,17 @@ class Ranks:
 
     def maximum(self, value: int) -> int:
         """The largest `value` over all ranks."""
-        self.go_on()
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return int(tensor)
+        return int(self._reduced(torch.tensor(int(value)), dist.ReduceOp.MAX))
 
     def total(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
+        return self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM).tolist()
+
+    def _reduced(self, tensor: torch.Tensor, operation) -> torch.Tensor:
         self.go_on()
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.control)
-        return tensor.tolist()
+        if self.world_size > 1:
+            dist.all_reduce(tensor, operation, group=self.control)
+        return tensor
 
     def decide(self, value):
         """Rank 0's `value`, on every rank."""
@@ -124,10 +121,10 @@ def disagreement(everyone: list[dict]) -> str:
     for rank, facts in enumerate(everyone):
         if "error" in facts:
             return f"rank {rank} cannot start: {facts['error']}"
-        pairs = [(name, facts.get(name), there) for name, there in everyone[0].items()]
-        differing = [f"{name}={here!r:.200} (on rank 0 {there!r:.200})" for name, here, there in pairs if here != there]
+        differing = [name for name, value in everyone[0].items() if facts.get(name) != value]
         if differing:
-            return f"rank {rank} has {', '.join(differing)}; start all ranks alike, with one shared out_dir"
+            values = [f"{name}={facts.get(name)!r:.200} (on rank 0 {everyone[0][name]!r:.200})" for name in differing]
+            return f"rank {rank} has {', '.join(values)}; start all ranks alike, with one shared out_dir"
     return ""
 
 
@@ -151,18 +148,17 @@ def fingerprint(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def _hash_of_bits(tensors: list[torch.Tensor]) -> int:
-    """The sum of all elements, read as integers, times random odd factors of their row and column. It wraps around.
-    So it depends on the order of tensors, rows and columns, and changes with any one bit."""
+    """The sum of all elements, read as integers, times random odd factors, which depend on their places. int64 wraps
+    around, so any one bit changes the sum."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    generator, sums = torch.Generator().manual_seed(0), []
-    for t in tensors:
-        bits = t.view(integers[t.element_size()])
-        bits = bits.flatten(1) if bits.dim() > 1 else bits.reshape(1, -1)
-        factors = [torch.randint(2**62, (size,), generator=generator) * 2 + 1 for size in bits.shape]
-        rows, columns = (factor.to(bits.device) for factor in factors)
-        step = max(1, 2**20 // max(1, len(columns)))  # the products are int64, so a large matrix is read in parts
-        sums.append((torch.cat([(part * columns).sum(1) for part in bits.split(step)]) * rows).sum())
-    return int(torch.stack(sums).sum()) if sums else 0
+    factors = 2 * torch.randint(2**62, (2**20,), generator=torch.Generator().manual_seed(0)) + 1
+    total = torch.tensor(0)
+    for tensor in tensors:
+        factors, total = factors.to(tensor.device), total.to(tensor.device)
+        bits = tensor.flatten().view(integers[tensor.element_size()])
+        for part in bits.split(len(factors)):
+            total = 6364136223846793005 * total + (part * factors[: len(part)]).sum()  # an odd number below 2**63
+    return int(total)
 
 
 def outvoted(sums: list[tuple[int, int]]) -> list[int]:
@@ -170,51 +166,44 @@ def outvoted(sums: list[tuple[int, int]]) -> list[int]:
 
     sums: (number of the shard, sum of its bits) for each rank.
     """
-    majority = {}
-    for shard in {shard for shard, _ in sums}:
-        (first, count), *others = Counter(pair for pair in sums if pair[0] == shard).most_common(2)
-        majority[shard] = first if not others or others[0][1] < count else None
-    return [rank for rank, pair in enumerate(sums) if pair != majority[pair[0]]]
+    counts = Counter(sums)
+
+    def is_outvoted(shard: int, value: int) -> bool:
+        return any(counts[other] >= counts[shard, value] for other in counts if other[0] == shard and other[1] != value)
+
+    return [rank for rank, pair in enumerate(sums) if is_outvoted(*pair)]
 
 
 def torchrun_rank() -> int | None:
-    """The local rank that torchrun gave this process; None without torchrun. Raises ValueError if its variables in the
-    environment do not fit."""
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
-    texts = {name: os.environ.get(name, "not set") for name in names}
-    if texts["WORLD_SIZE"] in ("not set", "1") and {texts["RANK"], texts["LOCAL_RANK"]} <= {"not set", "-1"}:
+    """The local rank that torchrun gave this process, or None. Raises ValueError if its variables do not fit."""
+    texts = [os.environ.get(name, "not set") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    rank, local_rank, world_size = texts
+    if world_size in ("not set", "1") and {rank, local_rank} <= {"not set", "-1"}:
         return None
-    wrong = [name for name in names[:4] if not texts[name].isdecimal()]
-    wrong = wrong or [name for name in names[1:3] if int(texts[name]) >= int(texts["WORLD_SIZE"])]
-    wrong = wrong or [name for name in names if texts[name] == "not set"]
-    if wrong:
-        values = ", ".join(f"{name}={text}" for name, text in texts.items() if text != "not set")
+    if not all(text.isdecimal() for text in texts) or max(int(rank), int(local_rank)) >= int(world_size):
         remedy = "start train.py with torchrun, or unset these variables to run alone"
-        raise ValueError(f"{wrong[0]} is {texts[wrong[0]]} beside {values}, which torchrun does not do; {remedy}")
+        values = f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}"
+        raise ValueError(f"the environment has {values}, which torchrun does not set; {remedy}")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         raise ValueError(
             f"--max_restarts={restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: without "
             "it torch's restarts do not reconnect reliably; export it, or use --max_restarts=0"
         )
-    return int(texts["LOCAL_RANK"])
+    return int(local_rank)
 
 
 def start_ranks(device_name: str, rank_timeout: int = 600) -> Ranks:
     """Join torchrun's process group, with nccl on GPUs and gloo on CPUs. Without torchrun the world has one rank."""
     if (local_rank := torchrun_rank()) is None:
         return Ranks()
-    on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError(f"device={device_name!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
+    on_gpu = device_name.startswith(("cuda", "auto")) and torch.cuda.is_available()
     if on_gpu:
         if local_rank >= (gpus := torch.cuda.device_count()):
             raise ValueError(f"LOCAL_RANK={local_rank} needs {local_rank + 1} GPUs; use --nproc_per_node={gpus}")
         torch.cuda.set_device(local_rank)
-    backend, timeout = (
-        "nccl" if on_gpu else "gloo",
-        timedelta(seconds=max(0, rank_timeout) + 300),
-    )  # Watchdog acts earlier
+    backend = "nccl" if on_gpu else "gloo"
+    timeout = timedelta(seconds=max(0, rank_timeout) + 300)  # Watchdog acts earlier
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -233,14 +222,12 @@ def hold(folder: Path):
     """
     path = folder / "run.lock"
     try:
-        opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
-        file = open(path, "a+", opener=opener, encoding="utf-8")  # noqa: SIM115  open as long as the run
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
     except OSError as error:
         raise FolderInUse(f"{path} cannot be opened: {error.strerror}; delete it, or set another out_dir") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
         raise FolderInUse(f"out_dir={folder} is in use by {holder}; stop that run, or set another out_dir") from error
@@ -251,8 +238,7 @@ def hold(folder: Path):
 
 def sign(file) -> None:
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
 
 
 class StopSignal:
@@ -286,26 +272,28 @@ class StopSignal:
         """End torchrun on this node, which would restart the ranks, if ranks of this node got a signal. A collective.
 
         If all of them got one, it came from torchrun, which ends them or restarts them because a node comes or goes.
-        torchrun does not send SIGUSR1. One rank of the node does it.
+        torchrun does not send SIGUSR1. The first rank that got a signal does it.
         """
-        rank, first = self.ranks.rank, self.ranks.rank - self.ranks.local_rank
-        received = self.ranks.total([float(self.received * (r == rank)) for r in range(self.ranks.world_size)])
+        ranks = self.ranks
+        received = [0.0] * ranks.world_size
+        received[ranks.rank] = float(self.received)
+        received = ranks.total(received)
         if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
             return
-        node = received[first : first + int(os.environ["LOCAL_WORLD_SIZE"])]
-        by_torchrun = all(node) and signal.SIGUSR1 not in node
-        if self.received and not by_torchrun and not any(received[first:rank]) and os.getppid() == self.parent:
+        first = ranks.rank - ranks.local_rank
+        node = range(first, first + int(os.environ["LOCAL_WORLD_SIZE"]))
+        signaled = [rank for rank in node if received[rank]]
+        by_torchrun = len(signaled) == len(node) and all(received[rank] != signal.SIGUSR1 for rank in node)
+        if signaled[:1] == [ranks.rank] and not by_torchrun and os.getppid() == self.parent:
             os.kill(self.parent, signal.SIGTERM)
 
 
 def environment(device: torch.device, world_size: int) -> dict:
     """The versions and the machine, on which a run's numbers depend besides its settings."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
-        commit = None
-    commit = os.environ.get("NANO24_COMMIT", commit)  # for a copy of the tree without its git history
+    commit = os.environ.get("NANO24_COMMIT")  # for a copy of the tree without its git history
+    if commit is None and shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     try:
         triton = version("triton")
     except PackageNotFoundError:

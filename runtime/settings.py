@@ -20,16 +20,14 @@ from runtime.ranks import Ranks
 from sparse24 import Recipe, kernel_status, sparse_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FROM_0, _FROM_1, _SHARE, _BELOW_1 = (0, math.inf), (1, math.inf), (0, 1), (0, 0.999999)
+FROM_0 = """eval_interval eval_iters flip_interval keep_every masked_decay learning_rate max_iters weight_decay
+    grad_clip warmup_iters lr_decay_iters min_lr"""
+FROM_1 = """log_interval checkpoint_interval gradient_accumulation_steps batch_size block_size n_layer n_head n_embd
+    mask_interval fsdp_copies rank_timeout"""
 RANGES = {  # the least and the most of every number among the settings
-    "seed": (0, 2**32 - 1), "log_interval": _FROM_1, "eval_interval": _FROM_0, "eval_iters": _FROM_0,
-    "flip_interval": _FROM_0, "checkpoint_interval": _FROM_1, "keep_last": (2, math.inf), "keep_every": _FROM_0,
-    "gradient_accumulation_steps": _FROM_1, "batch_size": _FROM_1, "block_size": _FROM_1,
-    "n_layer": _FROM_1, "n_head": _FROM_1, "n_embd": _FROM_1, "dropout": _BELOW_1, "ffn_ratio": (1e-3, math.inf),
-    "mask_interval": _FROM_1, "masked_decay": _FROM_0, "dense_pretrain": _SHARE, "dense_finetune": _SHARE,
-    "dense_start": (-1, math.inf), "learning_rate": _FROM_0, "max_iters": _FROM_0, "weight_decay": _FROM_0,
-    "beta1": _BELOW_1, "beta2": _BELOW_1, "grad_clip": _FROM_0, "warmup_iters": _FROM_0, "lr_decay_iters": _FROM_0,
-    "min_lr": _FROM_0, "fsdp_copies": _FROM_1, "rank_timeout": _FROM_1,
+    **dict.fromkeys(FROM_0.split(), (0, math.inf)), **dict.fromkeys(FROM_1.split(), (1, math.inf)),
+    **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.999999)), "dense_pretrain": (0, 1), "dense_finetune": (0, 1),
+    "dense_start": (-1, math.inf), "ffn_ratio": (1e-3, math.inf), "keep_last": (2, math.inf), "seed": (0, 2**32 - 1),
 }  # fmt: skip
 CHOICES = {
     "init_from": ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
@@ -79,16 +77,13 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
 def pick_device(s: SimpleNamespace, ranks: Ranks) -> torch.device:
     """The device of this rank. Sets `device`, `dtype` and `compile` where they are "auto" or None."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={s.device!r}, but torch {torch.__version__} sees no CUDA GPU; use --device=cpu")
     try:
         chosen = torch.device(name)
         if name == "cuda":  # set_device needs an index
             chosen = torch.device("cuda", ranks.local_rank if ranks.world_size > 1 else torch.cuda.current_device())
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device={s.device!r} cannot be used: {reason}; use --device=cpu") from error
+        raise ValueError(f"device={s.device!r} cannot be used: {choose.reason(error)}; use --device=cpu") from error
     best = "float32"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -134,8 +129,7 @@ def find_start(s: SimpleNamespace, folder: Path) -> Path | None:
 
 
 def check_resume(s: SimpleNamespace, state: dict, path: Path, data: dict) -> None:
-    """Raise ValueError if the run differs from the checkpoint in the model, the data or the dense end. Drops removed
-    settings."""
+    """Raise ValueError if model, data or dense end differ from the checkpoint's. Drops removed settings."""
     for key in ("config", "model_args"):
         state[key] = without_removed(state[key], path)
     saved = state["config"]
@@ -146,7 +140,16 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path, data: dict) -> Non
             f"resume: {path} holds a model with other settings: {', '.join(differing)}; "
             "use its settings, or another out_dir"
         )
-    check_data(s, state, path, data)
+    trained_on = state.get("data") or data  # checkpoints of an earlier release have none
+    vocabulary, tokens = vocabulary_changes(trained_on, data), changes(trained_on, data)
+    if vocabulary or (tokens and not (s.allow_other_data or s.eval_only)):
+        remedy = "" if vocabulary else ", --allow_other_data=True to continue on these tokens"
+        raise ValueError(
+            f"resume: {path} was trained on other data than those of dataset={s.dataset}: "
+            f"{', '.join(vocabulary or tokens)}; use the model's own dataset{remedy}, or another out_dir"
+        )
+    if any(trained_on[name] != data[name] for name in ("val_tokens", "val_checksum")):
+        state["best_val_loss"] = math.inf  # a loss on other tokens does not compare
     if s.dense_start < 0 and planned_dense_start(s) != state["dense_start"]:
         if state["dense_start"] == saved["max_iters"] and planned_dense_start(s) == s.max_iters:
             state["dense_start"] = s.max_iters  # a run without a dense end is extended
@@ -155,22 +158,6 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path, data: dict) -> Non
             f"resume: {path} becomes dense at iteration {state['dense_start']} of {saved['max_iters']}, these "
             f"settings at {planned_dense_start(s)} of {s.max_iters}; choose one with --dense_start=..."
         )
-
-
-def check_data(s: SimpleNamespace, state: dict, path: Path, data: dict) -> None:
-    """Raise ValueError if the checkpoint was trained on another vocabulary, or on other tokens that are not allowed."""
-    size, model_size = data["vocab_size"], state["model_args"]["vocab_size"]
-    fits = model_size - size in range(64 if size >= 1024 else 1)  # build_model pads large vocabularies
-    saved = state.get("data") or {**data, "vocab_size": size if fits else model_size}  # of an earlier release
-    vocabulary, tokens = vocabulary_changes(saved, data), changes(saved, data)
-    if vocabulary or (tokens and not (s.allow_other_data or s.eval_only)):
-        remedy = "" if vocabulary else ", --allow_other_data=True to continue on these tokens"
-        raise ValueError(
-            f"resume: {path} was trained on other data than those of dataset={s.dataset}: "
-            f"{', '.join(vocabulary or tokens)}; use the model's own dataset{remedy}, or another out_dir"
-        )
-    if any(saved[name] != data[name] for name in ("val_tokens", "val_checksum")):
-        state["best_val_loss"] = math.inf  # a loss on other tokens does not compare
 
 
 def changes(before: dict, now: dict) -> list[str]:
@@ -208,13 +195,10 @@ def announce(s: SimpleNamespace, model, path: Path | None, start: dict, about: d
     if report and (s.device.startswith("cuda") or s.spmm != "auto"):
         print(report.text())
     if report and s.device.startswith("cuda") and s.spmm == "auto" and not report.pays():
-        reason = "a sparse layer is not faster than a dense one, see the times above"
-        reason = reason if report.rows else "no 2:4 GEMM can be used, for the reasons above"
-        print(f"{reason}: --sparse=none trains at least as fast here")
-    saved = start.get("config", vars(s))
-    changed = changes(saved, vars(s)) + changes(start.get("data") or about["data"], about["data"])
+        print("2:4 sparsity does not pay here, see above: --sparse=none trains at least as fast")
+    changed = changes(start.get("config", vars(s)), vars(s))
+    changed += changes(start.get("data") or about["data"], about["data"])
+    last_start, this_start = (start.get("starts") or about["starts"])[-1], about["starts"][-1]
+    changed += changes({**last_start, "iter_num": this_start["iter_num"]}, this_start)
     if changed:
         print(f"changed since the checkpoint: {', '.join(changed)}")
-    last_start, this_start = (start.get("starts") or about["starts"])[-1], about["starts"][-1]
-    if changed := changes({**last_start, "iter_num": start["iter_num"]}, this_start):
-        print(f"changed since the last start: {', '.join(changed)}")

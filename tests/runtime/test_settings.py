@@ -1,6 +1,5 @@
 """runtime/settings.py: the values of recipes and "auto", and refusals in one line."""
 
-import contextlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from harness import SETTINGS, all_settings, make_dataset, read_state, run_differ
 
 import train
 from configurator import setting_names
-from runtime.settings import RANGES, check_data, planned_dense_start, resolve_settings
+from runtime.settings import RANGES, planned_dense_start, resolve_settings
 from sparse24 import RECIPES, get_recipe
 
 
@@ -166,10 +165,9 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA G
         ({"dtype": "int8"}, "dtype='int8', need one of auto, float32, bfloat16, float16"),
         ({"spmm": "fast"}, "spmm='fast', need one of auto, dense, masked, cusparselt, emulated"),
         ({"spmm": "cusparselt"}, "spmm='cusparselt': needs an NVIDIA GPU; use spmm='auto'"),
-        ({"spmm": "cutlass"}, "spmm='cutlass' was removed after commit 8751ec3: Ampere has cuSPARSELt too; use"),
         ({"compile_mode": "fast"}, "compile_mode='fast', need one of default, reduce-overhead, max-autotune"),
-        pytest.param({"device": "cuda"}, "sees no CUDA GPU; use --device=cpu", marks=NO_GPU),
-        pytest.param({"device": "cuda:1"}, "sees no CUDA GPU; use --device=cpu", marks=NO_GPU),
+        pytest.param({"device": "cuda"}, "device=.cuda.* cannot be used: .*; use --device=cpu", marks=NO_GPU),
+        pytest.param({"device": "cuda:1"}, "device=.cuda.* cannot be used: .*; use --device=cpu", marks=NO_GPU),
         ({"device": "abacus"}, "device='abacus'"),
         ({"device": "hpu"}, "device='hpu'"),
         ({"init_from": "resume"}, "init_from=resume, but .* has no ckpt.pt; use init_from=scratch or auto"),
@@ -254,27 +252,12 @@ def test_metrics_alone_are_refused(refused, stopped):
     ],
 )
 def test_another_vocabulary_is_always_refused(refused, stopped, tmp_path, change, named):
-    other, state = make_dataset(tmp_path / "other"), read_state(stopped)
+    other = make_dataset(tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps(meta | change(meta)))
     message = f"ckpt.pt was trained on other data than those of dataset=.*: {named}; use the model's own dataset, or"
     for allowed in ({"allow_other_data": True}, {"eval_only": True}):
         assert re.search(message, refused(stopped, dataset=other, **allowed))
-    if "vocab_size" in named:  # a checkpoint of an earlier release has only the size
-        torch.save({key: state[key] for key in state if key != "data"}, stopped / "ckpt.pt")
-        assert re.search(message, refused(stopped, dataset=other))
-
-
-@pytest.mark.parametrize(
-    ("model_size", "size", "refused"),
-    [(50304, 50257, 0), (50257, 50257, 0), (50304, 50240, 1), (1000, 990, 1), (65, 65, 0), (65, 66, 1)],
-)
-def test_the_size_of_an_old_checkpoint_fits_the_vocabularies_that_are_padded_to_it(given, model_size, size, refused):
-    data = {"tokenizer": "gpt2", "vocab_size": size, "val_tokens": 9, "val_checksum": "00000000"}
-    state = {"model_args": {"vocab_size": model_size}, "best_val_loss": 1.0}
-    with pytest.raises(ValueError, match=f"vocab_size={size}") if refused else contextlib.nullcontext():
-        check_data(all_settings(), state, "ckpt.pt", data)
-    assert state["best_val_loss"] == 1.0
 
 
 def test_other_checkpoints_than_the_last_are_not_deleted_without_overwrite(run, refused, tmp_path):

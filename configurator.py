@@ -260,6 +260,7 @@ def _read_file(word, meant, defaults, kinds):
     for name, value in namespace.items():
         # modules, functions and classes have a __name__, and those that the file does not define may be imports
         imported = hasattr(value, "__name__") and getattr(value, "__module__", None) != "config"
+        imported = imported or type(value).__module__ == "__future__"
         if name in kinds or not (name.startswith("_") or imported):
             _check_name(name, kinds, f"in {path}")
             overrides[name] = _fit(name, value, defaults, kinds, f"in {path}")

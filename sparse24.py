@@ -921,11 +921,14 @@ class Sparse24Linear(nn.Linear):
 
     def forward_seed(self) -> torch.Tensor:
         """`.seed`, for a forward pass. Warns, once per process, of a training pass that no `seed_draws` preceded."""
-        draws = self.training and self.recipe.mvue and torch.is_grad_enabled() and self.weight.requires_grad
-        if draws and not torch.compiler.is_compiling() and not self.seeded:
+        if torch.is_grad_enabled() and self.weight.requires_grad and not torch.compiler.is_compiling():
+            self.warn_without_seeds()
+        return self.seed
+
+    def warn_without_seeds(self) -> None:
+        if self.training and self.recipe.mvue and not self.seeded:
             need = "need seed_draws(model, seed, iter_num, micro_batch) before each training forward pass"
             _warn_once(f"Sparse24Linear: without seeds MVUE draws the same numbers in every step, {need}")
-        return self.seed
 
     def new_index(self) -> torch.Tensor:
         """The index matrix of the mask for the present weight, unsharded."""
@@ -1008,8 +1011,10 @@ class Sparse24Linear(nn.Linear):
         index, missing = state_dict.get(prefix + "index"), []
         patterns = 90 if self.recipe.mask == "transposable" else 6
         if index is not None and (index.dtype != torch.uint8 or (not index.is_meta and (index >= patterns).any())):
-            need = f"need uint8 numbers below {patterns}; without the mask's keys, it is made from the weights"
-            error_msgs.append(f"{prefix}index has {index.dtype} numbers, some may be too large, {need}")
+            need = (
+                f"need uint8 below {patterns}; masks cannot be averaged: without this key it is made from the weights"
+            )
+            error_msgs.append(f"{prefix}index is {index.dtype} or too large, {need}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, error_msgs)
         if index is None and prefix + "weight" in state_dict:  # of a dense linear
@@ -1045,8 +1050,8 @@ def _disable_encoder_fast_path(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
-def _obstacle(linear: nn.Linear) -> str | None:
-    """The reason why this linear cannot become sparse, or None."""
+def _obstacle(linear: nn.Linear, reserved: set[str]) -> str | None:
+    """The reason why this linear cannot become sparse, or None. reserved: attributes that sparse layers add."""
     if type(linear) is not nn.Linear or "weight" not in linear._parameters:
         return _NEED_WEIGHT
     if is_dtensor(linear.weight):
@@ -1055,7 +1060,10 @@ def _obstacle(linear: nn.Linear) -> str | None:
         return f"has {linear.in_features} in, {linear.out_features} out, {_NEED_FOURS}"
     if "forward" in vars(linear):  # accelerate's hooks set one; it would bypass the sparse class
         return "has a forward beside that of its class; remove the hook or wrapper that set it"
-    return None
+    taken = reserved & {*dir(linear)}
+    return (
+        f"has attributes that a sparse layer needs itself, {', '.join(sorted(taken))}; rename them" if taken else None
+    )
 
 
 def sparsify(
@@ -1078,12 +1086,15 @@ def sparsify(
     if unknown or not chosen:
         problem = f"no nn.Linear named {', '.join(unknown)}" if unknown else "no nn.Linear matches"
         raise ValueError(f"sparsify: {problem}; the model has {', '.join(linears) or 'none'}")
+    layer_class = recipe.layer or Sparse24Linear
+    example = layer_class(4, 4, recipe=recipe, device="meta")  # on this device nothing is drawn
+    reserved = {*dir(example)} - {*dir(nn.Linear(4, 4, device="meta"))}
     dense = {linears[name]: name for name in chosen if not isinstance(linears[name], Sparse24Linear)}
     for linear, name in dense.items():
-        if obstacle := _obstacle(linear):
+        if obstacle := _obstacle(linear, reserved):
             raise ValueError(f"sparsify: {name or 'the model'} {obstacle}")
     for linear in dense:
-        linear.__class__ = recipe.layer or Sparse24Linear
+        linear.__class__ = layer_class
         linear._begin_sparse(recipe)
     _disable_encoder_fast_path(model)
     return [name for name, m in linears.items() if m in dense]  # a shared layer has several names
@@ -1113,7 +1124,7 @@ def refresh_masks(model: nn.Module, measure: bool = True, begin: bool = False) -
     GPU. begin: also recompute the beta of soft weights.
 
     A model of averaged weights (AveragedModel, EMA) needs this call after its last average, with begin=True: numbers of
-    patterns cannot be averaged."""
+    patterns cannot be averaged. Set `.sparse` of its layers too if the phase of the model has changed."""
     layers = [layer for layer in sparse_linears(model) if layer.sparse]
     before = [layer.index.clamp(max=89) for layer in layers] if measure else []  # an average may be above 89
     for layer in layers:
@@ -1301,6 +1312,10 @@ class MaskedDecayAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for layer in sparse_linears(self.model):
+            if layer.sparse and layer.weight.grad is not None:
+                layer.warn_without_seeds()  # a compiled forward pass cannot warn
+            layer.seeded = False  # the next step needs other seeds
         base = MaskedDecayAdamW  # the kernel does base's update; a subclass with another one may say when it applies
         other_update = type(self).update is not base.update and type(self)._kernel_step is base._kernel_step
         if other_update or not self._kernel_step():

@@ -72,7 +72,9 @@ def sha256_of(*paths):
 
 def fetch(url, sha256, path, timeout=30):
     """Download `url` to `path` unless it exists. Returns `path`. Raises ValueError if the sha256 differs."""
-    if path.is_file() and sha256_of(path) == sha256:
+    if path.is_file():
+        if sha256_of(path) != sha256:  # it may be the user's own text
+            raise ValueError(f"fetch: {path} is another text than {url}; give it by --file, or delete it")
         return path
     try:
         with urllib.request.urlopen(url, timeout=timeout) as reply, atomic(path) as file:
@@ -91,7 +93,7 @@ def tiny_shakespeare(script, doc, argv):
     made = parser(script, doc)
     made.add_argument("--file", type=path_of, help="text on disk (UTF-8, plain or .xz) instead of the download")
     args = made.parse_args(argv)
-    check_out_dir(args, args.file)
+    check_out_dir(args)
     path = args.file or fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256, args.out_dir / "input.txt")
     text = "".join(read_lines(path))
     cut = int(len(text) * 0.9)
@@ -181,7 +183,10 @@ def path_of(word):
     """An argument that is a path. Expands ~, and refuses an empty one."""
     if not word:
         raise argparse.ArgumentTypeError("an empty path, need a name")
-    return Path(expand(word))
+    try:
+        return Path(expand(word))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parser(script, doc):
@@ -193,13 +198,13 @@ def parser(script, doc):
     return made
 
 
-def check_out_dir(args, text=None):
-    """Raise ValueError if --out_dir cannot be written, or if the user's `text` would replace a data set there."""
+def check_out_dir(args):
+    """Raise ValueError if --out_dir cannot be written, or if it holds a data set and --overwrite is not given."""
     folder = next(parent for parent in (args.out_dir, *args.out_dir.parents) if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise ValueError(f"--out_dir {args.out_dir}: {folder} is no folder that you may write to; give another one")
     present = [name for name in FILES if (args.out_dir / name).exists()]
-    if text and present and not args.overwrite:
+    if present and not args.overwrite:
         raise ValueError(f"{args.out_dir} already holds {', '.join(present)}; give another --out_dir, or --overwrite")
 
 
@@ -328,7 +333,7 @@ def prepare_documents(script, doc, hub, argv=None):
         made.error("--val needs --input")
     if not 0 < args.val_fraction < 1:
         made.error(f"--val_fraction {args.val_fraction}, need more than 0 and less than 1")
-    check_out_dir(args, args.input)
+    check_out_dir(args)
     encoding = gpt2_encoding()  # fail now, not after hours of download
     train, val, meta = file_splits(args) if args.input else hub_splits(args, hub)
     streams = (encode_all(pieces, args.num_proc) for pieces in (train, val))

@@ -140,7 +140,7 @@ def save(out_dir: str | Path, state: dict, name: str = NAME, keep_last: int = 2,
     return path
 
 
-def probe(out_dir: str | Path, size: float, keep_last: int) -> None:
+def probe(out_dir: str | Path, size: float) -> None:
     """Create out_dir, and try there all that saves of `size` bytes need. Raises CheckpointError if they would fail."""
     folder = Path(out_dir)
     try:
@@ -149,7 +149,7 @@ def probe(out_dir: str | Path, size: float, keep_last: int) -> None:
             _copy(Path(__file__), Path(trial, NAME))
             _sync_folder(folder)
         disk, existing = shutil.disk_usage(folder), {path.stat().st_ino for path in folder.glob("ckpt*.pt")}
-        count = max(1, max(2, keep_last) + 1 - len(existing))  # one more, for the file that is being written
+        count = max(1, 3 - len(existing))  # ckpt.pt, ckpt_prev.pt, and the file that is being written
         if disk.total and disk.free < count * size:  # some network file systems report nothing
             need = f"need {count * size / 1e9:.3g} GB for {count} more checkpoints; free space"
             raise OSError(f"it has {disk.free / 1e9:.3g} GB free, {need}")

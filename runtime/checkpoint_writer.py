@@ -10,6 +10,7 @@ Only `save`, `poll` and `wait` communicate, and only from the main thread.
 import copy
 import math
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -122,8 +123,9 @@ class Writer:
 
     def wait(self) -> None:
         """Wait until the last save is on disk. Raises its error if it failed."""
-        if self.thread is not None:
-            self.thread.join()
+        while self.thread is not None and self.thread.is_alive():
+            self.thread.join(1)
+            self.ranks.moved = time.monotonic()  # a long save is no stall
         self.poll()
 
 
@@ -166,8 +168,9 @@ class Saver:
         if last or stopping or not self.saved:
             self.writer.wait()
         if not self.saved:
-            text = f"the loss at iteration {iter_num} is not finite, so it is not saved; the last checkpoint is "
-            text += str(checkpoint.find(s.out_dir) or "none")
+            text = f"the loss at iteration {iter_num} is not finite"
+            if not s.eval_only:
+                text += f", so it is not saved; the last checkpoint is {checkpoint.find(s.out_dir) or 'none'}"
             if finished:
                 raise Diverged(f"{text}; lower learning_rate, or look at the data")
             if self.ranks.master:

@@ -64,7 +64,7 @@ class Log:
 
     def open_wandb(self) -> None:
         """Begin a run in wandb, or continue run `wandb_id` there. Raises ValueError if wandb fails."""
-        self.wandb_id = self.wandb_id or uuid.uuid4().hex[:12]
+        self.wandb_id = os.environ.get("WANDB_RUN_ID") or self.wandb_id or uuid.uuid4().hex[:12]
         names = {"project": self.s.wandb_project, "name": self.s.wandb_run_name, "dir": self.s.out_dir}
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")  # a prompt must not hold up a batch job
         try:
@@ -163,6 +163,8 @@ def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             row = dict.fromkeys(COLUMNS) | json.loads(line.decode().strip("\0"))  # a lost block reads as zeros
             is_row = type(row["iter"]) is int and row["phase"] in ("sparse", "dense")
+            numbers = [row[name] for name in COLUMNS if name != "phase"]
+            is_row = is_row and all(isinstance(number, int | float | None) for number in numbers)
         if is_row:
             rows.append(row)
         else:

@@ -131,7 +131,10 @@ def disagreement(everyone: list[dict]) -> str:
 def source_hash() -> str:
     """A hash of the source files of a run."""
     root = Path(__file__).resolve().parents[1]
-    files = [path for name in (".", "gemm24", "methods", "runtime") for path in sorted((root / name).glob("*.py"))]
+    files = [
+        path for name in (".", "gemm24", "methods", "runtime") for path in sorted((root / name).glob("[a-z_]*.py"))
+    ]
+    files = [path for path in files if path.is_file()]  # editors make links and folders of such names
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -203,7 +206,7 @@ def start_ranks(device_name: str, rank_timeout: int = 600) -> Ranks:
             raise ValueError(f"LOCAL_RANK={local_rank} needs {local_rank + 1} GPUs; use --nproc_per_node={gpus}")
         torch.cuda.set_device(local_rank)
     backend = "nccl" if on_gpu else "gloo"
-    timeout = timedelta(seconds=max(0, rank_timeout) + 300)  # Watchdog acts earlier
+    timeout = timedelta(seconds=max(1800, rank_timeout + 300))  # Watchdog acts earlier
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -275,9 +278,7 @@ class StopSignal:
         torchrun does not send SIGUSR1. The first rank that got a signal does it.
         """
         ranks = self.ranks
-        received = [0.0] * ranks.world_size
-        received[ranks.rank] = float(self.received)
-        received = ranks.total(received)
+        received = ranks.total([float(self.received * (rank == ranks.rank)) for rank in range(ranks.world_size)])
         if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
             return
         first = ranks.rank - ranks.local_rank

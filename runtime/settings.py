@@ -23,11 +23,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FROM_0 = """eval_interval eval_iters flip_interval keep_every masked_decay learning_rate max_iters weight_decay
     grad_clip warmup_iters lr_decay_iters min_lr"""
 FROM_1 = """log_interval checkpoint_interval gradient_accumulation_steps batch_size block_size n_layer n_head n_embd
-    mask_interval fsdp_copies rank_timeout"""
+    mask_interval fsdp_copies"""
 RANGES = {  # the least and the most of every number among the settings
     **dict.fromkeys(FROM_0.split(), (0, math.inf)), **dict.fromkeys(FROM_1.split(), (1, math.inf)),
     **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.999999)), "dense_pretrain": (0, 1), "dense_finetune": (0, 1),
     "dense_start": (-1, math.inf), "ffn_ratio": (1e-3, math.inf), "keep_last": (2, math.inf), "seed": (0, 2**32 - 1),
+    "rank_timeout": (1, 10**7),
 }  # fmt: skip
 CHOICES = {
     "init_from": ("auto", "scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
@@ -42,9 +43,6 @@ CHOICES = {
 def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
     """Check the settings, and fill in the recipe's values. Returns the recipe, or None for a dense run."""
     check_ranges(vars(s), RANGES)
-    for name, most in (("min_lr", "learning_rate"), ("warmup_iters", "lr_decay_iters")) if s.decay_lr else ():
-        if getattr(s, name) > getattr(s, most):
-            raise ValueError(f"{name}={getattr(s, name)}, need at most {most}={getattr(s, most)}, or decay_lr=False")
     for name, choices in CHOICES.items():
         if getattr(s, name) not in choices:
             raise ValueError(f"{name}={getattr(s, name)!r}, need one of {', '.join(choices)}")
@@ -72,6 +70,18 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         raise ValueError(f"spmm={s.spmm!r} does not support sparse={s.sparse!r}; use --spmm=auto (dense GEMMs)")
     s.flip_mask = recipe.virtual_mask if s.flip_mask == "auto" else s.flip_mask
     return recipe
+
+
+def check_schedule(s: SimpleNamespace, state: dict | None) -> None:
+    """Raise ValueError if the learning rate would rise at its end. A run of an earlier release may continue so."""
+    names = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
+    if s.eval_only or not s.decay_lr or (state and all(getattr(s, k) == state["config"][k] for k in names)):
+        return
+    for name, most in (("min_lr", "learning_rate"), ("warmup_iters", "lr_decay_iters")):
+        value, limit = getattr(s, name), getattr(s, most)
+        if value > limit:
+            remedy = f"--{name}={type(value)(limit / 10)}, or --decay_lr=False"
+            raise ValueError(f"{name}={value}, need at most {most}={limit}; use {remedy}")
 
 
 def pick_device(s: SimpleNamespace, ranks: Ranks) -> torch.device:
@@ -162,7 +172,7 @@ def check_resume(s: SimpleNamespace, state: dict, path: Path, data: dict) -> Non
 
 def changes(before: dict, now: dict) -> list[str]:
     """["name before -> now"] of the values that differ."""
-    return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    return [f"{name} {before[name]} -> {now[name]}" for name in before if name in now and before[name] != now[name]]
 
 
 def announce(s: SimpleNamespace, model, path: Path | None, start: dict, about: dict, ranks: Ranks, report) -> None:

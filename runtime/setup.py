@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import ConfigError, expand, setting_names, write_json
+from configurator import ConfigError, check_ranges, expand, setting_names, write_json
 from gemm24.choose import Report
 from gemm24.ffn import pack_weights
 from gemm24.plan import plan_ffn, set_plan, time_ways
@@ -124,11 +124,11 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     """
     # the settings, the data, and the checkpoint to resume from, on which all ranks must agree
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
+    check_ranges(vars(s), settings.RANGES)
     ranks = start_ranks(s.device, s.rank_timeout)
-    stop = StopSignal(ranks)
-    inputs, error = attempt(load_inputs, s, overrides, ranks, resources)
-    if ranks.control is not None and not error:
+    if ranks.control is not None:
         resources.callback(Watchdog(ranks, s.rank_timeout).close)
+    inputs, error = attempt(load_inputs, s, overrides, ranks, resources)
     ranks.agree(inputs and inputs.facts, error)
     script.update(vars(s))
     recipe, device, start, path = inputs.recipe, inputs.device, inputs.start, inputs.path
@@ -155,7 +155,9 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     phase = Phase(s, recipe, start["sparse_start"], optimizer, ranks)
     peak = peak_flops(device)
     log = Log(s, model, ranks, peak and peak * ranks.world_size, start["elapsed_s"])
-    log.wandb_id = start.get("wandb_id")
+    saved = start.get("config", {})
+    if all(saved.get(name) == getattr(s, name) for name in ("out_dir", "wandb_project")):  # else it is a copy of a run
+        log.wandb_id = start.get("wandb_id")
     watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, inputs.reference)
     this_start = {"iter_num": start["iter_num"], **environment(device, ranks.world_size)}
     about = {"data": inputs.data, "starts": [*start.get("starts", ()), this_start]}
@@ -175,7 +177,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     return Training(
         settings=s, ranks=ranks, device=device, train_data=inputs.splits[0], val_data=inputs.splits[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
-        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=stop,
+        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=StopSignal(ranks),
         static_grads=static_grads,
     )  # fmt: skip
 
@@ -211,6 +213,7 @@ def load_inputs(s, overrides: dict, ranks: Ranks, resources: contextlib.ExitStac
     state = path and checkpoint.load(path, PATTERNS_HASH, mmap=True)  # all ranks map the same file
     if state:
         check_resume(s, state, path, data)
+    settings.check_schedule(s, state)
     s.dense_start = state["dense_start"] if state and s.dense_start < 0 else planned_dense_start(s)
     reference = FlipReference(s.flip_reference, vars(s)) if s.flip_reference else None
     facts = vars(s) | data | {"source": source_hash(), "torch": str(torch.__version__)}
@@ -287,7 +290,7 @@ def open_folder(s, inputs, model: GPT, report, starts: list[dict], log: Log, wat
     """
     folder = Path(s.out_dir)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    checkpoint.probe(folder, 3.1 * weights, s.keep_last)  # weights, two moments, and masks
+    checkpoint.probe(folder, 3.1 * weights)  # weights, two moments, and masks
     lock = inputs.lock or resources.enter_context(hold(folder))
     if signature(folder) != inputs.files:
         raise FolderInUse(f"out_dir={folder}: another run has written there during this start; start once more")

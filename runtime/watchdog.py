@@ -38,7 +38,8 @@ class Watchdog:
             while not self.over.wait(self.interval):
                 waited = time.monotonic() - self.ranks.moved
                 store.set(f"rank {self.ranks.rank}", json.dumps([self.ranks.count, waited, self.ranks.place]))
-                if waited > self.timeout and self.asked and time.monotonic() > self.asked + self.timeout / 2:
+                asked = self.asked  # the other thread may change it
+                if waited > self.timeout and asked and time.monotonic() > asked + self.timeout / 2:
                     self._end([0], "its last answer")  # rank 0's process may hold the store
 
     def _watch(self, store) -> None:

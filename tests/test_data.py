@@ -327,12 +327,14 @@ def test_a_mistake_is_refused_in_one_line(refused, name, words, message):
 
 
 @pytest.mark.parametrize("present", ["meta.json", "val.bin", "train.bin"])
-def test_a_text_of_the_user_replaces_a_data_set_only_with_overwrite(refused, tmp_path, present):
+def test_a_data_set_is_replaced_only_with_overwrite(refused, tmp_path, present):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / present).write_text("precious")
     for name, option in (("hub", "--input"), ("shakespeare_char", "--file"), ("shakespeare", "--file")):
         message = refused(name, f"--out_dir=o {option} nowhere.txt")  # it is refused before the text is read
         assert f"o already holds {present}; give another --out_dir, or --overwrite" in message
+    for name in ("hub", "shakespeare_char", "shakespeare", "pystdlib_char"):
+        assert "or --overwrite" in refused(name, "--out_dir=o")
     script("shakespeare_char").main(["--out_dir=o", "--file=two.txt", "--overwrite"])
     assert load(tmp_path / "o")[0]["chars"] == "".join(sorted(set(TEXTS["two.txt"].decode())))
 
@@ -417,10 +419,13 @@ def test_fetch_verifies_and_caches(tmp_path):
         source.write_bytes(content)
         assert common.fetch(source.as_uri(), sha256, target).read_bytes() == b"right"
     target.write_bytes(b"stale")
+    with pytest.raises(ValueError, match=r"is another text than file:.*; give it by --file, or delete it"):
+        common.fetch(source.as_uri(), sha256, target)
+    assert target.read_bytes() == b"stale"  # it may be the user's own text
+    target.unlink()
     with pytest.raises(ValueError, match=f"has sha256 .*, need {sha256}; give the text by --file"):
         common.fetch(source.as_uri(), sha256, target)
-    assert target.read_bytes() == b"stale"
-    assert list(target.parent.iterdir()) == [target]
+    assert not list(target.parent.iterdir())
     source.unlink()
     with pytest.raises(RuntimeError, match="without network, give the text by --file"):
         common.fetch(source.as_uri(), sha256, target)

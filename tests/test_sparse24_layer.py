@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from functools import partial
+from unittest.mock import patch
 
 import by_hand
 import pytest
@@ -316,10 +317,10 @@ def test_dense_weights_bring_their_masks(recipe):
 @pytest.mark.parametrize(
     ("recipe", "change", "match"),
     [
-        ("fst", lambda index: index.fill_(90), r"0\.index has torch.uint8 numbers.* need uint8 numbers below 90"),
-        ("s_ste", lambda index: index.fill_(6), r"0\.index has .* need uint8 numbers below 6"),
-        ("fst", lambda index: index / 2, r"0\.index has torch.float32 numbers"),
-        ("fst", lambda index: index.long(), r"0\.index has torch.int64 numbers"),
+        ("fst", lambda index: index.fill_(90), r"0\.index is torch.uint8 or too large, need uint8 below 90"),
+        ("s_ste", lambda index: index.fill_(6), r"0\.index is .* need uint8 below 6"),
+        ("fst", lambda index: index / 2, r"0\.index is torch.float32 .*masks cannot be averaged"),
+        ("fst", lambda index: index.long(), r"0\.index is torch.int64"),
         ("fst", lambda index: index[1:], r"size mismatch for 0\.index"),
         ("sr_ste", lambda index: index[:4], r"size mismatch for 0\.index"),
     ],
@@ -592,6 +593,9 @@ def test_linears_that_cannot_become_sparse_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="1 has a forward beside that of its class; remove the hook"):
         sparsify(model, "fst", ["0", "1"])
     del model[1].forward
+    model[1].register_buffer("permutation", torch.zeros(3))
+    with pytest.raises(ValueError, match="1 has attributes that a sparse layer needs itself, permutation; rename them"):
+        sparsify(model, "bi_mask", ["0", "1"])
     monkeypatch.setattr(sparse24, "is_dtensor", lambda t: t is model[1].weight)
     with pytest.raises(ValueError, match="1 has a sharded weight; call sparsify before"):
         sparsify(model, "fst", ["0", "1"])
@@ -789,6 +793,21 @@ def test_training_without_seeds_warns_once(warned):
     for _ in range(3):
         model(x)
     assert [str(w.message) for w in warned if "need seed_draws(model, seed, iter_num, micro_batch)" in str(w.message)]
+    assert len(warned) == 1
+
+
+def test_seeds_of_the_step_before_do_not_silence_the_warning(warned):
+    """Also after a compiled forward pass, which cannot warn by itself."""
+    model, x = nn.Sequential(Sparse24Linear(8, 8)), normal(4, 8)
+    optimizer = sparse24.MaskedDecayAdamW(model.parameters(), model, masked_decay=0.1)
+    for step, compiled in enumerate((False, True)):
+        if step == 0:
+            seed_draws(model, 1, 2, 3)
+        with patch.object(torch.compiler, "is_compiling", lambda compiled=compiled: compiled):
+            y = model(x)
+        y.sum().backward()
+        assert len(warned) == 0
+        optimizer.step()
     assert len(warned) == 1
 
 

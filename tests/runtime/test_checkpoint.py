@@ -452,15 +452,14 @@ def test_the_probe_asks_for_the_space_of_all_checkpoints_that_will_be_there(tmp_
     for iter_num in range(existing):
         save(tmp_path, small_state(iter_num))
     before, disk = contents(tmp_path), shutil.disk_usage(tmp_path)
-    for keep_last, copies in ((0, 3), (2, 3), (5, 6)):
-        count = copies - existing
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, n=count: disk._replace(free=n * 10**9 - 1))
-        message = f"it has {count} GB free, need {count} GB for {count} more checkpoints; free space, or set another"
-        with pytest.raises(CheckpointError, match=f"out_dir={re.escape(str(out))} cannot be used: {message} out_dir"):
-            probe(out, 10**9, keep_last)
-        assert contents(tmp_path) == before
+    count = 3 - existing
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=count * 10**9 - 1))
+    message = f"it has {count} GB free, need {count} GB for {count} more checkpoints; free space, or set another"
+    with pytest.raises(CheckpointError, match=f"out_dir={re.escape(str(out))} cannot be used: {message} out_dir"):
+        probe(out, 10**9)
+    assert contents(tmp_path) == before
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(total=0, free=0))  # unknown
-    probe(out, 10**9, 2)
+    probe(out, 10**9)
     assert contents(tmp_path) == before
     assert out.is_dir()
 
@@ -483,7 +482,7 @@ def test_the_probe_finds_all_that_would_fail_in_a_save_and_leaves_nothing(tmp_pa
         with pytest.raises(
             CheckpointError, match=rf"out_dir=.*out cannot be used: .*{error.strerror}.*, or set another"
         ):
-            probe(tmp_path / "a" / "out", 1, 2)
+            probe(tmp_path / "a" / "out", 1)
     assert [*tmp_path.rglob("*")] == ([] if name == "mkdir" else [tmp_path / "a"])
 
 
@@ -492,7 +491,7 @@ def test_the_probe_refuses_what_cannot_be_a_folder_and_tolerates_missing_feature
     (tmp_path / "loose").symlink_to(tmp_path / "nowhere")
     for out in ("file", "file/out", "x" * 300, "loose"):
         with pytest.raises((CheckpointError, OSError)) as info:
-            probe(tmp_path / out, 1, 2)
+            probe(tmp_path / out, 1)
         assert "\n" not in str(info.value)
         assert names(tmp_path) == ["file", "loose"]
 
@@ -501,5 +500,5 @@ def test_the_probe_refuses_what_cannot_be_a_folder_and_tolerates_missing_feature
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.warns(match="fsync is not supported here"):
-        probe(tmp_path / "out", 1, 2)
+        probe(tmp_path / "out", 1)
     assert names(tmp_path / "out") == []

@@ -178,14 +178,16 @@ def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_fresh_one_begins_another(r
     run(out, wandb_log=False, max_iters=3, dense_start=4)  # the id stays in the checkpoint
     run(out, wandb_log=True, max_iters=4, dense_start=4)
     run(out, wandb_log=True, max_iters=1, init_from="scratch", overwrite=True)
-    first, resumed, fresh = module.runs
-    assert first["id"] == resumed["id"] != fresh["id"]
+    shutil.copytree(out, tmp_path / "copy")
+    run(tmp_path / "copy", wandb_log=True, max_iters=2, dense_start=2, dense_finetune=0.0)
+    first, resumed, fresh, copy = module.runs
+    assert first["id"] == resumed["id"] != fresh["id"] != copy["id"]
     assert {options["resume"] for options in module.runs} == {"allow"}
     assert first["dir"] == str(out)
     assert first["config"]["max_iters"] == 4
-    assert [step for step, _ in module.rows] == [0, 1, 3, 4, 0, 1]
+    assert [step for step, _ in module.rows] == [0, 1, 3, 4, 0, 1, 1, 2]
     assert "train_loss" in module.rows[0][1]
-    assert module.finished == 3
+    assert module.finished == 4
 
 
 def test_a_wandb_that_cannot_start_is_refused_before_a_run_is_deleted(refused, stopped, wandb):

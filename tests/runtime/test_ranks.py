@@ -293,6 +293,9 @@ def test_the_hash_of_the_source_depends_on_every_file_of_a_run(monkeypatch, tmp_
         with open(tmp_path / name, "a") as file:
             file.write("pass\n")
         seen.add(source_hash())
+    (tmp_path / ".#train.py").symlink_to("nobody@nowhere")  # Emacs' lock
+    (tmp_path / "notes.py").mkdir()
+    seen.add(source_hash())
     assert len(seen) == 6
 
 

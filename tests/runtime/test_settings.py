@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from harness import SETTINGS, all_settings, make_dataset, read_state, run_differ
 
 import train
 from configurator import setting_names
-from runtime.settings import RANGES, planned_dense_start, resolve_settings
+from runtime.settings import RANGES, check_schedule, planned_dense_start, resolve_settings
 from sparse24 import RECIPES, get_recipe
 
 
@@ -112,15 +113,19 @@ def test_every_number_among_the_settings_has_a_range(given):
 
 
 def test_a_learning_rate_and_its_schedule_must_fit(given):
-    for name, value, end in (("min_lr", 6e5, "learning_rate=0.0006"), ("warmup_iters", 7, "lr_decay_iters=6")):
-        changes = {"lr_decay_iters": 6, "warmup_iters": 6, "max_iters": 6, name: value}
+    for name, value, end in (
+        ("min_lr", 6e5, "learning_rate=0.001; use --min_lr=0.0001"),
+        ("warmup_iters", 70, "lr_decay_iters=60; use --warmup_iters=6"),
+    ):
+        changes = {"lr_decay_iters": 60, "warmup_iters": 60, "learning_rate": 1e-3, "min_lr": 0.0, name: value}
         given(**changes)
-        with pytest.raises(ValueError, match=f"^{name}={value}, need at most {end}, or decay_lr=False$"):
-            resolve_settings(all_settings(), {})
-        given(decay_lr=False)
-        assert resolve_settings(all_settings(), {}) is None
-        given(decay_lr=True, **{**changes, name: 0})
-        assert resolve_settings(all_settings(), {}) is None
+        s = all_settings()
+        for state in (None, {"config": {**vars(s), "learning_rate": 2e-3}}):
+            with pytest.raises(ValueError, match=f"^{name}={value}, need at most {end}, or --decay_lr=False$"):
+                check_schedule(s, state)
+        check_schedule(s, {"config": vars(s)})  # a run of an earlier release goes on
+        for fitting in ({"decay_lr": False}, {"eval_only": True}, {name: 0}):
+            check_schedule(SimpleNamespace(**{**vars(s), **fitting}), None)
 
 
 def test_a_run_that_ends_within_its_warm_up_is_warned_of(run, tmp_path):
@@ -153,8 +158,11 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA G
         ({"ffn_ratio": 0.33}, "ffn_ratio=0.33 times n_embd=32"),
         ({"activation": "tanh"}, "activation='tanh' is unknown, need one of gelu, relu2, geglu, swiglu"),
         ({"sparse": "fts"}, "'fts' is unknown, need one of fst, ste"),
-        ({"sparse": "s_ste", "mask_interval": 5}, "Recipe 's_ste': need mask_interval=1 for mask='soft'"),
-        ({"sparse": "step", "dense_pretrain": 0.0}, "Recipe 'step': need dense_pretrain above 0 and at most"),
+        (
+            {"sparse": "s_ste", "mask_interval": 5},
+            "Recipe 's_ste': mask_interval=5, need mask_interval=1 for mask='soft'",
+        ),
+        ({"sparse": "step", "dense_pretrain": 0.0}, "Recipe 'step': dense_pretrain=0.0, need dense_pretrain above 0"),
         ({"flip_mask": "soft"}, "flip_mask='soft', need one of auto, transposable, row"),
         ({"sparse": "none", "flip_reference": "x"}, "flip_reference=x is for sparse runs"),
         ({"flip_reference": "no/such"}, "no such run folder: 'no/such'; give the out_dir of a run"),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -292,7 +293,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(refused, tmp_
 
 def test_the_space_that_is_asked_for_is_that_of_a_checkpoint(run, tmp_path, monkeypatch):
     sizes = []
-    monkeypatch.setattr(setup.checkpoint, "probe", lambda out, size, keep_last: (sizes.append(size), os.mkdir(out)))
+    monkeypatch.setattr(setup.checkpoint, "probe", lambda out, size: (sizes.append(size), os.mkdir(out)))
     run(tmp_path / "out", max_iters=2, n_embd=128, n_head=2)
     assert sizes == [pytest.approx((tmp_path / "out" / "ckpt.pt").stat().st_size, rel=0.1)]
 
@@ -539,3 +540,13 @@ def test_a_run_that_goes_back_to_sparse_gets_a_plan(run, tmp_path):
     for max_iters, planned in ((5, True), (7, False)):  # the last two steps are dense
         text = run(tmp_path / "out", max_iters=max_iters, dense_start=4, spmm="masked")
         assert ("no 2:4 GEMMs: pruned matrices are multiplied" in text) == planned
+
+
+def test_a_signal_during_the_start_ends_it_as_before(run, tmp_path, monkeypatch):
+    """It must not be remembered until an earlier run has been deleted."""
+    handlers, real = [], setup.open_folder
+    monkeypatch.setattr(
+        setup, "open_folder", lambda *args: handlers.append(signal.getsignal(signal.SIGTERM)) or real(*args)
+    )
+    run(tmp_path / "out", max_iters=1)
+    assert handlers == [signal.SIG_DFL]

@@ -174,7 +174,9 @@ def test_a_saved_run_is_taken_if_its_removed_settings_have_the_value_that_every_
 
 def test_file_gives_its_public_scalars_and_helpers_are_ignored(tmp_path):
     text = "from __future__ import annotations\n"
+    text += (
         "import math\nfrom pathlib import Path\nfrom os.path import join\nimport numpy as np\nfrom numpy import sqrt\n"
+    )
     text += "_tokens = 2**10\ndef _double(x): return 2 * x\n_table = [1, 2]\n"
     text += "max_iters = _double(_tokens)\nlearning_rate = {}\ncompile = None"
     for learning_rate, value in (("1", 1.0), ("np.sqrt(2.0) * 1e-4", math.sqrt(2.0) * 1e-4)):

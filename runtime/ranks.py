@@ -247,9 +247,8 @@ def sign(file) -> None:
 class StopSignal:
     """Records a signal to stop, so that all ranks finish the step, save and leave. SIGUSR1 is Slurm's warning.
 
-    A signal that was ignored when the process began stays ignored, such as SIGHUP under nohup. A second
-    SIGINT ends the process at once. A second SIGTERM does not, because a scheduler that signals all processes reaches
-    each rank twice: directly, and through torchrun.
+    SIGHUP stays ignored under nohup. A second SIGINT ends the process at once. A second SIGTERM does not, because a
+    scheduler that signals all processes reaches each rank twice: directly, and through torchrun.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -258,7 +257,7 @@ class StopSignal:
         self.ranks, self.parent = ranks, os.getppid()
         self.received = self.number = 0  # of the signals to this rank, and the one that all ranks have agreed on
         for number in self.NUMBERS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # shells ignore SIGINT after &
                 signal.signal(number, self._receive)
 
     def _receive(self, number, frame):

@@ -464,10 +464,13 @@ def test_a_second_ctrl_c_is_obeyed_at_once_and_a_second_sigterm_is_not():
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
     with pristine_train():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         stop = StopSignal(Ranks())
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.agreed() == 0
+        os.kill(os.getpid(), signal.SIGINT)  # shells ignore it for a command that ends in &
+        assert stop.agreed() == signal.SIGINT
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     """
     # the settings, the data, and the checkpoint to resume from, on which all ranks must agree
     s = SimpleNamespace(**{**{name: script[name] for name in setting_names(script)}, **overrides})
-    check_ranges(vars(s), settings.RANGES)
+    check_ranges(vars(s), {"rank_timeout": settings.RANGES["rank_timeout"]})  # load_inputs checks the others
     ranks = start_ranks(s.device, s.rank_timeout)
     if ranks.control is not None:
         resources.callback(Watchdog(ranks, s.rank_timeout).close)

@@ -229,7 +229,9 @@ def equal_cost_note(args) -> str:
 def calibrate(args) -> None:
     """Time the steps of a study's variants in runs of --calibrate iterations, and write the file for --step_ms."""
     variants, n = study_of(args).variants, args.calibrate
-    short = {label: f"{v} max_iters={n} lr_decay_iters={n} log_interval=10" for label, v in variants.items()}
+    short = {
+        label: f"{v} max_iters={n} lr_decay_iters={n} warmup_iters=0 log_interval=10" for label, v in variants.items()
+    }
     args.seeds, args.jobs = 1, 1
     folders = run_and_read(short, args)
     ms = {label: measured_ms(of_label[0], variants[label]) for label, of_label in folders.items()}

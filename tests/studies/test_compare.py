@@ -11,7 +11,8 @@ from studies.grids import FST, STUDIES, Study
 from studies.report import paired
 
 CPU = grids.PRESETS["cpu"]
-TINY = "n_layer=1 n_head=2 n_embd=16 block_size=8 batch_size=4 max_iters=4 lr_decay_iters=4 eval_interval=2"
+TINY = "n_layer=1 n_head=2 n_embd=16 block_size=8 batch_size=4 max_iters=4 lr_decay_iters=4 warmup_iters=1"
+TINY += " eval_interval=2"
 
 
 @pytest.fixture

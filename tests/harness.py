@@ -11,6 +11,7 @@ given point of a save, never after a given time.
 
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import json
@@ -99,7 +100,8 @@ def start(
     script = ["train.py"] if fault is None else ["tests/harness.py", json.dumps(fault)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **dict(place)}
     command = [sys.executable, *torchrun, *script, *to_words(out_dir, settings)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    hang_up = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # nohup would leave it ignored
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": hang_up, **options}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
 
 

@@ -343,7 +343,7 @@ def test_ranks_share_the_batches_of_an_evaluation(data, given, eval_iters):
 @pytest.mark.slow
 def test_the_best_checkpoint_is_kept_on_request_and_across_a_stop(run, tmp_path):
     """The learning rate rises until it ruins the model, so that the best checkpoint is not the last one."""
-    changes = {"learning_rate": 1e-2, "min_lr": 3.0, "lr_decay_iters": 40, "warmup_iters": 0, "max_iters": 20}
+    changes = {"learning_rate": 3.0, "min_lr": 0.0, "lr_decay_iters": 40, "warmup_iters": 40, "max_iters": 20}
     changes |= {"always_save_checkpoint": False, "checkpoint_interval": 1000, "eval_interval": 2}
     undisturbed, parts = tmp_path / "undisturbed", tmp_path / "parts"
     run(undisturbed, **changes)

@@ -161,7 +161,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     watch = FlipWatch(s.warmup_iters, s.lr_decay_iters if s.decay_lr else s.max_iters, inputs.reference)
     this_start = {"iter_num": start["iter_num"], **environment(device, ranks.world_size)}
     about = {"data": inputs.data, "starts": [*start.get("starts", ()), this_start]}
-    error = None
+    stop, error = StopSignal(ranks), None  # not earlier: until here a signal ends the process at once
     if ranks.master and not s.eval_only:
         _, error = attempt(open_folder, s, inputs, model, report, about["starts"], log, watch, resources)
     ranks.agree({}, error)
@@ -177,7 +177,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     return Training(
         settings=s, ranks=ranks, device=device, train_data=inputs.splits[0], val_data=inputs.splits[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
-        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=StopSignal(ranks),
+        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=stop,
         static_grads=static_grads,
     )  # fmt: skip
 

@@ -542,11 +542,11 @@ def test_a_run_that_goes_back_to_sparse_gets_a_plan(run, tmp_path):
         assert ("no 2:4 GEMMs: pruned matrices are multiplied" in text) == planned
 
 
-def test_a_signal_during_the_start_ends_it_as_before(run, tmp_path, monkeypatch):
+def test_a_signal_during_the_start_ends_it_at_once(run, tmp_path, monkeypatch):
     """It must not be remembered until an earlier run has been deleted."""
-    handlers, real = [], setup.open_folder
+    handlers, real = [], setup.place_model
     monkeypatch.setattr(
-        setup, "open_folder", lambda *args: handlers.append(signal.getsignal(signal.SIGTERM)) or real(*args)
+        setup, "place_model", lambda *args: handlers.append(signal.getsignal(signal.SIGTERM)) or real(*args)
     )
     run(tmp_path / "out", max_iters=1)
     assert handlers == [signal.SIG_DFL]

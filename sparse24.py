@@ -1017,7 +1017,7 @@ class Sparse24Linear(nn.Linear):
             error_msgs.append(f"{prefix}index is {index.dtype} or too large, {need}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, error_msgs)
-        if index is None and prefix + "weight" in state_dict:  # of a dense linear
+        if index is None and prefix + "weight" in state_dict:  # this is the state_dict of a dense linear
             missing = [key for key in missing if key == prefix + "bias"]
             if self.index.device != self.weight.device:  # the weight was assigned to a layer on the meta device
                 self.make_state()

@@ -39,9 +39,11 @@ KEYS = {
     "skipped",  # [number of steps skipped because of a gradient that is not finite, the last ones in a row]
     "patterns_hash",  # hash of sparse24.PATTERNS, into which mask indices point
 }
-# Checkpoints of earlier releases lack two more keys:
-# data    of the dataset: tokenizer, vocab_size, chars, train_tokens, train_checksum, val_tokens, val_checksum
-# starts  for each start of the run that led to this checkpoint: {iter_num, and what ranks.environment returns}
+# More keys, which checkpoints of earlier releases lack:
+# data        the dataset's tokenizer, vocab_size, chars, train_tokens, train_checksum, val_tokens, val_checksum
+# starts      a list with one dict for each start of the run: iter_num, and the entries of ranks.environment
+# finished    True if the last evaluation is done; False if a signal stopped it
+# wandb_id    id of the run in wandb, or None
 
 
 class CheckpointError(RuntimeError):

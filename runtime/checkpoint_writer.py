@@ -142,7 +142,7 @@ class Saver:
         self.s, self.writer, self.ranks, self.phase, self.guard, self.log = s, writer, ranks, phase, guard, log
         self.parts, self.about = parts, about
         self.first_iter, self.best_val_loss = start["iter_num"], start["best_val_loss"]
-        self.saved = True  # whether the latest weights that were to be saved had a finite loss
+        self.saved = True  # False: the last save was left out, because the loss was not finite
 
     def save_if_due(self, row: dict, last: bool, stopping: bool) -> None:
         """Call it once per iteration, before the step. last: all steps are done. stopping: a signal ends the run here.

@@ -142,7 +142,7 @@ def _check_format(path: Path) -> None:
 
 
 def describe(meta: dict, splits: list[Tokens]) -> dict:
-    """What a checkpoint stores of its dataset: the vocabulary, and the number and checksum of each split's tokens."""
+    """A checkpoint's entry `data`: the vocabulary, and the number and checksum of each split's tokens."""
     data = {name: meta[name] for name in ("tokenizer", "vocab_size", "chars") if name in meta}
     for split in splits:
         data |= {f"{split.path.stem}_tokens": len(split.data), f"{split.path.stem}_checksum": f"{split.checksum:08x}"}

@@ -31,7 +31,8 @@ class Ranks:
 
     control: a gloo group for everything but gradients. It never waits for a GPU, and `leave` can destroy it while DDP
     still holds the default group.
-    count, place, moved: how often this rank went on, the last place, and the time. Watchdog compares the ranks by them.
+    count: the number of calls of `go_on`. place: the last place that it was told. moved: the time of the last call.
+    Watchdog compares the ranks by these three.
     """
 
     rank: int = 0
@@ -255,7 +256,8 @@ class StopSignal:
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.parent = ranks, os.getppid()
-        self.received = self.number = 0  # of the signals to this rank, and the one that all ranks have agreed on
+        self.received = 0  # number of the last signal to this rank; 0 = none
+        self.number = 0  # number of the signal for which all ranks have agreed to stop; 0 = none
         for number in self.NUMBERS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # shells ignore SIGINT after &
                 signal.signal(number, self._receive)

@@ -46,7 +46,7 @@ def test_the_checksum_depends_on_every_token_and_their_order(tmp_path):
 
 
 def test_a_large_file_is_sampled(tmp_path):
-    """Of a file of 200 * 2**20 tokens, 2**20 are read in each stretch of 200 / 128 * 2**20."""
+    """A file of 200 * 2**20 tokens is read at 128 places, 2**20 tokens at each."""
     path, seen = tmp_path / "train.bin", []
     for place in (None, 2**20 + 5, 200 * 2**20 // 128 + 5):
         with open(path, "wb") as file:  # sparse: it needs no space

@@ -168,6 +168,7 @@ def pristine_train():
     before, argv = dict(vars(train)), sys.argv
     handlers = {number: signal.getsignal(number) for number in ranks.StopSignal.NUMBERS}
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would leave it ignored
     try:
         with torch.random.fork_rng(devices=[]):
             yield train

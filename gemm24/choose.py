@@ -27,7 +27,6 @@ from gemm24.operands import mvue24_pack, pack_matrix, pack_weight_
 from sparse24 import expand_index, transposable_index
 
 MODES = ("auto", "dense", "masked", "cusparselt", "emulated")  # the values of the setting `spmm`
-_CUTLASS = "removed after commit 8751ec3"
 _NOTES = {  # the modes that measure nothing
     "dense": "no 2:4 GEMMs: pruned matrices are multiplied, layer by layer (spmm=dense)",
     "masked": "no 2:4 GEMMs: pruned matrices are multiplied, by the fused feed-forward layer (spmm=masked)",
@@ -37,8 +36,6 @@ _NOTES = {  # the modes that measure nothing
 
 def check_mode(mode: str) -> None:
     """Raises ValueError if the setting `spmm` has no such value."""
-    if mode == "cutlass":
-        raise ValueError(f"spmm='cutlass' was {_CUTLASS}: Ampere has cuSPARSELt too; use spmm='auto'")
     if mode not in MODES:
         raise ValueError(f"spmm={mode!r}, need one of {', '.join(MODES)}")
 
@@ -257,20 +254,14 @@ class Report:
     def read(cls, path: Path | None) -> "Report":
         """The rows and layer times saved at `path`. A file that cannot be read gives an empty report with a note. The
         GEMMs are then measured again, and the run goes on."""
-        notes = []
         try:
             saved = json.loads(path.read_bytes()) if path and path.exists() else {"rows": [], "whole": None}
-            if "rows" not in saved:  # the cache of releases up to commit 8751ec3
-                saved = {"rows": [{**row, "key": key} for key, row in saved.items()], "whole": None}
             rows, layer = saved["rows"], saved["whole"]
-            usable = [row for row in rows if "cutlass" not in row["key"]]
-            if not all(map(_can_be_measured, usable)) or not (layer is None or _can_be_timed(layer)):
+            if not all(map(_can_be_measured, rows)) or not (layer is None or _can_be_timed(layer)):
                 raise ValueError("it has other values than measurements give")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             return cls({}, [], [f"{path} cannot be read ({reason(error)}): GEMMs are measured anew"])
-        if len(usable) < len(rows):
-            notes = [f"{path} has verdicts on the backend cutlass, which was {_CUTLASS}: those GEMMs are measured anew"]
-        return cls({}, usable, notes, layer)
+        return cls({}, rows, [], layer)
 
     def save(self, path: Path) -> None:
         """Write atomically. Rows that ran out of memory are left out: a later run may have room."""

@@ -160,8 +160,6 @@ def test_modes_that_measure_nothing(mode):
 def test_other_modes_are_refused():
     with pytest.raises(ValueError, match="need one of auto, dense, masked, cusparselt, emulated"):
         choose(GEMMS, CPU, "fast")
-    with pytest.raises(ValueError, match=r"spmm='cutlass' was removed after commit 8751ec3: .* use spmm='auto'"):
-        choose(GEMMS, CPU, "cutlass")
 
 
 def test_without_a_library_auto_is_dense_and_cusparselt_is_refused():
@@ -523,14 +521,6 @@ def test_a_cache_that_cannot_be_read_is_measured_anew(decide, tmp_path, text):
     assert list(tmp_path.iterdir()) == [cache]  # written under another name first
 
 
-def test_the_cache_of_an_earlier_release_is_read(decide, tmp_path):
-    library, cache = Library({(0, 1): 80}), tmp_path / "spmm.json"
-    rows = decide(library, cache=cache).rows
-    cache.write_text(json.dumps({row["key"]: {k: v for k, v in row.items() if k != "key"} for row in rows}))
-    assert Report.read(cache).notes == []
-    assert {row["key"] for row in Report.read(cache).rows} == {row["key"] for row in rows}
-
-
 def test_a_cache_that_cannot_be_written_costs_a_note(decide, tmp_path):
     (tmp_path / "file").write_text("")
     report = decide(Library({(0, 1): 80}), cache=tmp_path / "file" / "spmm.json")
@@ -542,18 +532,6 @@ def test_rows_of_other_runs_stay(decide, tmp_path):
     for gemms in (Y, {"y": Y["y"]._replace(n=72)}, Y):
         decide(Library({(0, 1): 80}), gemms=gemms, cache=tmp_path / "c")
     assert [row["n"] for row in Report.read(tmp_path / "c").rows] == [64, 72]
-
-
-def test_rows_on_cutlass_are_measured_anew(decide, tmp_path):
-    report = decide(Library({(0, 1): 80}))
-    report.rows[0] |= {"key": '[1, {"cusparselt": "sm80", "cutlass": "cutlass"}]', "backend": "cutlass"}
-    report.save(tmp_path / "run")
-    saved = Report.read(tmp_path / "run")
-    assert saved.rows == report.rows[1:]
-    assert saved.notes == [
-        f"{tmp_path / 'run'} has verdicts on the backend cutlass, which was removed after commit 8751ec3: those GEMMs "
-        "are measured anew"
-    ]
 
 
 def test_the_committed_rows_are_read(decide, monkeypatch):

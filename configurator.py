@@ -92,7 +92,7 @@ def configure_or_exit(defaults, argv):
     try:
         return configure(defaults, argv)
     except ConfigError as error:
-        print(f"{_script_name(defaults)}: error: {error}", file=sys.stderr)
+        print(f"{_script_name(defaults)}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -238,6 +238,13 @@ def _arithmetic(node):
     raise ValueError("not arithmetic on numbers")
 
 
+def _sets_nothing(node):
+    """True for a statement of YAML or JSON, or a comparison, that Python accepts: `a: 3`, `{"a": 3}`, `a == 3`."""
+    if isinstance(node, ast.AnnAssign):
+        return node.value is None
+    return isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call | ast.Constant)
+
+
 def _read_file(word, meant, defaults, kinds):
     """{name: value} of the settings that a config file assigns. The file runs in a fresh dict."""
     path = expand(word)
@@ -249,8 +256,13 @@ def _read_file(word, meant, defaults, kinds):
         hint = f"write {meant}" if meant and "=" in word else "give a path such as config/name.py, or --name=value"
         raise ConfigError(f"cannot read config file {path!r} ({error.strerror}); {hint}") from None
     try:
-        exec(compile(source, path, "exec", dont_inherit=True), namespace)
-    except Exception as error:
+        tree = ast.parse(source, path)
+        for node in tree.body:
+            if _sets_nothing(node):
+                text = "this sets nothing; a config file is Python, write name = value"
+                raise SyntaxError(text, (path, node.lineno, 1, ""))
+        exec(compile(tree, path, "exec", dont_inherit=True), namespace)
+    except (Exception, SystemExit) as error:
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = frames[-1] if frames else getattr(error, "lineno", None)
         hint = "; a config file cannot read the script's settings" if isinstance(error, NameError) else ""
@@ -293,6 +305,36 @@ def read_comments(path, kinds):
             if name in kinds and notes[name] == ("", ""):
                 notes[name] = (heading, line.partition("  # ")[2].strip())
     return notes
+
+
+# ---- the console of a script -----------------------------------------------------------------------------------------
+class Console:
+    """Standard output or error that may go away, or whose disk may be full: then text is lost, but the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal's encoding lacks
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def keep_console() -> None:
+    """Let no print, warning or exit of this process fail."""
+    for name in ("stdin", "stdout", "stderr"):
+        # None: it was closed at the start. Without this file, the next one that is opened would get its number.
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        setattr(sys, name, stream if name == "stdin" else Console(stream))
 
 
 # ---- small files of a run: its settings and measurements -------------------------------------------------------------

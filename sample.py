@@ -91,8 +91,8 @@ def print_samples() -> None:
 
 
 def main() -> None:
-    globals().update(configure_or_exit(globals(), sys.argv[1:]))
     try:
+        globals().update(configure_or_exit(globals(), sys.argv[1:]))
         print_samples()
     except BrokenPipeError:  # the reader has left, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it ends
@@ -103,5 +103,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  it was closed at the start
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack a character of the text
     main()

@@ -1021,7 +1021,7 @@ class Sparse24Linear(nn.Linear):
             missing = [key for key in missing if key == prefix + "bias"]
             if self.index.device != self.weight.device:  # the weight was assigned to a layer on the meta device
                 self.make_state()
-            self.refresh(begin=True)
+            self.refresh(begin=prefix + "beta" not in state_dict)
         missing_keys += missing
 
     def extra_repr(self) -> str:
@@ -1074,10 +1074,13 @@ def sparsify(
 
     layers: names as in named_modules(), or a predicate (name, module). Only modules of type nn.Linear become sparse, no
     subclasses: nn.MultiheadAttention never calls its out_proj, for example. Sparse layers are left as they are. Returns
-    the names of the new ones. Raises ValueError, before changing anything, if nothing matches, or if a chosen layer is
-    no nn.Linear, has a shape that is not divisible by 4, or has a weight that is sharded or no Parameter.
+    the names of the new ones. Pass an nn.TransformerEncoderLayer as a whole, because its fast path, which would leave
+    out the masks, is turned off. Raises ValueError, before changing anything, if nothing matches, or if a chosen layer
+    is no nn.Linear, has a shape that is not divisible by 4, or has a weight that is sharded or no Parameter.
     """
     recipe, linears = get_recipe(recipe), {}
+    if not callable(layers):
+        layers = [layers] if isinstance(layers, str) else [*map(str, layers)]
     for name, m in model.named_modules(remove_duplicate=False):
         if type(m) is nn.Linear or type(m).__name__ == "ParametrizedLinear" or isinstance(m, Sparse24Linear):
             linears[name] = m
@@ -1105,12 +1108,20 @@ def densify(model: nn.Module, prune: bool = False) -> list[str]:
     """Make every Sparse24Linear an nn.Linear, in place, for export. The layers stay the same objects, as in sparsify.
 
     prune: also prune the weights of layers in their sparse phase, so that the model computes the same as before.
-    Returns the names of the layers.
+    Returns the names of the layers. Raises ValueError, before changing anything, if a module shares such a weight, but
+    does not prune it in the same way.
     """
     names = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)]
-    for layer in sparse_linears(model):
-        if prune and layer.sparse:
-            layer.weight.copy_(layer.pruned_weight())
+    layers = sparse_linears(model)
+    layer_of = {layer.weight: layer for layer in layers if prune and layer.sparse}  # a shared weight is pruned once
+    for name, module in model.named_modules():
+        for layer in [layer_of[p] for p in layer_of.keys() & {*module._parameters.values()}]:
+            same = module in layers and module.sparse and torch.equal(module.pruned_weight(), layer.pruned_weight())
+            if module is not layer and not same:
+                raise ValueError(f"densify: {name} shares a weight that is pruned in another module; untie it")
+    for weight, layer in layer_of.items():
+        weight.copy_(layer.pruned_weight())
+    for layer in layers:
         for name in layer.added & {*dir(layer)}:
             delattr(layer, name)
         layer.__class__ = nn.Linear
@@ -1221,8 +1232,8 @@ class MaskedDecayAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params, model: nn.Module, *args, masked_decay: float, decay_on: str = "grad", **kwargs):
-        if not masked_decay >= 0 or decay_on not in ("grad", "weight"):
-            need = "need a factor of at least 0 and 'grad' or 'weight'"
+        if not 0 <= masked_decay < math.inf or decay_on not in ("grad", "weight"):
+            need = "need a finite factor of at least 0 and 'grad' or 'weight'"
             raise ValueError(f"MaskedDecayAdamW: masked_decay={masked_decay}, decay_on={decay_on!r}; {need}")
         super().__init__(params, *args, **kwargs)
         self.masked_decay = masked_decay

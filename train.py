@@ -19,10 +19,9 @@ import sys
 
 import torch
 
-from configurator import configure_or_exit
+from configurator import configure_or_exit, keep_console
 from gemm24.ffn import pack_weights
 from runtime import setup
-from runtime.metrics import keep_console
 from runtime.ranks import Ranks
 from sparse24 import begin_step, hard_pruned, is_dtensor, refresh_masks, seed_draws, seed_words, whole
 
@@ -258,7 +257,10 @@ def main() -> None:
             if t is not None:
                 run(t)
         except errors as error:
-            sys.exit(f"train.py: error: {error}")
+            sys.exit(f"train.py: error: {' '.join(str(error).split())}")
+        except KeyboardInterrupt:  # during the start; later StopSignal records it
+            print("train.py: stopped", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from configurator import expand, open_new, sync
+from configurator import expand, keep_console, open_new, sync
 
 SEPARATOR = "<|endoftext|>"  # between the documents of an --input file
 FILES = ("meta.json", "val.bin", "train.bin")
@@ -184,9 +184,12 @@ def path_of(word):
     if not word:
         raise argparse.ArgumentTypeError("an empty path, need a name")
     try:
-        return Path(expand(word))
+        path = Path(expand(word))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if path.exists() and not (path.is_file() or path.is_dir()):  # files are read twice
+        raise argparse.ArgumentTypeError(f"{word} is a pipe or device, need a file; write the text to one")
+    return path
 
 
 def parser(script, doc):
@@ -210,7 +213,10 @@ def check_out_dir(args):
 
 def run(main, *args):
     """Run a script's main(*args). A mistake of the user or a failing disk or network ends in one line and status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack the characters of a folder's name
+    keep_console()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)  # end like Ctrl-C, without the temporary files
     try:
         main(*args)
     except KeyboardInterrupt:
@@ -324,7 +330,8 @@ def hub_splits(args, hub):
 def prepare_documents(script, doc, hub, argv=None):
     """The script of a document data set. hub: its name (and configuration) for datasets.load_dataset."""
     made = parser(script, doc)
-    made.add_argument("--input", type=path_of, nargs="+", help=f"text, plain or .xz, {SEPARATOR} between documents")
+    about_input = f"text, plain or .xz, {SEPARATOR} between documents"
+    made.add_argument("--input", type=path_of, nargs="+", action="extend", help=about_input)
     made.add_argument("--val", type=path_of, help="with --input: validation text, instead of a random split")
     made.add_argument("--val_fraction", type=float, default=0.0005, help="share of the documents for validation")
     made.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
@@ -333,6 +340,8 @@ def prepare_documents(script, doc, hub, argv=None):
         made.error("--val needs --input")
     if not 0 < args.val_fraction < 1:
         made.error(f"--val_fraction {args.val_fraction}, need more than 0 and less than 1")
+    if args.num_proc < 1:
+        made.error(f"--num_proc {args.num_proc}, need at least 1")
     check_out_dir(args)
     encoding = gpt2_encoding()  # fail now, not after hours of download
     train, val, meta = file_splits(args) if args.input else hub_splits(args, hub)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import zlib
 from pathlib import Path
 
@@ -28,12 +29,12 @@ class Tokens:
         self.remedy = f"prepare it with: python {os.path.relpath(folder / 'prepare.py')}"
         if not (folder / "prepare.py").exists():
             datasets = ", ".join(sorted(path.parent.name for path in DATA_FOLDER.glob("*/prepare.py")))
-            self.remedy = f"set dataset to one of {datasets}, or to a folder with train.bin and val.bin"
+            self.remedy = f"set dataset to one of {datasets}, or to the complete path of another dataset's folder"
         if not self.path.is_file():
             raise FileNotFoundError(f"dataset: {self.path} does not exist; {self.remedy}")
         self.data = np.memmap(self.path, dtype="<u2", mode="r") if self.path.stat().st_size > 1 else np.zeros(0, "<u2")
         if len(self.data) <= block_size:
-            need = f"need more than block_size={block_size}; set a smaller block_size, or {self.remedy} from more text"
+            need = f"need more than block_size={block_size}; set a smaller block_size, or {self.remedy}"
             raise ValueError(f"dataset: {self.path} holds {len(self.data)} tokens, {need}")
         chunk = 2**20  # larger files than 134M tokens are only sampled here; `windows` checks every window
         largest = self.checksum = 0  # the checksum tells other tokens from these after a restart and on other ranks
@@ -45,7 +46,7 @@ class Tokens:
     def _check(self, largest: int) -> None:
         if largest >= self.vocab_size:
             need = f"need tokens below vocab_size={self.vocab_size} (of its meta.json or of the checkpoint)"
-            raise ValueError(f"dataset: {self.path} holds token {largest}, {need}; {self.remedy} again")
+            raise ValueError(f"dataset: {self.path} holds token {largest}, {need}; {self.remedy}")
 
     def windows(self, starts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 (B, T), of the windows that begin at `starts`. Targets are shifted by one token.
@@ -104,11 +105,12 @@ def load_meta(folder: Path) -> dict:
             raise ValueError(f"dataset: {path} is damaged ({error!r}); mend it or prepare the dataset again") from error
     elif (folder / "meta.pkl").exists():
         code = (
-            f"import json, pickle; m = pickle.load(open('{folder}/meta.pkl', 'rb'));"
+            f"import json, pickle; m = pickle.load(open({str(folder / 'meta.pkl')!r}, 'rb'));"
             " chars = ''.join(m['itos'][i] for i in sorted(m['itos']));"
-            f" json.dump(dict(tokenizer='char', vocab_size=len(chars), chars=chars), open('{path}', 'w'))"
+            f" json.dump(dict(tokenizer='char', vocab_size=len(chars), chars=chars), open({str(path)!r}, 'w'))"
         )
-        raise ValueError(f'dataset: {folder} has nanoGPT\'s meta.pkl, need meta.json; write it by: python -c "{code}"')
+        remedy = f"write it by: python -c {shlex.quote(code)}"
+        raise ValueError(f"dataset: {folder} has nanoGPT's meta.pkl, need meta.json; {remedy}")
     for split in ("train", "val"):
         tokens, file = meta.get(f"{split}_tokens"), folder / f"{split}.bin"
         if file.is_file() and file.stat().st_size / 2 != tokens:
@@ -131,7 +133,7 @@ def _check_format(path: Path) -> None:
         (magic in (20240520, 20240801), "begins with llm.c's header of 1024 bytes"),
         (is_text, "is a text"),
         (path.stat().st_size % 2, "has an odd number of bytes"),
-        (halves[::2].any() and not halves[1::2].any(), "has 32-bit or 64-bit tokens"),
+        (len(halves) > 1 and halves[::2].max() >= 8 > halves[1::2].max(), "has 32-bit or 64-bit tokens"),
     )
     for found, form in formats:
         if found:

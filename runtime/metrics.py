@@ -19,35 +19,6 @@ COLUMNS = {  # the columns of metrics.jsonl and their formats on the console; ""
 }  # fmt: skip
 
 
-class Console:
-    """Standard output or error that may go away, or whose disk may be full: then text is lost, but the run goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a character that the terminal's encoding lacks
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def keep_console() -> None:
-    """Let no print, warning or exit of this process fail."""
-    for name in ("stdin", "stdout", "stderr"):
-        # None: it was closed at the start. Without this file, the next one that is opened would get its number.
-        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        setattr(sys, name, stream if name == "stdin" else Console(stream))
-
-
 class Log:
     """Times the steps, and reports them in metrics.jsonl, to wandb and on the console.
 

@@ -45,7 +45,8 @@ def load_runs(folders):
         rows = read_metrics(folder)
         if not rows:
             raise ValueError(f"{os.path.join(folder, 'metrics.jsonl')} has no complete line yet; try again later")
-        label = label_of(name if names.count(name) == 1 else folder, read_config(folder))
+        name = (name if names.count(name) == 1 else folder).replace("$", r"\$")  # matplotlib would read formulas
+        label = label_of(f"./{name}" if name.startswith("_") else name, read_config(folder))  # it hides _names
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", ":")[i // len(COLOURS) % 2]}
         runs.append({"label": label, "style": style, "rows": rows, "switches": switches(rows)})
     return runs

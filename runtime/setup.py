@@ -301,6 +301,11 @@ def open_folder(s, inputs, model: GPT, report, starts: list[dict], log: Log, wat
         leftover.unlink()
     if inputs.state is None:
         checkpoint.clear(folder)
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists() and not s.overwrite:  # of a run without checkpoints: killed early, or they were deleted
+            with open(folder / "metrics_old.jsonl", "ab") as file:
+                file.write(metrics.read_bytes())
+            print(f"{metrics} is of a run without checkpoints: added to metrics_old.jsonl")
         for stale in ("metrics.jsonl", "spmm.json"):
             (folder / stale).unlink(missing_ok=True)
     write_json(folder / "config.json", {**vars(s), "environment": starts[-1], "starts": starts})

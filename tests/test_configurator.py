@@ -1,6 +1,7 @@
 """configurator: what is accepted, what is refused and in which words, precedence, isolation, help."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -209,6 +210,10 @@ def test_file_gives_its_public_scalars_and_helpers_are_ignored(tmp_path):
         ("max_iters = 1\nlearning_rate = (\n", r"x\.py, line 2: SyntaxError: '\(' was never closed"),
         ("\nmax_iters = 1 / 0\n", r"x\.py, line 2: ZeroDivisionError: division by zero"),
         ("_a = 1\nout_dir = str(max_iters)", r"x\.py, line 2: NameError: .*'max_iters'.*cannot read the script's set"),
+        ("out_dir = 'a'\nmax_iters: 3", r"x\.py, line 2: SyntaxError: this sets nothing; .* write name = value$"),
+        ('{"max_iters": 3}', r"x\.py, line 1: SyntaxError: this sets nothing"),
+        ("max_iters == 3", r"x\.py, line 1: SyntaxError: this sets nothing"),
+        ("import sys\nsys.exit()", r"x\.py, line 2: SystemExit: "),
         ("import no_such_module_here", r"x\.py, line 1: ModuleNotFoundError: No module named 'no_such_module_here'"),
     ],
 )
@@ -361,10 +366,48 @@ def test_script_takes_overrides_and_reports_an_error_in_one_line(script):
     assert script("--batchsize=3") == (2, "", f"{message}write --batch_size=3\n")
 
 
+def test_an_error_of_a_config_file_in_several_lines_is_printed_in_one(script, tmp_path):
+    path = write(tmp_path, "raise RuntimeError('first\\nsecond')")
+    assert script(path) == (2, "", f"script.py: error: {path}, line 1: RuntimeError: first second\n")
+
+
 def test_help_without_a_source_still_lists_the_settings(capsys):
     with pytest.raises(SystemExit, match="0"):
         configure_or_exit(settings(), ["--help"])
     assert "--learning_rate=0.0006 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "x"), OSError(5, "x"), OSError(28, "x"), ValueError("closed")])
+def test_a_console_that_fails_loses_text_and_prints_again_later(error):
+    class Stream(io.StringIO):
+        failing = True
+
+        def write(self, text):
+            if self.failing:
+                raise error
+            return super().write(text)
+
+        def flush(self):
+            if self.failing:
+                raise error
+
+    stream = Stream()
+    console = configurator.Console(stream)
+    print("lost", file=console, flush=True)
+    stream.failing = False
+    print("printed", file=console, flush=True)
+    assert stream.getvalue() == "printed\n"
+    assert console.isatty() is False
+
+
+def test_keep_console_takes_closed_streams_and_characters_that_a_terminal_lacks(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", None)
+    configurator.keep_console()
+    print("λ and \udcff", flush=True)
+    print("lost", file=sys.stderr, flush=True)
+    assert terminal.buffer.getvalue() == rb"\u03bb and \udcff" + b"\n"
 
 
 def test_a_small_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):

@@ -28,6 +28,15 @@ DATA = Path(common.__file__).parent
 EOT = 50256
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """common.run changes handlers of this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def prepare(name, *args, cwd=None):
     """Run data/NAME/prepare.py as a user does; return what it printed."""
     command = [sys.executable, DATA / name / "prepare.py", *map(str, args)]
@@ -156,8 +165,8 @@ def test_documents_from_files(tmp_path, gpt2):
     joined, last = "<|endoftext|>\n".join(texts), "last one, with no line end"
     (tmp_path / "a.txt").write_bytes(joined.encode())
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress(last.encode()))
-    inputs = (tmp_path / "a.txt", tmp_path / "b.txt.xz")
-    prepare("fineweb_edu", "--input", *inputs, "--val_fraction", 0.1, "--num_proc", 2, "--out_dir", tmp_path / "out")
+    inputs = ("--input", tmp_path / "a.txt", "--input", tmp_path / "b.txt.xz")
+    prepare("fineweb_edu", *inputs, "--val_fraction", 0.1, "--num_proc", 2, "--out_dir", tmp_path / "out")
     meta, train, val = load(tmp_path / "out")
     train, val = documents_of(train), documents_of(val)
     assert len(val) == 3
@@ -312,6 +321,8 @@ UNREADABLE = [
             ("hub", f"--out_dir=o --val_fraction={x}", f"--val_fraction {x}, need")
             for x in ("0.0", "1.0", "nan", "inf")
         ),
+        ("hub", "--out_dir=o --num_proc=0", "--num_proc 0, need at least 1"),
+        ("hub", "--out_dir=o --input two.txt /dev/null", "--input: /dev/null is a pipe or device, need a file"),
         ("hub", "--out_dir=o --num_proc=many", "--num_proc: invalid int value: 'many'"),
         ("hub", "--val two.txt", "--val needs --input"),
         ("hub", "--input two.txt --out_dir=", "--out_dir: an empty path"),
@@ -367,8 +378,17 @@ def test_ctrl_c_and_a_missing_package_end_in_one_line():
             common.run(Mock(side_effect=error))
 
 
+def test_a_console_that_is_full_or_closed_costs_no_data_set(tmp_path):
+    for name, place in (("full", ">/dev/full"), ("closed", ">&-")):
+        command = f"{sys.executable} {DATA}/pystdlib_char/prepare.py --max_bytes=300000 --out_dir={tmp_path / name}"
+        done = subprocess.run(f"{command} {place}", shell=True, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        load(tmp_path / name)
+
+
 @pytest.mark.slow
-def test_ctrl_c_ends_the_processes_that_tokenize_without_a_traceback(tmp_path, gpt2):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_processes_that_tokenize_without_a_traceback(tmp_path, gpt2, number):
     (tmp_path / "in.txt").write_text("Some words of a text.\n" * 400_000)
     words = [
         "--input",
@@ -382,11 +402,12 @@ def test_ctrl_c_ends_the_processes_that_tokenize_without_a_traceback(tmp_path, g
     ]
     command = [sys.executable, DATA / "fineweb_edu" / "prepare.py", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    ours = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches all processes
     while not list(tmp_path.glob("o/train.bin.*")):  # the processes start after this file is opened
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
+    ours(process.pid, number)
     assert process.communicate(timeout=60)[1] == "prepare.py: stopped\n"
     assert list((tmp_path / "o").iterdir()) == []
 

@@ -103,6 +103,13 @@ def test_the_script_prints_what_the_terminal_can_show_and_ends_quietly_if_the_re
     assert "\n\\xe4" in done.stdout
 
 
+def test_a_closed_console_and_a_reader_of_the_help_that_leaves_are_no_error(run):
+    words = f"--out_dir={run[0]} --device=cpu --max_new_tokens=2 --num_samples=1"
+    for command in (f"sample.py {words} >&-", "sample.py --help | true"):
+        done = subprocess.run(f"{sys.executable} {command}", cwd=ROOT, shell=True, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

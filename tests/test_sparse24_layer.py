@@ -231,6 +231,14 @@ def test_layers_on_the_meta_device(recipe, source):
     model(normal(3, 8)).sum().backward()
 
 
+def test_a_state_dict_without_masks_keeps_its_beta():
+    model, state = make_mlp("s_ste"), make_mlp("s_ste", seed=1).state_dict()
+    state["0.beta"].fill_(7)
+    model.load_state_dict({name: value for name, value in state.items() if not name.endswith("index")})
+    assert model[0].beta == 7
+    assert torch.equal(model[0].index, model[0].new_index())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_dense_phase_is_a_linear_bit_for_bit(dtype):
     layer, linear = make_layer("fst", dtype=dtype), nn.Linear(8, 12, dtype=dtype)
@@ -686,6 +694,31 @@ def test_densify_swaps_back(prune):
         assert torch.equal(p, weights[name] * masks.get(name, 1))
     assert torch.allclose(model(torch.arange(5)), expected, atol=1e-6)
     assert densify(model) == []
+
+
+@pytest.mark.parametrize("recipe", ["fst", "s_ste"])
+def test_densify_prunes_a_shared_weight_once_and_refuses_it_where_another_module_would_change(recipe):
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    sparsify(model, recipe, lambda name, module: True)
+    x = torch.randn(3, 8)
+    expected = model[:3](x)
+    model[3].weight.data[0, 0] = torch.nan  # a run that has diverged is exported all the same
+    assert densify(model, prune=True) == ["0", "2", "3"]
+    assert torch.allclose(model[:3](x), expected, atol=1e-6)
+    tied = nn.ModuleDict({"embedding": nn.Embedding(8, 8), "head": nn.Linear(8, 8)})
+    tied["head"].weight = tied["embedding"].weight
+    sparsify(tied, recipe, "head")
+    before = tied["head"].weight.detach().clone()
+    with pytest.raises(ValueError, match="densify: embedding shares a weight that is pruned in another module; untie"):
+        densify(tied, prune=True)
+    assert torch.equal(tied["head"].weight, before)
+    assert densify(tied) == ["head"]
+
+
+@pytest.mark.parametrize("layers", ["10", ["10"], iter(["10"])], ids=str)
+def test_layers_are_chosen_by_whole_names(layers):
+    assert sparsify(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))), "fst", layers) == ["10"]
 
 
 PADDING = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()

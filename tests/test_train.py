@@ -7,6 +7,7 @@ import contextlib
 import math
 import re
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -393,6 +394,13 @@ def test_the_exit_status_of_a_stop_names_the_signal(attempt, tmp_path, name, sta
     done = attempt(tmp_path / "out", stop_at(0, 0, name), eval_interval=0)
     assert (done.returncode, done.stderr) == (status, "")
     assert (read_state(tmp_path / "out")["iter_num"], read_state(tmp_path / "out")["finished"]) == (1, False)
+
+
+def test_ctrl_c_during_the_start_ends_in_one_word(attempt, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.setup, "load_inputs", lambda *_: signal.raise_signal(signal.SIGINT))
+    done = attempt(tmp_path / "out")
+    assert (done.returncode, done.stderr) == (130, "train.py: stopped\n")
+    assert not (tmp_path / "out").exists()
 
 
 def in_evaluation(count):

@@ -189,7 +189,7 @@ def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, changes, message):
 
 
 def test_nanogpts_folder_is_refused_with_the_command_that_writes_meta_json(refused, tmp_path):
-    folder = make_dataset(tmp_path / "nano gpt")
+    folder = make_dataset(tmp_path / "nano's gpt")
     meta = json.loads((folder / "meta.json").read_text())
     itos = dict(enumerate(meta["chars"]))
     (folder / "meta.json").unlink()
@@ -211,9 +211,10 @@ HEADERS = [np.array([magic, 1, 600, *[0] * 253], dtype="<i4") for magic in (2024
         ([HEADERS[1], IDS.astype("<u4")], "begins with llm.c's header of 1024 bytes"),
         ([IDS.astype("<u4")], "has 32-bit or 64-bit tokens"),
         ([IDS.astype("<i8")], "has 32-bit or 64-bit tokens"),
+        ([(IDS * 3).astype("<u4")], "has 32-bit or 64-bit tokens"),  # up to 150,770
         (None, "is a .npy file"),
     ],
-    ids=["header", "llama3", "uint32", "int64", "npy"],
+    ids=["header", "llama3", "uint32", "int64", "large uint32", "npy"],
 )
 def test_another_format_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "train.bin"

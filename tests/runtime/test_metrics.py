@@ -1,7 +1,6 @@
-"""runtime/metrics.py: the console, metrics.jsonl, wandb, and reading metrics back during a run."""
+"""runtime/metrics.py: lines on the console, metrics.jsonl, wandb, and reading metrics back during a run."""
 
 import importlib.util
-import io
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from harness import DENSE_START, SETTINGS, launch, read_rows, run_differences, start, stop_at
 
-from runtime.metrics import COLUMNS, Console, Log, keep_console, read_config, read_metrics, smooth
+from runtime.metrics import COLUMNS, Log, read_config, read_metrics, smooth
 
 TOKENS = {name: SETTINGS[name] for name in ("gradient_accumulation_steps", "batch_size", "block_size")}
 
@@ -30,39 +29,6 @@ def test_the_console_shows_phase_loss_and_time_left(reference):
         r"^done: 32 iterations, best validation loss \d\.\d{4}, saved in ",
     ):
         assert re.search(expected, text, re.M), expected
-
-
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "x"), OSError(5, "x"), OSError(28, "x"), ValueError("closed")])
-def test_a_console_that_fails_loses_text_and_prints_again_later(error):
-    class Stream(io.StringIO):
-        failing = True
-
-        def write(self, text):
-            if self.failing:
-                raise error
-            return super().write(text)
-
-        def flush(self):
-            if self.failing:
-                raise error
-
-    stream = Stream()
-    console = Console(stream)
-    print("lost", file=console, flush=True)
-    stream.failing = False
-    print("printed", file=console, flush=True)
-    assert stream.getvalue() == "printed\n"
-    assert console.isatty() is False
-
-
-def test_keep_console_takes_closed_streams_and_characters_that_a_terminal_lacks(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(sys, "stderr", None)
-    keep_console()
-    print("λ and \udcff", flush=True)
-    print("lost", file=sys.stderr, flush=True)
-    assert terminal.buffer.getvalue() == rb"\u03bb and \udcff" + b"\n"
 
 
 @pytest.mark.slow

@@ -74,6 +74,13 @@ def test_label_is_the_folder_and_the_recipe(tmp_path):
     assert labels == [f"{a} (fst, decay 6e-05)", f"{b} (dense)", "ste (ste)", "ste2"]
 
 
+def test_a_label_is_drawn_as_it_is(tmp_path):
+    folders = [dense_run(tmp_path / name) for name in ("_old", "lr$1e-3$", r"a$\frac$b")]
+    assert plot.load_runs(folders)[0]["label"] == "./_old (dense)"
+    plot.main([*folders, f"--out={tmp_path}"])  # no formula is parsed
+    assert png_size(tmp_path / "loss.png")
+
+
 def test_runs_differ_in_colour_and_then_in_line(tmp_path):
     runs = plot.load_runs([dense_run(tmp_path / str(i)) for i in range(2 * len(plot.COLOURS))])
     assert len({tuple(run["style"].values()) for run in runs}) == len(runs)

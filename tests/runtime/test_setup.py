@@ -224,6 +224,15 @@ def test_temporary_files_of_a_killed_run_are_deleted(run, stopped):
     assert [path.name for path in stopped.glob("*.tmp")] == ["mine.tmp"]
 
 
+def test_metrics_of_a_run_without_checkpoints_are_kept(run, stopped):
+    old = (stopped / "metrics.jsonl").read_bytes()
+    for path in stopped.glob("ckpt*"):
+        path.unlink()
+    assert "is of a run without checkpoints: added to metrics_old.jsonl" in run(stopped, max_iters=1, dense_start=1)
+    assert (stopped / "metrics_old.jsonl").read_bytes() == old
+    assert len(read_rows(stopped)) == 2  # of the step and of the end
+
+
 def test_a_second_run_in_the_folder_is_refused(run, refused, stopped):
     held = ranks.hold(stopped)
     said = refused(stopped)

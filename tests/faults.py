@@ -390,7 +390,7 @@ def save_case(bench: Bench, at: str) -> dict:
 def kills_in_a_row_case(bench: Bench, rng: random.Random, kills: int, ranks: int) -> dict:
     """One run that is killed `kills` times and then finished."""
     long = Bench(bench.folder / f"row{ranks}", bench.run, bench.resume)
-    length = 25 * kills  # each life takes at most 12 steps and another 40 ms, so the last one has steps left
+    length = max(100, 10 * kills)  # a life goes on by about 4 steps, so the last one has many left
     long.settings |= {"max_iters": length, "lr_decay_iters": length, "parallel": "fsdp" if ranks > 1 else "ddp"}
     out, struck, lost, in_saves, lives, problems = long.new_folder(), 0, 0, 0, 0, []
     while struck < kills:

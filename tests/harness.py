@@ -121,7 +121,7 @@ def kill_with_ranks(process: subprocess.Popen) -> None:
             os.kill(victim, signal.SIGKILL)
 
 
-def finish(process: subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
+def finish(process: subprocess.Popen, timeout: float = 900) -> subprocess.CompletedProcess:
     """Wait for a started run. After `timeout` seconds, kill it with all its ranks and raise TimeoutExpired."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)

@@ -7,8 +7,8 @@ import contextlib
 import math
 import re
 import shutil
-import signal
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -397,7 +397,7 @@ def test_the_exit_status_of_a_stop_names_the_signal(attempt, tmp_path, name, sta
 
 
 def test_ctrl_c_during_the_start_ends_in_one_word(attempt, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.setup, "load_inputs", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(train.setup, "load_inputs", Mock(side_effect=KeyboardInterrupt))
     done = attempt(tmp_path / "out")
     assert (done.returncode, done.stderr) == (130, "train.py: stopped\n")
     assert not (tmp_path / "out").exists()

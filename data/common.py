@@ -33,6 +33,7 @@ from configurator import expand, keep_console, open_new, sync
 
 SEPARATOR = "<|endoftext|>"  # between the documents of an --input file
 FILES = ("meta.json", "val.bin", "train.bin")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BLOCK = 1 << 20  # characters per piece (about 250k tokens), and bytes per read when a file is hashed
 SPLIT_SEED = 2357  # nanoGPT's
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -214,7 +215,7 @@ def check_out_dir(args):
 def run(main, *args):
     """Run a script's main(*args). A mistake of the user or a failing disk or network ends in one line and status 1."""
     keep_console()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, signal.default_int_handler)  # end like Ctrl-C, without the temporary files
     try:
@@ -282,12 +283,13 @@ def encode(batch):
 
 def encode_all(pieces, num_proc):
     """Yield the tokens of pieces in order. `num_proc` processes, which ignore Ctrl-C, encode a few batches ahead."""
-    with ProcessPoolExecutor(num_proc, get_context("spawn")) as pool:
+    obey = (signal.pthread_sigmask, (signal.SIG_UNBLOCK, [signal.SIGTERM]))  # by which a broken pool ends them
+    with ProcessPoolExecutor(num_proc, get_context("spawn"), *obey) as pool:
         pending = deque()
         for batch in batches(pieces):
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the processes that `submit` starts inherit it
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the processes that `submit` starts inherit it
             pending.append(pool.submit(encode, batch))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             if len(pending) > 2 * num_proc:
                 yield pending.popleft().result()
         while pending:

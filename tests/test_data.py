@@ -31,7 +31,7 @@ EOT = 50256
 @pytest.fixture(autouse=True)
 def signals():
     """common.run changes handlers of this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in common.STOPS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -401,7 +401,9 @@ def test_a_signal_ends_the_processes_that_tokenize_without_a_traceback(tmp_path,
         tmp_path / "o",
     ]
     command = [sys.executable, DATA / "fineweb_edu" / "prepare.py", *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    obey = partial(signal.signal, number, signal.SIG_DFL)  # a background job may ignore it
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": obey}
+    process = subprocess.Popen(command, **options)
     ours = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches all processes
     while not list(tmp_path.glob("o/train.bin.*")):  # the processes start after this file is opened
         assert process.poll() is None

@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -547,33 +548,22 @@ def show(case: dict) -> None:
     print(f"{where} resumed at {case['resumed_at']:>2}, lost {case['steps_lost']}  {verdict}", flush=True)
 
 
-def all_cases(bench: Bench, kills: int, in_a_row: int, flips: int, seed: int):
+def all_cases(bench: Bench, kills: int, in_a_row: int, flips: int, seed: int) -> list[tuple[str, Callable]]:
+    """(kind, call that runs the case and returns its row of the report) of all cases."""
     rng = random.Random(seed)
-    for ranks in (1, 2):
-        for at in STOP_POINTS:
-            if ranks == 1 or "evaluation" not in at:  # on two ranks these evaluations have one batch, which is finished
-                yield stop_case(bench, at, ranks)
-    yield stop_torchrun_case(bench)
-    yield kill_rank_case(bench)
-    yield stop_rank_case(bench)
-    yield stall_case(bench)
-    for at in SURVIVED:
-        yield survive_case(bench, at)
-    for at in OTHER_DATA:
-        yield other_data_case(bench, at)
-    for at in (*DIFFERENT, "another dataset", "two rows swapped"):
-        yield differing_ranks_case(bench, at)
-    yield run_in_between_case(bench)
-    yield damaged_metrics_case(bench, rng)
-    yield damaged_checkpoint_case(bench, rng)
-    for _ in range(kills):
-        yield kill_case(bench, rng)
-    for at in SAVE_POINTS:
-        yield save_case(bench, at)
-    yield flip_case(bench, rng, flips)
-    yield nodes_case(bench)
-    for ranks in (1, 2):
-        yield kills_in_a_row_case(bench, rng, in_a_row, ranks)
+    # on two ranks the evaluations have one batch, which is finished
+    cases = [("stop", stop_case, at, n) for n in (1, 2) for at in STOP_POINTS if n == 1 or "evaluation" not in at]
+    cases += [("torchrun", case) for case in (stop_torchrun_case, kill_rank_case, stop_rank_case, stall_case)]
+    cases += [("survive", survive_case, at) for at in SURVIVED]
+    cases += [("data", other_data_case, at) for at in OTHER_DATA]
+    cases += [("ranks", differing_ranks_case, at) for at in (*DIFFERENT, "another dataset", "two rows swapped")]
+    cases += [("folder", run_in_between_case)]
+    cases += [("folder", case, rng) for case in (damaged_metrics_case, damaged_checkpoint_case)]
+    cases += [("kill", kill_case, rng)] * kills
+    cases += [("save", save_case, at) for at in SAVE_POINTS]
+    cases += [("flip", flip_case, rng, flips), ("nodes", nodes_case)]
+    cases += [("in a row", kills_in_a_row_case, rng, in_a_row, ranks) for ranks in (1, 2)]
+    return [(kind, functools.partial(case, bench, *arguments)) for kind, case, *arguments in cases]
 
 
 def main(argv=None) -> int:
@@ -582,19 +572,24 @@ def main(argv=None) -> int:
     parser.add_argument("--in_a_row", type=int, default=100, help="kill one run this many times, on one and two ranks")
     parser.add_argument("--flips", type=int, default=200, help="flip this many bits of a checkpoint, one at a time")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--only", help="only the cases of this kind, such as 'in a row'")
     parser.add_argument("--out", type=Path, help="file for the report, as JSON")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # as in the runs
     began, cases = time.time(), []
     with tempfile.TemporaryDirectory(prefix="nano24_faults_") as folder:
         bench = Bench(folder)
-        for case in all_cases(bench, options.kills, options.in_a_row, options.flips, options.seed):
-            cases.append(case)
-            show(case)
+        for kind, run_case in all_cases(bench, options.kills, options.in_a_row, options.flips, options.seed):
+            if options.only not in (None, kind):
+                continue
+            cases.append(run_case())
+            show(cases[-1])
             if options.out:
                 write(options, cases, time.time() - began)
             for path in (*bench.folder.glob("run*"), *bench.folder.glob("row*")):
                 shutil.rmtree(path)
+    if not cases:
+        parser.error(f"--only {options.only}: there is no such kind of case")
     failed = sum(bool(case["problems"]) for case in cases)
     print(f"{len(cases)} cases, {failed} failed" + (f", {options.out}" if options.out else ""))
     return 1 if failed else 0
@@ -609,7 +604,8 @@ def write(options, cases: list[dict], seconds: float) -> None:
     """Write the report of the cases so far."""
     report = {
         "command": "python tests/faults.py "
-        f"--kills {options.kills} --in_a_row {options.in_a_row} --flips {options.flips} --seed {options.seed}",
+        f"--kills {options.kills} --in_a_row {options.in_a_row} --flips {options.flips} --seed {options.seed}"
+        + (f" --only '{options.only}'" if options.only else ""),
         "environment": machine(),
         "settings": SETTINGS,
         "seconds": round(seconds),

@@ -71,7 +71,8 @@ def outcome(**changes):
 
 def test_report_counts_steps_and_fails_on_a_mismatch(monkeypatch, tmp_path, capsys):
     cases = [outcome(problems=[]), outcome(problems=["differs: /model/x"], steps_lost=1)]
-    monkeypatch.setattr(faults, "all_cases", lambda bench, kills, in_a_row, flips, seed: iter(cases[: kills + 1]))
+    calls = [("kill", lambda case=case: case) for case in cases]
+    monkeypatch.setattr(faults, "all_cases", lambda bench, kills, in_a_row, flips, seed: calls[: kills + 1])
     report = tmp_path / "new" / "faults.json"
     assert faults.main(["--kills", "0", "--out", str(report)]) == 0
     assert "same bits" in capsys.readouterr().out
@@ -82,6 +83,9 @@ def test_report_counts_steps_and_fails_on_a_mismatch(monkeypatch, tmp_path, caps
     assert saved["summary"]["kill"] == expected
     assert {"commit", "torch", "platform"} <= saved["environment"].keys()
     assert str(tmp_path) not in report.read_text()
+    with pytest.raises(SystemExit, match="2"):
+        faults.main(["--only", "kil"])
+    assert "--only kil: there is no such kind of case" in capsys.readouterr().err
 
 
 def test_launch_reports_how_a_real_process_ends(tmp_path):

@@ -7,10 +7,10 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -163,7 +163,7 @@ def test_a_prompt_may_be_longer_than_the_block(run):
 
 
 def test_ctrl_c_ends_in_one_word(run, monkeypatch):
-    monkeypatch.setattr(sample.GPT, "generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sample.GPT, "generate", Mock(side_effect=KeyboardInterrupt))
     assert run_sample(run[0])[::2] == (1, "sample.py: stopped")
 
 

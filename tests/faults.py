@@ -123,7 +123,7 @@ class Bench:
             state, rows = self.reference(ranks)
             problems = [f"differs: {path}" for path in state_differences(read_state(out), state)]
             problems += [f"metrics differ: {path}" for path in row_differences(read_rows(out), rows)]
-        problems = [text.replace(str(self.folder), "") for text in problems]
+        problems = [text.replace(str(self.folder), "").replace(f"{ROOT}/", "") for text in problems]
         return {"resumed_at": 0, "steps_lost": 0, "in_a_save": False, "problems": problems}
 
 

@@ -188,8 +188,8 @@ def path_of(word):
         path = Path(expand(word))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    if path.exists() and not (path.is_file() or path.is_dir()):  # files are read twice
-        raise argparse.ArgumentTypeError(f"{word} is a pipe or device, need a file; write the text to one")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a text is read twice
+        raise argparse.ArgumentTypeError(f"{word} is a pipe or device, need a file or folder; write a text to a file")
     return path
 
 
@@ -283,7 +283,7 @@ def encode(batch):
 
 def encode_all(pieces, num_proc):
     """Yield the tokens of pieces in order. `num_proc` processes, which ignore Ctrl-C, encode a few batches ahead."""
-    obey = (signal.pthread_sigmask, (signal.SIG_UNBLOCK, [signal.SIGTERM]))  # by which a broken pool ends them
+    obey = (signal.pthread_sigmask, (signal.SIG_UNBLOCK, [signal.SIGTERM]))  # a broken pool ends them by SIGTERM
     with ProcessPoolExecutor(num_proc, get_context("spawn"), *obey) as pool:
         pending = deque()
         for batch in batches(pieces):

@@ -302,7 +302,7 @@ def open_folder(s, inputs, model: GPT, report, starts: list[dict], log: Log, wat
     if inputs.state is None:
         checkpoint.clear(folder)
         metrics = folder / "metrics.jsonl"
-        if metrics.exists() and not s.overwrite:  # of a run without checkpoints: killed early, or they were deleted
+        if metrics.exists() and not s.overwrite:  # a kill came early, or the user deleted checkpoints
             with open(folder / "metrics_old.jsonl", "ab") as file:
                 file.write(metrics.read_bytes())
             print(f"{metrics} is of a run without checkpoints: added to metrics_old.jsonl")

@@ -298,7 +298,7 @@ def differing_ranks_case(bench: Bench, at: str) -> dict:
         other = {"dataset": make_dataset(bench.folder / "other", sentences=271)}
     ends = start_by_hand(out, bench.settings, other, {"kind": "swap_rows", "iter_num": 14} if not other else None)
     outcome = bench.resume_and_compare(out, 2)
-    need, named = (0, "rank 1 has") if other else (12, r"ranks \[0, 1\]")  # of two ranks no majority says which
+    need, named = (0, "rank 1 has") if other else (12, r"ranks \[0, 1\]")  # two ranks have no majority
     return _case(
         *("ranks", at, 2, outcome),
         (all(end.returncode for end in ends), f"exit statuses {[end.returncode for end in ends]}"),

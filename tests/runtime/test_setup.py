@@ -230,7 +230,7 @@ def test_metrics_of_a_run_without_checkpoints_are_kept(run, stopped):
         path.unlink()
     assert "is of a run without checkpoints: added to metrics_old.jsonl" in run(stopped, max_iters=1, dense_start=1)
     assert (stopped / "metrics_old.jsonl").read_bytes() == old
-    assert len(read_rows(stopped)) == 2  # of the step and of the end
+    assert len(read_rows(stopped)) == 2  # one step, and the last evaluation
 
 
 def test_a_second_run_in_the_folder_is_refused(run, refused, stopped):

@@ -309,7 +309,7 @@ def read_comments(path, kinds):
 
 # ---- the console of a script -----------------------------------------------------------------------------------------
 class Console:
-    """Standard output or error that may go away, or whose disk may be full. Then text is lost, and the script goes on."""
+    """Standard output or error that may go away, or whose disk may be full. Then text is lost, but nothing fails."""
 
     def __init__(self, stream):
         self.stream = stream

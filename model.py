@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from gemm24.ffn import sparse_ffn, takes_plan
 from gemm24.operands import ACTIVATIONS, GATED
-from sparse24 import MaskedDecayAdamW, kernel_status, recipe_names, refresh_masks, sparsify
+from sparse24 import MaskedDecayAdamW, get_recipe, kernel_status, recipe_names, refresh_masks, sparsify
 
 # The four published sizes of GPT-2, and their names on Hugging Face.
 PRESETS = {
@@ -123,6 +123,8 @@ class MLP(nn.Module):
     def forward(self, x):
         if takes_plan(self.plan, x, self.c_fc, self.c_proj):
             return self.dropout(sparse_ffn(x, self.c_fc, self.c_proj, self.plan))  # (B, T, C)
+        if ffn := getattr(getattr(self.c_fc, "recipe", None), "ffn", None):  # the method computes the whole layer
+            return self.dropout(ffn(x, self.c_fc, self.c_proj, self.plan))  # (B, T, C)
         h = self.c_fc(x)  # (B, T, d_ff), or (B, T, 2 d_ff) if gated
         a = ACTIVATIONS[self.activation](h)  # (B, T, d_ff)
         return self.dropout(self.c_proj(a))  # (B, T, C)
@@ -174,7 +176,11 @@ class GPT(nn.Module):
 
     def _make_sparse(self, recipe):
         if self.config.sparse != "none":
-            sparsify(self, recipe or self.config.sparse, self.sparse_names())
+            recipe = get_recipe(recipe or self.config.sparse)
+            if recipe.activation and recipe.activation != self.config.activation:
+                given = f"activation={self.config.activation!r}"
+                raise ValueError(f"sparse={recipe.name!r}: {given}, need activation={recipe.activation!r}")
+            sparsify(self, recipe, self.sparse_names())
         elif recipe is not None:
             raise ValueError("GPT: a recipe was given but config.sparse='none'; set config.sparse or drop the recipe")
 

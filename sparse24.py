@@ -314,8 +314,19 @@ def pair_index(x: torch.Tensor) -> torch.Tensor:
     the lower index; NaN counts as the largest. Raises ValueError for other shapes.
     """
     _check_groups("pair_index", x)
-    groups = x.detach().abs().unflatten(-1, (-1, 4))
-    low, high = groups.sort(dim=-1, descending=True, stable=True).indices[..., :2].sort(dim=-1).values.unbind(-1)
+    a = _magnitude(x.detach())
+    a = a.view(
+        torch.int64 if a.dtype == torch.float64 else torch.int32
+    )  # the bits of magnitudes are ordered as they are
+    nan = 0x7FF0000000000001 if a.dtype == torch.int64 else 0x7F800001  # all NaNs become one value, above inf
+    a0, a1, a2, a3 = a.clamp(max=nan).unflatten(-1, (-1, 4)).unbind(-1)
+    # An element is kept if at most one other is larger, or equal and before it.
+    ge01, ge02, ge03, ge12, ge13, ge23 = a0 >= a1, a0 >= a2, a0 >= a3, a1 >= a2, a1 >= a3, a2 >= a3
+    keeps0 = (ge01 & (ge02 | ge03)) | (ge02 & ge03)
+    keeps1 = (ge12 & ge13) | (~ge01 & (ge12 | ge13))
+    keeps3 = (~ge03 & ~ge13) | (~ge23 & ~(ge03 & ge13))
+    low = torch.where(keeps0, 0, torch.where(keeps1, 1, 2))
+    high = torch.where(keeps3, 3, torch.where(keeps0 & keeps1, 1, 2))
     return (low + high - (low == 0).long()).to(torch.uint8)
 
 
@@ -583,7 +594,8 @@ class Recipe:
     ValueError if a field is out of range or does not go with the others."""
 
     name: str
-    mask: str = "transposable"  # "transposable", "row" (row-wise by magnitude) or "soft" (soft threshold, row-wise)
+    # "transposable", "row" (row-wise by magnitude), "soft" (soft threshold, row-wise) or "none" (weights stay dense)
+    mask: str = "transposable"
     mvue: bool = False  # 2:4 weight-gradient GEMM through MVUE, else a dense one
     masked_decay: float = 0.0  # the decay factor lambda itself; 0 = none
     decay_on: str = "grad"  # "grad": Eq. 10; "weight": SR-STE's Eq. 8
@@ -593,22 +605,30 @@ class Recipe:
     dense_pretrain_latest: float = 0.0  # if above 0, the optimizer ends the dense start, at this share at the latest
     weight_gradient: str = "straight"  # soft masks: "straight" through, or "true" (times beta and the Jacobian)
     fp8: bool = False  # simulate FP8 GEMMs: W and X in E4M3, dZ in E5M2, one scale per tensor
-    layer: type | None = None  # subclass of Sparse24Linear that computes the method; None = Sparse24Linear
+    # Subclass of Sparse24Linear that computes the method, or one for each name that a linear has in its module, such as
+    # {"c_fc": ..., "c_proj": ...}. None = Sparse24Linear
+    layer: type | dict[str, type] | None = None
+    ffn: Callable | None = None  # ffn(x, c_fc, c_proj, plan) computes whole feed-forward layers, see methods/act24.py
+    activation: str = ""  # the activation that the method needs; "" = any
+    check: Callable | None = None  # check(settings) raises ValueError if the method cannot run with these settings
     optimizer: type | None = None  # subclass of MaskedDecayAdamW that the method trains with; None = MaskedDecayAdamW
 
     def __post_init__(self):
         def extends(value, base: str) -> bool:
+            if isinstance(value, dict):
+                return all(extends(one, base) for one in value.values())
             return value is None or (isinstance(value, type) and issubclass(value, globals()[base]))  # defined below
 
         soft, share = self.mask == "soft", "a fraction of max_iters from 0 to 1"
         first, last, latest = self.dense_pretrain, self.dense_finetune, self.dense_pretrain_latest
         start = f"dense_pretrain above 0 and at most dense_pretrain_latest={latest}"
         needs = [  # (field, whether its value is right, the need)
-            ("mask", self.mask in ("transposable", "row", "soft"), "transposable, row or soft"),
+            ("mask", self.mask in ("transposable", "row", "soft", "none"), "transposable, row, soft or none"),
             ("decay_on", self.decay_on in ("grad", "weight"), "grad or weight"),
             ("weight_gradient", self.weight_gradient in ("straight", "true"), "straight or true"),
             ("weight_gradient", soft or self.weight_gradient == "straight", "mask='soft' for weight_gradient='true'"),
             ("masked_decay", 0 <= self.masked_decay < math.inf, "a finite factor of at least 0"),
+            ("masked_decay", self.mask != "none" or not self.masked_decay, "0 for mask='none'"),
             ("mask_interval", self.mask_interval >= 1, "at least 1 step"),
             ("mask_interval", not soft or self.mask_interval == 1, "mask_interval=1 for mask='soft'"),
             ("dense_finetune", 0 <= last <= 1, share),
@@ -630,8 +650,18 @@ class Recipe:
 
     @property
     def fused(self) -> bool:
-        """Returns whether gemm24/ffn.py can compute a whole FFN of this recipe in one function."""
-        return self.layer is None and not self.fp8
+        """Returns whether one function computes a whole FFN of this recipe: gemm24/ffn.py's, or `ffn`."""
+        return self.ffn is not None or (self.layer is None and not self.fp8)
+
+    def layer_class(self, name: str) -> type:
+        """The class of a sparse linear. name: its own name in its module. Raises ValueError for a name without class.
+
+        (The name of the linear "transformer.h.0.mlp.c_fc" in its module is "c_fc".)"""
+        layers = self.layer if isinstance(self.layer, dict) else {name: self.layer}
+        if name not in layers:
+            need = f"need linears named {', '.join(layers)}"
+            raise ValueError(f"recipe {self.name!r} has no class for the linear {name!r}, {need}")
+        return layers[name] or Sparse24Linear
 
 
 RECIPES = {
@@ -771,8 +801,10 @@ def mask_index(w: torch.Tensor, kind: str) -> torch.Tensor:
     return by_rows(transposable_index, w, 4)
 
 
-def prune(w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask: str) -> torch.Tensor:
-    """W*M, or beta S(W) for soft masks: 2:4 along the rows."""
+def prune(w: torch.Tensor, index: torch.Tensor | None, beta: torch.Tensor | None, mask: str) -> torch.Tensor:
+    """W*M, or beta S(W) for soft masks: 2:4 along the rows. W itself for mask "none"."""
+    if mask == "none":
+        return w
     if mask == "soft":
         return soft_threshold24(w) * beta
     return torch.where(_expand(index, mask), w, 0)
@@ -784,15 +816,15 @@ def through_soft(dw: torch.Tensor, w: torch.Tensor, beta: torch.Tensor | None, k
 
 
 @torch.library.custom_op("nano24::prune_again", mutates_args=())
-def _prune_again(
-    w: torch.Tensor, index: torch.Tensor, beta: torch.Tensor | None, mask: str, dz: torch.Tensor
+def prune_again_op(
+    w: torch.Tensor, index: torch.Tensor | None, beta: torch.Tensor | None, mask: str, dz: torch.Tensor
 ) -> torch.Tensor:
     """`prune` in the backward. Opaque to torch.compile, which would otherwise keep the pruned weight of the forward.
     `dz` is unused: it only makes the op run in the backward."""
     return prune(w, index, beta, mask)
 
 
-@_prune_again.register_fake
+@prune_again_op.register_fake
 def _(w, index, beta, mask, dz):
     return torch.empty_like(w)
 
@@ -816,7 +848,7 @@ class _MaskedLinear(torch.autograd.Function):
     def operands(master, index, backward_mask, beta, dtype, mode, dz=None):
         """The weight operands of Z and of dX. dz: only in the backward."""
         pruning = (master, index, beta, mode.mask)
-        w_24 = (prune(*pruning) if dz is None else _prune_again(*pruning, dz)).to(dtype)
+        w_24 = (prune(*pruning) if dz is None else prune_again_op(*pruning, dz)).to(dtype)
         w_back = w_24 if backward_mask is None else torch.where(backward_mask, w_24, 0)
         if mode.fp8:
             w_24 = simulate_fp8(w_24, torch.float8_e4m3fn)
@@ -891,9 +923,9 @@ class Sparse24Linear(nn.Linear):
             raise ValueError(f"Sparse24Linear: {in_features} in, {out_features} out, {_NEED_FOURS}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         recipe = get_recipe(recipe)
-        layer_class = recipe.layer or Sparse24Linear
-        if not isinstance(self, layer_class):
-            need = f"needs {layer_class.__name__}; use that class, or sparsify"
+        classes = recipe.layer.values() if isinstance(recipe.layer, dict) else [recipe.layer or Sparse24Linear]
+        if not isinstance(self, tuple(classes)):
+            need = f"needs {' or '.join(one.__name__ for one in classes)}; use that class, or sparsify"
             raise ValueError(f"Sparse24Linear: recipe {recipe.name!r} {need}")
         self._begin_sparse(recipe)
 
@@ -931,8 +963,14 @@ class Sparse24Linear(nn.Linear):
             _warn_once(f"Sparse24Linear: without seeds MVUE draws the same numbers in every step, {need}")
 
     def new_index(self) -> torch.Tensor:
-        """The index matrix of the mask for the present weight, unsharded."""
+        """The index matrix of the mask for the present weight, unsharded. It is empty for mask "none"."""
+        if self.recipe.mask == "none":
+            return torch.empty(0, dtype=torch.uint8, device=self.weight.device)
         return whole(mask_index(self.weight, self.recipe.virtual_mask))
+
+    def begin_micro_batch(self, iter_num: int, micro_batch: int) -> None:
+        """Called by `seed_draws`, before every forward pass of a training step."""
+        self.seeded = True
 
     def begin_step(self, seed: int, iter_num: int, number: int, begin: bool = False) -> None:
         """Called before every step in the sparse phase, and before its evaluation; does nothing. number: the layer's
@@ -964,6 +1002,8 @@ class Sparse24Linear(nn.Linear):
     @property
     def mask(self) -> torch.Tensor:
         """The current mask, bool (out, in), True = kept."""
+        if self.recipe.mask == "none":
+            return torch.ones_like(self.weight, dtype=torch.bool)
         return _expand(self.index, self.recipe.mask)
 
     def mask_rows(self) -> torch.Tensor:
@@ -987,6 +1027,9 @@ class Sparse24Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.sparse:
             return super().forward(x)
+        if self.recipe.ffn:
+            need = "the module that holds this linear must call recipe.ffn, as model.MLP does"
+            raise RuntimeError(f"recipe {self.recipe.name!r} computes a whole feed-forward layer, {need}")
         weight, bias = self.weight, self.bias
         device_type = x.device.type
         if device_type in AUTOCAST and torch.is_autocast_enabled(device_type):
@@ -1089,14 +1132,16 @@ def sparsify(
     if unknown or not chosen:
         problem = f"no nn.Linear named {', '.join(unknown)}" if unknown else "no nn.Linear matches"
         raise ValueError(f"sparsify: {problem}; the model has {', '.join(linears) or 'none'}")
-    layer_class = recipe.layer or Sparse24Linear
-    example = layer_class(4, 4, recipe=recipe, device="meta")  # on this device nothing is drawn
-    reserved = {*dir(example)} - {*dir(nn.Linear(4, 4, device="meta"))}
     dense = {linears[name]: name for name in chosen if not isinstance(linears[name], Sparse24Linear)}
+    classes = {linear: recipe.layer_class(name.rpartition(".")[2]) for linear, name in dense.items()}
+    reserved = {}
+    for layer_class in {*classes.values()}:
+        example = layer_class(4, 4, recipe=recipe, device="meta")  # on this device nothing is drawn
+        reserved[layer_class] = {*dir(example)} - {*dir(nn.Linear(4, 4, device="meta"))}
     for linear, name in dense.items():
-        if obstacle := _obstacle(linear, reserved):
+        if obstacle := _obstacle(linear, reserved[classes[linear]]):
             raise ValueError(f"sparsify: {name or 'the model'} {obstacle}")
-    for linear in dense:
+    for linear, layer_class in classes.items():
         linear.__class__ = layer_class
         linear._begin_sparse(recipe)
     _disable_encoder_fast_path(model)
@@ -1180,7 +1225,7 @@ def seed_draws(model: nn.Module, seed: int, iter_num: int, micro_batch: int) -> 
     words = words.to(layers[0].seed.device, non_blocking=True)  # one copy and one launch for all layers
     torch._foreach_copy_([layer.seed for layer in layers], list(words.unbind()))
     for layer in layers:
-        layer.seeded = True
+        layer.begin_micro_batch(iter_num, micro_batch)
 
 
 @torch.no_grad()

@@ -130,10 +130,10 @@ def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: n
     """Returns whether this call follows the plan: both layers are in their sparse phase, tokens and dtype match."""
     if plan is None or not getattr(c_fc, "sparse", False) or not getattr(c_proj, "sparse", False):
         return False
-    return x.numel() == plan.tokens * x.shape[-1] and _dtype(x) == plan.dtype
+    return x.numel() == plan.tokens * x.shape[-1] and compute_dtype(x) == plan.dtype
 
 
-def _dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes under the current autocast."""
     enabled = x.device.type in AUTOCAST and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if enabled and x.dtype != torch.float64 else x.dtype

@@ -16,6 +16,7 @@ from sparse24 import (
     expand_index,
     expand_pairs,
     kernel,
+    mask24,
     mvue24,
     mvue24_with_mask,
     pair_index,
@@ -175,6 +176,46 @@ def activation_backward_mvue24_pack(
     _check_activation("activation_backward_mvue24_pack", activation)
     dz = activation_backward.torch(z, da, activation)
     return dz, *mvue24_pack.torch(dz, seed, order, False, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2:4 activations of squared ReLU (methods/act24.py). Here Z, dA (tokens, d_ff) are token-major: the operands of Y and
+# dX are 2:4 along features, those of the weight gradients along tokens.
+
+
+def _top2_operands(x, mask, seed, order: str, order_t: str):
+    """The operand of x (tokens, d_ff), pruned by `mask`, in `order`, and that of MVUE(x^T) in `order_t`. Without a seed
+    the second one is x^T itself."""
+    x = torch.where(mask, x, 0)
+    x_t = x.t() if seed is None else mvue24_pack(x, seed, order_t, token_major=True)[0]
+    if order == "masked":
+        return x, x_t
+    return (compress24(x.contiguous()) if order == "library" else pack24(x.contiguous(), mask, order)), x_t
+
+
+def relu2_pack(z, seed, order: str, order_t: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = top2(relu(Z)^2) and MVUE(A^T), packed. top2 keeps the two largest of each four features; ties keep the lower
+    index, and NaN counts as the largest.
+
+    z: (tokens, d_ff). seed: of MVUE along tokens, as in `mvue24`; None: do not sample. Returns (operand of A in
+    `order`, operand of MVUE(A^T) in `order_t`), for "masked" (tokens, d_ff) and (d_ff, tokens). A is computed in
+    float32 (float64 for float64) and rounded once, before MVUE. Raises ValueError if a shape does not fit its order.
+    """
+    r = F.relu(z.to(torch.promote_types(z.dtype, torch.float32)))
+    return _top2_operands(r.square().to(z.dtype), mask24(r), seed, order, order_t)
+
+
+def relu2_backward_pack(
+    z, da, seed, order: str, order_t: str, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dZ = 2 relu(Z) dA where `relu2_pack` keeps A, else 0, and MVUE(dZ^T), packed.
+
+    z, da: (tokens, d_ff). The other arguments, the first two results and the errors are those of `relu2_pack`. The
+    third result: with `bias` the float32 sums (d_ff,) of dZ over tokens, else empty.
+    """
+    r = F.relu(z.to(torch.promote_types(z.dtype, torch.float32)))
+    dz, mask = (2 * r * da.to(r.dtype)).to(z.dtype), mask24(r)
+    return *_top2_operands(dz, mask, seed, order, order_t), _token_sums(torch.where(mask, dz, 0).t(), bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

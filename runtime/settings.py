@@ -60,6 +60,8 @@ def resolve_settings(s: SimpleNamespace, overrides: dict) -> Recipe | None:
         return None
     recipe = sparse24.recipe_of({**overrides, "sparse": s.sparse})
     vars(s).update({name: getattr(recipe, name) for name in sparse24.SETTINGS})
+    if recipe.check:
+        recipe.check(s)
     begin = round(s.max_iters * (recipe.dense_pretrain_latest or s.dense_pretrain))
     end = planned_dense_start(s)
     if s.dense_pretrain and not begin < end:

@@ -145,7 +145,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     scaler = torch.amp.GradScaler(device.type, enabled=s.dtype == "float16")
     if start["scaler"]:
         scaler.load_state_dict(start["scaler"])
-    net, ddp = wrap_model(s, model, ranks, device)
+    net, ddp = wrap_model(s, model, recipe, ranks, device)
     static_grads = bool(s.compile) and s.compile_mode != "default"
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if static_grads else None
@@ -266,13 +266,19 @@ def place_model(s, inputs: SimpleNamespace, ranks: Ranks):
     return model, report
 
 
-def wrap_model(s, model: GPT, ranks: Ranks, device: torch.device):
+def wrap_model(s, model: GPT, recipe: Recipe | None, ranks: Ranks, device: torch.device):
     """(the model or its compiled form; its DDP wrapper or None)."""
     if s.parallel == "fsdp" and ranks.control is not None:  # shard_model has compiled the blocks
         if s.compile:  # outside the blocks, the float32 logits cost the most
             model.head = torch.compile(model.head, mode=s.compile_mode)
         return model, None
-    net = torch.compile(model, mode=s.compile_mode) if s.compile else model
+    net = model
+    if s.compile and recipe and recipe.ffn:  # its layers change their computation one by one: do not compile all anew
+        for block in model.transformer.h:
+            block.compile(mode=s.compile_mode)
+        model.head = torch.compile(model.head, mode=s.compile_mode)
+    elif s.compile:
+        net = torch.compile(model, mode=s.compile_mode)
     if ranks.world_size == 1:
         return net, None
     # Every rank computes the masks from the same weights, so buffers need no broadcast.

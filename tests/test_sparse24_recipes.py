@@ -48,7 +48,7 @@ def test_recipes_differ_from_plain_straight_through_in_what_their_equations_say(
 
 def test_there_are_five_recipes_here_and_the_others_are_files():
     assert list(RECIPES) == ["fst", "ste", "sr_ste", "s_ste", "s_ste_straight"]
-    assert sparse24.recipe_names() == [*RECIPES, "bi_mask", "step"]
+    assert sparse24.recipe_names() == [*RECIPES, "act24", "act24_soft", "bi_mask", "step"]
     for make_one in (get_recipe, lambda name: Sparse24Linear(4, 4, True, name)):
         with pytest.raises(ValueError, match=r"'ftz' is unknown.*fst, ste, sr_ste, .* did you mean .fst.\?"):
             make_one("ftz")
@@ -176,11 +176,15 @@ def test_soft_weights_are_thresholded_before_they_are_rounded():
         assert layer(torch.eye(4)).t().tolist() == [[0.0, 0.0, 2**-10, 2**-9]] * 4
 
 
+# tests/methods/ has the same test for methods that compute whole feed-forward layers
+LINEAR_METHODS = [name for name in sparse24.recipe_names() if get_recipe(name).ffn is None]
+
+
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if "s_ste" in name else name for name in sparse24.recipe_names()],
+    [pytest.param(name, marks=pytest.mark.slow) if "s_ste" in name else name for name in LINEAR_METHODS],
 )
-def test_every_method_survives_saving_autocast_compile_and_moves(name):
+def test_every_method_of_linears_survives_saving_autocast_compile_and_moves(name):
     layer, other = (make(name, 24, 16, seed=seed).float() for seed in (0, 1))
     sparse24.begin_step(layer, 1, 0)
     other.load_state_dict(layer.state_dict())

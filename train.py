@@ -231,6 +231,7 @@ def run(t: setup.Training) -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=not t.static_grads)
         t.flips.after_step(row)
+        t.activations.after_step(row)
         # refresh the masks every mask_interval steps, and pack the new weights for the 2:4 GEMMs
         if is_sparse and (iter_num + 1) % mask_interval == 0:
             refresh_masks(model, measure=False)

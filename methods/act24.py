@@ -101,6 +101,15 @@ class Act24Linear(Sparse24Linear):
                 torch.distributed.broadcast(buffer, 0)
         self.joined = self.crowded() <= (LEAVE if self.joined else JOIN)
 
+    def measured(self, iter_num: int) -> dict[str, float] | None:
+        """Columns of metrics.jsonl for step iter_num, or None if the step did not count. Waits for the GPU."""
+        if iter_num % INTERVAL:
+            return None
+        zeros, _, groups = self.counts.tolist()
+        energy, dropped = self.energy.tolist()
+        shares = {"zeros": zeros / (4 * groups), "over_two": self.crowded()} if groups else {}
+        return shares | {"energy_dropped": dropped / energy if energy else 0.0, "joined": float(self.joined)}
+
     def crowded(self) -> float:
         """The share of groups with more than two non-zeros in the last counted step; 1.0 before the first."""
         _, over, groups = self.counts.tolist()
@@ -181,8 +190,8 @@ def top2_of_tokens(x_t: torch.Tensor) -> torch.Tensor:
 
 def act24_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Act24Linear, plan: FFNPlan | None) -> torch.Tensor:
     """c_proj(relu(c_fc(x))^2), by the equations if the layer has joined, else dense. x: (..., d)."""
-    counting = c_proj.counting and c_proj.training and torch.is_grad_enabled()
-    if not (c_proj.sparse and c_proj.joined):
+    counting = torch.is_grad_enabled() and c_proj.training and c_proj.counting
+    if not (c_proj.joined and c_proj.sparse):
         z = nn.Linear.forward(c_fc, x)
         if counting:
             c_proj.record(z)

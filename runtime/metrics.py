@@ -16,6 +16,9 @@ COLUMNS = {  # the columns of metrics.jsonl and their formats on the console; ""
     "iter": "", "phase": "", "train_loss": "loss {:.4f}", "val_loss": "val {:.4f}", "val_loss_24": "",
     "lr": "lr {:.2e}", "grad_norm": "|g| {:.2f}", "flip_rate": "flip {:.5f}", "masked_decay": "", "decay_ratio": "",
     "skipped": "", "tokens_per_s": "{:,.0f} tok/s", "mfu": "mfu {:.1%}", "elapsed_s": "",
+    # Lists with one number per block, of methods/act24.py. Shares: zeros, groups of four features with more than two
+    # non-zeros, and the energy that 2:4 drops, or would drop. joined: 1 for a block that computes 2:4, else 0.
+    "zeros": "", "over_two": "", "energy_dropped": "", "joined": "",
 }  # fmt: skip
 
 
@@ -69,8 +72,8 @@ class Log:
         self.started = time.perf_counter()
 
     def end_step(self, row: dict, losses: list[float], log_now: bool) -> None:
-        """Write the row if log_now, or if it has a flip rate. losses: those of this rank's micro-batches."""
-        writing = log_now or "flip_rate" in row
+        """Write the row if log_now, or if it has a flip rate or zeros. losses: those of this rank's micro-batches."""
+        writing = log_now or "flip_rate" in row or "zeros" in row
         if writing:
             row["train_loss"] = self.ranks.total([sum(losses)])[0] / self.s.gradient_accumulation_steps
         seconds = time.perf_counter() - self.started
@@ -135,6 +138,7 @@ def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
             row = dict.fromkeys(COLUMNS) | json.loads(line.decode().strip("\0"))  # a lost block reads as zeros
             is_row = type(row["iter"]) is int and row["phase"] in ("sparse", "dense")
             numbers = [row[name] for name in COLUMNS if name != "phase"]
+            numbers = [one for number in numbers for one in (number if isinstance(number, list) else [number])]
             is_row = is_row and all(isinstance(number, int | float | None) for number in numbers)
         if is_row:
             rows.append(row)

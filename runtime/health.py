@@ -155,13 +155,11 @@ class ActivationMeter:
         joined = [block for block, layer in enumerate(self.layers) if layer.joined and layer.sparse]
         if self.layers and self.layers[0].sparse and joined != self.joined and self.ranks.master:
             self.joined = joined
-            dense = {block: layer for block, layer in enumerate(self.layers) if block not in joined}
-            shares = [f"{block} ({layer.crowded():.1%} of its groups have more)" for block, layer in dense.items()]
-            print(
-                f"iteration {row['iter']}: 2:4 activations in blocks {', '.join(map(str, joined)) or 'none'}; too many "
-                f"groups with more than two non-zeros in blocks {', '.join(shares) or 'none'}",
-                flush=True,
-            )
+            dense = [f"{b} ({m.crowded():.1%})" for b, m in enumerate(self.layers) if b not in joined]
+            text = f"2:4 activations in blocks {', '.join(map(str, joined)) or 'none'}"
+            if dense:
+                text += f"; dense, because too many groups have more than two non-zeros: {', '.join(dense)}"
+            print(f"iteration {row['iter']}: {text}", flush=True)
         for block in set(joined) - self.warned if "energy_dropped" in row else ():
             if (dropped := row["energy_dropped"][block]) > self.MOST_DROPPED:
                 self.warned.add(block)

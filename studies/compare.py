@@ -134,9 +134,8 @@ def tuned(study: Study, args) -> tuple[Study, dict[str, dict[str, float]]]:
     best = {label: min(losses, key=losses.get) for label, losses in curves.items()}
     edges = [f"{label} ({rate})" for label, rate in best.items() if rate in (args.lr[0], args.lr[-1])]
     if edges:
-        raise ValueError(
-            f"the best of --lr {' '.join(args.lr)} is the first or last one for {', '.join(edges)}; add more"
-        )
+        grid = f"--lr {' '.join(args.lr)}"
+        raise ValueError(f"{grid}: the best rate is at the edge for {', '.join(edges)}; add rates there")
     variants = {label: at_rate(study.variants[label], rate) for label, rate in best.items()}
     return replace(study, variants=variants), curves
 
@@ -393,6 +392,13 @@ def write(path: Path, command: str, lines: list[str], panels: dict[str, dict[str
     print(table)
 
 
+def _rate(text: str) -> str:
+    """A learning rate, as it was written: it names folders."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}, need a learning rate above 0")
+    return text
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(**USUAL)
@@ -400,7 +406,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=expand, default="shakespeare_char", help="folder under data/, or a path")
     parser.add_argument("--preset", choices=PRESETS, help="the settings that all runs share")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", nargs="+", metavar="RATE", help="tune each variant's learning rate first, see above")
+    parser.add_argument("--lr", nargs="+", type=_rate, metavar="RATE", help="tune each variant first, see above")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="variants to run; the table has all finished ones")
     parser.add_argument("--texts", nargs="+", metavar="DATASET", help="one table of finished studies of these datasets")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: 2, on a GPU 1")
@@ -412,6 +418,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibrate", type=int, metavar="N", help="only measure step times, in runs of N iterations")
     args = parser.parse_args(argv)
     args.jobs = args.jobs or (1 if args.preset == "gpu" else 2)
+    args.lr = args.lr and sorted(args.lr, key=float)
     known = STUDIES[args.study].variants
     if unknown := [label for label in args.only or () if label not in known]:
         parser.error(f"--only: {args.study} has no {', '.join(map(repr, unknown))}, need some of {', '.join(known)}")

@@ -132,7 +132,7 @@ class FlipMeter:
         if self.before is None:
             return
         row["flip_rate"] = flip_rate(self.before, weight_indices(self.linears, self.s.flip_mask))
-        if row["phase"] == "sparse" and self.ranks.master:
+        if row["phase"] == "sparse" and self.ranks.master and not self.recipe.ffn:  # else no weights are masked
             for warning in self.watch.add(row["iter"], row["flip_rate"], row["lr"]):
                 print(f"warning, iteration {row['iter']}: {warning}", flush=True)
 

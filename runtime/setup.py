@@ -276,7 +276,8 @@ def wrap_model(s, model: GPT, recipe: Recipe | None, ranks: Ranks, device: torch
         return model, None
     net = model
     if s.compile and recipe and recipe.ffn:  # its layers change what they compute one by one: do not compile all anew
-        torch._dynamo.config.recompile_limit = 64  # a block has a variant for each state of its layer
+        # all blocks share the limit, and recompile for each phase, mode and batch size
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for block in model.transformer.h:
             block.compile(mode=s.compile_mode)
         model.head = torch.compile(model.head, mode=s.compile_mode)

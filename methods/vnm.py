@@ -47,14 +47,11 @@ class VnmLinear(Sparse24Linear):
     def begin_micro_batch(self, iter_num: int, micro_batch: int) -> None:
         super().begin_micro_batch(iter_num, micro_batch)
         self.all_units = not self.sparse or iter_num % INTERVAL == 0
-        self.updating = self.all_units and micro_batch == 0  # on rank 0 alone
+        self.updating = self.all_units and micro_batch == 0
 
     def begin_step(self, seed: int, iter_num: int, number: int, begin: bool = False) -> None:
-        """Take the router of rank 0, in the step after its update. Keep the first layer dense."""
+        """Note whether this is the first layer, which stays dense."""
         self.is_first = number == 1
-        if (begin or iter_num % INTERVAL == 1) and torch.distributed.is_available():
-            for buffer in (self.centroids, self.energies, self.updates) if torch.distributed.is_initialized() else ():
-                torch.distributed.broadcast(buffer, 0)
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, a: torch.Tensor) -> None:
@@ -111,8 +108,10 @@ def vnm_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: VnmLinear, plan: FFNP
 
 def check(settings) -> None:
     """Raises ValueError if a run with these settings cannot be routed."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     d_ff, tokens = settings.ffn_ratio * settings.n_embd, settings.batch_size * settings.block_size
     needs = [
+        (ranks == 1, f"one rank, not {ranks}, because ranks do not share their centroids; start it without torchrun"),
         (round(settings.max_iters * settings.dense_pretrain) > 0, "a dense start; use --dense_pretrain=0.05"),
         (tokens % V == 0, f"batch_size x block_size = {tokens} to be a multiple of the V={V} tokens of a tile"),
         (d_ff % UNIT == 0, f"a hidden width that is a multiple of {UNIT}, not {d_ff:g}; change ffn_ratio"),

@@ -103,6 +103,14 @@ def test_settings_that_cannot_be_routed_are_refused(change, message):
         vnm.check(SimpleNamespace(**settings | change))
 
 
+def test_several_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    settings = {"n_embd": 8, "ffn_ratio": 4.0, "batch_size": 4, "block_size": 32, "max_iters": 100}
+    with pytest.raises(ValueError, match="needs one rank, not 2, because ranks do not share their centroids"):
+        vnm.check(SimpleNamespace(**settings, dense_pretrain=0.05, sparse="vnm"))
+
+
 def test_a_training_batch_that_does_not_divide_into_tiles_is_refused(mlp):
     with pytest.raises(ValueError, match=r"vnm: 65 tokens, need a multiple of V=64"):
         mlp(torch.randn(65, D))

@@ -12,8 +12,8 @@ runs. The same command resumes a stopped study and does not repeat finished runs
 next seed, so a stopped study gives a complete table with fewer --seeds. Runs of one seed share batches and, if their
 shapes are equal, initial weights.
 
-With --lr each variant is tuned first: the best of these learning rates is found with another seed, TUNING_SEED, and
-the variant's runs use it. A best rate at the edge of the grid is an error.
+With --lr every seed, from 0 on, runs every variant at each of these learning rates. A seed's loss is that at the rate
+with the lowest mean loss over the other seeds, so that no loss has chosen its own rate.
 
 Presets: cpu is a smaller version of nanoGPT's recipe for a CPU. gpu is GPT-2 124M on a BPE dataset, one run at a time;
 its number of iterations is an estimate for two minutes on one card. --calibrate=N times the steps of a study's variants
@@ -27,7 +27,7 @@ import statistics
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from configurator import check_ranges, configure, expand, write_json
@@ -35,7 +35,7 @@ from runtime.loader import DATA_FOLDER, load_meta
 from runtime.metrics import read_config
 from studies import report, runs
 from studies.cost import ACCUMULATION, GPU, MICRO_BATCH, SIZE, flops_of, measured_ms, predicted_ms, switches_by_itself
-from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, TUNING_SEED, WINDOWS, Study, with_decay, words
+from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
 from studies.report import Paired, by_mean, differences_from, interval, markdown, paired, spread
 
 USUAL = {
@@ -121,22 +121,20 @@ def complete(values: dict[str, list]) -> dict[str, list]:
     return {label: by_seed for label, by_seed in values.items() if None not in by_seed}
 
 
-def tuned(study: Study, args) -> tuple[Study, dict[str, dict[str, float]]]:
-    """(the study with each variant's best learning rate of --lr, {variant: {rate: its loss}}), by runs with
-    TUNING_SEED. Raises ValueError if a best rate is at the edge of --lr."""
+def tune(study: Study, args) -> tuple[dict[str, list[Path]], dict[str, dict[str, list[float]]]]:
+    """Run every variant at each of --lr. Returns (its run folders, {variant: {rate: its loss for each seed}})."""
     grid = {f"{label} @ {rate}": at_rate(v, rate) for label, v in study.variants.items() for rate in args.lr}
-    folders = run_and_read(grid, args, [TUNING_SEED])
-    curves: dict[str, dict[str, float]] = {}
-    for label, (folder,) in folders.items():
+    folders = run_and_read(grid, args, range(args.seeds))
+    curves: dict[str, dict[str, list[float]]] = {}
+    for label, of_label in folders.items():
         variant, rate = label.split(" @ ")
-        curves.setdefault(variant, {})[rate] = runs.last_row(folder)["val_loss"]
-    best = {label: min(losses, key=losses.get) for label, losses in curves.items()}
-    edges = [f"{label} ({rate})" for label, rate in best.items() if rate in (args.lr[0], args.lr[-1])]
-    if edges:
-        grid = f"--lr {' '.join(args.lr)}"
-        raise ValueError(f"{grid}: the best rate is at the edge for {', '.join(edges)}; add rates there")
-    variants = {label: at_rate(study.variants[label], rate) for label, rate in best.items()}
-    return replace(study, variants=variants), curves
+        curves.setdefault(variant, {})[rate] = final_losses(of_label)
+    return folders, curves
+
+
+def rate_without(losses: dict[str, list[float]], seed: int) -> str:
+    """The rate with the lowest mean loss over all seeds but this one. losses: {rate: loss of each seed}."""
+    return min(losses, key=lambda rate: statistics.fmean(x for k, x in enumerate(losses[rate]) if k != seed))
 
 
 def at_rate(settings: str, rate: str) -> str:
@@ -150,7 +148,7 @@ def at_rate(settings: str, rate: str) -> str:
 
 def compare(args) -> tuple[dict, list[str]]:
     """Final validation losses of a grid, and differences from its references within each seed."""
-    study, curves = tuned(study_of(args), args) if args.lr else (study_of(args), {})
+    study = study_of(args)
     folders = run_and_read(study.variants, args)
     losses = {label: final_losses(of_label) for label, of_label in folders.items()}
     pruned = complete({label: final_losses(of_label, "val_loss_24") for label, of_label in folders.items()})
@@ -165,16 +163,33 @@ def compare(args) -> tuple[dict, list[str]]:
     data |= {"flops": flops}
     # mu just after the warm-up, as studies/search_decay.py takes it, and later
     data["mu"] = {f"{first} to {end}": mus_of(folders, first, end) for first, end in ((1.5, 2.5), (4, 5))}
-    lines = [*report.loss_table(losses, pruned, mus, flops, panels), "", note]
-    if curves:
-        data["tuning"] = {"seed": TUNING_SEED, "val_loss": curves}
-        lines += [
-            "",
-            f"Losses of seed {TUNING_SEED} by learning rate. The lowest chose the rate of the table above.",
-            "",
-        ]
-        lines += report.tuning_table(curves, args.lr)
-    return data | environment(folders), lines
+    return data | environment(folders), [*report.loss_table(losses, pruned, mus, flops, panels), "", note]
+
+
+def compare_tuned(args) -> tuple[dict, list[str]]:
+    """As `compare`, with each variant at its best learning rate of --lr. Raises ValueError for fewer than two seeds."""
+    if args.seeds < 2:
+        raise ValueError(f"--seeds={args.seeds} with --lr, need at least 2: a seed's rate is chosen by the others")
+    study = study_of(args)
+    folders, curves = tune(study, args)
+    chosen = {label: [rate_without(of_label, seed) for seed in range(args.seeds)] for label, of_label in curves.items()}
+    losses = {label: [curves[label][rate][seed] for seed, rate in enumerate(rates)] for label, rates in chosen.items()}
+    panels = differences_from(study.references, losses)
+    flops = relative_flops({label: study.variants[label] for label in losses}, args)
+    note = (
+        f"Mean +- sample standard deviation over {args.seeds} seeds; differences are taken within each seed. A seed's "
+    )
+    note += (
+        "loss is that at the learning rate with the lowest mean loss over the other seeds. FLOPs: of a step's matrix "
+    )
+    note += "multiplications, mean over the phases, over dense; a 2:4 one counts as half."
+    lines = [*report.loss_table(losses, {}, {}, flops, panels), "", note, ""]
+    edges = (args.lr[0], args.lr[-1])
+    if at_edge := sorted({label for label, rates in chosen.items() if {*rates} & {*edges}}):
+        lines += [f"At an edge of the grid, so that their best rate may lie outside: {', '.join(at_edge)}.", ""]
+    lines += ["Losses by learning rate:", "", *report.tuning_table(curves, args.lr)]
+    data = {"variants": study.variants, "lr": args.lr, "val_loss": losses, "rates": chosen, "curves": curves}
+    return data | {"panels": panels, "flops": flops} | environment(folders), lines
 
 
 def mus_of(folders: dict[str, list[Path]], first: float, end: float) -> dict[str, list[float]]:
@@ -372,7 +387,8 @@ def command_of(args) -> str:
 
 def write_study(args) -> None:
     """Run the study and write its table, its numbers and its figure."""
-    data, lines = {"flip_rate": flip_rate, "equal_cost": equal_cost}.get(args.study, compare)(args)
+    usual = compare_tuned if args.lr else compare
+    data, lines = {"flip_rate": flip_rate, "equal_cost": equal_cost}.get(args.study, usual)(args)
     panels = data.pop("panels", {})
     head = {"dataset": Path(args.dataset).name, "seeds": args.seeds, "common": common_of(args)[1]}
     write(Path(args.results) / result_name(args), command_of(args), lines, panels, head | data)

@@ -96,13 +96,13 @@ def loss_table(
     return markdown(heads, rows)
 
 
-def tuning_table(curves: dict[str, dict[str, float]], rates: list[str]) -> list[str]:
-    """curves: {label: {learning rate: loss}}. Each label's lowest loss is bold."""
+def tuning_table(curves: dict[str, dict[str, list[float]]], rates: list[str]) -> list[str]:
+    """curves: {label: {learning rate: one loss per seed}}. Each label's lowest mean is bold."""
     rows = []
     for label, losses in curves.items():
-        cells = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
-        cells[min(losses, key=losses.get)] = f"**{min(losses.values()):.4f}**"
-        rows.append([label, *(cells.get(rate, "") for rate in rates)])
+        cells = {rate: spread(of_rate) for rate, of_rate in losses.items()}
+        best = by_mean(losses)[0]
+        rows.append([label, *(f"**{cells[rate]}**" if rate == best else cells.get(rate, "") for rate in rates)])
     return markdown(["method", *rates], rows)
 
 

@@ -154,8 +154,6 @@ def test_act24_takes_the_same_decisions_on_any_ranks(train_on, tmp_path, name):
 
     expected = train("ddp1", tmp_path / "ddp1")
     assert any(joined(expected[0]))
-    if name == "act24":
-        assert joined(expected[0]) != joined(read_state(tmp_path / "ddp1", "ckpt_00000005.pt"))
     for begun, ended in (("", "ddp2"), ("", "fsdp2"), ("ddp2", "ddp1"), ("ddp1", "fsdp2")):
         out = tmp_path / (begun + ended)
         if begun:

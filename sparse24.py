@@ -914,8 +914,8 @@ class Sparse24Linear(nn.Linear):
     x: (..., in), any number of tokens. Under autocast all GEMMs run in its dtype, as in nn.Linear.
     Raises ValueError if in or out is not divisible by 4, or if the recipe needs a subclass.
 
-    A method in methods/ subclasses this and overrides some of `new_index`, `refresh`, `begin_step`, `backward_mask`,
-    `make_state` and `forward`.
+    A method in methods/ subclasses this and overrides some of `new_index`, `refresh`, `begin_step`,
+    `begin_micro_batch`, `backward_mask`, `make_state` and `forward`.
     """
 
     def __init__(self, in_features, out_features, bias=True, recipe="fst", device=None, dtype=None):

@@ -211,7 +211,7 @@ def top2_of_tokens(x_t: torch.Tensor) -> torch.Tensor:
 def act24_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Act24Linear, plan: FFNPlan | None) -> torch.Tensor:
     """c_proj(relu(c_fc(x))^2), by the equations if the layer has joined, else dense. x: (..., d)."""
     counting = torch.is_grad_enabled() and c_proj.training and c_proj.counting
-    if not (c_proj.joined and c_proj.sparse):
+    if not (c_proj.joined and c_proj.sparse):  # in this order compiled code does not depend on both
         z = nn.Linear.forward(c_fc, x)
         if counting:
             c_proj.record(z)

@@ -33,6 +33,7 @@ import torch
 
 import train
 from configurator import setting_names
+from methods import act24
 from model import GPT
 from runtime import checkpoint, ranks, setup
 from sparse24 import PATTERNS_HASH, MaskedDecayAdamW
@@ -420,6 +421,14 @@ def _double(undo) -> None:
     undo.callback(torch.set_default_dtype, torch.float32)
 
 
+def _decide_often(undo) -> None:
+    """Train in float64. act24 counts every 4 steps, and its layers join and leave at a share of 0.4."""
+    _double(undo)
+    for name, value in (("INTERVAL", 4), ("JOIN", 0.4), ("LEAVE", 0.4)):
+        undo.callback(setattr, act24, name, getattr(act24, name))
+        setattr(act24, name, value)
+
+
 def _nan(undo, iter_nums: list[int]) -> None:
     """The loss of the last rank's first micro-batch in these steps is NaN."""
     rank, world_size = _place()
@@ -440,7 +449,7 @@ def _nan(undo, iter_nums: list[int]) -> None:
 def install(fault: dict, undo: contextlib.ExitStack) -> None:
     """fault: {"kind": the name of a function above without its underscore, **its arguments}."""
     functions = (_signal, _signal_at_refresh, _signal_in_evaluation, _kill_in_save, _dump, _alter, _swap_rows)
-    functions += (_no_fsync_of_folders, _run_in_between, _double, _nan)
+    functions += (_no_fsync_of_folders, _run_in_between, _double, _decide_often, _nan)
     kinds = {function.__name__[1:]: function for function in functions}
     kinds[fault["kind"]](undo, **{name: value for name, value in fault.items() if name != "kind"})
 

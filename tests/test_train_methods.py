@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import SETTINGS, read_rows, read_state, row_differences, state_differences, stop_at
+from harness import SETTINGS, differences, read_rows, read_state, row_differences, state_differences, stop_at
 
+import methods.act24
 import methods.bi_mask
 import methods.step
+import sample
 import sparse24
 import train
 from runtime import checkpoint, health, ranks, setup
@@ -184,6 +186,107 @@ def test_after_a_dense_start_beta_of_s_ste_fits_the_weights(run, tmp_path, monke
     assert len(begun) == 4
     assert all(beta == fitted for beta, fitted in begun)
     assert [float(v) for name, v in state.items() if name.endswith("beta")] == [beta for beta, _ in begun]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# act24
+
+
+def act24_settings(name="act24", **changes):
+    """A run that is sparse from iteration 6 on. With `decisions`, layers join at 6, 9 and 17, and one leaves at 9."""
+    settings = {"activation": "relu2", "learning_rate": 3e-2, "max_iters": 18, "dense_pretrain": 1 / 3}
+    return as_recipe(name, **{**settings, "flip_interval": 3, **changes})
+
+
+@pytest.fixture
+def decisions(monkeypatch):
+    """act24 counts every 4 steps. Returns {iteration: whether the layers have joined}."""
+    made, begin_step = {}, methods.act24.Act24Linear.begin_step
+
+    def spy(layer, seed, iter_num, number, begin=False):
+        begin_step(layer, seed, iter_num, number, begin)
+        if begin or iter_num % 4 == 1:
+            made.setdefault(iter_num, {})[number] = layer.joined
+
+    for name, value in (("INTERVAL", 4), ("JOIN", 0.4), ("LEAVE", 0.4)):
+        monkeypatch.setattr(methods.act24, name, value)
+    monkeypatch.setattr(methods.act24.Act24Linear, "begin_step", spy)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("act24", 8),  # after the count, and before the two decisions that follow from it are used
+        *(pytest.param("act24", stop, marks=pytest.mark.slow) for stop in (3, 5, 7, 9, 16)),
+        *(pytest.param("act24_soft", stop, marks=pytest.mark.slow) for stop in (5, 8, 16)),
+    ],
+)
+def test_layers_join_and_leave_alike_in_a_stopped_and_resumed_run(run, tmp_path, decisions, name, stop):
+    run(tmp_path / "whole", **act24_settings(name))
+    expected = dict(decisions)
+    assert [tuple(joined.values()) for joined in expected.values()] == [(1, 0), (0, 1), (0, 1), (1, 1)]
+    assert [*expected] == [6, 9, 13, 17]
+    decisions.clear()
+    run(tmp_path / "parts", stop_at(stop), **act24_settings(name))
+    run(tmp_path / "parts", **act24_settings(name))
+    assert decisions == expected
+    assert state_differences(read_state(tmp_path / "parts"), read_state(tmp_path / "whole")) == []
+    assert row_differences(read_rows(tmp_path / "parts"), read_rows(tmp_path / "whole")) == []
+
+
+def test_a_sample_computes_with_the_layers_that_have_joined(run, tmp_path, decisions, monkeypatch):
+    monkeypatch.setattr(health.FlipWatch, "add", lambda *_: pytest.fail("there is no masked decay to raise"))
+    run(tmp_path / "out", **act24_settings(max_iters=10, dense_pretrain=0.6, flip_interval=1))
+    monkeypatch.setattr(sample, "out_dir", str(tmp_path / "out"))
+    model, _ = sample.load_model()
+    layers, idx = [block.mlp.c_proj for block in model.eval().transformer.h], torch.arange(16)[None]
+    assert [layer.joined for layer in layers] == [*decisions[9].values()] == [False, True]
+    assert model.generate(idx, 3).shape == (1, 19)
+    logits = model(idx)[0].detach()
+    layers[1].joined = False
+    assert not torch.equal(model(idx)[0], logits)
+
+
+@pytest.mark.slow
+def test_evaluation_changes_nothing_in_a_run_of_act24(run, tmp_path, decisions):
+    for interval in (0, 1):
+        run(tmp_path / str(interval), **act24_settings(eval_interval=interval))
+    states = [read_state(tmp_path / str(interval)) for interval in (0, 1)]
+    assert differences(*([state["model"], state["optimizer"]] for state in states)) == []
+
+
+@pytest.mark.slow
+def test_act24_compiles_each_kind_of_block_once(run, tmp_path, decisions, monkeypatch):
+    """A dense block that counts, one that does not, a joined one, and a joined one without gradients."""
+    graphs, compile, aot_eager = [], torch.compile, torch._dynamo.lookup_backend("aot_eager")
+    backend = lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda call, mode: compile(call, backend=backend, fullgraph=True))
+    monkeypatch.setattr(methods.act24, "JOIN", 0.9)
+    torch._dynamo.reset()
+    settings = act24_settings(max_iters=4, dense_pretrain=0.5, eval_interval=0, dropout=0.0)
+    run(tmp_path / "eager", **settings)
+    run(tmp_path / "compiled", **settings, compile=True)
+    assert decisions[2] == {1: True, 3: True}
+    assert len(graphs) == 4 + 2  # the head, with and without gradients
+    rows = [read_rows(tmp_path / name) for name in ("compiled", "eager")]
+    assert rows[0][-1]["val_loss"] == pytest.approx(rows[1][-1]["val_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "gelu"}, "sparse='act24': activation='gelu', need 'relu2'; use it, or sparse='none'"),
+        ({"dense_pretrain": 0.0}, "needs a dense start: dense_pretrain=0.0 of max_iters=18 is 0 steps; use --dense_"),
+        ({"dense_pretrain": 0.02}, "needs a dense start: dense_pretrain=0.02 of max_iters=18 is 0 steps; use --dense_"),
+        ({"masked_decay": 6e-5}, "masked_decay=6e-05, need 0 for"),
+        ({"flip_reference": "out"}, "flip_reference=out is for methods with masks of weights; remove it"),
+        ({"dense_start": 6}, "dense until iteration 6 and dense from 6: no sparse phase"),
+    ],
+    ids=str,
+)
+def test_settings_that_act24_cannot_have_are_refused(refused, tmp_path, changes, message):
+    assert message in refused(tmp_path / "out", **act24_settings(**changes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

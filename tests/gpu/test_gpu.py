@@ -3,6 +3,7 @@
 If there is a GPU, tests/test_kernels.py is marked gpu too, and tests the compiled kernels instead of interpreted ones.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from harness import ROOT, SETTINGS, make_dataset, read_rows, read_state, run_here, state_differences, to_words
 
 import sparse24
+from methods import act24
 from model import GPT, GPTConfig
 
 pytestmark = [
@@ -71,15 +73,17 @@ def test_layer_gradients_equal_the_cpus(tokens):
 
 def small_model(sparse, recipe=None):
     args = {"block_size": 64, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64}
-    return GPT(GPTConfig(**args, sparse=sparse), recipe).cuda()
+    activation = sparse24.get_recipe(sparse).activation or "gelu"
+    return GPT(GPTConfig(**args, sparse=sparse, activation=activation), recipe).cuda()
 
 
 VARIANTS = [*((name, {}) for name in sparse24.recipe_names()), ("s_ste", {"fp8": True})]
 
 
 @pytest.mark.parametrize(("name", "change"), VARIANTS, ids=str)
-def test_every_method_trains_compiled_in_bf16(name, change):
+def test_every_method_trains_compiled_in_bf16(name, change, monkeypatch):
     """The loss falls, and the masks at the end are the masks of the weights."""
+    monkeypatch.setattr(act24, "JOIN", 1.0)  # all layers join
     torch.manual_seed(0)
     recipe = dataclasses.replace(sparse24.get_recipe(name), **change)
     model = small_model(name, recipe)
@@ -90,7 +94,7 @@ def test_every_method_trains_compiled_in_bf16(name, change):
     for step in range(40):
         for layer in layers:
             layer.sparse = step >= 5 or not recipe.dense_pretrain
-        sparse24.begin_step(model, 1, step)
+        sparse24.begin_step(model, 1, step, begin=step == 5)
         sparse24.seed_draws(model, 1, step, 0)
         with torch.autocast("cuda", torch.bfloat16):
             _, loss = net(idx, idx)
@@ -101,8 +105,9 @@ def test_every_method_trains_compiled_in_bf16(name, change):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     for layer in layers:
-        expected = sparse24.mask_index(layer.weight.detach().cpu(), recipe.virtual_mask)
+        expected = copy.deepcopy(layer).cpu().new_index()
         assert sparse24.flip_rate(layer.index.cpu(), expected) == 0
+        assert getattr(layer, "joined", True)
 
 
 def test_compiled_model_trains_in_bf16_and_sees_new_seeds():

@@ -20,6 +20,7 @@ from gemm24.ffn import FFNPlan
 from gemm24.matmul import Choice
 from methods import act24
 from model import GPT, MLP, GPTConfig
+from runtime.ranks import fingerprint
 from sparse24 import get_recipe, mask24, mvue24, seed_draws, soft_threshold24, sparsify
 
 METHODS = ["act24", "act24_soft"]
@@ -351,6 +352,14 @@ def test_only_training_steps_count_and_evaluation_changes_no_state(phase):
     assert mlp.c_proj.counts.tolist() == act24.count(z)[0].tolist()
     assert mlp.c_proj.energy.tolist() == act24.count(z)[1].tolist()
     assert mlp.c_proj.counts[2] == 23 * 64 / 4  # the padding does not count
+
+
+def test_ranks_that_differ_only_in_counts_may_save():
+    mlp = joined_mlp()
+    before = fingerprint(mlp)
+    mlp.c_proj.record(normal(1, 4, 64)[0])
+    assert fingerprint(mlp) == before
+    assert mlp.state_dict()["c_proj._extra_state"][4] == 4 * 64 / 4
 
 
 def test_a_layer_that_has_not_joined_is_the_dense_layer():

@@ -133,6 +133,37 @@ def test_every_recipe_trains_in_shards(run, changes):
     assert_same_training(run(1, **changes), run(2, parallel="fsdp", **changes))
 
 
+ACT24 = {"activation": "relu2", "learning_rate": 3e-2, "masked_decay": 0.0, "dense_pretrain": 0.25, "max_iters": 13}
+ACT24 |= {"dense_start": -1, "dense_finetune": 0.0, "mask_interval": 1, "mvue": True}
+ACT24 |= {"gradient_accumulation_steps": 3, "checkpoint_interval": 1, "keep_every": 5}
+
+
+def joined(state) -> list[bool]:
+    """Which layers have joined, in a checkpoint."""
+    return [bool(v[1]) for k, v in state["model"].items() if k.endswith("c_proj._extra_state") and v.numel() > 1]
+
+
+@slow
+@pytest.mark.parametrize("name", ["act24", "act24_soft"])
+def test_act24_takes_the_same_decisions_on_any_ranks(train_on, tmp_path, name):
+    """Two ranks share three micro-batches. Only rank 0 counts, also in the dense start and before the last save."""
+
+    def train(kind, out):
+        train_on(int(kind[-1]), out, {"kind": "decide_often"}, sparse=name, parallel=kind[:-1], **ACT24)
+        return [read_state(out, file) for file in ("ckpt_00000010.pt", "ckpt.pt")]
+
+    expected = train("ddp1", tmp_path / "ddp1")
+    assert any(joined(expected[0]))
+    for begun, ended in (("", "ddp2"), ("", "fsdp2"), ("ddp2", "ddp1"), ("ddp1", "fsdp2")):
+        out = tmp_path / (begun + ended)
+        if begun:
+            out.mkdir()
+            shutil.copy(tmp_path / begun / "ckpt_00000005.pt", out / "ckpt.pt")
+        for got, state in zip(train(ended, out), expected, strict=True):
+            assert joined(got) == joined(state)
+            assert_close_states(state, got, 1e-9)
+
+
 def test_draws_do_not_depend_on_shards(run):
     """MVUE draws depend on step, micro-batch, layer and position. Rounding can still change a draw, later in a run."""
     changes = {"mvue": True, "max_iters": 3, "dense_start": 3}

@@ -128,6 +128,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path, words, capsys,
     ("more", "needed"),
     [
         ("--sparse=step", "dense start fills the warm-up"),
+        ("--sparse=act24", "dense start fills the warm-up"),
         ("--init_from=gpt2", "starts from scratch"),
         ("--eval_only=True", "has to train"),
         ("--learning_rat=1", "did you mean 'learning_rate'"),

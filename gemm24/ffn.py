@@ -189,10 +189,12 @@ def planned_modules(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def pack_weights(model: nn.Module) -> None:
     """Write the operands of all planned FFNs from their weights and masks: once per optimizer step, after the refresh
-    of the masks. In the dense phase and without a plan, free them. Does not synchronise."""
+    of the masks. In the dense phase and without a plan, free them. Recipes with 2:4 activations have none. Does not
+    synchronise."""
     for ffn in planned_modules(model):
         plan, orders = ffn.plan, (None, None)
-        if plan is not None and ffn.c_fc.sparse and ffn.c_proj.sparse and not ffn.c_fc.prune_again:
+        packs = not (ffn.c_fc.prune_again or ffn.c_fc.recipe.activations24)
+        if plan is not None and ffn.c_fc.sparse and ffn.c_proj.sparse and packs:
             orders = plan.orders
         for layer, order in zip((ffn.c_fc, ffn.c_proj), orders, strict=True):
             _pack_layer(layer, order, plan and plan.dtype)

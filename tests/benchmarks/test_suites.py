@@ -26,7 +26,7 @@ def timed(monkeypatch):
 
     def plan_ffn(config, tokens, **options):
         plan, report = original(config, tokens, **options)
-        gemms = ffn_plan.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, True)
+        gemms = ffn_plan.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias)
         for gemm in gemms.values():
             us = 2e-6 * gemm.m * gemm.n * gemm.k
             row = {**gemm._asdict(), "dense_us": us, "dense_spread_us": [us, us], "best_us": us / 2, "ratio": 2.0}
@@ -51,6 +51,33 @@ def test_layer_row_has_dense_and_sparse(kind, activation):
     assert row["plan"].startswith("z emulated sm90")
     assert "s_model" not in row  # no GEMM was timed
     assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.parametrize("method", ["act24", "act24_soft"])
+def test_a_layer_with_2_4_activations_has_joined_and_stands_beside_dense_gelu(monkeypatch, method):
+    """Dense squared ReLU 10 ms, dense GELU 12 ms, sparse 8 ms; nothing is packed once per step."""
+    monkeypatch.setattr(suites, "time_ms", lambda calls, *_: [[10.0] * 2, [12.0] * 2, [8.0] * 2])
+    modules, original = [], ffn_plan.forward_backward
+    monkeypatch.setattr(
+        ffn_plan, "forward_backward", lambda net, module, *rest: modules.append(module) or original(net, module, *rest)
+    )
+    settings = replace(SETTINGS, method=method)
+    row = layer("ffn", settings, suites.layer_grid("ffn", settings)[0])
+    dense, gelu, sparse = modules
+    assert (dense.activation, gelu.activation, sparse.activation) == ("relu2", "gelu", "relu2")
+    assert sparse.c_proj.joined
+    assert {name: s["median"] for name, s in row["s"].items()} == {"auto": 1.25, "gelu": 1.5}
+    assert row["variants"].keys() == {"dense", "gelu", "auto"}
+    assert row["variants"]["auto"].keys() == {"ms", "host_us"}
+    gemms = ("y", "dx", "dw1", "dw2") if method == "act24" else ("z", "y", "da", "dx", "dw1", "dw2")
+    assert row["plan"] == ", ".join(f"{name} emulated sm90 0/1" for name in gemms)
+
+
+def test_gemms_of_2_4_activations_are_measured_in_their_orientations():
+    d, tokens, d_ff = 64, 128, 256
+    rows = suites.gemm_rows((d, tokens), replace(SETTINGS, method="act24"))
+    shapes = {"y": (tokens, d, d_ff), "dx": (tokens, d, d_ff), "dw1": (d_ff, d, tokens), "dw2": (d_ff, d, tokens)}
+    assert {row["name"]: (row["m"], row["n"], row["k"]) for row in rows} == shapes
 
 
 def test_a_layer_pays_for_its_packing_and_its_share_of_the_mask_search(monkeypatch):

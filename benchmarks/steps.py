@@ -202,12 +202,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--verdicts", type=Path, help="file of cached choices of GEMMs")
     parser.add_argument("--method", default="fst")
-    parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--sizes", nargs="+", choices=PRESETS)
     args = parser.parse_args(argv)
     settings = Settings(machine.device(), repetitions=5, cache=args.verdicts, method=args.method)
     use_kernels(settings.device)
     torch.set_float32_matmul_precision("high")
-    rows = ((case._asdict(), partial(row_of, case, settings)) for case in CASES if case.size in args.sizes)
+    cases = [case for case in CASES if not args.sizes or case.size in args.sizes]
+    rows = ((case._asdict(), partial(row_of, case, settings)) for case in cases)
     return machine.write_rows(args.out, rows, ("dense", "sparse"))
 
 

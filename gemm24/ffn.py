@@ -127,8 +127,11 @@ class _SparseFFN(torch.autograd.Function):
 
 
 def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: nn.Module) -> bool:
-    """Returns whether this call follows the plan: both layers are in their sparse phase, tokens and dtype match."""
+    """Returns whether sparse_ffn follows the plan in this call: both layers are in their sparse phase, tokens and dtype
+    match. A method that computes the whole layer (`Recipe.ffn`) gets the plan itself."""
     if plan is None or not getattr(c_fc, "sparse", False) or not getattr(c_proj, "sparse", False):
+        return False
+    if c_fc.recipe.ffn:
         return False
     return x.numel() == plan.tokens * x.shape[-1] and compute_dtype(x) == plan.dtype
 

@@ -125,7 +125,7 @@ class _Act24(torch.autograd.Function):
         a_24, a_t_24 = operands.relu2_pack(z, seed2, plan.y.order, plan.dw2.order)
         a_t_24 = top2_of_tokens(a_t_24) if mode.tokens == "top2" else a_t_24
         y = matmul24(a_24, w2_t_24, None, len(x), False, plan.y)
-        again = (w1, w2, beta1, beta2) if mode.soft else (None,) * 4
+        again = (w1, w2, beta1, beta2) if mode.soft or mode.prune_again else (None,) * 4
         ctx.save_for_backward(x, z, a_t_24, seed1, *((None, None) if mode.prune_again else (w1_24, w2_t_24)), *again)
         ctx.plan, ctx.mode, ctx.dtypes = plan, mode, (w1.dtype, w2.dtype)
         ctx.mark_non_differentiable(z)

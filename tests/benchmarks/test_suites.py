@@ -160,8 +160,10 @@ def test_attention_of_a_block_stays_dense(monkeypatch):
 
 
 @pytest.mark.slow
-def test_bench_measures_gemms_and_layers_on_the_fake_gpu(tmp_path, on_fake_gpu):
-    on_fake_gpu("""
+@pytest.mark.parametrize(("method", "packed"), [("fst", 6), ("act24", 4), ("act24_soft", 6)])
+def test_bench_measures_gemms_and_layers_on_the_fake_gpu(tmp_path, on_fake_gpu, method, packed):
+    on_fake_gpu(
+        """
 import dataclasses
 import bench
 from benchmarks import suites
@@ -170,11 +172,14 @@ settings_of = bench.settings_of
 bench.settings_of = lambda *args: dataclasses.replace(settings_of(*args), scale="toy")
 suites.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
 for suite in ("gemm", "ffn"):
-    bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", out])
-""")
+    bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", out, "--method", method])
+""",
+        method=method,
+    )
     measured = json.loads((tmp_path / "bench.json").read_text())["suites"]
-    assert [row["chosen"] for row in measured["gemm"]["rows"]] == [True] * 6
+    assert [row["chosen"] for row in measured["gemm"]["rows"]] == [True] * packed
     row = measured["ffn"]["rows"][0]
     assert all("ms" in row["variants"][name] for name in ("dense", "auto")), row["variants"]
-    assert row["plan"].count("cusparselt") == 6
+    assert row["plan"].count("cusparselt") == packed
+    assert row["s_model"] > 0
     assert measured["ffn"]["environment"]["device_name"] == "NVIDIA H200"

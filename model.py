@@ -121,10 +121,10 @@ class MLP(nn.Module):
         self.plan = None  # gemm24.plan.set_plan sets it: how to compute the whole layer while it is sparse
 
     def forward(self, x):
-        if takes_plan(self.plan, x, self.c_fc, self.c_proj):
-            return self.dropout(sparse_ffn(x, self.c_fc, self.c_proj, self.plan))  # (B, T, C)
         if ffn := getattr(getattr(self.c_fc, "recipe", None), "ffn", None):  # the method computes the whole layer
             return self.dropout(ffn(x, self.c_fc, self.c_proj, self.plan))  # (B, T, C)
+        if takes_plan(self.plan, x, self.c_fc, self.c_proj):
+            return self.dropout(sparse_ffn(x, self.c_fc, self.c_proj, self.plan))  # (B, T, C)
         h = self.c_fc(x)  # (B, T, d_ff), or (B, T, 2 d_ff) if gated
         a = ACTIVATIONS[self.activation](h)  # (B, T, d_ff)
         return self.dropout(self.c_proj(a))  # (B, T, C)
@@ -178,8 +178,8 @@ class GPT(nn.Module):
         if self.config.sparse != "none":
             recipe = get_recipe(recipe or self.config.sparse)
             if recipe.activation and recipe.activation != self.config.activation:
-                given = f"activation={self.config.activation!r}"
-                raise ValueError(f"sparse={recipe.name!r}: {given}, need activation={recipe.activation!r}")
+                need = f"need {recipe.activation!r}; use it, or sparse='none'"
+                raise ValueError(f"sparse={recipe.name!r}: activation={self.config.activation!r}, {need}")
             sparsify(self, recipe, self.sparse_names())
         elif recipe is not None:
             raise ValueError("GPT: a recipe was given but config.sparse='none'; set config.sparse or drop the recipe")

@@ -315,10 +315,9 @@ def pair_index(x: torch.Tensor) -> torch.Tensor:
     """
     _check_groups("pair_index", x)
     a = _magnitude(x.detach())
-    a = a.view(
-        torch.int64 if a.dtype == torch.float64 else torch.int32
-    )  # the bits of magnitudes are ordered as they are
-    nan = 0x7FF0000000000001 if a.dtype == torch.int64 else 0x7F800001  # all NaNs become one value, above inf
+    # The bits of magnitudes, read as integers, have the same order. All NaNs become one value, above inf.
+    a = a.view(torch.int64 if a.dtype == torch.float64 else torch.int32)
+    nan = 0x7FF0000000000001 if a.dtype == torch.int64 else 0x7F800001
     a0, a1, a2, a3 = a.clamp(max=nan).unflatten(-1, (-1, 4)).unbind(-1)
     # An element is kept if at most one other is larger, or equal and before it.
     ge01, ge02, ge03, ge12, ge13, ge23 = a0 >= a1, a0 >= a2, a0 >= a3, a1 >= a2, a1 >= a3, a2 >= a3
@@ -630,7 +629,8 @@ class Recipe:
             ("weight_gradient", self.weight_gradient in ("straight", "true"), "straight or true"),
             ("weight_gradient", soft or self.weight_gradient == "straight", "mask='soft' for weight_gradient='true'"),
             ("masked_decay", 0 <= self.masked_decay < math.inf, "a finite factor of at least 0"),
-            ("masked_decay", self.mask != "none" or not self.masked_decay, "0 for mask='none'"),
+            ("masked_decay", not self.masked_decay or self.mask != "none", "0 for mask='none'"),
+            ("masked_decay", not self.masked_decay or self.ffn is None, "0 for a method that prunes activations"),
             ("mask_interval", self.mask_interval >= 1, "at least 1 step"),
             ("mask_interval", not soft or self.mask_interval == 1, "mask_interval=1 for mask='soft'"),
             ("dense_finetune", 0 <= last <= 1, share),
@@ -1156,10 +1156,12 @@ def densify(model: nn.Module, prune: bool = False) -> list[str]:
 
     prune: also prune the weights of layers in their sparse phase, so that the model computes the same as before.
     Returns the names of the layers. Raises ValueError, before changing anything, if a module shares such a weight, but
-    does not prune it in the same way.
+    does not prune it in the same way, or with `prune` if the recipe prunes activations, which nn.Linear cannot.
     """
     names = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Sparse24Linear)]
     layers = sparse_linears(model)
+    if methods := {layer.recipe.name for layer in layers if prune and layer.recipe.ffn}:
+        raise ValueError(f"densify: prune=True, but {', '.join(sorted(methods))} prunes activations; use prune=False")
     layer_of = {layer.weight: layer for layer in layers if prune and layer.sparse}  # a shared weight is pruned once
     for name, module in model.named_modules():
         for layer in [layer_of[p] for p in layer_of.keys() & {*module._parameters.values()}]:

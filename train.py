@@ -56,13 +56,13 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pre-training, 0.1 or more for fine-tuning
 bias = False  # biases in linears and layer norms
-activation = "gelu"  # gelu, relu2, geglu, swiglu; gated ones get 2/3 of d_ff, so that parameter counts match
+activation = "gelu"  # gelu, relu2 (act24 needs it), geglu, swiglu; gated ones get 2/3 of d_ff, for equal parameters
 ffn_ratio = 4.0  # d_ff / n_embd; 2 is the paper's Half baseline
 # ---- 2:4 sparsity (the defaults are fst's; another recipe brings its own unless you set them) ----
-sparse = "none"  # none, fst, ste, sr_ste, s_ste, s_ste_straight, or the name of a file in methods/: step, bi_mask
+sparse = "none"  # none, fst, ste, sr_ste, s_ste, s_ste_straight, or a file in methods/: step, bi_mask, act24, ...
 mask_interval = 40  # steps between mask refreshes
 masked_decay = 6e-5  # the decay factor lambda of Eq. 10; 0 = none
-mvue = True  # 2:4 weight gradients by MVUE; False = dense ones
+mvue = True  # weight gradients with a 2:4 operand, sampled by MVUE; False = dense ones
 dense_pretrain = 0.0  # share of max_iters that is dense, at the start
 dense_finetune = 1 / 6  # share of max_iters that is dense, at the end
 dense_start = -1  # first iteration of the dense end; -1 = round(max_iters * (1 - dense_finetune))
@@ -231,6 +231,7 @@ def run(t: setup.Training) -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=not t.static_grads)
         t.flips.after_step(row)
+        t.activations.after_step(row)
         # refresh the masks every mask_interval steps, and pack the new weights for the 2:4 GEMMs
         if is_sparse and (iter_num + 1) % mask_interval == 0:
             refresh_masks(model, measure=False)

@@ -33,7 +33,10 @@ from gemm24.matmul import Choice, matmul24
 from sparse24 import (
     Recipe,
     Sparse24Linear,
+    by_rows,
+    expand_pairs,
     mask24,
+    pair_index,
     prune,
     prune_again_op,
     sste_scale,
@@ -59,16 +62,29 @@ def count(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Act24Linear(Sparse24Linear):
-    """The second linear of a feed-forward layer, which also decides when the layer joins. The state_dict holds
-    `.counts` and `.energy`, of `count` in the last counted step, and `.joined`, as extra state."""
+    """The second linear of a feed-forward layer, which also decides when the layer joins. The extra state in the
+    state_dict holds `.joined`, and `.counts` and `.energy`, the results of `count` in the last counted step. Rank 0
+    counts; the other ranks get its counts before they are used."""
 
     def make_state(self) -> None:
         super().make_state()
-        self.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=self.weight.device))
-        self.register_buffer("energy", torch.zeros(2, dtype=torch.float32, device=self.weight.device))
+        # Not persistent, because persistent buffers must be equal on all ranks at every save.
+        for name, size, dtype in (("counts", 3, torch.int64), ("energy", 2, torch.float32)):
+            zeros = torch.zeros(size, dtype=dtype, device=self.weight.device)
+            self.register_buffer(name, zeros, persistent=False)
         self.joined = self.counting = False
         if self.recipe.mask == "soft":
             self.beta.copy_(self.new_scale())
+
+    def new_index(self) -> torch.Tensor:
+        """For soft weights the pairs of W2^T, whose groups of four lie along out: uint8 (out/4, in)."""
+        if self.recipe.mask != "soft":
+            return super().new_index()
+        return whole(by_rows(lambda w: pair_index(w.t()).t().contiguous(), self.weight.detach(), 4))
+
+    @property
+    def mask(self) -> torch.Tensor:
+        return expand_pairs(self.index.t()).t() if self.recipe.mask == "soft" else super().mask
 
     def new_scale(self) -> torch.Tensor:
         """beta of S(W2^T)."""
@@ -94,12 +110,21 @@ class Act24Linear(Sparse24Linear):
 
     def begin_step(self, seed: int, iter_num: int, number: int, begin: bool = False) -> None:
         """Decide whether the layer computes 2:4, in the step after a count. Waits for the GPU."""
-        if not begin and iter_num % INTERVAL != 1:
+        if not begin and (iter_num - 1) % INTERVAL:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for buffer in (self.counts, self.energy):
                 torch.distributed.broadcast(buffer, 0)
         self.joined = self.crowded() <= (LEAVE if self.joined else JOIN)
+
+    def measured(self, iter_num: int) -> dict[str, float] | None:
+        """Columns of metrics.jsonl for step iter_num, or None if the step did not count. Waits for the GPU."""
+        if iter_num % INTERVAL:
+            return None
+        zeros, _, groups = self.counts.tolist()
+        energy, dropped = self.energy.tolist()
+        shares = {"zeros": zeros / (4 * groups), "over_two": self.crowded()} if groups else {}
+        return shares | {"energy_dropped": dropped / energy if energy else 0.0, "joined": float(self.joined)}
 
     def crowded(self) -> float:
         """The share of groups with more than two non-zeros in the last counted step; 1.0 before the first."""
@@ -107,10 +132,14 @@ class Act24Linear(Sparse24Linear):
         return over / groups if groups else 1.0
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor([self.sparse, self.joined], device="cpu")
+        measured = [0] * 5 if self.counts.is_meta else [*self.counts.tolist(), *self.energy.tolist()]
+        numbers = [self.sparse, self.joined, *measured]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")  # exact for counts below 2^53
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.sparse, self.joined = state.tolist()
+        self.sparse, self.joined = (bool(number) for number in state[:2])
+        self.counts = state[2:5].long().to(self.weight.device)
+        self.energy = state[5:].float().to(self.weight.device)
 
 
 class _Act24(torch.autograd.Function):
@@ -181,8 +210,8 @@ def top2_of_tokens(x_t: torch.Tensor) -> torch.Tensor:
 
 def act24_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Act24Linear, plan: FFNPlan | None) -> torch.Tensor:
     """c_proj(relu(c_fc(x))^2), by the equations if the layer has joined, else dense. x: (..., d)."""
-    counting = c_proj.counting and c_proj.training and torch.is_grad_enabled()
-    if not (c_proj.sparse and c_proj.joined):
+    counting = torch.is_grad_enabled() and c_proj.training and c_proj.counting
+    if not (c_proj.joined and c_proj.sparse):
         z = nn.Linear.forward(c_fc, x)
         if counting:
             c_proj.record(z)
@@ -194,7 +223,7 @@ def act24_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Act24Linear, plan: 
     tokens = len(x)
     x = F.pad(x, (0, 0, 0, plan.padding)) if plan.padding else x
     mode = _Mode(recipe.mask == "soft", TOKENS if recipe.mvue else "dense", c_fc.prune_again)
-    if mode.tokens == "top2":
+    if mode.tokens != "mvue":
         plan = plan._replace(dw1=Choice(), dw2=Choice())
     seeds = (c_fc.forward_seed(), c_proj.forward_seed()) if mode.tokens == "mvue" else (None, None)
     seeds = [None if seed is None else seed.clone() for seed in seeds]  # the next micro-step may overwrite them
@@ -214,6 +243,9 @@ def act24_ffn(x: torch.Tensor, c_fc: Sparse24Linear, c_proj: Act24Linear, plan: 
 
 def check(settings) -> None:
     """Raises ValueError if a run with these settings cannot use 2:4 activations."""
+    if settings.flip_reference:
+        given = f"flip_reference={settings.flip_reference} is for methods with masks of weights"
+        raise ValueError(f"{given}; remove it for sparse={settings.sparse!r}")
     if not round(settings.max_iters * settings.dense_pretrain):
         steps = f"dense_pretrain={settings.dense_pretrain} of max_iters={settings.max_iters} is 0 steps"
         raise ValueError(f"sparse={settings.sparse!r} needs a dense start: {steps}; use --dense_pretrain=0.05")

@@ -132,9 +132,42 @@ class FlipMeter:
         if self.before is None:
             return
         row["flip_rate"] = flip_rate(self.before, weight_indices(self.linears, self.s.flip_mask))
-        if row["phase"] == "sparse" and self.ranks.master:
+        if row["phase"] == "sparse" and self.ranks.master and not self.recipe.ffn:  # else no weights are masked
             for warning in self.watch.add(row["iter"], row["flip_rate"], row["lr"]):
                 print(f"warning, iteration {row['iter']}: {warning}", flush=True)
+
+
+class ActivationMeter:
+    """Reports what the layers of act24 count: zeros, groups with more than two non-zeros, the energy that 2:4 drops. It
+    says which blocks join or leave, and warns once of each that drops much."""
+
+    MOST_DROPPED = 0.02  # share of the energy, the sum of squares, of a block's hidden activations
+
+    def __init__(self, model: nn.Module, ranks):
+        self.layers, self.ranks = [m for m in sparse_linears(model) if hasattr(m, "measured")], ranks
+        self.joined, self.warned = None, set()  # the blocks that have joined, as last reported
+
+    def after_step(self, row: dict) -> None:
+        """Call it after every step. Adds lists with one number per block to the row if the step has counted."""
+        measured = [layer.measured(row["iter"]) for layer in self.layers] if self.ranks.master else []
+        if measured and measured[0] is not None:
+            row |= {name: [block[name] for block in measured] for name in measured[0]}
+        joined = [block for block, layer in enumerate(self.layers) if layer.joined and layer.sparse]
+        if self.layers and self.layers[0].sparse and joined != self.joined and self.ranks.master:
+            self.joined = joined
+            dense = [f"{b} ({m.crowded():.1%})" for b, m in enumerate(self.layers) if b not in joined]
+            text = f"2:4 activations in blocks {', '.join(map(str, joined)) or 'none'}"
+            if dense:
+                text += f"; dense, because too many groups have more than two non-zeros: {', '.join(dense)}"
+            print(f"iteration {row['iter']}: {text}", flush=True)
+        for block in set(joined) - self.warned if "energy_dropped" in row else ():
+            if (dropped := row["energy_dropped"][block]) > self.MOST_DROPPED:
+                self.warned.add(block)
+                print(
+                    f"warning, iteration {row['iter']}: 2:4 drops {dropped:.1%} of the energy of block {block}'s "
+                    f"activations, more than {self.MOST_DROPPED:.0%}; lower JOIN and LEAVE in methods/act24.py",
+                    flush=True,
+                )
 
 
 def decay_ratio(model: nn.Module, masked_decay: float) -> float | None:

@@ -16,7 +16,11 @@ COLUMNS = {  # the columns of metrics.jsonl and their formats on the console; ""
     "iter": "", "phase": "", "train_loss": "loss {:.4f}", "val_loss": "val {:.4f}", "val_loss_24": "",
     "lr": "lr {:.2e}", "grad_norm": "|g| {:.2f}", "flip_rate": "flip {:.5f}", "masked_decay": "", "decay_ratio": "",
     "skipped": "", "tokens_per_s": "{:,.0f} tok/s", "mfu": "mfu {:.1%}", "elapsed_s": "",
+    "zeros": "", "over_two": "", "energy_dropped": "", "joined": "",
 }  # fmt: skip
+# Lists with one number per block, of methods/act24.py. Shares: zeros, groups of four features with more than two
+# non-zeros, and the energy that 2:4 drops, or would drop. joined: 1 for a block that computes 2:4, else 0.
+PER_BLOCK = ("zeros", "over_two", "energy_dropped", "joined")
 
 
 class Log:
@@ -69,8 +73,8 @@ class Log:
         self.started = time.perf_counter()
 
     def end_step(self, row: dict, losses: list[float], log_now: bool) -> None:
-        """Write the row if log_now, or if it has a flip rate. losses: those of this rank's micro-batches."""
-        writing = log_now or "flip_rate" in row
+        """Write the row if log_now, or if it has a flip rate or zeros. losses: those of this rank's micro-batches."""
+        writing = log_now or "flip_rate" in row or "zeros" in row
         if writing:
             row["train_loss"] = self.ranks.total([sum(losses)])[0] / self.s.gradient_accumulation_steps
         seconds = time.perf_counter() - self.started
@@ -90,9 +94,10 @@ class Log:
         if not self.file:
             return
         numbers = {key: row.get(key) for key in COLUMNS}
-        not_json = {k: None for k, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)}
-        self.file.write(json.dumps(numbers | not_json) + "\n")
-        measured = {key: value for key, value in row.items() if value is not None and key != "iter"}
+        numbers = {k: [*map(_or_null, v)] if isinstance(v, list) else _or_null(v) for k, v in numbers.items()}
+        self.file.write(json.dumps(numbers) + "\n")
+        measured = {key: value for key, value in row.items() if value is not None and key not in ("iter", *PER_BLOCK)}
+        measured |= {f"{k}/{block}": one for k in PER_BLOCK for block, one in enumerate(row.get(k) or ())}
         self._tell_wandb("log", measured, step=row["iter"])
 
     def show(self, row: dict, s_per_iter: float) -> None:
@@ -126,6 +131,11 @@ class Log:
             print(f"done: {iter_num} iterations, best validation loss {best_val_loss:.4f}, saved in {Path(s.out_dir)}")
 
 
+def _or_null(value):
+    """The value, or None for a number that is not finite, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
     """(rows of a metrics.jsonl, with all of COLUMNS and in the order of their iterations; damaged lines)."""
     rows, damaged = [], []
@@ -133,9 +143,11 @@ def _parse(text: bytes) -> tuple[list[dict], list[bytes]]:
         is_row = False
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             row = dict.fromkeys(COLUMNS) | json.loads(line.decode().strip("\0"))  # a lost block reads as zeros
+            numbers = [row[name] for name in COLUMNS if name not in ("phase", *PER_BLOCK)]
+            lists = [row[name] or [] for name in PER_BLOCK]
+            numbers += [number for one in lists for number in one]
             is_row = type(row["iter"]) is int and row["phase"] in ("sparse", "dense")
-            numbers = [row[name] for name in COLUMNS if name != "phase"]
-            is_row = is_row and all(isinstance(number, int | float | None) for number in numbers)
+            is_row &= all(isinstance(number, int | float | None) for number in numbers) and len({*map(len, lists)}) == 1
         if is_row:
             rows.append(row)
         else:

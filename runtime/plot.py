@@ -1,9 +1,10 @@
-"""Plot the losses and flip rates of runs: loss.png and flip_rate.png.
+"""Plot the losses and flip rates of runs: loss.png and flip_rate.png. Runs of act24 also get activations.png.
 
     python -m runtime.plot out-dense out-fst [--out=plots]
 
 Each folder holds metrics.jsonl and config.json, as train.py writes them; the run may still be going on. The flip rates
-(Definition 4.1) of all runs share one axis, so that a sparse run's curve can be compared with the dense run's.
+(Definition 4.1) of all runs share one axis, so that a sparse run's curve can be compared with the dense run's. The
+counts of 2:4 activations (methods/act24.py) have one line per block.
 """
 
 import argparse
@@ -128,6 +129,43 @@ def plot_flip_rate(runs, path):
     return mark_and_finish(figure, drawn, path)
 
 
+SHARES = {  # columns with one number per block -> title of their axes
+    "zeros": "share of the hidden activations that are zero",
+    "over_two": "share of the groups of four with more than two non-zeros",
+    "energy_dropped": "share of the energy that 2:4 drops, or would drop in dense blocks",
+}
+
+
+def plot_activations(runs, path):
+    """The counts of each block, dark for the first one and light for the last. Runs differ in their lines' style."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    drawn = [run for run in runs if any(row["zeros"] for row in run["rows"])]
+    figure = Figure(figsize=(8, 9), dpi=130, layout="constrained")
+    panels = dict(zip(SHARES, figure.subplots(len(SHARES), sharex=True), strict=True))
+    for number, run in enumerate(drawn):
+        rows = [row for row in run["rows"] if row["zeros"]]
+        blocks = len(rows[0]["zeros"])
+        for column, axes in panels.items():
+            for block in range(blocks):
+                style = {"color": colormaps["viridis"](0.9 * block / max(1, blocks - 1)), "linewidth": 1.4}
+                style["linestyle"] = ("-", "--", ":", "-.")[number % 4]
+                named = column == "zeros" and (blocks <= 6 or block in (0, blocks // 2, blocks - 1))
+                label = f"{run['label']}, block {block}" if named else None
+                axes.plot([row["iter"] for row in rows], [row[column][block] for row in rows], **style, label=label)
+    for column, axes in panels.items():
+        axes.set_title(SHARES[column], loc="left", fontsize=10.5)
+        axes.set_yscale("linear" if column == "zeros" else "log")
+        axes.grid(which="major", color="0.9", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    if drawn:
+        finish(figure, path)
+    return bool(drawn)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("plot.py", description=__doc__, usage=argparse.SUPPRESS)  # one-line errors
     parser.add_argument("folders", nargs="+", metavar="out-dir", type=os.path.expanduser, help="folder of a run")
@@ -141,6 +179,8 @@ def main(argv=None):
         for name, draw, missing in plots:
             path = os.path.join(out, f"{name}.png")
             print(f"wrote {path}" if draw(runs, path) else f"no run has a {missing}; {path} not written")
+        if plot_activations(runs, path := os.path.join(out, "activations.png")):
+            print(f"wrote {path}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except ImportError as error:

@@ -196,9 +196,11 @@ def announce(s: SimpleNamespace, model, path: Path | None, start: dict, about: d
         first = "its optimizer decides" if start["sparse_start"] is None else f"iteration {start['sparse_start']}"
         dense = [f"dense until {first}"] if start["sparse_start"] != 0 else []
         dense += [f"dense from iteration {s.dense_start}"] if s.dense_start < s.max_iters else []
+        masks = f"masks every {s.mask_interval} steps, decay {s.masked_decay:g}, "
+        masks = "dense weights, " if layers[0].recipe.mask == "none" else masks
         print(
-            f"sparse: {s.sparse}, {len(layers)} linears ({share:.0%} of the parameters), masks every {s.mask_interval} "
-            f"steps, decay {s.masked_decay:g}, mvue={s.mvue}; {' and '.join(dense) or 'no dense phase'}"
+            f"sparse: {s.sparse}, {len(layers)} linears ({share:.0%} of the parameters), {masks}mvue={s.mvue}; "
+            f"{' and '.join(dense) or 'no dense phase'}"
         )
         defaults = {name: getattr(sparse24.get_recipe(s.sparse), name) for name in sparse24.SETTINGS}
         changed = [f"{k}={getattr(s, k)} ({value})" for k, value in defaults.items() if getattr(s, k) != value]

@@ -25,7 +25,7 @@ from model import GPT, GPTConfig, peak_flops
 from runtime import checkpoint, settings
 from runtime.checkpoint_writer import Saver, Writer
 from runtime.fsdp import shard_like, shard_model
-from runtime.health import Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
+from runtime.health import ActivationMeter, Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
 from runtime.loader import DATA_FOLDER, DataLost, Tokens, describe, load_meta
 from runtime.metrics import Log, read_metrics
 from runtime.ranks import FolderInUse, Ranks, RanksDiffer, StopSignal, environment, hold, sign, source_hash, start_ranks
@@ -92,6 +92,7 @@ class Training:
     linears: list[torch.nn.Linear]  # the feed-forward linears, sparse or not
     phase: Phase
     flips: FlipMeter
+    activations: ActivationMeter
     guard: StepGuard
     saver: Saver
     log: Log
@@ -167,6 +168,7 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     ranks.agree({}, error)
     linears = [model.get_submodule(name) for name in model.sparse_names()]
     linears = [m for m in linears if m.in_features % 4 == m.out_features % 4 == 0]  # a dense run may have any width
+    linears = [] if recipe and recipe.ffn else linears  # such a method does not prune by masks
     flips = FlipMeter(s, recipe, model, linears, watch, ranks)
     writer = Writer(s.out_dir, keep_last=s.keep_last, keep_every=s.keep_every, ranks=ranks)
     guard = StepGuard(s, ranks, writer, *start["skipped"])
@@ -177,8 +179,8 @@ def begin(script: dict, overrides: dict, resources: contextlib.ExitStack) -> Tra
     return Training(
         settings=s, ranks=ranks, device=device, train_data=inputs.splits[0], val_data=inputs.splits[1],
         model=model, net=net, ddp=ddp, optimizer=optimizer, scaler=scaler, iter_num=start["iter_num"],
-        linears=linears, phase=phase, flips=flips, guard=guard, saver=saver, log=log, stop=stop,
-        static_grads=static_grads,
+        linears=linears, phase=phase, flips=flips, activations=ActivationMeter(model, ranks), guard=guard,
+        saver=saver, log=log, stop=stop, static_grads=static_grads,
     )  # fmt: skip
 
 
@@ -273,7 +275,9 @@ def wrap_model(s, model: GPT, recipe: Recipe | None, ranks: Ranks, device: torch
             model.head = torch.compile(model.head, mode=s.compile_mode)
         return model, None
     net = model
-    if s.compile and recipe and recipe.ffn:  # its layers change their computation one by one: do not compile all anew
+    if s.compile and recipe and recipe.ffn:  # its layers change what they compute one by one: do not compile all anew
+        # all blocks share the limit, and recompile for each phase, mode and batch size
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for block in model.transformer.h:
             block.compile(mode=s.compile_mode)
         model.head = torch.compile(model.head, mode=s.compile_mode)

@@ -5,11 +5,15 @@
     python -m studies.compare equal_cost --seeds=6 --step_ms=ms.json      losses at equal measured time
     python -m studies.compare quality --only fst s_ste    a part of a grid; the table has all finished variants
     python -m studies.compare flip_rate                   flip rates for several decay factors
+    python -m studies.compare act24 --dataset=books_char --lr 3e-3 6e-3 1.2e-2     each variant at its best rate
 
 Every run is `python train.py NAME=VALUE...` in a folder below --out_dir that is named by its settings, so studies share
 runs. The same command resumes a stopped study and does not repeat finished runs. All variants of a seed run before the
 next seed, so a stopped study gives a complete table with fewer --seeds. Runs of one seed share batches and, if their
 shapes are equal, initial weights.
+
+With --lr each variant is tuned first: the best of these learning rates is found on another text and another seed
+(TUNING in grids.py), and the variant's runs use it. A best rate at the edge of the grid is an error.
 
 Presets: cpu is a smaller version of nanoGPT's recipe for a CPU. gpu is GPT-2 124M on a BPE dataset, one run at a time;
 its number of iterations is an estimate for two minutes on one card. --calibrate=N times the steps of a study's variants
@@ -21,8 +25,9 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from configurator import check_ranges, configure, expand, write_json
@@ -30,10 +35,16 @@ from runtime.loader import DATA_FOLDER, load_meta
 from runtime.metrics import read_config
 from studies import report, runs
 from studies.cost import ACCUMULATION, GPU, MICRO_BATCH, SIZE, flops_of, measured_ms, predicted_ms, switches_by_itself
-from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
+from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, TUNING, WINDOWS, Study, with_decay, words
 from studies.report import Paired, by_mean, differences_from, interval, markdown, paired, spread
 
-USUAL = {"preset": "cpu", "ratio": 1.5, "step_ms": None, "name": None}  # defaults; a result's command leaves them out
+USUAL = {
+    "preset": "cpu",
+    "ratio": 1.5,
+    "step_ms": None,
+    "name": None,
+    "lr": None,
+}  # defaults; a result's command leaves them out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -74,9 +85,9 @@ def planned(settings: str, seed: int, args) -> tuple[Path, dict[str, str]]:
     return folder, words(f"{common} {settings} seed={seed} dataset={args.dataset}")
 
 
-def run_all(variants: list[str], args) -> None:
+def run_all(variants: list[str], args, seeds: Iterable[int]) -> None:
     """Finish every variant for every seed, `args.jobs` at a time. All variants of a seed run before the next seed."""
-    in_order = dict(planned(settings, seed, args) for seed in range(1, args.seeds + 1) for settings in variants)
+    in_order = dict(planned(settings, seed, args) for seed in seeds for settings in variants)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             for future in as_completed([pool.submit(run, *one) for one in in_order.items()]):
@@ -86,12 +97,14 @@ def run_all(variants: list[str], args) -> None:
             raise
 
 
-def run_and_read(variants: dict[str, str], args) -> dict[str, list[Path]]:
-    """Run the variants, or those in --only. Returns {label: run folders, one per seed} of all finished variants."""
-    run_all([text for label, text in variants.items() if not args.only or label.split(" @ ")[0] in args.only], args)
-    folders = {}
+def run_and_read(variants: dict[str, str], args, seeds: Iterable[int] = ()) -> dict[str, list[Path]]:
+    """Run the variants, or those in --only. Returns {label: run folders, one per seed} of all finished variants. seeds:
+    by default 1 to --seeds."""
+    seeds, folders = seeds or range(1, args.seeds + 1), {}
+    chosen = [text for label, text in variants.items() if not args.only or label.split(" @ ")[0] in args.only]
+    run_all(chosen, args, seeds)
     for label, settings in variants.items():
-        runs_of_label = [planned(settings, seed, args) for seed in range(1, args.seeds + 1)]
+        runs_of_label = [planned(settings, seed, args) for seed in seeds]
         if all(is_finished(*one) for one in runs_of_label):
             folders[label] = [folder for folder, _ in runs_of_label]
         else:
@@ -108,13 +121,37 @@ def complete(values: dict[str, list]) -> dict[str, list]:
     return {label: by_seed for label, by_seed in values.items() if None not in by_seed}
 
 
+def tuned(study: Study, args) -> tuple[Study, dict[str, dict[str, float]]]:
+    """(the study with each variant's best learning rate of --lr, {variant: {rate: its loss}}), by runs on TUNING.
+    Raises ValueError if a best rate is at the edge of --lr."""
+    text, seed = TUNING
+    grid = {f"{label} @ {rate}": at_rate(v, rate) for label, v in study.variants.items() for rate in args.lr}
+    folders = run_and_read(grid, argparse.Namespace(**{**vars(args), "dataset": text}), [seed])
+    curves: dict[str, dict[str, float]] = {}
+    for label, (folder,) in folders.items():
+        variant, rate = label.split(" @ ")
+        curves.setdefault(variant, {})[rate] = runs.last_row(folder)["val_loss"]
+    best = {label: min(losses, key=losses.get) for label, losses in curves.items()}
+    edges = [f"{label} ({rate})" for label, rate in best.items() if rate in (args.lr[0], args.lr[-1])]
+    if edges:
+        grid = f"--lr {' '.join(args.lr)}"
+        raise ValueError(f"{grid}: the best rate is at the edge for {', '.join(edges)}; add rates there")
+    variants = {label: at_rate(study.variants[label], rate) for label, rate in best.items()}
+    return replace(study, variants=variants), curves
+
+
+def at_rate(settings: str, rate: str) -> str:
+    """The settings with this learning rate. It decays to a tenth, as in the presets."""
+    return f"{settings} learning_rate={rate} min_lr={float(rate) / 10:g}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Studies
 
 
 def compare(args) -> tuple[dict, list[str]]:
     """Final validation losses of a grid, and differences from its references within each seed."""
-    study = study_of(args)
+    study, curves = tuned(study_of(args), args) if args.lr else (study_of(args), {})
     folders = run_and_read(study.variants, args)
     losses = {label: final_losses(of_label) for label, of_label in folders.items()}
     pruned = complete({label: final_losses(of_label, "val_loss_24") for label, of_label in folders.items()})
@@ -129,7 +166,16 @@ def compare(args) -> tuple[dict, list[str]]:
     data |= {"flops": flops}
     # mu just after the warm-up, as studies/search_decay.py takes it, and later
     data["mu"] = {f"{first} to {end}": mus_of(folders, first, end) for first, end in ((1.5, 2.5), (4, 5))}
-    return data | environment(folders), [*report.loss_table(losses, pruned, mus, flops, panels), "", note]
+    lines = [*report.loss_table(losses, pruned, mus, flops, panels), "", note]
+    if curves:
+        data["tuning"] = {"text": TUNING[0], "seed": TUNING[1], "val_loss": curves}
+        lines += [
+            "",
+            f"Losses on {TUNING[0]}, seed {TUNING[1]}, by learning rate. The lowest chose the rate above.",
+            "",
+        ]
+        lines += report.tuning_table(curves, args.lr)
+    return data | environment(folders), lines
 
 
 def mus_of(folders: dict[str, list[Path]], first: float, end: float) -> dict[str, list[float]]:
@@ -321,7 +367,8 @@ def command_of(args) -> str:
     """The command that reproduces the table."""
     start = f"python -m studies.compare {args.study} --dataset={Path(args.dataset).name} --seeds={args.seeds}"
     options = vars(args)
-    return " ".join([start, *(f"--{name}={options[name]}" for name, usual in USUAL.items() if options[name] != usual)])
+    words = [start, *(f"--{name}={options[name]}" for name, usual in USUAL.items() if options[name] != usual)]
+    return " ".join(words).replace(f"--lr={args.lr}", f"--lr {' '.join(args.lr or ())}")
 
 
 def write_study(args) -> None:
@@ -345,6 +392,13 @@ def write(path: Path, command: str, lines: list[str], panels: dict[str, dict[str
     print(table)
 
 
+def _rate(text: str) -> str:
+    """A learning rate, as it was written: it names folders."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}, need a learning rate above 0")
+    return text
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(**USUAL)
@@ -352,6 +406,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", type=expand, default="shakespeare_char", help="folder under data/, or a path")
     parser.add_argument("--preset", choices=PRESETS, help="the settings that all runs share")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", nargs="+", type=_rate, metavar="RATE", help="tune each variant first, see above")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="variants to run; the table has all finished ones")
     parser.add_argument("--texts", nargs="+", metavar="DATASET", help="one table of finished studies of these datasets")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: 2, on a GPU 1")
@@ -363,6 +418,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibrate", type=int, metavar="N", help="only measure step times, in runs of N iterations")
     args = parser.parse_args(argv)
     args.jobs = args.jobs or (1 if args.preset == "gpu" else 2)
+    args.lr = args.lr and sorted(args.lr, key=float)
     known = STUDIES[args.study].variants
     if unknown := [label for label in args.only or () if label not in known]:
         parser.error(f"--only: {args.study} has no {', '.join(map(repr, unknown))}, need some of {', '.join(known)}")

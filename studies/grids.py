@@ -22,6 +22,10 @@ DECAY = {"cpu": "2e-3", "gpu": "6e-5"}
 FST = f"sparse=fst masked_decay={DECAY['cpu']} mask_interval=40"
 DECAYS = ("0", "6e-5", "2e-4", "6e-4", "2e-3", "6e-3", "2e-2")
 
+TUNING = ("shakespeare_char", 0)  # the text and the seed on which compare.py --lr chooses learning rates
+# torch.compile fuses the many small operations of these methods, which makes their runs half as long on a CPU
+RELU2 = "activation=relu2 compile=True"
+
 STRAIGHT = "sparse=s_ste_straight"  # the paper's gradient; s_ste has the true one
 
 
@@ -82,6 +86,19 @@ STUDIES = {
         }
         | {f"fst, masks every {n}": f"{FST} mask_interval={n}" for n in (1, 10, 100)},
         ("dense", "fst, last 1/6 dense"),
+    ),
+    # 2:4 activations, and routed hidden units, against dense relu2. Use it with --lr
+    "act24": Study(
+        {
+            "dense": f"sparse=none {RELU2}",
+            "dense, gelu": "sparse=none compile=True",
+            "half": f"sparse=none ffn_ratio=2 {RELU2}",
+            "act24": f"sparse=act24 {RELU2}",
+            "act24, soft weights": f"sparse=act24_soft {RELU2}",
+            "vnm, half of the units": f"sparse=vnm {RELU2}",
+            "vnm, a quarter of the units": f"sparse=vnm_quarter {RELU2}",
+        },
+        ("dense", "half"),
     ),
     "equal_cost": Study(
         {

@@ -96,6 +96,16 @@ def loss_table(
     return markdown(heads, rows)
 
 
+def tuning_table(curves: dict[str, dict[str, float]], rates: list[str]) -> list[str]:
+    """curves: {label: {learning rate: loss}}. Each label's lowest loss is bold."""
+    rows = []
+    for label, losses in curves.items():
+        cells = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
+        cells[min(losses, key=losses.get)] = f"**{min(losses.values()):.4f}**"
+        rows.append([label, *(cells.get(rate, "") for rate in rates)])
+    return markdown(["method", *rates], rows)
+
+
 def equal_cost_table(costs: dict, steps: dict, losses: dict, references: tuple[str, ...]) -> list[str]:
     """costs (of a step over dense), steps, losses: {criterion: {label: value}}."""
     heads, panels = ["method"], {name: differences_from(references, losses[name]) for name in costs}

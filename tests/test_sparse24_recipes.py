@@ -48,7 +48,7 @@ def test_recipes_differ_from_plain_straight_through_in_what_their_equations_say(
 
 def test_there_are_five_recipes_here_and_the_others_are_files():
     assert list(RECIPES) == ["fst", "ste", "sr_ste", "s_ste", "s_ste_straight"]
-    assert sparse24.recipe_names() == [*RECIPES, "act24", "act24_soft", "bi_mask", "step"]
+    assert sparse24.recipe_names() == [*RECIPES, "act24", "act24_soft", "bi_mask", "step", "vnm", "vnm_quarter"]
     for make_one in (get_recipe, lambda name: Sparse24Linear(4, 4, True, name)):
         with pytest.raises(ValueError, match=r"'ftz' is unknown.*fst, ste, sr_ste, .* did you mean .fst.\?"):
             make_one("ftz")

@@ -41,6 +41,7 @@ MAX_ITERS = SETTINGS["max_iters"]
 KEYS = [
     *("iter", "phase", "train_loss", "val_loss", "val_loss_24", "lr", "grad_norm", "flip_rate"),
     *("masked_decay", "decay_ratio", "skipped", "tokens_per_s", "mfu", "elapsed_s"),
+    *("zeros", "over_two", "energy_dropped", "joined"),
 ]
 
 

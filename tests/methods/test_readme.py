@@ -131,7 +131,7 @@ def test_every_method_opens_with_its_equations_and_has_a_recipe_of_its_name():
 def test_the_readme_names_existing_hooks():
     hooks = re.findall(r"^\| (layer|optimizer) \| `(\w+)", README, re.MULTILINE)
     classes = {"layer": Sparse24Linear, "optimizer": MaskedDecayAdamW}
-    assert len(hooks) == 9
+    assert len(hooks) == 10
     for kind, name in hooks:
         assert name == "dense_start_log" or name in vars(classes[kind]), name
     assert {"layer", "optimizer"} <= Recipe.__dataclass_fields__.keys()

@@ -3,14 +3,17 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from harness import SETTINGS, launch, read_rows, read_state, state_differences
 
+from methods import act24
 from runtime import health
 from runtime.health import HEALTHY, TARGET, FlipReference, FlipWatch, LossWatch, StepGuard
+from sparse24 import sparsify
 
 COMPARED = dict.fromkeys(health.COMPARABLE, 1) | {"flip_mask": "transposable"}
 
@@ -51,6 +54,55 @@ def test_five_flip_rates_are_enough_and_steps_without_a_learning_rate_do_not_cou
     assert reference.rate(99, 2e-3) == pytest.approx(0.02)
     with pytest.raises(ValueError, match="4 flip rates, need 5 or more"):
         reference_of(tmp_path / "four", rates, lr=lambda i: 1e-3 if i < 4 else 0.0)
+
+
+class Block(torch.nn.Module):
+    """A feed-forward layer of act24 with given counts."""
+
+    def __init__(self, over_two: int, dropped: float, joined: bool):
+        super().__init__()
+        self.c_fc, self.c_proj = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+        sparsify(self, "act24", ["c_fc", "c_proj"])
+        self.c_proj.counts.copy_(torch.tensor([300, over_two, 100]))
+        self.c_proj.energy.copy_(torch.tensor([1.0, dropped]))
+        self.c_proj.joined = joined
+
+
+def test_activations_are_reported_by_block_with_who_has_joined_and_one_warning(capsys):
+    model = torch.nn.ModuleList([Block(20, 0.5, False), Block(2, 0.03, True), Block(1, 0.01, True)])
+    meter = health.ActivationMeter(model, SimpleNamespace(master=True))
+    row = {"iter": 2 * act24.INTERVAL}
+    meter.after_step(row)
+    assert row == {
+        "iter": 2 * act24.INTERVAL,
+        "zeros": [0.75] * 3,
+        "over_two": [0.2, 0.02, 0.01],
+        "energy_dropped": pytest.approx([0.5, 0.03, 0.01]),
+        "joined": [0.0, 1.0, 1.0],
+    }
+    lines = capsys.readouterr().out.splitlines()
+    many = "dense, because too many groups have more than two non-zeros: 0 (20.0%)"
+    assert lines[0] == f"iteration 200: 2:4 activations in blocks 1, 2; {many}"
+    assert lines[1].startswith(
+        "warning, iteration 200: 2:4 drops 3.0% of the energy of block 1's activations, more than"
+    )
+    assert len(lines) == 2
+    between, later = {"iter": 201}, {"iter": 300}
+    meter.after_step(between)
+    meter.after_step(later)
+    assert between == {"iter": 201}
+    assert later["joined"] == [0.0, 1.0, 1.0]
+    assert capsys.readouterr().out == ""
+    model[1].c_proj.joined = False
+    meter.after_step({"iter": 301})
+    assert "2:4 activations in blocks 2; dense" in capsys.readouterr().out
+
+
+def test_a_model_without_act24_has_no_activations_to_report(capsys):
+    row = {"iter": 0}
+    health.ActivationMeter(torch.nn.Linear(4, 4), SimpleNamespace(master=True)).after_step(row)
+    assert row == {"iter": 0}
+    assert capsys.readouterr().out == ""
 
 
 # Repeated here, so that COMPARABLE cannot lose one.

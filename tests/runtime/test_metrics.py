@@ -50,10 +50,11 @@ def test_a_run_survives_its_console(data, tmp_path, place):
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     log = Log(SimpleNamespace(**TOKENS, out_dir=str(tmp_path), wandb_log=False), None, None, None, 0.0)
     log.open(0)
-    log.write({"iter": 0, "phase": "dense", "train_loss": float("nan"), "lr": float("inf"), "val_loss": 1.5})
+    numbers = {"train_loss": float("nan"), "lr": float("inf"), "val_loss": 1.5, "zeros": [0.5, float("nan")]}
+    log.write({"iter": 0, "phase": "dense", **numbers})
     log.file.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert (row["train_loss"], row["lr"], row["val_loss"]) == (None, None, 1.5)
+    assert (row["train_loss"], row["lr"], row["val_loss"], row["zeros"]) == (None, None, 1.5, [0.5, None])
 
 
 def test_metrics_are_on_disk_before_the_checkpoint(run, tmp_path, monkeypatch):
@@ -203,6 +204,10 @@ DAMAGED = {  # a line of metrics.jsonl: whether its row can be read
     b'{"iter": null, "phase": "sparse"}': False,
     b'{"iter": 9, "phase": "spbrse"}': False,
     b"[" * 10**5: False,
+    b'{"iter": 9, "phase": "sparse", "zeros": 3}': False,
+    b'{"iter": 9, "phase": "sparse", "zeros": ["3"], "over_two": [3], "energy_dropped": [3], "joined": [1]}': False,
+    b'{"iter": 9, "phase": "sparse", "zeros": [3], "over_two": [3, 4], "energy_dropped": [3], "joined": [1]}': False,
+    b'{"iter": 9, "phase": "sparse", "train_loss": [3.0]}': False,
     b'{"iter": 9, "x": "\xc3': False,
     b"\xff\xfe\x00\x85\x0b garbage": False,
     b"\0" * 4096: False,

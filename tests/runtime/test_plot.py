@@ -54,6 +54,21 @@ def test_two_runs_give_two_pngs_in_the_first_folder_or_in_out(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "new" / "plots").iterdir()) == ["flip_rate.png", "loss.png"]
 
 
+def test_a_run_of_act24_gets_a_third_png_with_a_line_per_block(tmp_path, capsys, monkeypatch):
+    counts = {"over_two": [0.2, 0.01], "energy_dropped": [0.01, None], "joined": [0, 1]}
+    rows = [row(i, **({"zeros": [0.5, 0.9]} | counts if i % 20 == 0 else {})) for i in range(0, 200, 10)]
+    figures, finish = [], plot.finish
+    monkeypatch.setattr(plot, "finish", lambda figure, path: figures.append(figure) or finish(figure, path))
+    act24 = write_run(tmp_path / "act24", rows, sparse="act24")
+    plot.main([dense_run(tmp_path / "dense"), act24, "--out", str(tmp_path)])
+    assert png_size(tmp_path / "activations.png") == (1040, 1170)
+    assert "wrote" in capsys.readouterr().out.splitlines()[-1]
+    for axes, column in zip(figures[-1].axes, plot.SHARES, strict=True):
+        assert [len(line.get_xdata()) for line in axes.lines] == [10, 10], column
+    labels = [line.get_label() for line in figures[-1].axes[0].lines]
+    assert labels == ["act24 (act24), block 0", "act24 (act24), block 1"]
+
+
 def test_a_switch_has_the_colour_of_its_run_and_is_grey_where_several_have_it(tmp_path):
     late = write_run(tmp_path / "late", [row(i, "dense" if i < 20 else "sparse") for i in range(0, 60, 10)])
     runs = plot.load_runs([sparse_run(tmp_path / "a"), sparse_run(tmp_path / "b"), late, dense_run(tmp_path / "c")])

@@ -109,6 +109,43 @@ def test_only_runs_a_part_and_the_table_has_all_that_is_finished(tmp_path, fake_
 # Studies
 
 
+def test_each_variant_is_tuned_on_another_text_and_seed_and_runs_at_its_best_rate(tmp_path, monkeypatch, write_run):
+    losses = {("none", "3e-3"): 2.0, ("none", "6e-3"): 1.0, ("none", "1.2e-2"): 3.0}
+    losses |= {("fst", "3e-3"): 2.0, ("fst", "6e-3"): 1.5, ("fst", "1.2e-2"): 1.6}
+    started = []
+
+    def train(folder, given, max_iters, **environment):
+        settings = dict(word[2:].split("=", 1) for word in given)
+        started.append((settings["dataset"], settings["seed"], settings["sparse"], settings["learning_rate"]))
+        assert float(settings["min_lr"]) == pytest.approx(float(settings["learning_rate"]) / 10)
+        loss = losses[settings["sparse"], settings["learning_rate"]]
+        kinds = {name: int(v) if v.isdigit() else 0.0 if is_number(v) else v for name, v in settings.items()}
+        write_run(folder, [{"iter": max_iters, "val_loss": loss}], **kinds | configure(kinds, given))
+
+    monkeypatch.setattr(compare.runs, "train", train)
+    monkeypatch.setattr(compare, "relative_flops", lambda variants, args: {})
+    monkeypatch.setitem(compare.STUDIES, "methods", Study({"dense": "sparse=none", "fst": "sparse=fst"}))
+    args = arguments(tmp_path, "methods", "--dataset=other", "--lr", "6e-3", "1.2e-2", "3e-3", "--seeds=2", "--jobs=1")
+    data, lines = compare.compare(args)
+    text, seed = grids.TUNING
+    assert started[:6] == [(text, str(seed), kind, rate) for kind in ("none", "fst") for rate in args.lr]
+    assert started[6:] == [("other", str(seed), kind, "6e-3") for seed in (1, 2) for kind in ("none", "fst")]
+    assert data["variants"]["fst"] == "sparse=fst learning_rate=6e-3 min_lr=0.0006"
+    assert data["tuning"]["val_loss"]["fst"] == {"3e-3": 2.0, "6e-3": 1.5, "1.2e-2": 1.6}
+    assert "| dense | 2.0000 | **1.0000** | 3.0000 |" in lines
+    assert "--lr 3e-3 6e-3 1.2e-2" in compare.command_of(args)
+    losses["fst", "1.2e-2"] = 1.4
+    with pytest.raises(ValueError, match=r"the best rate is at the edge for fst \(1.2e-2\); add rates there"):
+        compare.compare(arguments(tmp_path / "b", "methods", "--lr", "3e-3", "6e-3", "1.2e-2", "--jobs=1"))
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "fast"])
+def test_a_rate_that_is_none_is_refused(tmp_path, capsys, rate):
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "methods", f"--lr={rate}")
+    assert "--lr: " in capsys.readouterr().err
+
+
 def test_compare_reads_the_last_rows(tmp_path, fake_training, write_run, monkeypatch):
     monkeypatch.setitem(compare.STUDIES, "methods", Study({"dense": "sparse=none", "fst": FST}))
     args = arguments(tmp_path, "methods", "--seeds=2", "--jobs=1")

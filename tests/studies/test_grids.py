@@ -17,8 +17,9 @@ def test_a_grid_is_settings_of_train_and_has_its_references(name):
         configure(vars(train), [f"--{word}" for word in settings.split()])
 
 
-def test_methods_are_all_recipes():
-    assert {grids.words(v)["sparse"] for v in STUDIES["methods"].variants.values()} == {"none", *recipe_names()}
+def test_methods_and_act24_are_all_recipes():
+    variants = [*STUDIES["methods"].variants.values(), *STUDIES["act24"].variants.values()]
+    assert {grids.words(v)["sparse"] for v in variants} == {"none", *recipe_names()}
 
 
 def test_table7_is_the_papers_five_rows():

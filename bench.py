@@ -2,6 +2,7 @@
 
     python bench.py                              layers, blocks, steps; a GPU writes results/<gpu>/bench.{json,md}
     python bench.py --suite ffn --quick          one suite on a smaller grid; --full runs the paper's full grids
+    python bench.py --suite ffn --method act24   another method than fst: 2:4 activations of squared ReLU
     python bench.py --predict [h200]             the prediction S_model, on any machine: benchmarks/roofline.py
     python bench.py --suite kernels [--predict]  time the Triton kernels, or count their code: results/kernels.{json,md}
     python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py

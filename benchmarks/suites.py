@@ -186,10 +186,12 @@ def layer_row(kind: str, case: tuple[str, int, int, int], settings: Settings) ->
 
 
 def upkeep(module, settings: Settings, graph: bool) -> dict[str, dict]:
-    """Spreads of the times that a 2:4 layer needs once per step and once per refresh; {} if activations are 2:4."""
-    if settings.recipe.activations24:
-        return {}
-    calls = {"pack_ms": partial(pack_weights, module), "refresh_ms": partial(refresh_masks, module, measure=False)}
+    """Spreads of the times that a 2:4 layer needs once per step and once per refresh."""
+    recipe, calls = settings.recipe, {}
+    if not recipe.activations24:  # else soft weights are packed in each call
+        calls["pack_ms"] = partial(pack_weights, module)
+    if recipe.mask != "none":
+        calls["refresh_ms"] = partial(refresh_masks, module, measure=False)
     return {name: spread(time_ms([call], settings, graph)[0]) for name, call in calls.items()}
 
 

@@ -389,7 +389,7 @@ def test_runs_with_packed_activations_train_as_pruned_ones_bit_for_bit(run, tmp_
         assert ("2:4 GEMMs are emulated" in text) == (spmm == "emulated")
     assert run_differences(tmp_path / "emulated", tmp_path / "masked") == []
     extra_state = read_state(tmp_path / "emulated")["model"]["transformer.h.1.mlp.c_proj._extra_state"]
-    assert extra_state.tolist() == [True, True]  # the layer is sparse and has joined
+    assert extra_state[:2].tolist() == [True, True]  # the layer is sparse and has joined
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ runs. The same command resumes a stopped study and does not repeat finished runs
 next seed, so a stopped study gives a complete table with fewer --seeds. Runs of one seed share batches and, if their
 shapes are equal, initial weights.
 
-With --lr each variant is tuned first: the best of these learning rates is found on another text and another seed
-(TUNING in grids.py), and the variant's runs use it. A best rate at the edge of the grid is an error.
+With --lr each variant is tuned first: the best of these learning rates is found with another seed, TUNING_SEED, and
+the variant's runs use it. A best rate at the edge of the grid is an error.
 
 Presets: cpu is a smaller version of nanoGPT's recipe for a CPU. gpu is GPT-2 124M on a BPE dataset, one run at a time;
 its number of iterations is an estimate for two minutes on one card. --calibrate=N times the steps of a study's variants
@@ -35,7 +35,7 @@ from runtime.loader import DATA_FOLDER, load_meta
 from runtime.metrics import read_config
 from studies import report, runs
 from studies.cost import ACCUMULATION, GPU, MICRO_BATCH, SIZE, flops_of, measured_ms, predicted_ms, switches_by_itself
-from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, TUNING, WINDOWS, Study, with_decay, words
+from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, TUNING_SEED, WINDOWS, Study, with_decay, words
 from studies.report import Paired, by_mean, differences_from, interval, markdown, paired, spread
 
 USUAL = {
@@ -122,11 +122,10 @@ def complete(values: dict[str, list]) -> dict[str, list]:
 
 
 def tuned(study: Study, args) -> tuple[Study, dict[str, dict[str, float]]]:
-    """(the study with each variant's best learning rate of --lr, {variant: {rate: its loss}}), by runs on TUNING.
-    Raises ValueError if a best rate is at the edge of --lr."""
-    text, seed = TUNING
+    """(the study with each variant's best learning rate of --lr, {variant: {rate: its loss}}), by runs with
+    TUNING_SEED. Raises ValueError if a best rate is at the edge of --lr."""
     grid = {f"{label} @ {rate}": at_rate(v, rate) for label, v in study.variants.items() for rate in args.lr}
-    folders = run_and_read(grid, argparse.Namespace(**{**vars(args), "dataset": text}), [seed])
+    folders = run_and_read(grid, args, [TUNING_SEED])
     curves: dict[str, dict[str, float]] = {}
     for label, (folder,) in folders.items():
         variant, rate = label.split(" @ ")
@@ -168,10 +167,10 @@ def compare(args) -> tuple[dict, list[str]]:
     data["mu"] = {f"{first} to {end}": mus_of(folders, first, end) for first, end in ((1.5, 2.5), (4, 5))}
     lines = [*report.loss_table(losses, pruned, mus, flops, panels), "", note]
     if curves:
-        data["tuning"] = {"text": TUNING[0], "seed": TUNING[1], "val_loss": curves}
+        data["tuning"] = {"seed": TUNING_SEED, "val_loss": curves}
         lines += [
             "",
-            f"Losses on {TUNING[0]}, seed {TUNING[1]}, by learning rate. The lowest chose the rate above.",
+            f"Losses of seed {TUNING_SEED} by learning rate. The lowest chose the rate of the table above.",
             "",
         ]
         lines += report.tuning_table(curves, args.lr)

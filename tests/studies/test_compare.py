@@ -109,7 +109,7 @@ def test_only_runs_a_part_and_the_table_has_all_that_is_finished(tmp_path, fake_
 # Studies
 
 
-def test_each_variant_is_tuned_on_another_text_and_seed_and_runs_at_its_best_rate(tmp_path, monkeypatch, write_run):
+def test_each_variant_is_tuned_on_another_seed_and_runs_at_its_best_rate(tmp_path, monkeypatch, write_run):
     losses = {("none", "3e-3"): 2.0, ("none", "6e-3"): 1.0, ("none", "1.2e-2"): 3.0}
     losses |= {("fst", "3e-3"): 2.0, ("fst", "6e-3"): 1.5, ("fst", "1.2e-2"): 1.6}
     started = []
@@ -127,8 +127,8 @@ def test_each_variant_is_tuned_on_another_text_and_seed_and_runs_at_its_best_rat
     monkeypatch.setitem(compare.STUDIES, "methods", Study({"dense": "sparse=none", "fst": "sparse=fst"}))
     args = arguments(tmp_path, "methods", "--dataset=other", "--lr", "6e-3", "1.2e-2", "3e-3", "--seeds=2", "--jobs=1")
     data, lines = compare.compare(args)
-    text, seed = grids.TUNING
-    assert started[:6] == [(text, str(seed), kind, rate) for kind in ("none", "fst") for rate in args.lr]
+    seed = str(grids.TUNING_SEED)
+    assert started[:6] == [("other", seed, kind, rate) for kind in ("none", "fst") for rate in args.lr]
     assert started[6:] == [("other", str(seed), kind, "6e-3") for seed in (1, 2) for kind in ("none", "fst")]
     assert data["variants"]["fst"] == "sparse=fst learning_rate=6e-3 min_lr=0.0006"
     assert data["tuning"]["val_loss"]["fst"] == {"3e-3": 2.0, "6e-3": 1.5, "1.2e-2": 1.6}

@@ -2,6 +2,7 @@
 
     python bench.py                              layers, blocks, steps; a GPU writes results/<gpu>/bench.{json,md}
     python bench.py --suite ffn --quick          one suite on a smaller grid; --full runs the paper's full grids
+    python bench.py --suite ffn --method act24   another method than fst: 2:4 activations of squared ReLU
     python bench.py --predict [h200]             the prediction S_model, on any machine: benchmarks/roofline.py
     python bench.py --suite kernels [--predict]  time the Triton kernels, or count their code: results/kernels.{json,md}
     python bench.py --evidence OUT --minutes 4 [STAGE ...]     on a GPU that is lent for minutes: benchmarks/evidence.py
@@ -73,8 +74,8 @@ def run_suite(suite: str, settings: Settings, data: dict, path: Path | None) -> 
     """Measure one suite into `data`, {"suites": {name: {environment, settings, before, rows, after}}}.
 
     Writes `data` to `path` after every row. A suite without "after" was killed."""
-    names = ("scale", "repetitions", "graph", "budget")
-    options = {name: getattr(settings, name) for name in names} | {"mask_interval": MASK_INTERVAL}
+    names = ("scale", "repetitions", "graph", "budget", "method")
+    options = {name: getattr(settings, name) for name in names} | {"mask_interval": settings.recipe.mask_interval}
     results = {"environment": machine(settings.device), "settings": options, "before": gpu_state(), "rows": []}
     data["suites"][suite] = results
 
@@ -267,6 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="the paper's full grids, without a time limit")
     add("--budget", type=float, help="seconds per suite after which no case is started (e2e: four times as many)")
     add("--sizes", nargs="+", choices=PRESETS, default=(), help="e2e: sizes of GPT-2; default: all")
+    add("--method", choices=("fst", "act24", "act24_soft"), default="fst", help="the recipe of the 2:4 layers")
     add("--widths", nargs="+", type=_positive, default=(), help="gemm, ffn, block: widths of the layers")
     add("--verdicts", type=_path, help="cache the choices of GEMMs in this file; default: measure anew")
     add("--repetitions", type=_positive, default=10)
@@ -283,7 +285,7 @@ def settings_of(args, device: torch.device, cache: Path) -> Settings:
     scale = "toy" if device.type != "cuda" else "quick" if args.quick else "full" if args.full else "default"
     budget = {"quick": 60.0, "full": float("inf")}.get(scale, 150.0) if args.budget is None else args.budget
     grid = {"sizes": tuple(args.sizes), "widths": tuple(args.widths), "cache": args.verdicts or cache}
-    return Settings(device, scale, args.repetitions, budget, args.graph, **grid)
+    return Settings(device, scale, args.repetitions, budget, args.graph, method=args.method, **grid)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -608,6 +608,8 @@ class Recipe:
     # {"c_fc": ..., "c_proj": ...}. None = Sparse24Linear
     layer: type | dict[str, type] | None = None
     ffn: Callable | None = None  # ffn(x, c_fc, c_proj, plan) computes whole feed-forward layers, see methods/act24.py
+    # `ffn` follows a plan (gemm24/plan.py) in which the hidden activations are 2:4, and soft weights too
+    activations24: bool = False
     activation: str = ""  # the activation that the method needs; "" = any
     check: Callable | None = None  # check(settings) raises ValueError if the method cannot run with these settings
     optimizer: type | None = None  # subclass of MaskedDecayAdamW that the method trains with; None = MaskedDecayAdamW
@@ -650,8 +652,8 @@ class Recipe:
 
     @property
     def fused(self) -> bool:
-        """Returns whether one function computes a whole FFN of this recipe: gemm24/ffn.py's, or `ffn`."""
-        return self.ffn is not None or (self.layer is None and not self.fp8)
+        """Returns whether one function that follows a plan computes a whole FFN: gemm24/ffn.py's, or `ffn`."""
+        return self.activations24 or (self.ffn is None and self.layer is None and not self.fp8)
 
     def layer_class(self, name: str) -> type:
         """The class of a sparse linear. name: its own name in its module. Raises ValueError for a name without class.

@@ -1,5 +1,6 @@
-"""Short runs of train.py from one seed, dense beside the 2:4 methods: python -m benchmarks.curves OUT.json
+"""Short runs of train.py from one seed, dense beside the 2:4 methods: python -m benchmarks.curves OUT.json [GROUP]
 
+GROUP is one of RUNS: weights (the default) or activations, 2:4 activations of squared ReLU.
 Every run trains GPT-2 124M on 16 x 1,024 tokens a step, with the same data in the same order. OUT.json has the losses
 of all runs. They show that the fast path trains; the runs are too short to rank methods by their loss. All runs share
 the GPU at the same time, so their step times say nothing about speed.
@@ -17,11 +18,19 @@ from runtime.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = ROOT / ".evidence" / "books"
-RUNS = {  # name -> what differs from SETTINGS
-    "dense": {"sparse": "none"},
-    "fst": {"sparse": "fst"},
-    "fst from CUDA graphs": {"sparse": "fst", "compile_mode": "reduce-overhead"},
-    "s_ste": {"sparse": "s_ste"},
+RUNS = {  # group -> name -> what differs from SETTINGS
+    "weights": {
+        "dense": {"sparse": "none"},
+        "fst": {"sparse": "fst"},
+        "fst from CUDA graphs": {"sparse": "fst", "compile_mode": "reduce-overhead"},
+        "s_ste": {"sparse": "s_ste"},
+    },
+    "activations": {
+        "dense relu2": {"sparse": "none", "activation": "relu2"},
+        "act24": {"sparse": "act24", "activation": "relu2"},
+        # Measures no products, which would take longer than the run.
+        "act24_soft": {"sparse": "act24_soft", "activation": "relu2", "spmm": "masked"},
+    },
 }
 STEPS = 300
 WRITE_S = 5  # seconds between two writes of the results
@@ -40,9 +49,9 @@ def dataset() -> str:
     return "pystdlib_char"
 
 
-def begin(name: str, data: str, folder: Path) -> subprocess.Popen:
+def begin(changes: dict, data: str, folder: Path) -> subprocess.Popen:
     """Start one run. Its output goes to FOLDER.log."""
-    settings = {**SETTINGS, **RUNS[name], "dataset": data, "out_dir": folder}
+    settings = {**SETTINGS, **changes, "dataset": data, "out_dir": folder}
     command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -57,10 +66,11 @@ def read(folder: Path, process: subprocess.Popen) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    path, results = Path(argv[0]), {"settings": SETTINGS, "dataset": dataset(), "runs": {}}
+    path, runs = Path(argv[0]), RUNS[argv[1] if argv[1:] else "weights"]
+    results = {"settings": SETTINGS, "dataset": dataset(), "runs": {}}
     with tempfile.TemporaryDirectory(prefix="out-curves-", dir=ROOT) as folder:
-        folders = {name: Path(folder) / name.replace(" ", "_") for name in RUNS}
-        processes = {name: begin(name, results["dataset"], folders[name]) for name in RUNS}
+        folders = {name: Path(folder) / name.replace(" ", "_") for name in runs}
+        processes = {name: begin(runs[name], results["dataset"], folders[name]) for name in runs}
         try:
             ended = False
             while not ended:  # write the results every few seconds, since this stage may be killed

@@ -46,8 +46,12 @@ class Stage(NamedTuple):
     command: str  # {out}: folder of results, {python}: the interpreter, {verdicts}: file of choices of GEMMs
 
 
-def _bench(suite: str, words: str) -> str:
-    return f"{{python}} bench.py --suite {suite} --json {{out}}/{suite}.json --verdicts {{verdicts}} {words}"
+def _bench(suite: str, words: str, method: str = "") -> str:
+    name, words = (f"{suite}_{method}", f"--method {method} {words}") if method else (suite, words)
+    return f"{{python}} bench.py --suite {suite} --json {{out}}/{name}.json --verdicts {{verdicts}} {words}"
+
+
+_GEMM, _FFN = "--widths 1600 4096 1280 --repetitions 7 --budget 55", "--graph --widths 1600 4096 1280 --repetitions 7"
 
 
 STAGES = {
@@ -69,6 +73,15 @@ STAGES = {
     "resume": Stage(
         40, 90, "{python} -m pytest -q -n 4 -p no:cacheprovider -m gpu tests/gpu -k 'resumes or operators'"
     ),
+    # 2:4 activations (methods/act24.py). The stage `kernels` measures their kernels.
+    "gemm_act24": Stage(25, 75, _bench("gemm", _GEMM, "act24")),
+    "ffn_act24": Stage(35, 100, _bench("ffn", f"{_FFN} --budget 60", "act24")),
+    "train_act24": Stage(55, 85, "{python} -m benchmarks.curves {out}/train_act24.json activations"),
+    "step_act24": Stage(
+        45, 100, "{python} -m benchmarks.steps {out}/step_act24.json --verdicts {verdicts} --method act24 --sizes 774M"
+    ),
+    "gemm_act24_soft": Stage(20, 60, _bench("gemm", _GEMM, "act24_soft")),
+    "ffn_act24_soft": Stage(35, 100, _bench("ffn", f"{_FFN} --budget 60", "act24_soft")),
 }
 
 

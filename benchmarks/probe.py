@@ -87,7 +87,7 @@ def operands(gemm: Gemm, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tens
 
 
 def host() -> dict:
-    gemm = ffn_plan.ffn_gemms(256, 1024, 1024, "gelu", False, True)["z"]
+    gemm = ffn_plan.ffn_gemms(256, 1024, 1024, "gelu", False)["z"]
     a, packed, b = operands(gemm)
     times = {}
     shape, blob = (gemm.m, gemm.transposed), packed.view(gemm.m, -1)
@@ -111,7 +111,7 @@ def host() -> dict:
 def replays(multiply: Callable) -> list[bool]:
     """Capture a GEMM and replay it five times. Before each replay its inputs change, and other GEMMs overwrite the host
     memory that held its plan. multiply: (packed, b, gemm, alg_id) -> D. Returns for each replay if it was correct."""
-    gemm, other = (ffn_plan.ffn_gemms(d, 4 * d, t, "gelu", False, True)["y"] for d, t in ((768, 4096), (1024, 2048)))
+    gemm, other = (ffn_plan.ffn_gemms(d, 4 * d, t, "gelu", False)["y"] for d, t in ((768, 4096), (1024, 2048)))
     a, packed, b = operands(gemm)
     _, packed_other, b_other = operands(other)
     results = []

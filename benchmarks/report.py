@@ -74,9 +74,10 @@ def gemm_text(gemm: dict) -> str:
         return f"{row['dense_us']:.0f} / {row['best_us']:.0f} = {row['ratio']:.2f}"
 
     rows = gemm_rows(gemm)
-    cells = [[str(d), *(cell(products[name]) for name in PRODUCTS)] for d, products in rows.items()]
+    names = [name for name in PRODUCTS if all(name in products for products in rows.values())]
+    cells = [[str(d), *(cell(products[name]) for name in names)] for d, products in rows.items()]
     all_rows = [row for products in rows.values() for row in products.values()]
-    return "\n\n".join([table(["d", *PRODUCTS], cells), algorithms_text(all_rows)])
+    return "\n\n".join([table(["d", *names], cells), algorithms_text(all_rows)])
 
 
 def algorithms_text(rows: list[dict]) -> str:
@@ -120,6 +121,28 @@ def ffn_text(ffn: dict) -> str:
         cells.append([row["activation"], str(row["d"]), *ms, *s, f"{auto['pack_ms']['median']:.2f}", host])
     head = ["activation", "d", "dense ms", "2:4 ms", "S, packed each time", "S, packed every 4th (computed)"]
     return table([*head, "packing ms", "host ms, dense / 2:4"], cells)
+
+
+def act24_text(ffn: dict) -> str:
+    cells = []
+    for row in ffn_rows(ffn):
+        variants, s = row["variants"], row["s"]
+        ms = [f"{variants[name]['ms']['median']:.3f}" for name in ("dense", "gelu", "auto")]
+        host = " / ".join(f"{variants[name]['host_us'] / 1000:.1f}" for name in ("dense", "auto"))
+        cells.append([str(row["d"]), *ms, with_spread(s["auto"]), with_spread(s["gelu"]), row["plan"], host])
+    head = ["d", "dense relu2 ms", "dense gelu ms", "2:4 ms", "S against relu2", "S against gelu", "products"]
+    return table([*head, "host ms, dense / 2:4"], cells)
+
+
+def curves_text(train: dict) -> str:
+    """The training loss of some steps, and the loss on the validation split at the end."""
+    cells = []
+    for name, run in train["runs"].items():
+        losses = {row["iter"]: row["train_loss"] for row in run["rows"] if row.get("train_loss")}
+        val = [row["val_loss"] for row in run["rows"] if row.get("val_loss")]
+        some = [f"{losses[i]:.3f}" if i in losses else "" for i in (50, 100, 200, 290)]
+        cells.append([name, *some, f"{val[-1]:.3f}" if val else "", str(run["exit"])])
+    return table(["run", "step 50", "step 100", "step 200", "step 290", "validation", "exit status"], cells)
 
 
 WAYS = {"compiled": "launched one by one", "graphs": "CUDA graphs"}
@@ -199,6 +222,17 @@ def stages_text(evidence: dict) -> str:
 # The page and the figure
 
 
+ACT24 = {"act24": "2:4 activations", "act24_soft": "2:4 activations and weights"}
+
+
+def act24_sections(method: str, what: str) -> list[tuple]:
+    return [
+        (f"gemm_{method}", f"Products with {what}, 16,384 tokens: dense us / best 2:4 us = ratio", gemm_text),
+        (f"ffn_{method}", f"A layer with {what}, forward and backward, 16,384 tokens, from CUDA graphs", act24_text),
+        (f"step_{method}", f"Whole optimizer steps with {what}, against dense squared ReLU", step_text),
+    ]
+
+
 def page(folder: Path) -> str:
     evidence = load(folder, "evidence")
     parts = [
@@ -214,6 +248,9 @@ def page(folder: Path) -> str:
         ("ffn", "A feed-forward layer, forward and backward, 16,384 tokens, from CUDA graphs", ffn_text),
         ("step", "Whole optimizer steps, blocks compiled one by one", step_text),
         ("step", "The GPU's time of a step, by kind of kernel", kinds_text),
+        ("train", "Loss of 124M in short runs, one seed", curves_text),
+        *(section for method, what in ACT24.items() for section in act24_sections(method, what)),
+        ("train_act24", "Loss of 124M in short runs with squared ReLU, one seed", curves_text),
     )
     for name, title, text in sections:
         if data := load(folder, name):

@@ -9,6 +9,9 @@ not. Each of these counts as one pass:
                     the backward computes A from Z, since neither path stores A; dense fuses that with dZ, and only
                     writes A. Layers and blocks leave out autocast's casts. Sparse adds the bytes of MVUE and, once per
                     optimizer step, the read of the master weights and the writes of both packed forms (W and W^T).
+                    2:4 activations (methods/act24.py) are written packed, along features and along tokens, in place of
+                    A and dZ: 10.5 bytes per hidden element against dense's 12. Their weights are cast, or thresholded,
+                    as dense ones; soft weights are packed in each micro-step.
     block           attention's two linears, causal attention (half of the square; the backward costs 2.5 forwards), the
                     residual additions with their LayerNorms (fp32 stream), the concatenated gradient of q, k, v.
     step            blocks, embeddings, lm_head, cross-entropy, autocast's casts of weights and gradients, clip, AdamW.
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 
 from gemm24.operands import GATED
 from model import PEAK_TFLOPS, GPTConfig
+from sparse24 import Recipe
 
 GEMM_SHARE, COPY_SHARE = 0.8, 0.9
 FLASH_SHARE = 0.5  # assumed rate of attention over that of GEMMs
@@ -89,6 +93,16 @@ def mvue_bytes(d: int, d_ff: int, tokens: int, activation: str) -> float:
     return tokens * (d * (2 + PACKED) + first * PACKED)
 
 
+def activations24_bytes(d_ff: int, tokens: int, mvue: bool = True) -> float:
+    """Forward: reads Z. Backward: reads Z and dA. Both write a packed form and its transpose, dense without MVUE."""
+    return d_ff * tokens * (2 + 4 + 2 * (PACKED + (PACKED if mvue else 2)))
+
+
+def repack_bytes(weights: float) -> float:
+    """Bytes of packing soft weights in a micro-step: reads them twice, writes and reads their index, writes them."""
+    return weights * (2 * 2 + 2 * 0.25 + PACKED)
+
+
 def pack_bytes(weights: float, mask_interval: int = 40) -> float:
     """Bytes of packing per optimizer step. Reads fp32 weights and index, writes the values of both packed forms (97
     bytes per 4x4 block). A refresh also reads the weights and writes the index (65 bytes) and the metadata (4)."""
@@ -108,18 +122,28 @@ class Sparse:
     mvue: bool = True  # for dense weight gradients: False, and a ratio {"z": 2, "y": 2, ...} without dw1 and dw2
     accumulation: int = 1  # the layer is packed once per this number of micro-steps
     mask_interval: int = 40
+    weights: bool = True  # weights are 2:4
+    activations: bool = False  # activations are 2:4
+
+
+def options_of(recipe: Recipe, ratio: float | dict[str, float]) -> dict:
+    """The fields of Sparse for a layer of this recipe."""
+    options = {"ratio": ratio, "mvue": recipe.mvue, "mask_interval": recipe.mask_interval}
+    return options | {"weights": recipe.mask != "none", "activations": recipe.activations24}
 
 
 def ffn_seconds(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str, sparse: dict | None, recompute=True):
     """Seconds of one feed-forward layer, forward and backward. A compiler fuses the dense one."""
-    moved = activation_bytes(d_ff, tokens, activation, recompute, fused=sparse is None)
-    ratio = 1.0
-    if sparse is not None:
-        layer = Sparse(**sparse)
+    moved, weights = activation_bytes(d_ff, tokens, activation, recompute, fused=sparse is None), 0.0
+    layer = Sparse(1.0, mvue=False, weights=False) if sparse is None else Sparse(**sparse)
+    if layer.weights:
+        weights = ffn_weights(d, d_ff, activation)
+    if layer.activations:
+        moved = activations24_bytes(d_ff, tokens, layer.mvue) + repack_bytes(weights)
+    else:
         moved += mvue_bytes(d, d_ff, tokens, activation) if layer.mvue else 0
-        moved += pack_bytes(ffn_weights(d, d_ff, activation), layer.mask_interval) / layer.accumulation
-        ratio = layer.ratio
-    return gemm_seconds(gpu, gemm_flops(d, d_ff, tokens, activation), ratio) + moved / gpu.bandwidth
+        moved += pack_bytes(weights, layer.mask_interval) / layer.accumulation
+    return gemm_seconds(gpu, gemm_flops(d, d_ff, tokens, activation), layer.ratio) + moved / gpu.bandwidth
 
 
 def s_model(gpu: GPU, d: int, d_ff: int, tokens: int, activation: str = "gelu", recompute: bool = True, **sparse):
@@ -156,7 +180,8 @@ def predict_step(gpu: GPU, config: GPTConfig, batch_size: int, sparse: dict | No
     tokens, ffn = batch_size * config.block_size, ffn_weights(d, d_ff, activation)
     matrices = layers * (4 * d**2 + ffn) + config.vocab_size * d
     parameters = matrices + config.block_size * d
-    cast = 6 * (matrices - (layers * ffn if sparse else 0))  # read fp32, write bf16; packed weights need no cast
+    packed = sparse and not sparse.get("activations")
+    cast = 6 * (matrices - (layers * ffn if packed else 0))  # read fp32, write bf16; packed weights need no cast
     cast += 6 * matrices + 12 * parameters * (accumulation - 1) / accumulation  # cast gradients to fp32 and add them up
     sparse = {"accumulation": accumulation} | sparse if sparse else None
     micro = {

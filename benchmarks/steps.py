@@ -1,9 +1,10 @@
-"""Whole optimizer steps of GPT-2, dense and fst taking turns: python -m benchmarks.steps OUT.json [--verdicts FILE]
+"""Whole optimizer steps of GPT-2, dense and 2:4 taking turns: python -m benchmarks.steps OUT.json [--verdicts FILE]
 
-Both models are in memory, and each repetition runs one step of each, so that clocks and temperature are the same for
-both. A step consists of the micro-steps, clipping, AdamW and packing. The mask search is timed alone, and 1/40 of it is
-added to the sparse step. Blocks and head are compiled one by one. Steps are timed twice: with kernels launched one by
-one, and with each micro-step replayed from a CUDA graph, so that the host's time does not count. Each row also has
+The 2:4 model is fst's, or --method's. Both models have the activation that the method needs, else GELU. Both are in
+memory, and each repetition runs one step of each, so that clocks and temperature are the same for both. A step consists
+of the micro-steps, clipping, AdamW and packing. The mask search is timed alone, and its share of a step, 1/40 for fst,
+is added to the sparse step. Blocks and head are compiled one by one. Steps are timed twice: with kernels launched one
+by one, and with each micro-step replayed from a CUDA graph, so that the host's time does not count. Each row also has
 tokens/s, MFU, peak memory, kernel launches, the host's time to enqueue a step, and the GPU's time by kernel.
 
 `python bench.py --suite e2e` measures the same steps at the batches of the paper's Table 8. On a CPU there are no CUDA
@@ -27,13 +28,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
 from benchmarks.machine import copy_bandwidth, spread
-from benchmarks.roofline import predict_step
-from benchmarks.suites import MASK_INTERVAL, Settings, compiled, describe, measured_card, plan, time_ms
+from benchmarks.roofline import options_of, predict_step
+from benchmarks.suites import Settings, compiled, describe, measured_card, over, plan, time_ms
 from gemm24 import choose
 from gemm24 import plan as ffn_plan
 from gemm24.ffn import pack_weights
 from model import GPT, PRESETS, GPTConfig, peak_flops
-from sparse24 import RECIPES, refresh_masks, seed_draws, use_kernels
+from sparse24 import refresh_masks, seed_draws, use_kernels
 
 PAPER_BATCH = {"124M": 16, "350M": 16, "774M": 5, "1558M": 4}  # Table 8, which has no 1558M
 TOY = GPTConfig(vocab_size=128, block_size=32, n_layer=2, n_head=1, n_embd=64, bias=False)  # the model on a CPU
@@ -75,11 +76,13 @@ class Run:
         device = settings.device
         torch.manual_seed(0)
         with device:
-            self.model = GPT(replace(config, sparse="fst" if sparse else "none"))
-        decay = RECIPES["fst"].masked_decay if sparse else 0.0
+            self.model = GPT(replace(config, sparse=settings.method if sparse else "none"))
+        decay = settings.recipe.masked_decay if sparse else 0.0
         self.optimizer = self.model.configure_optimizers(0.1, 1.5e-4, (0.9, 0.95), device.type, decay)
         self.sparse, self.report, self.plan = sparse, None, None
         if sparse:
+            for block in self.model.transformer.h:
+                ffn_plan.set_phase(block.mlp, sparse=True)
             self.plan, self.report = plan(config, batch * config.block_size, settings)
             ffn_plan.set_plan(self.model, self.plan)
         if not settings.toy:
@@ -87,7 +90,8 @@ class Run:
                 block.compile(dynamic=False)
             self.model.head = compiled(self.model.head, settings)
         self.tokens = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
-        self.iter_num, self.micro_steps, self.new_gradients = 0, micro_steps, True
+        # In iteration 0 methods may measure.
+        self.iter_num, self.micro_steps, self.new_gradients = 1, micro_steps, True
 
     def micro_step(self) -> None:
         """Forward and backward. Adds to the gradients."""
@@ -153,8 +157,8 @@ def describe_step(run: Run, device: torch.device, others_bytes: int) -> dict:
 def timed(runs: dict[str, Run], tokens: int, refresh_ms: float, settings: Settings) -> dict:
     """Time the steps of both runs in turns. Returns {"dense", "sparse": ms, tokens/s and MFU; "s": spread of S}."""
     dense_ms, sparse_ms = time_ms([run.step for run in runs.values()], settings)
-    sparse_ms = [ms + refresh_ms / MASK_INTERVAL for ms in sparse_ms]
-    results = {"s": spread([dense / sparse for dense, sparse in zip(dense_ms, sparse_ms, strict=True)])}
+    sparse_ms = [ms + refresh_ms / settings.recipe.mask_interval for ms in sparse_ms]
+    results = {"s": over(dense_ms, sparse_ms)}
     for (name, run), ms in zip(runs.items(), (dense_ms, sparse_ms), strict=True):
         speed = 1000 * tokens / statistics.median(ms)
         mfu = run.model.estimate_mfu(speed, peak_flops(settings.device))
@@ -165,6 +169,7 @@ def timed(runs: dict[str, Run], tokens: int, refresh_ms: float, settings: Settin
 def row_of(case: Case, settings: Settings) -> dict:
     """Measure one case."""
     config, device, runs = gpt2(case.size), settings.device, {}
+    config = replace(config, activation=settings.recipe.activation or config.activation)
     on_gpu = device.type == "cuda"
     row = case._asdict() | {"tokens": case.batch * case.micro_steps * config.block_size}
     for name in ("dense", "sparse"):
@@ -186,7 +191,7 @@ def row_of(case: Case, settings: Settings) -> dict:
         row["graphs"] = time_steps()
     if card := measured_card(sparse.report, copy_bandwidth(device)):
         gpu, ratio = card  # this card's measured rates
-        ways = (None, {"ratio": ratio, "mask_interval": MASK_INTERVAL})
+        ways = (None, options_of(settings.recipe, ratio))
         dense_ms, sparse_ms = (predict_step(gpu, config, case.batch, one, case.micro_steps)["ms"] for one in ways)
         row["s_model"] = dense_ms / sparse_ms
     return row
@@ -196,11 +201,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--verdicts", type=Path, help="file of cached choices of GEMMs")
+    parser.add_argument("--method", default="fst")
+    parser.add_argument("--sizes", nargs="+", choices=PRESETS)
     args = parser.parse_args(argv)
-    settings = Settings(machine.device(), repetitions=5, cache=args.verdicts)
+    settings = Settings(machine.device(), repetitions=5, cache=args.verdicts, method=args.method)
     use_kernels(settings.device)
     torch.set_float32_matmul_precision("high")
-    rows = ((case._asdict(), partial(row_of, case, settings)) for case in CASES)
+    cases = [case for case in CASES if not args.sizes or case.size in args.sizes]
+    rows = ((case._asdict(), partial(row_of, case, settings)) for case in cases)
     return machine.write_rows(args.out, rows, ("dense", "sparse"))
 
 

@@ -23,7 +23,7 @@ import torch
 from configurator import write_json
 from gemm24.layout import ORDERS, check_packable, compress24
 from gemm24.matmul import Choice, Gemm, matmul24
-from gemm24.operands import mvue24_pack, pack_matrix, pack_weight_
+from gemm24.operands import mvue24_pack, pack_matrix, pack_weight_, relu2_backward_pack, relu2_pack
 from sparse24 import expand_index, transposable_index
 
 MODES = ("auto", "dense", "masked", "cusparselt", "emulated")  # the values of the setting `spmm`
@@ -63,8 +63,8 @@ def random_24(rows: int, columns: int, device, dtype=torch.bfloat16, seed: int =
 
 
 def packed_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of a pruned matrix and its operand from one of our packers. The packers write weights, their transposes and
-    gradients. All shapes are multiples of 128; _Trial compares the bytes again at the shape of each GEMM."""
+    """Pairs of a pruned matrix and its operand from one of our packers. The packers write weights, their transposes,
+    gradients and activations. All shapes are multiples of 128; _Trial compares the bytes again at each GEMM's shape."""
     pairs = []
     for seed, shape in enumerate([(256, 512), (512, 256), (384, 128)]):
         generator = torch.Generator().manual_seed(seed)
@@ -77,6 +77,10 @@ def packed_samples(order: str, device: torch.device) -> list[tuple[torch.Tensor,
         w_24_t = w_24.t().contiguous()
         gradient, _ = mvue24_pack(w_24_t, 0, order, token_major=True)  # MVUE leaves a 2:4 matrix as it is
         pairs += [(w_24, packed), (w_24_t, packed_t), (w_24, pack_matrix(w_24, order)), (w_24, gradient)]
+        z = w_24.abs()  # the two largest of four, and MVUE, leave its square as it is
+        a, a_t = relu2_pack(z, 0, order, order)
+        dz, dz_t, _ = relu2_backward_pack(z, torch.ones_like(z), 0, order, order)
+        pairs += [(z.square(), a), (z.square().t().contiguous(), a_t), (2 * z, dz), (2 * w_24_t.abs(), dz_t)]
     return pairs
 
 
@@ -220,10 +224,10 @@ def _are_times(us) -> bool:
 
 def _can_be_measured(row: dict) -> bool:
     """Returns whether `_Trial.measure` can have made this row. A missing or wrong field may raise an error instead."""
-    _, (*shape, _, _, _, _), _, mode, *_ = json.loads(row["key"])
+    _, (m, n, k, *_), _, mode, *_ = json.loads(row["key"])
     us = [row["dense_us"], *([] if row["best_us"] is None else [row["best_us"]])]
-    valid = _are_times(us) and all(type(n) is int for n in (*shape, row["alg_id"], row["split_k"]))
-    valid &= shape == [row["m"], row["n"], row["k"]] and type(row["chosen"]) is bool
+    valid = _are_times(us) and all(type(one) is int for one in (m, n, k, row["alg_id"], row["split_k"]))
+    valid &= [m, n, k] == [row["m"], row["n"], row["k"]] and type(row["chosen"]) is bool
     valid &= all(type(text) is str for text in (row["reason"], *row["faults"].values()))
     valid &= len(us) == 1 or math.isclose(row["ratio"], us[0] / us[1])
     if row["chosen"]:  # not 20 times as fast, because 2:4 halves the arithmetic
@@ -338,18 +342,20 @@ class _Trial:
         """Run an algorithm until it can be trusted or shows a fault."""
         gemm = self.gemm
         try:
-            if not gemm.fresh and choice.order in ORDERS:  # a weight is packed with its transpose, which must fit too
+            once = not (gemm.fresh or gemm.repacked)
+            if once and choice.order in ORDERS:  # a weight is packed with its transpose, which must fit too
                 check_packable("transposed weight", gemm.k, gemm.m, choice.order)
             if choice.order not in self.operands:
                 self.operands[choice.order] = self._pack(choice.order)
         except (RuntimeError, ValueError) as error:
             self.faults[choice] = f"raises {reason(error)}"
             return False
-        # The converter packs a gradient in each call, so its time counts. Our own packers pack while they draw MVUE.
-        operand, convert = self.operands[choice.order], gemm.fresh and choice.order == "library"
+        # The time of packing counts where it is a pass of its own in each call. Our packers pack gradients and
+        # activations while they compute them; the library's converter cannot.
+        operand, pack = self.operands[choice.order], gemm.repacked or (gemm.fresh and choice.order == "library")
 
         def call():
-            a = compress24(self.a) if convert else operand
+            a = pack_matrix(self.a, choice.order) if pack else operand
             return matmul24(a, self.b, self.bias, gemm.m, gemm.transposed, choice)
 
         fault = fault_of(call, self.reference) or (fault_in_graph(call, self.reference) if self.captured else None)
@@ -469,7 +475,8 @@ def choose(
     by_key, reused, rows = {}, 0, []  # two GEMMs of one shape have one key and share a row
     for name, gemm in gemms.items():
         settings = [str(dtype), mode, {"cusparselt": order}, graph, *_machine(device)]
-        key = json.dumps([_FORMAT, gemm[1:], *settings])
+        fields = gemm[1:] if gemm.repacked else gemm[1:-1]  # rows of earlier versions have no such field
+        key = json.dumps([_FORMAT, fields, *settings])
         if key not in by_key:
             row, trial = earlier.get(key), functools.partial(_Trial, gemm, order, device, graph)
             if row and row["chosen"] and (fault := trial().fault_now(_choice_of(row))):

@@ -127,8 +127,11 @@ class _SparseFFN(torch.autograd.Function):
 
 
 def takes_plan(plan: FFNPlan | None, x: torch.Tensor, c_fc: nn.Module, c_proj: nn.Module) -> bool:
-    """Returns whether this call follows the plan: both layers are in their sparse phase, tokens and dtype match."""
+    """Returns whether sparse_ffn follows the plan in this call: both layers are in their sparse phase, tokens and dtype
+    match. A method that computes the whole layer (`Recipe.ffn`) gets the plan itself."""
     if plan is None or not getattr(c_fc, "sparse", False) or not getattr(c_proj, "sparse", False):
+        return False
+    if c_fc.recipe.ffn:
         return False
     return x.numel() == plan.tokens * x.shape[-1] and compute_dtype(x) == plan.dtype
 
@@ -189,10 +192,12 @@ def planned_modules(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def pack_weights(model: nn.Module) -> None:
     """Write the operands of all planned FFNs from their weights and masks: once per optimizer step, after the refresh
-    of the masks. In the dense phase and without a plan, free them. Does not synchronise."""
+    of the masks. In the dense phase and without a plan, free them. Recipes with 2:4 activations have none. Does not
+    synchronise."""
     for ffn in planned_modules(model):
         plan, orders = ffn.plan, (None, None)
-        if plan is not None and ffn.c_fc.sparse and ffn.c_proj.sparse and not ffn.c_fc.prune_again:
+        packs = not (ffn.c_fc.prune_again or ffn.c_fc.recipe.activations24)
+        if plan is not None and ffn.c_fc.sparse and ffn.c_proj.sparse and packs:
             orders = plan.orders
         for layer, order in zip((ffn.c_fc, ffn.c_proj), orders, strict=True):
             _pack_layer(layer, order, plan and plan.dtype)

@@ -16,7 +16,8 @@ class Gemm(NamedTuple):
     """A GEMM of a run, D = A B with a 2:4 A (m, k) and B (k, n).
 
     b_column_major: B is the transpose of a contiguous (n, k). transposed: the result is D^T, a contiguous (n, m). bias:
-    one number per row of A is added. fresh: A is a gradient and packed in each call; a weight is packed once per step.
+    one number per row of A is added. fresh: A is a gradient or an activation, which the kernel that computes it packs
+    in each call; a weight is packed once per step. repacked: A is a weight that is packed in each call by itself.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Gemm(NamedTuple):
     transposed: bool
     bias: bool
     fresh: bool = False
+    repacked: bool = False
 
 
 MATMULS = ("masked", "cusparselt", "emulated")  # backends of matmul24

@@ -258,6 +258,7 @@ RECIPE = Recipe(
     dense_pretrain=0.05,
     layer={"c_fc": Sparse24Linear, "c_proj": Act24Linear},
     ffn=act24_ffn,
+    activations24=True,
     activation="relu2",
     check=check,
 )

@@ -398,8 +398,8 @@ def _measure_gemms(s: SimpleNamespace, model: GPT, path: Path | None, world_size
         often = "the first time" if cache else "at each start: there is no home folder for a cache, set XDG_CACHE_HOME"
         print(f"measuring 2:4 GEMMs, which takes a while {often}", flush=True)
     mlp = model.transformer.h[0].mlp
-    options["transposable"] = mlp.c_fc.recipe.mask == "transposable"
-    plan, report = plan_ffn(model.config, s.batch_size * s.block_size, dev, DTYPES[s.dtype], s.spmm, s.mvue, **options)
+    case = (s.batch_size * s.block_size, dev, DTYPES[s.dtype], s.spmm, mlp.c_fc.recipe)
+    plan, report = plan_ffn(model.config, *case, **options)
     if plan is not None and s.spmm == "auto":
         # Weights are packed once per optimizer step; under FSDP they are packed in each micro-step.
         micro_steps = 1 if fsdp else -(-s.gradient_accumulation_steps // world_size)

@@ -12,6 +12,7 @@ import torch
 from benchmarks import roofline
 from benchmarks.steps import gpt2
 from configurator import configure
+from gemm24 import plan
 from model import GPT, GPTConfig
 from runtime.metrics import read_config, read_metrics
 from sparse24 import SETTINGS, Recipe, Sparse24Linear, get_recipe
@@ -43,12 +44,11 @@ def switches_by_itself(settings: str) -> bool:
 
 
 def sparse_gemms(recipe: Recipe) -> list[str]:
-    """The GEMMs of a feed-forward layer that have a 2:4 operand. dX needs weights pruned along the outputs."""
-    gemms, layer = ["z", "y"], recipe.layer or Sparse24Linear
-    overrides_backward_mask = layer.backward_mask is not Sparse24Linear.backward_mask
-    if recipe.mask == "transposable" or overrides_backward_mask:
+    """The GEMMs of a feed-forward layer that have a 2:4 operand, also by a second mask for dX."""
+    gemms, layer = [*plan.sparse_gemms(recipe)], recipe.layer
+    if isinstance(layer, type) and layer.backward_mask is not Sparse24Linear.backward_mask:
         gemms += ["da", "dx"]
-    return gemms + (["dw1", "dw2"] if recipe.mvue else [])
+    return gemms
 
 
 def sparse_share(recipe: Recipe) -> float:
@@ -82,7 +82,7 @@ def predicted_ms(settings: str, ratio: float) -> float:
     if recipe is None:
         return dense
     ratios = dict.fromkeys(sparse_gemms(recipe), ratio)
-    options = {"ratio": ratios, "mvue": recipe.mvue, "mask_interval": recipe.mask_interval}
+    options = roofline.options_of(recipe, ratios)
     sparse = roofline.predict_step(card, config, MICRO_BATCH, options, ACCUMULATION)["ms"]
     if recipe.mask == "soft" and recipe.weight_gradient != "straight":
         weights = config.n_layer * roofline.ffn_weights(config.n_embd, config.d_ff, config.activation)

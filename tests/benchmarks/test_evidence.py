@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import evidence
 from benchmarks.evidence import Stage
+from gemm24.plan import ffn_gemms
+from sparse24 import get_recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOOD = Stage(0, 60, "echo fine; echo '{{}}' > {out}/good.json")
@@ -118,6 +120,21 @@ def test_the_code_id_depends_on_the_files(monkeypatch, tmp_path):
         ids.append((evidence.code_id(measures), evidence.code_id(tests)))
     assert ids[0][0] == ids[1][0] != ids[2][0]
     assert len({tests for _, tests in ids}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [f"{suite}_{method}" for method in ("act24", "act24_soft") for suite in ("gemm", "ffn")]
+)
+def test_stages_of_2_4_activations_run_at_toy_size_without_a_gpu(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert evidence.run(tmp_path, 5, [name], evidence.STAGES), (tmp_path / "log.txt").read_text()
+    (rows,) = [one["rows"] for one in json.loads((tmp_path / f"{name}.json").read_text())["suites"].values()]
+    if name.startswith("gemm"):
+        assert [row["name"] for row in rows] == [*ffn_gemms(64, 256, 128, "relu2", False, get_recipe(name[5:]))]
+    else:
+        assert [row["variants"].keys() for row in rows] == [{"dense", "gelu", "auto"}]
+        assert rows[0]["plan"].count("emulated") == (4 if name == "ffn_act24" else 6)
 
 
 @pytest.mark.parametrize("name", evidence.STAGES)

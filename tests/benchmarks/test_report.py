@@ -62,6 +62,34 @@ def test_the_docs_layers_and_packing_are_those_of_the_files(docs):
     assert f"| {library / ours:.1f} ({ours:.0f} us against {library:.0f} us) |" in docs
 
 
+def test_2_4_activations_have_sections_of_their_own(tmp_path):
+    """A page shows the products, layers, steps and losses of act24 where their stages have written a file."""
+    spread = {"median": 1.25, "min": 1.2, "max": 1.3}
+    dense, sparse = ({"ms": {"median": ms}, "host_us": 500.0} for ms in (2.0, 1.6))
+    layer = {"d": 1280, "s": {"auto": spread, "gelu": spread | {"median": 1.5}}, "plan": "y cusparselt sm90 3/1"}
+    layer["variants"] = {"dense": dense, "gelu": {"ms": {"median": 2.4}}, "auto": sparse}
+    product = {"d": 1280, "dense_us": 100.0, "best_us": 80.0, "ratio": 1.25, "faults": {}}
+    product["algorithms_us"] = {"cusparselt sm90 0/1": 88.0, "cusparselt sm90 3/1": 80.0}
+    rows = [{"iter": 50, "train_loss": 6.0}, {"iter": 100, "train_loss": 5.0, "val_loss": None}, {"val_loss": 4.5}]
+    files = {
+        "evidence": {"device": "NVIDIA X", "stages": {}},
+        "gemm_act24": {"suites": {"gemm": {"rows": [product | {"name": name} for name in ("y", "dx", "dw1", "dw2")]}}},
+        "ffn_act24": {"suites": {"ffn": {"rows": [layer, {"case": [], "reason": "left out"}]}}},
+        "train_act24": {"runs": {"act24": {"rows": rows, "exit": 0}}},
+    }
+    (tmp_path / "evidence").mkdir()
+    for name, data in files.items():
+        (tmp_path / "evidence" / f"{name}.json").write_text(json.dumps(data))
+    page = report.page(tmp_path)
+    assert "| d | y | dx | dw1 | dw2 |" in page
+    assert "| 1280 | " + " | ".join(["100 / 80 = 1.25"] * 4) + " |" in page
+    assert "0, takes 1.10 to 1.10 times as long as the best" in page
+    s = "1.25 (1.20 to 1.30) | 1.50 (1.20 to 1.30)"
+    assert f"| 1280 | 2.000 | 2.400 | 1.600 | {s} | y cusparselt sm90 3/1 | 0.5 / 0.5 |" in page
+    assert "| act24 | 6.000 | 5.000 |  |  | 4.500 | 0 |" in page
+    assert page.count("\n## ") == 3
+
+
 def test_packing_less_often_takes_less():
     spread = {"median": 1.0, "min": 1.0, "max": 1.0}
     auto = {"ms": {"median": 1.5}, "pack_ms": {"median": 0.5}, "refresh_ms": {"median": 4.0}}

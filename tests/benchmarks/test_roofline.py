@@ -44,6 +44,30 @@ def test_times_of_the_table():
     assert roofline.pack_bytes(16, mask_interval=10) == 97 + 6.9
 
 
+def test_bytes_of_2_4_activations():
+    """Forward 2 + 2 x 1.125, backward 4 + 2 x 1.125; dense moves 12. Soft weights add their packing."""
+    assert roofline.activations24_bytes(3072, 64) == 10.5 * 3072 * 64
+    assert roofline.activations24_bytes(3072, 64, mvue=False) == 12.25 * 3072 * 64
+    slow, shape = GPU(float("inf"), 1.0), (768, 3072, 64, "relu2")
+    options = {"ratio": 2.0, "activations": True, "weights": False}
+    assert roofline.ffn_seconds(slow, *shape, None) == 12 * 3072 * 64
+    assert roofline.ffn_seconds(slow, *shape, options) == 10.5 * 3072 * 64
+    soft = roofline.ffn_seconds(slow, *shape, options | {"weights": True})
+    assert soft == 10.5 * 3072 * 64 + 5.625 * 2 * 768 * 3072
+
+
+@pytest.mark.parametrize(
+    ("size", "s", "act24"), [("774M", 1.25, 1.07), ("774M", 1.5, 1.115), ("774M", 1.75, 1.15), ("1558M", 1.5, 1.125)]
+)
+def test_a_step_with_2_4_activations(size, s, act24):
+    """524,288 tokens a step on one H200; four of six GEMMs are s times as fast."""
+    four = {"ratio": dict.fromkeys(("y", "dx", "dw1", "dw2"), s), "activations": True, "weights": False}
+    config = GPTConfig(**PRESETS[size], activation="relu2")
+    dense, sparse = (roofline.predict_step(GPUS["h200"], config, 16, one, 32) for one in (None, four))
+    assert dense["ms"] / sparse["ms"] == pytest.approx(act24, abs=0.004)
+    assert dense["parts"]["casts"] == sparse["parts"]["casts"]  # the weights are dense
+
+
 def test_gated_counts():
     """With 2/3 of the hidden width a gated layer has the same weights and FLOPs; 16 bytes per hidden element."""
     ungated, gated = (roofline.gemm_flops(*shape) for shape in ((768, 3072, 64, "relu2"), (768, 2048, 64, "swiglu")))

@@ -1,6 +1,7 @@
 """Whole optimizer steps at a toy size on the CPU, and the profile of a step."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import bench
 from benchmarks import roofline, steps
 from benchmarks.roofline import predict_step
 from benchmarks.steps import TOY
-from benchmarks.suites import MASK_INTERVAL, Settings
+from benchmarks.suites import Settings
 from gemm24.ffn import pack_weights
 from sparse24 import refresh_masks, sparse_linears
 
@@ -67,6 +68,18 @@ def test_row_of_a_step():
     assert line[:2] == ["e2e", "toy, batch 2 x 1, compiled"]
 
 
+def test_a_step_with_2_4_activations(monkeypatch):
+    """Both models have squared ReLU, and the layers of the 2:4 one have joined."""
+    runs, begin = [], steps.Run.__init__
+    monkeypatch.setattr(steps.Run, "__init__", lambda self, *args: runs.append(self) or begin(self, *args))
+    row = steps.row_of(CASE, replace(SETTINGS, method="act24"))
+    assert row["plan"].startswith("y emulated sm90")
+    assert row["compiled"]["s"]["median"] > 0
+    dense, sparse = ([block.mlp for block in run.model.transformer.h] for run in runs)
+    assert {mlp.activation for mlp in (*dense, *sparse)} == {"relu2"}
+    assert all(mlp.c_proj.joined and mlp.plan is not None for mlp in sparse)
+
+
 def test_a_step_pays_its_share_of_the_mask_search(monkeypatch):
     """Dense steps of 12 ms, sparse ones of 10 ms, and a search of 80 ms in one step of 40."""
     monkeypatch.setattr(steps, "time_ms", lambda calls, *_: [[12.0] * 2, [10.0] * 2])
@@ -80,7 +93,7 @@ def test_the_model_of_a_step_has_this_cards_rates(monkeypatch):
     gpu, ratio = roofline.GPU(1e12, 1e9), dict.fromkeys(roofline.GEMMS, 1.5)
     monkeypatch.setattr(steps, "measured_card", lambda report, bandwidth: (gpu, ratio))
     case = CASE._replace(micro_steps=2)
-    both = (None, {"ratio": ratio, "mask_interval": MASK_INTERVAL})
+    both = (None, {"ratio": ratio, "mask_interval": 40})
     dense, sparse = (predict_step(gpu, TOY, 2, one, 2)["ms"] for one in both)
     assert steps.row_of(case, SETTINGS)["s_model"] == dense / sparse
 

@@ -26,7 +26,7 @@ def timed(monkeypatch):
 
     def plan_ffn(config, tokens, **options):
         plan, report = original(config, tokens, **options)
-        gemms = ffn_plan.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias, True)
+        gemms = ffn_plan.ffn_gemms(config.n_embd, config.d_ff, tokens, config.activation, config.bias)
         for gemm in gemms.values():
             us = 2e-6 * gemm.m * gemm.n * gemm.k
             row = {**gemm._asdict(), "dense_us": us, "dense_spread_us": [us, us], "best_us": us / 2, "ratio": 2.0}
@@ -51,6 +51,35 @@ def test_layer_row_has_dense_and_sparse(kind, activation):
     assert row["plan"].startswith("z emulated sm90")
     assert "s_model" not in row  # no GEMM was timed
     assert json.loads(json.dumps(row)) == row
+
+
+@pytest.mark.parametrize("method", ["act24", "act24_soft"])
+def test_a_layer_with_2_4_activations_has_joined_and_stands_beside_dense_gelu(monkeypatch, method):
+    """Dense squared ReLU 10 ms, dense GELU 12 ms, sparse 8 ms, of which 1 ms is the refresh of soft weights."""
+    soft = method == "act24_soft"
+    layers = [[10.0] * 2, [12.0] * 2, [7.0 if soft else 8.0] * 2]
+    monkeypatch.setattr(suites, "time_ms", lambda calls, *_: layers if len(calls) == 3 else [[1.0] * 2])
+    modules, original = [], ffn_plan.forward_backward
+    monkeypatch.setattr(
+        ffn_plan, "forward_backward", lambda net, module, *rest: modules.append(module) or original(net, module, *rest)
+    )
+    settings = replace(SETTINGS, method=method)
+    row = layer("ffn", settings, suites.layer_grid("ffn", settings)[0])
+    dense, gelu, sparse = modules
+    assert (dense.activation, gelu.activation, sparse.activation) == ("relu2", "gelu", "relu2")
+    assert sparse.c_proj.joined
+    assert {name: s["median"] for name, s in row["s"].items()} == {"auto": 1.25, "gelu": 1.5}
+    assert row["variants"].keys() == {"dense", "gelu", "auto"}
+    assert row["variants"]["auto"].keys() == {"ms", "host_us"} | ({"refresh_ms"} if soft else set())
+    gemms = ("z", "y", "da", "dx", "dw1", "dw2") if soft else ("y", "dx", "dw1", "dw2")
+    assert row["plan"] == ", ".join(f"{name} emulated sm90 0/1" for name in gemms)
+
+
+def test_gemms_of_2_4_activations_are_measured_in_their_orientations():
+    d, tokens, d_ff = 64, 128, 256
+    rows = suites.gemm_rows((d, tokens), replace(SETTINGS, method="act24"))
+    shapes = {"y": (tokens, d, d_ff), "dx": (tokens, d, d_ff), "dw1": (d_ff, d, tokens), "dw2": (d_ff, d, tokens)}
+    assert {row["name"]: (row["m"], row["n"], row["k"]) for row in rows} == shapes
 
 
 def test_a_layer_pays_for_its_packing_and_its_share_of_the_mask_search(monkeypatch):
@@ -133,8 +162,10 @@ def test_attention_of_a_block_stays_dense(monkeypatch):
 
 
 @pytest.mark.slow
-def test_bench_measures_gemms_and_layers_on_the_fake_gpu(tmp_path, on_fake_gpu):
-    on_fake_gpu("""
+@pytest.mark.parametrize(("method", "packed"), [("fst", 6), ("act24", 4)])
+def test_bench_measures_gemms_and_layers_on_the_fake_gpu(tmp_path, on_fake_gpu, method, packed):
+    on_fake_gpu(
+        """
 import dataclasses
 import bench
 from benchmarks import suites
@@ -143,11 +174,14 @@ settings_of = bench.settings_of
 bench.settings_of = lambda *args: dataclasses.replace(settings_of(*args), scale="toy")
 suites.copy_bandwidth = lambda device: 4e12  # measured by copies of 1 GiB on a GPU
 for suite in ("gemm", "ffn"):
-    bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", out])
-""")
+    bench.main(["--suite", suite, "--repetitions", "2", "--budget", "0.1", "--out_dir", out, "--method", method])
+""",
+        method=method,
+    )
     measured = json.loads((tmp_path / "bench.json").read_text())["suites"]
-    assert [row["chosen"] for row in measured["gemm"]["rows"]] == [True] * 6
+    assert [row["chosen"] for row in measured["gemm"]["rows"]] == [True] * packed
     row = measured["ffn"]["rows"][0]
     assert all("ms" in row["variants"][name] for name in ("dense", "auto")), row["variants"]
-    assert row["plan"].count("cusparselt") == 6
+    assert row["plan"].count("cusparselt") == packed
+    assert row["s_model"] > 0
     assert measured["ffn"]["environment"]["device_name"] == "NVIDIA H200"

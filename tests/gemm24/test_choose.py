@@ -270,18 +270,19 @@ def test_a_packer_that_raises_is_a_fault(decide, monkeypatch):
 
 
 @pytest.mark.parametrize("order", ["sm90", "library"])
-@pytest.mark.parametrize("fresh", [False, True])
-def test_the_librarys_converter_is_timed_for_gradients_alone(decide, monkeypatch, order, fresh):
-    library, converted = Library({(0, 1): 80}), []
+@pytest.mark.parametrize("fields", [{}, {"fresh": True}, {"repacked": True}], ids=str)
+def test_packing_is_timed_where_it_is_a_pass_in_each_call(decide, monkeypatch, order, fields):
+    """For gradients the library's converter is one, and for weights that are packed in each call every packer."""
+    library, packed = Library({(0, 1): 80}), []
 
     def clock(calls, repetitions, **options):
-        converted.clear()
+        packed.clear()
         return library.clock(calls, repetitions)
 
-    compress = lambda x: converted.append(1) or pack24(x, x != 0, "sm90")  # noqa: E731
-    monkeypatch.setattr(chooser, "compress24", compress)
-    decide(library, gemms={"y": Y["y"]._replace(fresh=fresh)}, order=order, clock=clock)
-    assert len(converted) == (order == "library" and fresh)
+    pack = lambda x, order: packed.append(order) or pack24(x, x != 0, "sm90")  # noqa: E731
+    monkeypatch.setattr(chooser, "pack_matrix", pack)
+    decide(library, gemms={"y": Y["y"]._replace(**fields)}, order=order, clock=clock)
+    assert packed == ([order] if "repacked" in fields or ("fresh" in fields and order == "library") else [])
 
 
 def test_a_bug_of_ours_is_not_a_fault():
@@ -343,7 +344,7 @@ def test_with_other_bytes_the_librarys_compress_packs(monkeypatch, wrong):
 @pytest.mark.parametrize("order", ["sm80", "sm90"])
 def test_samples_and_packers_write_the_layout(order):
     pairs = packed_samples(order, CPU)
-    assert len(pairs) == 12
+    assert len(pairs) == 24
     for x, packed in pairs:
         assert torch.equal(unpack24(packed, *x.shape, order), x)
         assert ((x != 0).view(-1, 4).sum(1) == 2).all()
@@ -541,7 +542,7 @@ def test_the_committed_rows_are_read(decide, monkeypatch):
     monkeypatch.setattr(chooser, "_machine", lambda device: machine)
     monkeypatch.setattr(chooser._Trial, "__init__", lambda *args: None)
     monkeypatch.setattr(chooser._Trial, "fault_now", lambda *args: None)
-    gemms = ffn_gemms(1600, 6400, 16384, "gelu", False, True)
+    gemms = ffn_gemms(1600, 6400, 16384, "gelu", False)
     report = decide(Library({}), gemms=gemms, graph=True, known=saved.rows)
     assert report.notes[-1].startswith("4 of 4 GEMMs as measured earlier")  # z and da, y and dx have one shape
 

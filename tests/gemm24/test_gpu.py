@@ -53,7 +53,7 @@ def order(device):
 
 def first_sound(name, order, device, bias=False):
     """(gemm, choice, operand, b, bias, reference): the first sound algorithm of an FFN's GEMM, on random operands."""
-    gemm = ffn_gemms(256, 1024, TOKENS, "gelu", bias, True)[name]
+    gemm = ffn_gemms(256, 1024, TOKENS, "gelu", bias)[name]
     a = random_24(gemm.m, gemm.k, device)
     b = torch.randn(*((gemm.n, gemm.k) if gemm.b_column_major else (gemm.k, gemm.n)), device=device).bfloat16()
     b = b.t() if gemm.b_column_major else b
@@ -150,7 +150,7 @@ def test_times_are_those_of_the_gpu(device):
 
 
 def test_choosing_ends_with_a_table_and_right_results(device, tmp_path):
-    gemms = ffn_gemms(1024, 4096, 4096, "gelu", False, True)
+    gemms = ffn_gemms(1024, 4096, 4096, "gelu", False)
     report = choose(gemms, device, cache=tmp_path / "c")
     assert set(report.choices) == set(GEMMS)
     for row in report.rows:

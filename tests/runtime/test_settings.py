@@ -60,7 +60,7 @@ def test_a_recipe_sets_its_values_unless_the_user_does(given, sparse, overrides,
 
 def test_the_script_shows_the_defaults_of_fst():
     for field in fields(RECIPES["fst"]):
-        if field.name in setting_names(vars(train)):
+        if field.name in setting_names(vars(train)) and field.name != "activation":  # a need of the method
             assert getattr(train, field.name) == getattr(RECIPES["fst"], field.name), field.name
 
 

@@ -28,10 +28,11 @@ from configurator import setting_names
 from gemm24.choose import Report
 from gemm24.matmul import Choice
 from gemm24.plan import FFNPlan, plan_ffn, set_plan
+from methods import act24
 from model import GPT, GPTConfig
 from runtime import ranks, setup
 from runtime.ranks import Ranks
-from sparse24 import get_recipe, sparse_linears
+from sparse24 import get_recipe, recipe_of, sparse_linears
 
 CPU = torch.device("cpu")
 # A row of `choose` on a GPU
@@ -377,6 +378,21 @@ def test_planned_runs_train_as_the_layers_do_and_packed_ones_bit_for_bit(run, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "mask_interval"), [("act24", 40), ("act24_soft", 1)])
+def test_runs_with_packed_activations_train_as_pruned_ones_bit_for_bit(run, tmp_path, monkeypatch, name, mask_interval):
+    monkeypatch.setattr(act24, "INTERVAL", 3)
+    monkeypatch.setattr(act24, "JOIN", 1.0)
+    method = {"sparse": name, "activation": "relu2", "dense_pretrain": 0.2, "dense_start": 14}
+    method |= {"masked_decay": 0.0, "mask_interval": mask_interval}
+    for spmm in ("masked", "emulated"):
+        text = run(tmp_path / spmm, **PACKED | method, spmm=spmm)
+        assert ("2:4 GEMMs are emulated" in text) == (spmm == "emulated")
+    assert run_differences(tmp_path / "emulated", tmp_path / "masked") == []
+    extra_state = read_state(tmp_path / "emulated")["model"]["transformer.h.1.mlp.c_proj._extra_state"]
+    assert extra_state[:2].tolist() == [True, True]  # the layer is sparse and has joined
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [6, 10, 12])
 def test_a_planned_run_that_was_stopped_ends_in_the_same_bits(run, tmp_path, stop):
     run(tmp_path / "undisturbed", **PACKED, spmm="emulated")
@@ -392,10 +408,10 @@ class Planner:
         self.rows, self.notes, self.plans, self.taken = [*rows], [*notes], plans, taken
         self.asked, self.timed, self.layers = [], [], []
 
-    def plan_ffn(self, config, tokens, device, dtype, spmm, mvue, **options):
+    def plan_ffn(self, config, tokens, device, dtype, spmm, recipe, **options):
         options["known"] = [*options["known"]]
-        self.asked.append(((config, tokens, str(device), dtype, spmm, mvue), options))
-        plan = FFNPlan("gelu", tokens, dtype, mvue, *[Choice()] * 6) if self.plans else None
+        self.asked.append(((config, tokens, str(device), dtype, spmm, recipe), options))
+        plan = FFNPlan("gelu", tokens, dtype, recipe.mvue, *[Choice()] * 6) if self.plans else None
         return plan, Report({}, self.rows, self.notes)
 
     def time_ways(self, mlp, plan, **options):
@@ -427,7 +443,8 @@ def test_measurements_are_printed_and_saved_and_the_next_start_gets_them(run, tm
     assert json.loads((out / "spmm.json").read_text()) == {"notes": ["cusparselt: sound"], "rows": [ROW], "whole": None}
     run(out, spmm="masked", max_iters=7, dense_start=5)
     asked = [(question[1:], options["known"], options["graph"]) for question, options in planner.asked]
-    question = (4 * 32, "cpu", torch.float32, "masked", True)
+    recipe = recipe_of({"sparse": "fst", "mask_interval": 5, "masked_decay": 1e-2, "mvue": True})
+    question = (4 * 32, "cpu", torch.float32, "masked", recipe)
     assert asked == [(question, [], False), (question, [ROW], False)]
     run(out, max_iters=8, dense_start=5)  # in the dense phase nothing is measured
     run(out, eval_only=True, max_iters=8, dense_start=5)
@@ -479,13 +496,12 @@ def test_a_report_that_cannot_be_read_is_measured_anew(run, stopped, text):
 def test_what_is_asked_before_a_run(given, tmp_path, monkeypatch, plan_by, mode, device, name, fsdp, micro_steps):
     planner = plan_by(plans=device == "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given(dtype="bfloat16", compile=mode is not None, compile_mode=mode or "default", mvue=False)
+    given(dtype="bfloat16", compile=mode is not None, compile_mode=mode or "default")
     given(batch_size=3, block_size=5, gradient_accumulation_steps=7, spmm="auto")
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, sparse=name))
     setup._measure_gemms(all_settings(), model, None, 2, fsdp, torch.device(device))
     expected = {"graph": device == "cuda", "cache": tmp_path / "cache" / "nano24" / "spmm.json", "known": []}
-    expected["transposable"] = name == "fst"
-    assert planner.asked == [((model.config, 15, device, torch.bfloat16, "auto", False), expected)]
+    assert planner.asked == [((model.config, 15, device, torch.bfloat16, "auto", get_recipe(name)), expected)]
     assert planner.timed == ([(15, mode, micro_steps)] if device == "cpu" else [])
 
 

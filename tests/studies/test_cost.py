@@ -24,7 +24,7 @@ def test_flops_by_hand():
     assert share("sparse=fst dense_finetune=0") == pytest.approx(1 - ffn / 2 / total)
     assert share(FST) == pytest.approx(1 - 5 / 6 * ffn / 2 / total)
     assert share(f"{FST} dense_pretrain=0.5") == pytest.approx(1 - 1 / 3 * ffn / 2 / total)
-    for name, sparse_gemms in (("ste", 4), ("sr_ste", 2), ("bi_mask", 4), ("s_ste", 4)):
+    for name, sparse_gemms in (("ste", 4), ("sr_ste", 2), ("bi_mask", 4), ("s_ste", 4), ("act24", 4 * 0.95)):
         assert share(f"sparse={name}") == pytest.approx(1 - sparse_gemms * gemm / 2 / total), name
     assert share("sparse=s_ste ffn_ratio=8") == pytest.approx((total + ffn - 8 * gemm / 2) / total)
     assert cost.flops_of(CPU, 50257) - total == 6 * 64 * (50304 - 65)  # the vocabulary is padded
@@ -50,6 +50,15 @@ def test_predicted_times_are_rooflines():
     assert cost.predicted_ms("sparse=s_ste", 2.0) == pytest.approx(soft + jacobian)
     row = step(4, ratio=dict.fromkeys(("z", "y"), 2.0), mask_interval=1, mvue=False)
     assert cost.predicted_ms("sparse=sr_ste", 2.0) == pytest.approx(row)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("act24", (1.07, 1.115, 1.15)), ("act24_soft", (1.087, 1.159, 1.217))])
+def test_predicted_times_of_2_4_activations(name, expected):
+    """Times of dense relu2 over those of the sparse phase, at the three ratios of 2:4 GEMMs."""
+    settings = f"sparse={name} activation=relu2 dense_pretrain=0"
+    for ratio, s in zip((1.25, 1.5, 1.75), expected, strict=True):
+        found = cost.predicted_ms("sparse=none activation=relu2", ratio) / cost.predicted_ms(settings, ratio)
+        assert found == pytest.approx(s, abs=0.002), ratio
 
 
 def test_step_times_are_read_from_a_run_by_phase(tmp_path, write_run):

@@ -1172,9 +1172,9 @@ def _top2_flags(x, y):
 
 
 @triton.jit
-def _top2_words(z, da, BACKWARD: tl.constexpr, PACK: tl.constexpr):
-    """A, or with BACKWARD dZ, of words (.., 2 n): the pruned words, and with PACK (.., n) their pairs and nibbles. A
-    nibble is the OR of bytes 2 and 3."""
+def _top2_words(z, da, BACKWARD: tl.constexpr):
+    """A, or with BACKWARD dZ, of words (.., 2 n): the pruned words, and (.., n) the kept pairs and their nibbles, each
+    of which is the OR of bytes 2 and 3."""
     groups: tl.constexpr = (z.shape[0], z.shape[1] // 2, 2)
     x, y = tl.split(tl.reshape(z, groups))
     x, y = _relu_words(x), _relu_words(y)
@@ -1187,8 +1187,6 @@ def _top2_words(z, da, BACKWARD: tl.constexpr, PACK: tl.constexpr):
         x, y = _multiply_words(x, x), _multiply_words(y, y)
     pruned = tl.join(x & _byte_perm(x_flags, x_flags, 0xBB99), y & _byte_perm(y_flags, y_flags, 0xBB99))
     pruned = tl.reshape(pruned, z.shape)
-    if not PACK:
-        return pruned, pruned, pruned
     # Bytes 0 and 2 say which element is the first one: number 0, or 1, or 2, by the flags of 0 and 1. Bytes 1 and 3 say
     # the second one: number 3, or 2, or 1, by the flags of 3 and 2. The low bytes are a byte selector.
     outer, inner = _byte_perm(x_flags, y_flags, 0xF9F9), _byte_perm(x_flags, y_flags, 0xDBDB)
@@ -1237,8 +1235,8 @@ def _relu2_pack_kernel(
     da_even, da_odd = even, odd
     if BACKWARD:
         da_even, da_odd = tl.load(da_ptr + first + at), tl.load(da_ptr + (first + words_of_row) + at)
-    even, pair_even, choice_even = _top2_words(even, da_even, BACKWARD, ORDER != 0)
-    odd, pair_odd, choice_odd = _top2_words(odd, da_odd, BACKWARD, ORDER != 0)
+    even, pair_even, choice_even = _top2_words(even, da_even, BACKWARD)
+    odd, pair_odd, choice_odd = _top2_words(odd, da_odd, BACKWARD)
     if ORDER:
         n = tl.arange(0, 256)  # two groups of a token, as a thread loads them
         out_ptr, there = out_ptr + (first >> 1), n // 8 * (d_ff >> 1) + n % 8 * 2

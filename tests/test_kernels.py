@@ -593,6 +593,7 @@ def test_relu2_packs_equal_their_specifications(order, order_t, tokens, d_ff):
     assert empty.shape == (0,)
 
 
+@pytest.mark.slow
 def test_relu2_pack_of_all_orders_ties_inf_and_nan():
     values = [0.0, -0.0, -1.0, 1.0, 2.0, math.inf, -math.inf, math.nan]
     z = torch.tensor(list(itertools.product(values, repeat=4)), dtype=BF16, device=DEVICE).view(64, 256)
@@ -688,7 +689,7 @@ def op_calls():
     }
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "fused" else name for name in op_calls()])
+@pytest.mark.parametrize("name", [slow(n) if n in ("fused", "relu2_backward_pack") else n for n in op_calls()])
 def test_custom_ops_and_their_fakes_agree(name):
     op, args = op_calls()[name]
     results = torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

@@ -813,12 +813,14 @@ def mvue24(x: torch.Tensor, seed) -> torch.Tensor:
 
 @triton.jit
 def _byte_perm(x, y, selector):
-    """Four of the eight bytes of (x, y), x being the low four. The selector's four low nibbles (0..7) choose them."""
+    """Four of the eight bytes of (x, y), x being the low four. The selector's four low nibbles choose them. Nibble b
+    gives byte b (0..7), nibble b + 8 gives 0xFF if bit 7 of byte b is set, else 0."""
     if _INTERPRETED:
         out = tl.zeros_like(x)
         for i in tl.static_range(4):
-            byte = (selector >> (4 * i)) & 7
-            out |= ((tl.where(byte < 4, x, y) >> (8 * (byte & 3))) & 0xFF) << (8 * i)
+            nibble = (selector >> (4 * i)) & 15
+            byte = (tl.where((nibble & 4) == 0, x, y) >> (8 * (nibble & 3))) & 0xFF
+            out |= tl.where(nibble < 8, byte, (byte >> 7) * 0xFF) << (8 * i)
         return out
     asm: tl.constexpr = "prmt.b32 $0, $1, $2, $3;"
     return tl.inline_asm_elementwise(asm, "=r,r,r,r", [x, y, selector], tl.int32, is_pure=True, pack=1)
@@ -869,6 +871,12 @@ def _load_token_major(
     live = (t < columns)[:, None]
     even = tl.load(ptr) if EVEN else tl.load(ptr, mask=live, other=0)
     odd = tl.load(ptr + rows // 2) if EVEN else tl.load(ptr + rows // 2, mask=live, other=0)
+    return _transpose_units(even, odd, TILE_GROUPS, PANELS)
+
+
+@triton.jit
+def _transpose_units(even, odd, TILE_GROUPS: tl.constexpr, PANELS: tl.constexpr):
+    """As `_load_token_major`, from the words (pair of tokens, pair of rows) of the even and the odd tokens."""
     words = tl.join(_byte_perm(even, odd, 0x5410), _byte_perm(even, odd, 0x7632))  # the pair's first and second row
     # columns are (panel, qh, c, word), rows (group, hi, p/2, p%2); c = 0, 1 are the two units of a panel
     words = tl.permute(tl.reshape(words, (PANELS, 2, 2, 4, TILE_GROUPS, 2, 4, 2)), (4, 6, 7, 0, 2, 3, 5, 1))
@@ -1098,3 +1106,213 @@ def _(z, da, seed, activation, order, bias):
 def activation_backward_mvue24_pack(z, da, seed, activation: str, order: str, bias: bool = False):
     """dz of `activation_backward`, and `mvue24_pack` of this dz, in one pass over memory. z and da are contiguous."""
     return _activation_backward_mvue24_pack(z, da, _seed_tensor(seed, z.device), activation, order, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# relu2_pack, relu2_backward_pack: for token-major Z, A = top2(relu(Z)^2) or dZ packed along features, and its MVUE
+# along tokens, in one pass. A program's tile is 64 tokens x 64 features. A tensor of words has one int32, two adjacent
+# features, for each (pair of tokens, pair of features).
+
+
+@triton.jit
+def _relu_words(word):
+    """relu of both bfloat16 in an int32, without -0 and with one NaN, so that the results compare as integers."""
+    if _INTERPRETED:
+        return (_bits16(_max(_low(word), 0.0)) | (_bits16(_max(_high(word), 0.0)) << 16)) & 0x7FFF7FFF
+    asm: tl.constexpr = "max.NaN.bf16x2 $0, $1, $2;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [word, 0], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _multiply_words(x, y):
+    """The products of both bfloat16 in int32. A product is exact in float32, or rounds to 0, so this rounds once."""
+    if _INTERPRETED:
+        return _bits16(_low(x) * _low(y)) | (_bits16(_high(x) * _high(y)) << 16)
+    asm: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"  # plus -0, which changes nothing
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r", [x, y, -2147450880], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _majority(x, y, z):
+    return (x & y) | (z & (x | y))
+
+
+@triton.jit
+def _minority(x, y, z):
+    """~_majority, in one instruction."""
+    if _INTERPRETED:
+        return ~_majority(x, y, z)
+    asm: tl.constexpr = "lop3.b32 $0, $1, $2, $3, 0x17;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r", [x, y, z], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _choose(inner, outer, INNER: tl.constexpr, NEITHER: tl.constexpr, OUTER: tl.constexpr):
+    """OUTER where outer has ones, else INNER where inner has ones, else NEITHER, in two instructions."""
+    if _INTERPRETED:
+        return (outer & OUTER) | (~outer & ((inner & INNER) | (~inner & NEITHER)))
+    asm: tl.constexpr = "{ .reg .b32 t; lop3.b32 t, $1, $3, $4, 0xca; lop3.b32 $0, $2, $5, t, 0xca; }"
+    operands = [inner, outer, INNER, NEITHER, OUTER]
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", operands, tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _top2_flags(x, y):
+    """The two largest of x0, x1, y0, y1, words of `_relu_words`, as bits 15 and 31 of two words. Ties keep the lower
+    index. An element is kept if it wins two of three comparisons. Bit 15 of a + 0x8000 - b says a >= b, that of
+    a + 0x7FFF - b says a > b, and no half carries into the other one."""
+    high = x - 2147450880  # + 0x80008000. All but one of the sums have two operands, which run on either integer pipe
+    y_swapped, high_swapped = _byte_perm(y, y, 0x1032), _byte_perm(high, high, 0x1032)
+    x_y = high - y  # x0 >= y0, x1 >= y1
+    x_other_y = high - y_swapped  # x0 >= y1, x1 >= y0
+    other_x_y = high_swapped - y  # x1 >= y0, x0 >= y1
+    x_x = x - high_swapped  # x0 >= x1, x1 > x0
+    y_y = y_swapped - y - 2147450881  # + 0x80007FFF: y1 > y0, y0 >= y1
+    return _majority(x_y, x_other_y, x_x), _minority(x_y, other_x_y, y_y)
+
+
+@triton.jit
+def _top2_words(z, da, BACKWARD: tl.constexpr):
+    """A, or with BACKWARD dZ, of words (.., 2 n): the pruned words, and (.., n) the kept pairs and their nibbles, each
+    of which is the OR of bytes 2 and 3."""
+    groups: tl.constexpr = (z.shape[0], z.shape[1] // 2, 2)
+    x, y = tl.split(tl.reshape(z, groups))
+    x, y = _relu_words(x), _relu_words(y)
+    x_flags, y_flags = _top2_flags(x, y)
+    if BACKWARD:
+        da_x, da_y = tl.split(tl.reshape(da, groups))
+        twos = tl.full(x.shape, 0x40004000, tl.int32)
+        x, y = _multiply_words(_multiply_words(x, twos), da_x), _multiply_words(_multiply_words(y, twos), da_y)
+    else:
+        x, y = _multiply_words(x, x), _multiply_words(y, y)
+    pruned = tl.join(x & _byte_perm(x_flags, x_flags, 0xBB99), y & _byte_perm(y_flags, y_flags, 0xBB99))
+    pruned = tl.reshape(pruned, z.shape)
+    # Bytes 0 and 2 say which element is the first one: number 0, or 1, or 2, by the flags of 0 and 1. Bytes 1 and 3 say
+    # the second one: number 3, or 2, or 1, by the flags of 3 and 2. The low bytes are a byte selector.
+    outer, inner = _byte_perm(x_flags, y_flags, 0xF9F9), _byte_perm(x_flags, y_flags, 0xDBDB)
+    choice = _choose(inner, outer, 0x08015432, 0x04023254, 0x0C007610)
+    return pruned, _byte_perm(x, y, choice), choice
+
+
+@triton.jit
+def _store_top2_metadata(metadata_ptr, even, odd, tile_row, tile_column, rows, columns, ORDER: tl.constexpr):
+    """Store the metadata of a 64x64 tile from the nibbles (pair of rows, group) of `_top2_words`, as `nibble_positions`
+    in gemm24/layout.py says. One int32 has words that are neighbours in memory."""
+    even, next_even = tl.split(tl.reshape(even, (32, 8, 2)))
+    odd, next_odd = tl.split(tl.reshape(odd, (32, 8, 2)))
+    even, odd = _byte_perm(even, next_even, 0x7632), _byte_perm(odd, next_odd, 0x7632)
+    x = _byte_perm(even, odd, 0x6420) | _byte_perm(even, odd, 0x7531)  # a byte for each of the four nibbles
+    n = tl.arange(0, 64)
+    row16, p, c32 = n // 16, n // 4 % 4 * 2, n // 2 % 2
+    x = tl.reshape(x, (4, 2, 4, 2, 2, 2))  # rows (row16, hi, p/2), groups (c32, qh, q%4/2)
+    if ORDER == 90:
+        first, second = tl.split(tl.reshape(tl.permute(x, (0, 2, 3, 5, 4, 1)), (64, 2, 2)))  # by hi
+        x0, x1 = tl.split(first | (second << 4))  # by qh
+        even, odd = _byte_perm(x0, x1, 0x5140), _byte_perm(x0, x1, 0x7362)
+        word = tile_row.to(tl.int64) * (2 * columns) + (2 * tile_column + c32) * 64 + row16 * 16 + 2 * p + n % 2
+    else:
+        x = (x | (x >> 4)) & 0xFF00FF
+        first, second = tl.split(tl.reshape(tl.permute(x, (0, 2, 3, 4, 1, 5)), (64, 2, 2)))  # by q%4/2
+        x0, x1 = tl.split(first | (second << 8))  # by hi
+        even, odd = _byte_perm(x0, x1, 0x5410), _byte_perm(x0, x1, 0x7632)
+        word = ((rows // 128).to(tl.int64) * tile_column + tile_row // 2) * 256 + tile_row % 2 * 64 + row16 // 2 * 32
+        word += c32 * 128 + 4 * p + row16 % 2 * 2 + n % 2
+    tl.store(metadata_ptr + word, even)
+    tl.store(metadata_ptr + word + (2 if ORDER == 90 else 4), odd)
+
+
+@triton.jit
+def _relu2_pack_kernel(
+    z_ptr, da_ptr, seed_ptr, out_ptr, metadata_ptr, out_t_ptr, metadata_t_ptr, bias_ptr, d_ff, tokens,
+    BACKWARD: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    tile, tile_columns = tl.program_id(0), tokens // 64
+    tile_row, tile_column = tile // tile_columns, tile % tile_columns  # of the transpose: features, tokens
+    words_of_row, words_of_row_t = d_ff.to(tl.int64) >> 1, tokens.to(tl.int64) >> 1
+    first = tile_column * 64 * words_of_row + tile_row * 32  # this tile's first word
+    at = tl.arange(0, 32)[:, None] * d_ff + tl.arange(0, 32)[None, :]
+    even, odd = tl.load(z_ptr + first + at), tl.load(z_ptr + (first + words_of_row) + at)
+    da_even, da_odd = even, odd
+    if BACKWARD:
+        da_even, da_odd = tl.load(da_ptr + first + at), tl.load(da_ptr + (first + words_of_row) + at)
+    even, pair_even, choice_even = _top2_words(even, da_even, BACKWARD)
+    odd, pair_odd, choice_odd = _top2_words(odd, da_odd, BACKWARD)
+    if ORDER:
+        n = tl.arange(0, 256)  # two groups of a token, as a thread loads them
+        out_ptr, there = out_ptr + (first >> 1), n // 8 * (d_ff >> 1) + n % 8 * 2
+        _store_words(out_ptr + there, tl.reshape(pair_even, (256, 2)), n, True)
+        _store_words(out_ptr + (words_of_row >> 1) + there, tl.reshape(pair_odd, (256, 2)), n, True)
+        _store_top2_metadata(metadata_ptr, choice_even, choice_odd, tile_column, tile_row, tokens, d_ff, ORDER)
+    else:
+        tl.store(out_ptr + first + at, even)
+        tl.store(out_ptr + (first + words_of_row) + at, odd)
+    x = _transpose_units(even, odd, 4, 2)
+    row, column = _unit(tile, tile_columns, 4, 2, False)
+    counter, seed = _counters(row, column, tokens), tl.load(seed_ptr)
+    random = _philox(counter, seed) + _philox(counter + 1, seed)
+    at_t, metadata = row * words_of_row_t + column // 2, tl.zeros_like(row)
+    for hi in tl.static_range(2):
+        for qh in tl.static_range(2):
+            there = at_t + (8 * hi * words_of_row_t + 8 * qh)
+            out = out_t_ptr + (there >> 1 if ORDER_T else there)
+            random0, random1 = random[2 * hi + qh], random[4 + 2 * hi + qh]
+            nibbles = _mvue24_words(out, x[2 * hi + qh], random0, random1, row, True, ORDER_T != 0)
+            metadata |= nibbles << (8 * qh + 4 * hi)
+        if BIAS:
+            sums = tl.sum(tl.reshape(_word_sum(x[2 * hi]) + _word_sum(x[2 * hi + 1]), (32, 4)), 1)
+            m = tl.arange(0, 32)
+            bias_row = tile_row * 64 + m // 8 * 16 + m % 8 + 8 * hi
+            tl.store(bias_ptr + bias_row.to(tl.int64) * tile_columns + tile_column, sums)
+    if ORDER_T:
+        _store_unit_metadata(metadata_t_ptr, metadata, row, column, d_ff, tokens, ORDER_T)
+
+
+def relu2_multiples(order: str, order_t: str) -> tuple[int, int]:
+    """The numbers that must divide the tokens and d_ff, for operands of A and A^T written in these orders."""
+    tokens, d_ff = (64 if name == "masked" else _row_multiple("relu2_pack", name) for name in (order, order_t))
+    return tokens, d_ff
+
+
+def _relu2_outputs(z: torch.Tensor, da: torch.Tensor, order: str, order_t: str) -> list[torch.Tensor]:
+    """Empty tensors for the operands of A and A^T."""
+    (tokens, d_ff), multiples = z.shape, relu2_multiples(order, order_t)
+    if {z.dtype, da.dtype} != {torch.bfloat16} or da.shape != z.shape or tokens % multiples[0] or d_ff % multiples[1]:
+        raise ValueError(
+            f"relu2_pack ({order}, {order_t}): {z.dtype} z {tuple(z.shape)}, {da.dtype} da {tuple(da.shape)}, need "
+            f"bfloat16 (tokens, d_ff), multiples of {multiples}; change the tokens per micro-batch or d_ff"
+        )
+    shapes = ((tokens, d_ff, order), (d_ff, tokens, order_t))
+    return [z.new_empty((m, n) if name == "masked" else (m * n * 9 // 16,)) for m, n, name in shapes]
+
+
+@torch.library.custom_op("nano24::relu2_pack", mutates_args=())
+def _relu2_pack(
+    z: torch.Tensor, da: torch.Tensor | None, seed: torch.Tensor, order: str, order_t: str, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    backward, z, da = da is not None, z.contiguous(), (z if da is None else da).contiguous()
+    out, out_t = _relu2_outputs(z, da, order, order_t)
+    tokens, d_ff = z.shape
+    partial = z.new_empty((d_ff, tokens // 64), dtype=torch.float32) if bias else None
+    words = [t.view(torch.int32) for t in (z, da)]
+    for t in (out, out_t):  # metadata follow the values
+        words += [t.view(torch.int32), t[-1:] if t.dim() == 2 else t[z.numel() // 2 :].view(torch.int32)]
+    arguments = (*words[:2], seed, *words[2:], seed if partial is None else partial, d_ff, tokens)
+    forms = {"BACKWARD": backward, "ORDER": _ORDERS[order], "ORDER_T": _ORDERS[order_t], "BIAS": bias}
+    _launch(_relu2_pack_kernel, z.numel() // 4096, *arguments, **forms, num_warps=4)
+    return out, out_t, z.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(1)
+
+
+@_relu2_pack.register_fake
+def _(z, da, seed, order, order_t, bias):
+    outputs = _relu2_outputs(z, z if da is None else da, order, order_t)
+    return *outputs, z.new_empty(z.shape[1] if bias else 0, dtype=torch.float32)
+
+
+def relu2_pack(z, seed, order: str, order_t: str):
+    """The operands of A and MVUE(A^T). z is bfloat16, and its tokens and d_ff are `relu2_multiples`. Deterministic."""
+    return _relu2_pack(z, None, _seed_tensor(seed, z.device), order, order_t, False)[:2]
+
+
+def relu2_backward_pack(z, da, seed, order: str, order_t: str, bias: bool = False):
+    """The operands of dZ and MVUE(dZ^T), and the bias gradient, as `relu2_pack`."""
+    return _relu2_pack(z, da, _seed_tensor(seed, z.device), order, order_t, bias)

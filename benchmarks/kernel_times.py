@@ -123,6 +123,13 @@ def _fused(rows, columns, order, device, activation, bias=False):
     return lambda: kernels.activation_backward_mvue24_pack(z, da, seed, activation, order, bias)
 
 
+def _relu2(rows, columns, order, device, backward=False, bias=False):
+    (z, da), seed = _z_and_da(rows, columns, device, "relu2"), torch.tensor(1, device=device)
+    if backward:
+        return lambda: kernels.relu2_backward_pack(z, da, seed, order, order, bias)
+    return lambda: kernels.relu2_pack(z, seed, order, order)
+
+
 def _adamw(rows, columns, order, device):
     p, g, m, v = (torch.randn(rows, columns, device=device).abs_() for _ in range(4))
     scalars = [sparse24.adamw_scalars(1, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1e-4)]
@@ -165,6 +172,8 @@ CASES = [
     Case("relu2 backward, MVUE, packed", GROUP, 28.5, 122, (8, 4), _fused, {"activation": "relu2"}),
     Case("geglu backward, MVUE, packed", GROUP, 49, 280, (12, 8), _fused, {"activation": "geglu"}),
     Case("swiglu backward, MVUE, packed", GROUP, 49, 245, (12, 8), _fused, {"activation": "swiglu"}),
+    Case("relu2 and top2, MVUE, packed both ways", GROUP, 17, 132, (4, 0), _relu2),
+    Case("relu2 backward and top2, MVUE, packed both ways", GROUP, 25, 137, (8, 0), _relu2, {"backward": True}),
     Case("row mask, fp32", GROUP, 17, 90, (1, 0), _of_weight, _PAIRS),
     Case("soft threshold, fp32", GROUP, 32, 80, (1, 1), _of_weight, _SOFT),
     Case("soft threshold and scale, fp32", GROUP, 32, 150, (1, 1), _of_weight, _SCALE),

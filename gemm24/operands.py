@@ -193,6 +193,46 @@ def _top2_operands(x, mask, seed, order: str, order_t: str):
     return (compress24(x.contiguous()) if order == "library" else pack24(x.contiguous(), mask, order)), x_t
 
 
+def _takes_relu2_backward(z, da, seed, order: str, order_t: str, bias: bool = False) -> bool:
+    known = {order, order_t} <= {"masked", *ORDERS} and seed is not None
+    if not known or z.dim() != 2 or {z.dtype, da.dtype} != {torch.bfloat16}:
+        return False
+    import kernels
+
+    tokens, d_ff = kernels.relu2_multiples(order, order_t)
+    return z.shape[0] % tokens == z.shape[1] % d_ff == 0
+
+
+def _takes_relu2(z, seed, order: str, order_t: str) -> bool:
+    return _takes_relu2_backward(z, z, seed, order, order_t)
+
+
+def _written(*orders: str) -> list[str]:
+    """The orders in which a kernel writes operands, of which the library converts some later."""
+    return ["masked" if order == "library" else order for order in orders]
+
+
+def _converted(operands, *orders: str) -> list[torch.Tensor]:
+    pairs = zip(operands, orders, strict=True)
+    return [compress24(x.contiguous()) if order == "library" else x for x, order in pairs]
+
+
+def _relu2_then_pack(z, seed, order: str, order_t: str):
+    """`relu2_pack` in two steps where the library packs, else the specification, whose parts have kernels."""
+    if seed is None or "library" not in (order, order_t):
+        return relu2_pack.torch(z, seed, order, order_t)
+    return tuple(_converted(relu2_pack(z, seed, *_written(order, order_t)), order, order_t))
+
+
+def _relu2_backward_then_pack(z, da, seed, order: str, order_t: str, bias: bool = False):
+    """`relu2_backward_pack`, as `_relu2_then_pack`."""
+    if seed is None or "library" not in (order, order_t):
+        return relu2_backward_pack.torch(z, da, seed, order, order_t, bias)
+    *operands, sums = relu2_backward_pack(z, da, seed, *_written(order, order_t), bias)
+    return *_converted(operands, order, order_t), sums
+
+
+@kernel("relu2_pack", takes=_takes_relu2, otherwise=_relu2_then_pack)
 def relu2_pack(z, seed, order: str, order_t: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A = top2(relu(Z)^2) and MVUE(A^T), packed. top2 keeps the two largest of each four features; ties keep the lower
     index, and NaN counts as the largest.
@@ -205,6 +245,7 @@ def relu2_pack(z, seed, order: str, order_t: str) -> tuple[torch.Tensor, torch.T
     return _top2_operands(r.square().to(z.dtype), mask24(r), seed, order, order_t)
 
 
+@kernel("relu2_backward_pack", takes=_takes_relu2_backward, otherwise=_relu2_backward_then_pack)
 def relu2_backward_pack(
     z, da, seed, order: str, order_t: str, bias: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -300,6 +341,23 @@ def write_operands(buffers, w, index, beta, mask: str, orders, metadata: bool = 
 # The self-test of the operators above, which sparse24.use_kernels runs
 
 
+def _compare_relu2(z: torch.Tensor, seed: torch.Tensor) -> dict[str, bool]:
+    """z: bfloat16 (128, 64)."""
+    import kernels
+
+    z, da, equal = z.clone(), z.roll(1, 0), {}
+    z[:2, :8] = z.new_tensor([math.nan, 1, math.inf, math.inf, 2, 2, 2, 0])
+    for orders in (("sm90", "masked"), ("sm80", "sm90")):
+        forward, backward = (z, seed, *orders), (z, da, seed, *orders, True)
+        ours, theirs = kernels.relu2_pack(*forward), relu2_pack.torch(*forward)
+        equal[f"relu2_pack {orders}"] = all(map(same_numbers, ours, theirs))
+        *ours, sums = kernels.relu2_backward_pack(*backward)
+        *theirs, expected = relu2_backward_pack.torch(*backward)
+        sums_alike = same_numbers(sums[4:], expected[4:], rtol=1e-5, atol=1e-4)  # not those of NaN and inf
+        equal[f"relu2_backward_pack {orders}"] = all(map(same_numbers, ours, theirs)) and sums_alike
+    return equal
+
+
 def _compare_kernels(device: torch.device) -> dict[str, bool]:
     import kernels
 
@@ -326,7 +384,7 @@ def _compare_kernels(device: torch.device) -> dict[str, bool]:
         equal[name] = same_numbers(kernels.activation(z, name), activation.torch(z, name), rtol=2**-7, atol=1e-6)
         got, expected = kernels.activation_backward(z, da, name), activation_backward.torch(z, da, name)
         equal[f"{name} backward"] = same_numbers(got, expected, rtol=2**-7, atol=1e-5)
-    return equal
+    return equal | _compare_relu2(whole_tiles.t().contiguous(), seed)
 
 
 SELF_TESTS.append(_compare_kernels)

@@ -94,6 +94,7 @@ def seed_tensor(seed: int) -> torch.Tensor:
 
 LAUNCHERS = ["transposable_index", "pack_weight_", "pair_index", "soft_threshold24", "sste_scale"]
 LAUNCHERS += ["activation", "activation_backward", "mvue24", "mvue24_pack", "activation_backward_mvue24_pack"]
+LAUNCHERS += ["relu2_pack", "relu2_backward_pack"]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -561,6 +562,67 @@ def test_fused_backward_refuses_wrong_arguments(activation, d_ff, order):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 2:4 activations of squared ReLU
+
+
+def assert_same_operands(got, expected, orders):
+    for ours, theirs, order in zip(got, expected, orders, strict=True):
+        (assert_equal if order == "masked" else assert_same_pack)(ours, theirs)
+
+
+RELU2 = [("sm90", "masked", 64, 64), slow("masked", "sm90", 128, 64), slow("sm90", "sm90", 64, 192)]
+RELU2 += [slow("sm80", "sm80", 128, 128), slow("sm80", "masked", 256, 128), slow("masked", "sm80", 64, 256)]
+RELU2 += [slow("sm80", "sm90", 128, 64), slow("masked", "masked", 192, 128)]
+
+
+@pytest.mark.parametrize(("order", "order_t", "tokens", "d_ff"), RELU2)
+def test_relu2_packs_equal_their_specifications(order, order_t, tokens, d_ff):
+    z, da = awkward(tokens, d_ff, dtype=BF16), awkward(tokens, d_ff, seed=1, dtype=BF16)
+    orders, seed = (order, order_t), seed_tensor(-(2**40) - 3)
+    assert_same_operands(kernels.relu2_pack(z, seed, *orders), operands.relu2_pack.torch(z, seed, *orders), orders)
+    *got, sums = kernels.relu2_backward_pack(z, da, seed, *orders, True)
+    *expected, _ = operands.relu2_backward_pack.torch(z, da, seed, *orders)
+    assert_same_operands(got, expected, orders)
+    dz = operands.relu2_backward_pack.torch(z, da, None, "masked", "masked")[1]
+    finite = dz.isfinite().all(1)
+    assert 0 < finite.sum() < d_ff
+    assert_sums(sums[finite], dz[finite])
+    assert not sums[~finite].isfinite().any()
+    *without_sums, empty = kernels.relu2_backward_pack(z, da, seed, *orders)
+    assert_same_operands(without_sums, got, orders)
+    assert empty.shape == (0,)
+
+
+@pytest.mark.slow
+def test_relu2_pack_of_all_orders_ties_inf_and_nan():
+    values = [0.0, -0.0, -1.0, 1.0, 2.0, math.inf, -math.inf, math.nan]
+    z = torch.tensor(list(itertools.product(values, repeat=4)), dtype=BF16, device=DEVICE).view(64, 256)
+    z.view(torch.int16)[z.isnan()] = 0xFF81 - 2**16  # a NaN with a sign and another payload
+    packed, a_t = kernels.relu2_pack(z, seed_tensor(0), "sm90", "masked")
+    assert_same_pack(packed, operands.relu2_pack.torch(z, 0, "sm90", "masked")[0])
+    a = unpack24(packed, 64, 256, "sm90")
+    mask = sparse24.mask24(z.float().relu())
+    assert_equal(a, torch.where(mask, z.float().relu().square(), 0).to(BF16))
+    assert_equal(a_t, mvue24.torch(a.t(), 0))
+
+
+def test_relu2_packs_refuse_wrong_arguments():
+    z = randn(64, 64, dtype=BF16)
+    for changes, message in (
+        ({"z": z.half()}, r"torch.float16 z \(64, 64\), torch.bfloat16 da \(64, 64\), need bfloat16"),
+        ({"da": z.float()}, "torch.float32 da"),
+        ({"da": z[:1]}, r"da \(1, 64\), need"),
+        ({"z": z[:, :32], "da": z[:, :32]}, r"need bfloat16 \(tokens, d_ff\), multiples of \(64, 64\); change the tok"),
+        ({"order": "sm80"}, r"multiples of \(128, 64\)"),
+        ({"order_t": "sm80"}, r"multiples of \(64, 128\)"),
+        ({"order_t": "library"}, "metadata order 'library' is unknown, need sm80 or sm90"),
+    ):
+        args = {"z": z, "da": z, "seed": seed_tensor(0), "order": "sm90", "order_t": "masked"} | changes
+        with pytest.raises(ValueError, match=f"relu2_pack.*{message}"):
+            kernels.relu2_backward_pack(**args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # AdamW
 
 
@@ -618,6 +680,8 @@ def op_calls():
         "activation": (kernels.activation, (z, "swiglu")),
         "activation_backward": (kernels.activation_backward, (z, da, "swiglu")),
         "fused": (kernels._activation_backward_mvue24_pack, (z, da, seed, "geglu", "sm90", True)),
+        "relu2_pack": (kernels._relu2_pack, (x, None, seed, "sm90", "masked", False)),
+        "relu2_backward_pack": (kernels._relu2_pack, (x, da, seed, "masked", "sm90", True)),
         "pair_index": (kernels.pair_index, (x,)),
         "pair_index of three dimensions": (kernels.pair_index, (x.view(2, 32, 64).transpose(0, 1),)),
         "soft_threshold24": (kernels._soft_threshold_and_scale, (x, True)),
@@ -625,7 +689,7 @@ def op_calls():
     }
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "fused" else name for name in op_calls()])
+@pytest.mark.parametrize("name", [slow(n) if n in ("fused", "relu2_backward_pack") else n for n in op_calls()])
 def test_custom_ops_and_their_fakes_agree(name):
     op, args = op_calls()[name]
     results = torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

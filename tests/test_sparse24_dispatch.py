@@ -23,6 +23,7 @@ from sparse24 import MaskedDecayAdamW, Sparse24Linear, refresh_masks, sparsify
 CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
 LAUNCHERS = ["transposable_index", "pack_weight_", "pair_index", "soft_threshold24", "sste_scale", "adamw_", "mvue24"]
 LAUNCHERS += ["mvue24_pack", "activation", "activation_backward", "activation_backward_mvue24_pack"]
+LAUNCHERS += ["relu2_pack", "relu2_backward_pack"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from numpy, for inf and NaN
 
 
@@ -430,6 +431,33 @@ def test_packs_that_no_kernel_takes_go_to_the_specification(launched, monkeypatc
     token_major = z[:96].t().contiguous()  # here too the kernel draws 64 rows at a time
     assert torch.equal(operands.mvue24_pack(token_major, 5, "masked", True)[0], sparse24.mvue24.torch(z[:96], 5))
     assert "mvue24_pack" not in launched
+
+
+@pytest.mark.slow
+def test_activations_reach_the_kernels_that_can_write_them(launched, monkeypatch):
+    z, da = randn(64, 128, dtype=BF16), randn(64, 128, seed=1, dtype=BF16)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda x: x[:, :48] + 0)
+    monkeypatch.setattr(operands, "compress24", torch._cslt_compress)
+    forward, backward = operands.relu2_pack, operands.relu2_backward_pack
+    for orders, seed, (pre, grad), by_kernels in (
+        (("sm90", "masked"), 5, (z, da), True),
+        (("masked", "sm80"), 5, (z, da), True),
+        (("library", "sm90"), 5, (z, da), True),  # a kernel draws, and the library's converter packs
+        (("library", "library"), 5, (z, da), True),
+        (("sm90", "masked"), None, (z, da), False),
+        (("library", "masked"), None, (z, da), False),
+        (("masked", "masked"), 5, (z.float(), da.float()), False),
+        (("masked", "masked"), 5, (z[:60], da[:60]), False),
+    ):
+        launched.clear()
+        got = *forward(pre, seed, *orders), *backward(pre, grad, seed, *orders, True)
+        assert ({"relu2_pack", "relu2_backward_pack"} <= {*launched}) == by_kernels
+        expected = *forward.torch(pre, seed, *orders), *backward.torch(pre, grad, seed, *orders, True)
+        for ours, theirs in zip(got[:-1], expected[:-1], strict=True):
+            assert torch.equal(ours, theirs), orders
+        torch.testing.assert_close(got[-1], expected[-1], rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="order sm80 needs multiples"):
+        forward(z, 5, "sm80", "masked")
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """gemm24/operands.py: the specifications, with which tests/test_kernels.py compares the kernels."""
 
+import math
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from gemm24.operands import (
     empty_operands,
     mvue24_pack,
     pack_matrix,
+    relu2_backward_pack,
+    relu2_pack,
     write_operands,
 )
 from sparse24 import expand_pairs, mvue24, pair_index, prune, sste_scale, transposable_index
@@ -79,3 +83,56 @@ def test_operands_hold_the_pruned_weight(mask):
     else:
         assert torch.equal(w_24, expected)
         assert packed_t is None
+
+
+TOP2 = [  # four features of z, those of A; da is 3 everywhere
+    ([-1.0, 2.0, 3.0, 1.0], [0.0, 4.0, 9.0, 0.0]),
+    ([2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 0.0, 0.0]),  # ties keep the lower index
+    ([1.0, 2.0, 2.0, 2.0], [0.0, 4.0, 4.0, 0.0]),
+    ([2.0, 1.0, 1.0, 1.0], [4.0, 1.0, 0.0, 0.0]),
+    ([-1.0, -2.0, -3.0, -4.0], [0.0] * 4),
+    ([-1.0, -2.0, -3.0, 0.5], [0.0, 0.0, 0.0, 0.25]),
+    ([math.inf, 1.0, math.nan, 2.0], [math.inf, 0.0, math.nan, 0.0]),  # NaN counts as the largest
+    ([-math.nan, math.inf, math.nan, math.inf], [math.nan, 0.0, math.nan, 0.0]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_top2_of_squared_relu_by_hand(dtype):
+    z, expected = (torch.tensor(column, dtype=dtype) for column in zip(*TOP2, strict=True))
+    a, a_t = relu2_pack(z, None, "masked", "masked")  # no seed: A^T itself
+    torch.testing.assert_close(a, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(a_t, expected.t(), rtol=0, atol=0, equal_nan=True)
+    dz, dz_t, sums = relu2_backward_pack(z, torch.full_like(z, 3), None, "masked", "masked", True)
+    torch.testing.assert_close(dz, 6 * expected.sqrt(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(dz_t, dz.t(), rtol=0, atol=0, equal_nan=True)
+    assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(sums, dz.sum(0, dtype=sums.dtype), rtol=0, atol=0, equal_nan=True)
+    assert relu2_backward_pack(z, z, None, "masked", "masked")[2].shape == (0,)
+
+
+@pytest.mark.parametrize("orders", [("sm90", "sm80"), ("sm80", "sm90"), ("masked", "sm90")])
+def test_packed_activations_hold_the_masked_ones(orders):
+    z, da = randn(128, 256, dtype=torch.bfloat16), randn(128, 256, seed=1, dtype=torch.bfloat16)
+    a, a_t = relu2_pack(z, 7, "masked", "masked")
+    assert torch.equal(a_t, mvue24(a.t(), 7))  # drawn from the rounded A
+    dz, dz_t, sums = relu2_backward_pack(z, da, 7, "masked", "masked", True)
+    assert torch.equal(dz_t, mvue24(dz.t(), 7))
+    assert torch.equal(dz != 0, (a != 0) & (da != 0))
+    forward, backward = relu2_pack(z, 7, *orders), relu2_backward_pack(z, da, 7, *orders, True)
+    for got, expected in ((forward, (a, a_t)), (backward, (dz, dz_t))):
+        for operand, masked, order in zip(got, expected, orders, strict=False):
+            assert torch.equal(operand if order == "masked" else unpack24(operand, *masked.shape, order), masked)
+    assert torch.equal(backward[2], sums)
+    torch.testing.assert_close(sums, dz.float().sum(0))
+
+
+def test_activations_that_do_not_fit_an_order_are_refused():
+    z = randn(64, 128, dtype=torch.bfloat16)
+    for width, orders, message in (
+        (128, ("sm80", "sm90"), r"shape \(64, 128\), order sm80 needs multiples of \(128, 64\)"),
+        (128, ("sm90", "sm70"), "metadata order 'sm70' is unknown, need"),
+        (126, ("masked", "masked"), r"pair_index: shape \(64, 126\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            relu2_pack(z[:, :width], 7, *orders)

@@ -34,7 +34,17 @@ from configurator import check_ranges, configure, expand, write_json
 from runtime.loader import DATA_FOLDER, load_meta
 from runtime.metrics import read_config
 from studies import report, runs
-from studies.cost import ACCUMULATION, GPU, MICRO_BATCH, SIZE, flops_of, measured_ms, predicted_ms, switches_by_itself
+from studies.cost import (
+    ACCUMULATION,
+    GPU,
+    MICRO_BATCH,
+    SIZE,
+    flops_of,
+    has_known_flops,
+    measured_ms,
+    predicted_ms,
+    switches_by_itself,
+)
 from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
 from studies.report import Paired, by_mean, differences_from, interval, markdown, paired, spread
 
@@ -175,7 +185,7 @@ def compare_tuned(args) -> tuple[dict, list[str]]:
     chosen = {label: [rate_without(of_label, seed) for seed in range(args.seeds)] for label, of_label in curves.items()}
     losses = {label: [curves[label][rate][seed] for seed, rate in enumerate(rates)] for label, rates in chosen.items()}
     panels = differences_from(study.references, losses)
-    flops = relative_flops({label: study.variants[label] for label in losses}, args)
+    flops = relative_flops({k: study.variants[k] for k in losses if has_known_flops(study.variants[k])}, args)
     note = (
         f"Mean +- sample standard deviation over {args.seeds} seeds; differences are taken within each seed. A seed's "
     )

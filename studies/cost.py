@@ -43,6 +43,12 @@ def switches_by_itself(settings: str) -> bool:
     return recipe is not None and recipe.dense_pretrain_latest > 0
 
 
+def has_known_flops(settings: str) -> bool:
+    """False for vnm: the products of a tile have fewer hidden units, which sparse_gemms cannot say."""
+    recipe = recipe_of(settings)
+    return recipe is None or recipe.ffn is None or recipe.activations24
+
+
 def sparse_gemms(recipe: Recipe) -> list[str]:
     """The GEMMs of a feed-forward layer that have a 2:4 operand, also by a second mask for dX."""
     gemms, layer = [*plan.sparse_gemms(recipe)], recipe.layer

@@ -578,6 +578,7 @@ RELU2 += [slow("sm80", "sm90", 128, 64), slow("masked", "masked", 192, 128)]
 @pytest.mark.parametrize(("order", "order_t", "tokens", "d_ff"), RELU2)
 def test_relu2_packs_equal_their_specifications(order, order_t, tokens, d_ff):
     z, da = awkward(tokens, d_ff, dtype=BF16), awkward(tokens, d_ff, seed=1, dtype=BF16)
+    z[:, ::2], da[:, ::2] = z[:, ::2].nan_to_num(0, 1, -1), da[:, ::2].nan_to_num(0, 1, -1)  # columns with finite sums
     orders, seed = (order, order_t), seed_tensor(-(2**40) - 3)
     assert_same_operands(kernels.relu2_pack(z, seed, *orders), operands.relu2_pack.torch(z, seed, *orders), orders)
     *got, sums = kernels.relu2_backward_pack(z, da, seed, *orders, True)

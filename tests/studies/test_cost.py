@@ -71,3 +71,8 @@ def test_step_times_are_read_from_a_run_by_phase(tmp_path, write_run):
     assert cost.measured_ms(folder, "sparse=none") == pytest.approx(1)
     with pytest.raises(ValueError, match="too few sparse rows; give --calibrate more iterations"):
         cost.measured_ms(write_run(tmp_path, rows[:1], **config), FST)
+
+
+def test_the_flops_of_routed_units_are_not_counted():
+    known = {name: cost.has_known_flops(f"sparse={name}") for name in ("none", "fst", "act24", "act24_soft", "vnm")}
+    assert known == {"none": True, "fst": True, "act24": True, "act24_soft": True, "vnm": False}

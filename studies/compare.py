@@ -12,8 +12,8 @@ runs. The same command resumes a stopped study and does not repeat finished runs
 next seed, so a stopped study gives a complete table with fewer --seeds. Runs of one seed share batches and, if their
 shapes are equal, initial weights.
 
-With --lr every seed, from 0 on, runs every variant at each of these learning rates. A seed's loss is that at the rate
-with the lowest mean loss over the other seeds, so that no loss has chosen its own rate.
+With --lr every seed, from 0 on, runs every variant at each of these learning rates. The table has each variant at the
+rate of its lowest mean loss. Beside it stand the losses if the other seeds choose a seed's rate.
 
 Presets: cpu is a smaller version of nanoGPT's recipe for a CPU. gpu is GPT-2 124M on a BPE dataset, one run at a time;
 its number of iterations is an estimate for two minutes on one card. --calibrate=N times the steps of a study's variants
@@ -182,23 +182,25 @@ def compare_tuned(args) -> tuple[dict, list[str]]:
         raise ValueError(f"--seeds={args.seeds} with --lr, need at least 2: a seed's rate is chosen by the others")
     study = study_of(args)
     folders, curves = tune(study, args)
-    chosen = {label: [rate_without(of_label, seed) for seed in range(args.seeds)] for label, of_label in curves.items()}
-    losses = {label: [curves[label][rate][seed] for seed, rate in enumerate(rates)] for label, rates in chosen.items()}
+    best = {label: by_mean(of_label)[0] for label, of_label in curves.items()}
+    losses = {label: curves[label][rate] for label, rate in best.items()}
+    left_out = {
+        label: [of_label[rate_without(of_label, seed)][seed] for seed in range(args.seeds)]
+        for label, of_label in curves.items()
+    }
     panels = differences_from(study.references, losses)
     flops = relative_flops({k: study.variants[k] for k in losses if has_known_flops(study.variants[k])}, args)
     note = (
-        f"Mean +- sample standard deviation over {args.seeds} seeds; differences are taken within each seed. A seed's "
+        f"Mean +- sample standard deviation over {args.seeds} seeds, at the learning rate with the lowest mean loss; "
     )
-    note += (
-        "loss is that at the learning rate with the lowest mean loss over the other seeds. FLOPs: of a step's matrix "
-    )
-    note += "multiplications, mean over the phases, over dense; a 2:4 one counts as half."
-    lines = [*report.loss_table(losses, {}, {}, flops, panels), "", note, ""]
-    edges = (args.lr[0], args.lr[-1])
-    if at_edge := sorted({label for label, rates in chosen.items() if {*rates} & {*edges}}):
-        lines += [f"At an edge of the grid, so that their best rate may lie outside: {', '.join(at_edge)}.", ""]
-    lines += ["Losses by learning rate:", "", *report.tuning_table(curves, args.lr)]
-    data = {"variants": study.variants, "lr": args.lr, "val_loss": losses, "rates": chosen, "curves": curves}
+    note += "differences are taken within each seed. FLOPs: of a step's matrix multiplications, mean over the phases, "
+    note += "over dense; a 2:4 one counts as half."
+    at_edge = [label for label, rate in best.items() if rate in (args.lr[0], args.lr[-1])]
+    edges = f"Best at the edge of the grid, so that a better rate may lie outside: {', '.join(at_edge) or 'none'}."
+    rates = "Losses by learning rate. Last column: each seed at the rate that is best for the other seeds."
+    table = report.tuning_table(curves, left_out, args.lr)
+    data = {"variants": study.variants, "lr": best, "val_loss": losses, "curves": curves, "left_out": left_out}
+    lines = [*report.loss_table(losses, {}, {}, flops, panels), "", note, "", edges, "", rates, "", *table]
     return data | {"panels": panels, "flops": flops} | environment(folders), lines
 
 

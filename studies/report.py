@@ -96,14 +96,15 @@ def loss_table(
     return markdown(heads, rows)
 
 
-def tuning_table(curves: dict[str, dict[str, list[float]]], rates: list[str]) -> list[str]:
-    """curves: {label: {learning rate: one loss per seed}}. Each label's lowest mean is bold."""
+def tuning_table(curves: dict[str, dict[str, list[float]]], left_out: dict, rates: list[str]) -> list[str]:
+    """curves: {label: {learning rate: one loss per seed}}; the lowest mean of a label is bold. left_out: {label: loss
+    of each seed at the rate that is best for the others}."""
     rows = []
     for label, losses in curves.items():
         cells = {rate: spread(of_rate) for rate, of_rate in losses.items()}
-        best = by_mean(losses)[0]
-        rows.append([label, *(f"**{cells[rate]}**" if rate == best else cells.get(rate, "") for rate in rates)])
-    return markdown(["method", *rates], rows)
+        cells[by_mean(losses)[0]] = f"**{cells[by_mean(losses)[0]]}**"
+        rows.append([label, *(cells.get(rate, "") for rate in rates), spread(left_out[label])])
+    return markdown(["method", *rates, "chosen by the others"], rows)
 
 
 def equal_cost_table(costs: dict, steps: dict, losses: dict, references: tuple[str, ...]) -> list[str]:

@@ -109,7 +109,9 @@ def test_only_runs_a_part_and_the_table_has_all_that_is_finished(tmp_path, fake_
 # Studies
 
 
-def test_a_seed_runs_at_the_rate_that_is_best_for_the_other_seeds(tmp_path, monkeypatch, write_run):
+def test_each_variant_is_shown_at_its_best_rate_and_at_the_one_that_the_other_seeds_choose(
+    tmp_path, monkeypatch, write_run
+):
     losses = {  # {(variant, rate): loss of each seed}
         ("none", "3e-3"): [2.0, 2.0, 2.0],
         ("none", "6e-3"): [1.0, 1.0, 1.0],
@@ -135,12 +137,14 @@ def test_a_seed_runs_at_the_rate_that_is_best_for_the_other_seeds(tmp_path, monk
     data, lines = compare.compare_tuned(args)
     rates = ["3e-3", "6e-3", "1.2e-2"]
     assert started == [(seed, kind, rate) for seed in "012" for kind in ("none", "fst") for rate in rates]
-    assert data["rates"] == {"dense": ["6e-3"] * 3, "fst": ["6e-3", "6e-3", "1.2e-2"]}
-    assert data["val_loss"] == {"dense": [1.0] * 3, "fst": [1.5, 1.5, 9.0]}
+    assert data["lr"] == {"dense": "6e-3", "fst": "6e-3"}
+    assert data["val_loss"] == {"dense": [1.0] * 3, "fst": [1.5] * 3}
+    assert data["left_out"] == {"dense": [1.0] * 3, "fst": [1.5, 1.5, 9.0]}
     assert data["curves"]["fst"]["1.2e-2"] == [1.2, 1.2, 9.0]
-    assert data["panels"]["minus dense"]["fst"].differences == [0.5, 0.5, 8.0]
-    assert "| dense | 2.0000 +- 0.0000 | **1.0000 +- 0.0000** | 3.0000 +- 0.0000 |" in lines
-    assert "At an edge of the grid, so that their best rate may lie outside: fst." in lines
+    assert data["panels"]["minus dense"]["fst"].differences == [0.5] * 3
+    dense = ["2.0000 +- 0.0000", "**1.0000 +- 0.0000**", "3.0000 +- 0.0000", "1.0000 +- 0.0000"]
+    assert f"| dense | {' | '.join(dense)} |" in lines
+    assert "Best at the edge of the grid, so that a better rate may lie outside: none." in lines
     assert "--lr 3e-3 6e-3 1.2e-2" in compare.command_of(args)
     with pytest.raises(ValueError, match="need at least 2: a seed's rate is chosen by the others"):
         compare.compare_tuned(arguments(tmp_path, "methods", "--lr", "3e-3", "--seeds=1"))

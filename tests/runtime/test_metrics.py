@@ -57,6 +57,16 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     assert (row["train_loss"], row["lr"], row["val_loss"], row["zeros"]) == (None, None, 1.5, [0.5, None])
 
 
+def test_wandb_gets_one_number_per_block(tmp_path):
+    log, sent = Log(SimpleNamespace(**TOKENS, out_dir=str(tmp_path), wandb_log=False), None, None, None, 0.0), []
+    log.open(0)
+    log.wandb = SimpleNamespace(log=lambda numbers, step: sent.append((step, numbers)))
+    log.write({"iter": 100, "phase": "sparse", "lr": 0.1, "zeros": [0.5, 0.9], "joined": [0.0, 1.0]})
+    log.file.close()
+    per_block = {"zeros/0": 0.5, "zeros/1": 0.9, "joined/0": 0.0, "joined/1": 1.0}
+    assert sent == [(100, {"phase": "sparse", "lr": 0.1} | per_block)]
+
+
 def test_metrics_are_on_disk_before_the_checkpoint(run, tmp_path, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))

@@ -9,7 +9,7 @@ the sum of A^2, that the tokens of a centroid have in each unit.
     layer    Z = X W1^T      A = M relu(Z)^2      Y = A W2^T      M (T, d_ff): 1 where the token's tile computes
 
 The gradient is that of the masked model, so all six products would skip the units that a tile leaves out. This file
-only multiplies by M. It shows what the method costs in loss, not how fast it is.
+only multiplies by M. It shows what the method costs in loss (results/act24-texts.md), not how fast it is.
 
 Every INTERVAL-th step computes all units. Its first micro-batch, and that of every dense step, moves c and E towards
 the means over its tokens. Training has a dense start and a dense end, and the first layer stays dense. In an evaluation

@@ -27,7 +27,7 @@ def on_fake_gpu(tmp_path):
         script.write_text("\n".join([*variables, code]))
         command = [sys.executable, "tests/tools/fake_cuda.py", str(script)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 

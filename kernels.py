@@ -1227,7 +1227,7 @@ def _relu2_pack_kernel(
     BACKWARD: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     tile, tile_columns = tl.program_id(0), tokens // 64
-    tile_row, tile_column = tile // tile_columns, tile % tile_columns  # of the transpose: features, tokens
+    tile_row, tile_column = tile // tile_columns, tile % tile_columns  # rows are features, as in the transpose
     words_of_row, words_of_row_t = d_ff.to(tl.int64) >> 1, tokens.to(tl.int64) >> 1
     first = tile_column * 64 * words_of_row + tile_row * 32  # this tile's first word
     at = tl.arange(0, 32)[:, None] * d_ff + tl.arange(0, 32)[None, :]

@@ -44,15 +44,21 @@ def shard_model(model: torch.nn.Module, blocks, ranks: Ranks, device, copies: in
     if dtype != torch.float32 and device.type == "cuda" and not soft:  # a soft threshold needs the float32 weight
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = {"mp_policy": mixed}
-    if compile_mode:  # all blocks share the limit, and recompile for each phase, mode and batch size
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    if compile_mode:
+        compile_blocks(blocks, compile_mode)
     for block in blocks:
-        if compile_mode:
-            block.compile(mode=compile_mode)
         fully_shard(block, mesh=mesh, **policy)
     fully_shard(model, mesh=mesh)
     for layer in layers:
         layer.prune_again = True
+
+
+def compile_blocks(blocks, mode: str) -> None:
+    """Compile each block for itself, in place, so that equal blocks share their code."""
+    # All blocks share the limit, and recompile for each phase, mode and batch size.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    for block in blocks:
+        block.compile(mode=mode)
 
 
 def shard_like(full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

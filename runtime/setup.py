@@ -24,7 +24,7 @@ from gemm24.plan import plan_ffn, set_plan, time_ways
 from model import GPT, GPTConfig, peak_flops
 from runtime import checkpoint, settings
 from runtime.checkpoint_writer import Saver, Writer
-from runtime.fsdp import shard_like, shard_model
+from runtime.fsdp import compile_blocks, shard_like, shard_model
 from runtime.health import ActivationMeter, Diverged, FlipMeter, FlipReference, FlipWatch, StepGuard
 from runtime.loader import DATA_FOLDER, DataLost, Tokens, describe, load_meta
 from runtime.metrics import Log, read_metrics
@@ -276,10 +276,7 @@ def wrap_model(s, model: GPT, recipe: Recipe | None, ranks: Ranks, device: torch
         return model, None
     net = model
     if s.compile and recipe and recipe.ffn:  # its layers change what they compute one by one: do not compile all anew
-        # all blocks share the limit, and recompile for each phase, mode and batch size
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        for block in model.transformer.h:
-            block.compile(mode=s.compile_mode)
+        compile_blocks(model.transformer.h, s.compile_mode)
         model.head = torch.compile(model.head, mode=s.compile_mode)
     elif s.compile:
         net = torch.compile(model, mode=s.compile_mode)

@@ -48,13 +48,8 @@ from studies.cost import (
 from studies.grids import DECAY, FLIP_COMMON, PRESETS, STUDIES, WINDOWS, Study, with_decay, words
 from studies.report import Paired, by_mean, differences_from, interval, markdown, paired, spread
 
-USUAL = {
-    "preset": "cpu",
-    "ratio": 1.5,
-    "step_ms": None,
-    "name": None,
-    "lr": None,
-}  # defaults; a result's command leaves them out
+# Defaults, which a result's command leaves out
+USUAL = {"preset": "cpu", "ratio": 1.5, "step_ms": None, "name": None, "lr": None}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -190,11 +185,9 @@ def compare_tuned(args) -> tuple[dict, list[str]]:
     }
     panels = differences_from(study.references, losses)
     flops = relative_flops({k: study.variants[k] for k in losses if has_known_flops(study.variants[k])}, args)
-    note = (
-        f"Mean +- sample standard deviation over {args.seeds} seeds, at the learning rate with the lowest mean loss; "
-    )
-    note += "differences are taken within each seed. FLOPs: of a step's matrix multiplications, mean over the phases, "
-    note += "over dense; a 2:4 one counts as half."
+    note = f"Mean +- sample standard deviation over {args.seeds} seeds, at the learning rate of the lowest mean loss, "
+    note += "which these seeds have chosen; differences are taken within each seed. FLOPs: of a step's matrix "
+    note += "multiplications, mean over the phases, over dense; a 2:4 one counts as half."
     at_edge = [label for label, rate in best.items() if rate in (args.lr[0], args.lr[-1])]
     edges = f"Best at the edge of the grid, so that a better rate may lie outside: {', '.join(at_edge) or 'none'}."
     rates = "Losses by learning rate. Last column: each seed at the rate that is best for the other seeds."
